@@ -1,0 +1,1 @@
+"""Presets and the shipped calibration text, read as package data."""

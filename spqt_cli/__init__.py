@@ -1,0 +1,21 @@
+"""spqt: sparse decoding of quantized language models on MLX.
+
+`load(path)` returns `(model, tokenizer)` like `mlx_lm.load`; it is imported on first use, so that
+`import spqt_cli` stays cheap.
+"""
+
+from typing import Any
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "load"]
+
+
+def load(path: str, **kwargs: Any) -> tuple[Any, Any]:
+    """The model and tokenizer of a converted folder or hub id, checked and patched.
+
+    Keyword arguments are those of `spqt_cli.model.load`.
+    """
+    from spqt_cli import model
+
+    loaded = model.load(path, **kwargs)
+    return loaded.model, loaded.tokenizer

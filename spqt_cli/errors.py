@@ -1,0 +1,42 @@
+"""Errors that are a person's to mend: a cause, a hint, and the exit code of their kind."""
+
+
+class SpqtError(Exception):
+    """Bad input (exit 3): which file or value, what was found, and `hint`: what to do about it."""
+
+    exit_code = 3
+
+    def __init__(self, cause: str, hint: str = "") -> None:
+        super().__init__(cause)
+        self.cause = cause
+        self.hint = hint
+
+
+class UsageError(SpqtError):
+    """A value on the command line that can't be used (exit 2)."""
+
+    exit_code = 2
+
+
+class UnsupportedError(SpqtError):
+    """A model, dtype or file kind that spqt does not handle (exit 4)."""
+
+    exit_code = 4
+
+
+class ResourceError(SpqtError):
+    """Disk, memory or permission missing (exit 5)."""
+
+    exit_code = 5
+
+
+class BackendError(SpqtError):
+    """The device, its driver or MLX failed (exit 6)."""
+
+    exit_code = 6
+
+
+class BusyError(SpqtError):
+    """The output exists or another run owns it (exit 7)."""
+
+    exit_code = 7

@@ -1,0 +1,118 @@
+"""ZigzagLinear: the layer that mlx-lm's models call, dense for many rows and sparse for one.
+
+It knows kernels and thresholds; it does not know models, files or the mlx-lm hook.
+"""
+
+from typing import Any, Self
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from spqt_cli import activity, kernels, layout
+
+
+class ZigzagLinear(nn.QuantizedLinear):
+    """A linear layer in the Zigzag layout.
+
+    weight: (bands, inputs, band * bits / 32) uint32; scales, biases: (bands, inputs, band / group_size);
+    bias: (outputs,) or absent. A subclass of QuantizedLinear, so that mlx-lm's size accounting works
+    and its training tools refuse the layer instead of passing over it.
+    """
+
+    mode = "zigzag"
+
+    def __init__(self, outputs: int, bits: int, group_size: int, band: int) -> None:
+        nn.Module.__init__(self)
+        self.outputs, self.bits, self.group_size, self.band = outputs, bits, group_size, band
+        self._threshold: mx.array | None = None
+        self._siblings: SharedInput | None = None
+
+    @classmethod
+    def from_linear(  # type: ignore[override]
+        cls, linear: nn.Linear, group_size: int, bits: int, *, spqt: dict[str, Any] | None = None
+    ) -> Self:
+        """A layer whose weights are `linear`'s, quantized when evaluated.
+
+        mlx-lm calls this on a layer with random weights and loads the packed ones over it, so nothing
+        may be evaluated here. spqt: the layer's entry in config.json: `band` and `threshold`.
+        """
+        entry = spqt or {}
+        outputs, _ = linear.weight.shape
+        band = entry.get("band") or layout.band_of(outputs, group_size)
+        layer = cls(outputs, bits, group_size, band)
+        layer.weight, layer.scales, layer.biases = layout.quantize(linear.weight, bits, group_size, band)
+        if "bias" in linear:
+            layer.bias = linear.bias
+        layer.set_threshold(entry.get("threshold"))
+        layer.freeze()
+        return layer
+
+    @property
+    def inputs(self) -> int:
+        return self.weight.shape[1]
+
+    @property
+    def threshold(self) -> mx.array | None:
+        """(1,) or (inputs,) float32, or None where the layer runs dense."""
+        return self._threshold
+
+    def set_threshold(self, threshold: float | mx.array | None) -> None:
+        """Skip channels below `threshold` in decode steps; None makes the layer dense."""
+        if threshold is not None:
+            threshold = mx.array(threshold, dtype=mx.float32).reshape(-1)
+            mx.eval(threshold)  # a lazy constant would belong to this thread's stream alone
+        self._threshold = threshold
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if self._threshold is None or x.size != x.shape[-1]:
+            return kernels.matmul(x, self)
+        if self._siblings is not None:
+            return self._siblings.output(x, self)
+        (y,), active = kernels.sparse_gemv(x, [self])
+        activity.record([self], active)
+        return y
+
+    def share_input(self, siblings: "SharedInput | None") -> None:
+        """Compute this layer together with the others of `siblings`, in one launch."""
+        self._siblings = siblings
+
+    def dequantized(self) -> mx.array:
+        """The matrix (outputs, inputs) that the packed weights stand for."""
+        return layout.dequantize(
+            self.weight,
+            self.scales,
+            self.biases,
+            outputs=self.outputs,
+            bits=self.bits,
+            group_size=self.group_size,
+        )
+
+    def _extra_repr(self) -> str:
+        return (
+            f"input_dims={self.inputs}, output_dims={self.outputs}, bias={'bias' in self}, "
+            f"group_size={self.group_size}, bits={self.bits}, mode={self.mode}, band={self.band}"
+        )
+
+
+class SharedInput:
+    """Projections that read the same input (q/k/v; gate/up) and so run in one launch.
+
+    The first one called computes all; the others fetch theirs, recognised by the identity of x, and
+    the results are dropped once fetched.
+    """
+
+    def __init__(self, layers: list[ZigzagLinear]) -> None:
+        self.layers = layers
+        self._x: mx.array | None = None
+        self._outputs: dict[int, mx.array] = {}
+
+    def output(self, x: mx.array, layer: ZigzagLinear) -> mx.array:
+        if x is not self._x or id(layer) not in self._outputs:
+            outputs, active = kernels.sparse_gemv(x, self.layers)
+            activity.record(self.layers, active)
+            self._x = x
+            self._outputs = {id(one): y for one, y in zip(self.layers, outputs, strict=True)}
+        y = self._outputs.pop(id(layer))
+        if not self._outputs:
+            self._x = None
+        return y

@@ -1,0 +1,95 @@
+"""The Zigzag layout: groups along the outputs, bands of outputs stored one after another.
+
+The only file that knows the order of weights. Band `b` holds outputs `b * band` to `(b + 1) * band`;
+`weight[b, k]` is the packed chunk of input channel `k` in that band, contiguous and so skippable.
+It knows nothing of models, files or devices.
+
+Source: the Zigzag layout of arXiv 2511.04477, section 4, with a band wider than one group.
+"""
+
+import mlx.core as mx
+
+BITS = (2, 3, 4, 5, 6, 8)
+GROUP_SIZES = (32, 64, 128)
+MAX_BAND = 4096  # outputs: as wide as paid on CPU and GPU (metal/README.md has the sweep)
+MIN_BAND = 1024  # outputs: below this the lines of scales are hardly ever skipped
+
+
+def band_of(outputs: int, group_size: int) -> int:
+    """The number of consecutive outputs stored together, for a layer of `outputs` rows."""
+    groups = -(-outputs // group_size)
+    rows = groups * group_size
+    fits = [d for d in range(1, groups + 1) if groups % d == 0 and d * group_size <= MAX_BAND]
+    band = max(fits, default=1) * group_size
+    if band >= min(rows, MIN_BAND):
+        return band
+    bands = -(-rows // MAX_BAND)
+    return -(-groups // bands) * group_size
+
+
+def packed_shapes(
+    outputs: int, inputs: int, bits: int, group_size: int, band: int
+) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """The shapes of `weight` (uint32) and of `scales` and `biases` for a (outputs, inputs) matrix."""
+    bands = -(-outputs // band)
+    return (bands, inputs, band * bits // 32), (bands, inputs, band // group_size)
+
+
+def quantize(w: mx.array, bits: int, group_size: int, band: int) -> tuple[mx.array, mx.array, mx.array]:
+    """The packed `weight`, `scales` and `biases` of a matrix; lazy.
+
+    w: (outputs, inputs), floating.
+    weight: (bands, inputs, band * bits / 32), uint32.
+    scales, biases: (bands, inputs, band / group_size), w's dtype; w ~ code * scale + bias.
+    Rows that fill the last band repeat the last output, which leaves every group's range as it was.
+    """
+    outputs, inputs = w.shape
+    bands = -(-outputs // band)
+    if missing := bands * band - outputs:
+        w = mx.concatenate([w, mx.broadcast_to(w[-1:], (missing, inputs))])
+    channels_first = w.reshape(bands, band, inputs).swapaxes(1, 2)
+    weight, scales, biases = mx.quantize(channels_first, group_size=group_size, bits=bits)
+    return weight, scales, biases
+
+
+def dequantize(
+    weight: mx.array, scales: mx.array, biases: mx.array, *, outputs: int, bits: int, group_size: int
+) -> mx.array:
+    """The matrix (outputs, inputs) that packed arrays stand for, in the dtype of `scales`."""
+    w = mx.dequantize(weight, scales, biases, group_size=group_size, bits=bits)
+    return w.swapaxes(1, 2).reshape(-1, weight.shape[1])[:outputs]
+
+
+def matmul(
+    x: mx.array,
+    weight: mx.array,
+    scales: mx.array,
+    biases: mx.array,
+    *,
+    outputs: int,
+    bits: int,
+    group_size: int,
+) -> mx.array:
+    """x @ W.T by MLX's own kernel: x (..., inputs) -> (..., outputs)."""
+    bands, inputs, _ = weight.shape
+    rows = x.reshape(1, -1, inputs)  # 3-D: a 2-D x would meet only band 0
+    y = mx.quantized_matmul(
+        rows, weight, scales, biases, transpose=False, group_size=group_size, bits=bits
+    )  # (bands, rows, band)
+    if bands > 1:
+        y = y.swapaxes(0, 1)
+    return y.reshape(rows.shape[1], -1)[:, :outputs].reshape(*x.shape[:-1], outputs)
+
+
+def mask(x: mx.array, threshold: mx.array) -> mx.array:
+    """x with its inactive channels set to zero.
+
+    A channel is active when not (|x| < threshold) in float32: threshold 0 keeps every channel and
+    NaN is active. x: (..., inputs); threshold: (1,) or (inputs,), float32.
+    """
+    return mx.where(inactive(x, threshold), mx.array(0, x.dtype), x)
+
+
+def inactive(x: mx.array, threshold: mx.array) -> mx.array:
+    """True where a channel is skipped; x's shape, bool. All backends compare exactly like this."""
+    return mx.abs(x.astype(mx.float32)) < threshold
