@@ -1,23 +1,13 @@
-"""Requirements of the installed package, derived from the one MLX pin in pyproject.toml.
+"""The MLX that is run is the MLX that was built against: one pin, in `build-system.requires`.
 
-A scikit-build-core metadata provider. It owns the list of run-time requirements and refuses
-to name an MLX version of its own: that stands in `build-system.requires`.
+A metadata provider of scikit-build-core; it adds MLX to the requirement lists of pyproject.toml and
+names no version of its own.
 """
 
 import re
 import tomllib
 from pathlib import Path
-
-ALWAYS = [
-    "mlx-lm==0.32.2",
-    "typer>=0.26",
-    "rich>=13",
-    "safetensors>=0.8,<0.9",
-    "gguf>=0.19,<0.20",
-    "filelock>=3.20",
-    "psutil>=7",
-]
-DEVELOPMENT = ["pytest>=9", "ruff==0.17.6", "mypy==2.4.1", "hypothesis>=6.170", "pytest-timeout>=2.4"]
+from typing import Any
 
 
 def mlx_version() -> str:
@@ -26,10 +16,10 @@ def mlx_version() -> str:
     return next(match[1] for line in requires if (match := re.fullmatch(r"mlx\[cpu\]==([\w.]+)", line)))
 
 
-def dynamic_metadata(field: str, settings: dict | None = None, project: dict | None = None):
-    """The value of `dependencies` or `optional-dependencies`."""
+def dynamic_metadata(settings: Any, project: Any) -> dict[str, Any]:
+    """MLX by platform: a plain requirement on Apple silicon, an extra elsewhere."""
     mlx = mlx_version()
-    if field == "dependencies":
-        return [*ALWAYS, f"mlx=={mlx}; platform_system == 'Darwin' and platform_machine == 'arm64'"]
-    extras = {name: [f"mlx[{name}]=={mlx}"] for name in ("cpu", "cuda12", "cuda13")}
-    return {**extras, "dev": DEVELOPMENT}
+    return {
+        "dependencies": [f"mlx=={mlx}; platform_system == 'Darwin' and platform_machine == 'arm64'"],
+        "optional-dependencies": {name: [f"mlx[{name}]=={mlx}"] for name in ("cpu", "cuda12", "cuda13")},
+    }
