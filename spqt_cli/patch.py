@@ -23,3 +23,30 @@ def _to_quantized(self: nn.Linear, group_size: Any = None, bits: Any = None, mod
     if mode == "zigzag":
         return ZigzagLinear.from_linear(self, group_size, bits, **kw)
     return _linear_to_quantized(self, group_size, bits, mode, **kw)
+
+
+def _cast_for_cpu(self: nn.Module, *args: Any, **kw: Any) -> nn.Module:
+    """Load weights; a Zigzag model on the CPU then computes in float32.
+
+    MLX's CPU build runs float16 and bfloat16 30 times slower than float32. The stored folder keeps
+    its dtype; the cast is lazy, so each array is converted as it is first read.
+    """
+    result = _load_weights(self, *args, **kw)
+    layers = zigzag_layers(self)
+    if layers and mx.default_device().type == mx.DeviceType.cpu:
+        self.set_dtype(mx.float32)
+    return result
+
+
+def zigzag_layers(model: nn.Module) -> dict[str, ZigzagLinear]:
+    """Path -> layer, for every Zigzag layer of a model."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, ZigzagLinear)}
+
+
+def install() -> None:
+    """Patch MLX's modules; doing it twice changes nothing."""
+    nn.Linear.to_quantized = _to_quantized
+    nn.Module.load_weights = _cast_for_cpu
+
+
+install()
