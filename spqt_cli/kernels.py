@@ -1,17 +1,18 @@
-"""Which backend multiplies, and the one call that does it.
+"""Which backend multiplies, and the calls that do it.
 
 The operation is `layout.matmul(layout.mask(x, threshold), ...)`; every backend computes exactly that.
-`gpu.py` holds the Metal and CUDA kernels, `cpu.py` the C++ extension; `stock`, here, is MLX's own
-matmul on the masked input: same mask, same numbers, no speed-up.
+`gpu.py` holds the Metal and CUDA kernels, `cpu.py` the C++ extension, `stock.py` MLX's own matmul.
 """
 
+import os
 from collections.abc import Sequence
 from functools import cache
+from types import ModuleType
 from typing import Any, NamedTuple, Protocol
 
 import mlx.core as mx
 
-from spqt_cli import layout
+from spqt_cli import stock
 
 
 class Projection(Protocol):
@@ -39,8 +40,35 @@ class Backend(NamedTuple):
 
 @cache
 def backend() -> Backend:
-    """The backend of this process, chosen once: the device's own kernels where they run."""
-    return Backend("stock", "no native kernel is built into this version")
+    """The backend of this process, chosen once: the default device's own kernels where they run.
+
+    SPQT_BACKEND=stock asks for MLX's own matmul, to compare with.
+    """
+    if os.environ.get("SPQT_BACKEND") == "stock":
+        return Backend("stock", "asked for by SPQT_BACKEND")
+    if mx.default_device().type == mx.DeviceType.gpu:
+        from spqt_cli import gpu
+
+        name, reason = gpu.status()
+        return Backend(name or "stock", reason)
+    from spqt_cli import cpu
+
+    usable, reason = cpu.status()
+    return Backend("cpu" if usable else "stock", reason)
+
+
+@cache
+def _implementation() -> ModuleType:
+    name = backend().name
+    if name == "cpu":
+        from spqt_cli import cpu
+
+        return cpu
+    if name in ("metal", "cuda"):
+        from spqt_cli import gpu
+
+        return gpu
+    return stock
 
 
 def sparse_gemv(x: mx.array, layers: Sequence[Projection]) -> tuple[list[mx.array], mx.array]:
@@ -50,29 +78,9 @@ def sparse_gemv(x: mx.array, layers: Sequence[Projection]) -> tuple[list[mx.arra
     Returns y per layer, (..., outputs) in x's dtype, and the number of active channels per layer,
     (len(layers),) uint32, which costs nothing unless somebody evaluates it.
     """
-    return _stock_gemv(x, layers)
+    return _implementation().sparse_gemv(x, layers)
 
 
 def matmul(x: mx.array, layer: Projection) -> mx.array:
     """x @ W.T + bias, all channels used: x (..., inputs) -> (..., outputs). Prefill and dense decode."""
-    return _stock_matmul(x, layer)
-
-
-def _stock_gemv(x: mx.array, layers: Sequence[Projection]) -> tuple[list[mx.array], mx.array]:
-    outputs = [_stock_matmul(layout.mask(x, layer.threshold), layer) for layer in layers]
-    active = mx.stack([x.size - layout.inactive(x, layer.threshold).sum() for layer in layers])
-    return outputs, active.astype(mx.uint32)
-
-
-def _stock_matmul(x: mx.array, layer: Projection) -> mx.array:
-    y = layout.matmul(
-        x,
-        layer.weight,
-        layer.scales,
-        layer.biases,
-        outputs=layer.outputs,
-        bits=layer.bits,
-        group_size=layer.group_size,
-    )
-    bias = layer.get("bias")
-    return y if bias is None else y + bias
+    return _implementation().matmul(x, layer)

@@ -108,10 +108,11 @@ class SharedInput:
 
     def output(self, x: mx.array, layer: ZigzagLinear) -> mx.array:
         if x is not self._x or id(layer) not in self._outputs:
-            outputs, active = kernels.sparse_gemv(x, self.layers)
-            activity.record(self.layers, active)
+            layers = [one for one in self.layers if one.threshold is not None]
+            outputs, active = kernels.sparse_gemv(x, layers)
+            activity.record(layers, active)
             self._x = x
-            self._outputs = {id(one): y for one, y in zip(self.layers, outputs, strict=True)}
+            self._outputs = {id(one): y for one, y in zip(layers, outputs, strict=True)}
         y = self._outputs.pop(id(layer))
         if not self._outputs:
             self._x = None

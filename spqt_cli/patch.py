@@ -1,7 +1,8 @@
 """The hook into mlx-lm: importing this module makes `mlx_lm.load` understand Zigzag layers.
 
 `nn.quantize` passes each layer's entry of config.json to `to_quantized`, so one wrapped method is a
-complete loader hook. Everything that leans on MLX's or mlx-lm's insides stands here.
+complete loader hook; a second one, on `load_weights`, sees the whole model once its weights are in.
+Everything that leans on MLX's or mlx-lm's insides stands here and in cpu_patch.py.
 """
 
 import os
@@ -10,32 +11,79 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from spqt_cli import kernels
+from spqt_cli import kernels, thresholds
+from spqt_cli.errors import UsageError
 from spqt_cli.layers import SharedInput, ZigzagLinear
 
-SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+# Names of sibling layers that read one input in mlx-lm's models. Where a model feeds them different
+# arrays all the same, SharedInput notices and the result stays right.
+SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 
 _linear_to_quantized = nn.Linear.to_quantized
 _load_weights = nn.Module.load_weights
 
 
 def _to_quantized(self: nn.Linear, group_size: Any = None, bits: Any = None, mode: str = "affine", **kw: Any):
-    if mode == "zigzag":
-        return ZigzagLinear.from_linear(self, group_size, bits, **kw)
-    return _linear_to_quantized(self, group_size, bits, mode, **kw)
+    if mode != "zigzag":
+        return _linear_to_quantized(self, group_size, bits, mode, **kw)
+    layer = ZigzagLinear.from_linear(self, group_size, bits, **kw)
+    sparsity, curve = _wished_sparsity(), (kw.get("spqt") or {}).get("curve")
+    if sparsity is not None and curve:
+        layer.set_threshold(thresholds.derive(curve, sparsity) if sparsity else None)
+    return layer
 
 
-def _cast_for_cpu(self: nn.Module, *args: Any, **kw: Any) -> nn.Module:
-    """Load weights; a Zigzag model on the CPU then computes in float32.
+def _wished_sparsity() -> float | None:
+    """SPQT_SPARSITY: another share to skip, where no flag of ours reaches (spqt mlx-lm ...)."""
+    text = os.environ.get("SPQT_SPARSITY")
+    if not text:
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 0.95:
+        raise UsageError(f"SPQT_SPARSITY={text!r} is not a number in 0 to 0.95", "0.25 skips a quarter")
+    return value
 
-    MLX's CPU build runs float16 and bfloat16 30 times slower than float32. The stored folder keeps
-    its dtype; the cast is lazy, so each array is converted as it is first read.
-    """
+
+def _load_weights_and_prepare(self: nn.Module, *args: Any, **kw: Any) -> nn.Module:
+    """Load weights; a model with Zigzag layers is then made ready for its backend."""
     result = _load_weights(self, *args, **kw)
-    layers = zigzag_layers(self)
-    if layers and mx.default_device().type == mx.DeviceType.cpu:
-        self.set_dtype(mx.float32)
+    if zigzag_layers(self):
+        _share_inputs(self)
+        if mx.default_device().type == mx.DeviceType.cpu:
+            _compute_in_float32(self)
     return result
+
+
+def _share_inputs(model: nn.Module) -> None:
+    """Let q/k/v and gate/up of one block run in one launch."""
+    for module in model.modules():
+        for names in SHARED_INPUTS:
+            siblings = [module.get(name) for name in names]
+            layers = [layer for layer in siblings if isinstance(layer, ZigzagLinear)]
+            if len(layers) > 1 and len({layer.inputs for layer in layers}) == 1:
+                shared = SharedInput(layers)
+                for layer in layers:
+                    layer.share_input(shared)
+
+
+def _compute_in_float32(model: nn.Module) -> None:
+    """Cast what is not packed to float32: MLX's CPU build runs 16-bit types 30 times slower.
+
+    Lazy, so each array is converted as it is first read; the stored folder keeps its dtype. Our own
+    kernels read 16-bit scales as they are, which is less to read.
+    """
+    native = kernels.backend().name == "cpu"
+    kept = {id(layer) for layer in zigzag_layers(model).values()} if native else set()
+    for module in model.modules():
+        for name, value in module.items():
+            if not isinstance(value, mx.array) or not mx.issubdtype(value.dtype, mx.floating):
+                continue
+            if id(module) in kept and name in ("scales", "biases"):
+                continue
+            module[name] = value.astype(mx.float32)
 
 
 def zigzag_layers(model: nn.Module) -> dict[str, ZigzagLinear]:
@@ -46,7 +94,7 @@ def zigzag_layers(model: nn.Module) -> dict[str, ZigzagLinear]:
 def install() -> None:
     """Patch MLX's modules; doing it twice changes nothing."""
     nn.Linear.to_quantized = _to_quantized
-    nn.Module.load_weights = _cast_for_cpu
+    nn.Module.load_weights = _load_weights_and_prepare
 
 
 install()

@@ -1,0 +1,235 @@
+"""Text from a prompt: mlx-lm's own loop, with counts of what was really skipped.
+
+It knows prompts, sampling and stop strings; the loop, cache and detokenizer are mlx-lm's.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from spqt_cli import activity, kernels, model
+from spqt_cli.errors import BackendError, SpqtError, UsageError
+
+CHECK_EVERY = 32  # tokens between looks at the log-probabilities: a look waits for the device
+
+
+@dataclass
+class Sampling:
+    """How the next token is drawn; names and meanings are mlx-lm's. temp 0 takes the likeliest."""
+
+    temp: float = 0.0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    top_k: int = 0
+    min_tokens_to_keep: int = 1
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.0
+    repetition_penalty: float | None = None
+    seed: int | None = None
+
+
+@dataclass
+class Prompt:
+    """What to answer. text: the user's words; the rest steers the chat template, as in mlx-lm."""
+
+    text: str
+    system: str | None = None
+    prefill: str | None = None
+    ignore_chat_template: bool = False
+    template_config: str | None = None
+
+
+@dataclass
+class Options:
+    """Length, stops and cache of one generation; cache settings are mlx-lm's."""
+
+    max_tokens: int = 256
+    stop: Sequence[str] = ()
+    extra_eos_tokens: Sequence[str] = ()
+    cache: dict[str, Any] = field(default_factory=dict)
+    draft: Any = None
+
+
+@dataclass
+class Statistics:
+    """What one generation did. Rates in tokens per second, sizes in bytes, sparsity 0 to 1."""
+
+    prompt_tokens: int
+    prompt_tps: float
+    generation_tokens: int
+    generation_tps: float
+    peak_memory_bytes: float
+    backend: str
+    backend_reason: str
+    sparsity: float
+    weight_bytes_per_token: float
+    dense_weight_bytes_per_token: float
+    finish_reason: str | None
+    note: str = ""
+
+    def line(self) -> str:
+        """One line for people."""
+        return (
+            f"prompt {self.prompt_tokens} tokens, {self.prompt_tps:.1f} tok/s | "
+            f"generation {self.generation_tokens} tokens, {self.generation_tps:.1f} tok/s | "
+            f"peak memory {self.peak_memory_bytes / 1e9:.2f} GB | backend {self.backend} | "
+            f"skipped {self.sparsity:.1%} of the Zigzag weights | "
+            f"{self.weight_bytes_per_token / 1e6:.1f} MB of weights a token "
+            f"(dense {self.dense_weight_bytes_per_token / 1e6:.1f})"
+        )
+
+
+def encode(loaded: model.Loaded, prompt: Prompt) -> list[int]:
+    """Token ids of a prompt, the chat template applied as mlx-lm applies it.
+
+    Raises UsageError for an empty prompt, SpqtError when template or context do not take it.
+    """
+    if not prompt.text.strip():
+        raise UsageError("the prompt is empty", 'give one: --prompt "Hello", or pipe text in')
+    tokenizer = loaded.tokenizer
+    if prompt.ignore_chat_template or not tokenizer.has_chat_template:
+        tokens = tokenizer.encode(prompt.text)
+    else:
+        tokens = tokenizer.encode(_templated(tokenizer, prompt), add_special_tokens=False)
+    limit = context_tokens(loaded.config)
+    if limit is not None and len(tokens) >= limit:
+        raise SpqtError(f"the prompt has {len(tokens)} tokens, the model's context {limit}", "shorten it")
+    return tokens
+
+
+def _templated(tokenizer: Any, prompt: Prompt) -> str:
+    messages = [{"role": "system", "content": prompt.system}] if prompt.system is not None else []
+    messages.append({"role": "user", "content": prompt.text})
+    prefilled = prompt.prefill is not None
+    if prefilled:
+        messages.append({"role": "assistant", "content": prompt.prefill})
+    try:
+        config = json.loads(prompt.template_config) if prompt.template_config else {}
+        if not isinstance(config, dict):
+            raise ValueError("not an object")
+    except ValueError as error:
+        raise UsageError(f"--chat-template-config is not a JSON object: {error}") from None
+    try:
+        return tokenizer.apply_chat_template(
+            messages,
+            tokenize=False,
+            continue_final_message=prefilled,
+            add_generation_prompt=not prefilled,
+            **config,
+        )
+    except Exception as error:  # a template is the model's code: it may raise anything
+        raise SpqtError(f"the chat template failed: {error}", "try --ignore-chat-template") from error
+
+
+def context_tokens(config: dict[str, Any]) -> int | None:
+    """The model's context length in tokens, None where config.json does not say."""
+    for section in (config, config.get("text_config") or {}):
+        value = section.get("max_position_embeddings")
+        if isinstance(value, int) and value > 0:
+            return value
+    return None
+
+
+def stream(loaded: model.Loaded, tokens: list[int], sampling: Sampling, options: Options) -> Iterator[Any]:
+    """Pieces of text as they come (str), then the Statistics of the run, last."""
+    import mlx.core as mx
+    import mlx_lm
+
+    if options.max_tokens == 0 or options.max_tokens < -1:
+        raise UsageError(f"--max-tokens {options.max_tokens}: nothing to do", "-1 means no limit")
+    if sampling.seed is not None:
+        mx.random.seed(sampling.seed)
+    for name in options.extra_eos_tokens:
+        loaded.tokenizer.add_eos_token(name)
+    arguments = _loop_arguments(loaded, sampling, options)
+    mx.reset_peak_memory()
+    gate, response, stopped = StopStrings(options.stop), None, False
+    with activity.counting() as counter:
+        for response in mlx_lm.stream_generate(loaded.model, loaded.tokenizer, tokens, **arguments):
+            if response.generation_tokens % CHECK_EVERY == 1 or response.finish_reason:
+                _check_finite(response)
+            text, stopped = gate.push(response.text)
+            if text:
+                yield text
+            if stopped:
+                break
+    if not stopped and (rest := gate.flush()):
+        yield rest
+    yield _statistics(loaded, response, counter, "stop string" if stopped else None)
+
+
+def _loop_arguments(loaded: model.Loaded, sampling: Sampling, options: Options) -> dict[str, Any]:
+    from mlx_lm.sample_utils import make_logits_processors, make_sampler
+
+    tokenizer = loaded.tokenizer
+    sampler = make_sampler(
+        sampling.temp,
+        sampling.top_p,
+        sampling.min_p,
+        sampling.min_tokens_to_keep,
+        top_k=sampling.top_k,
+        xtc_probability=sampling.xtc_probability,
+        xtc_threshold=sampling.xtc_threshold,
+        xtc_special_tokens=tokenizer.encode("\n") + list(tokenizer.eos_token_ids),
+    )
+    arguments = {"max_tokens": options.max_tokens, "sampler": sampler, **options.cache}
+    if sampling.repetition_penalty is not None:
+        arguments["logits_processors"] = make_logits_processors(repetition_penalty=sampling.repetition_penalty)
+    if options.draft is not None:
+        arguments["draft_model"] = options.draft
+    return arguments
+
+
+def _check_finite(response: Any) -> None:
+    if not math.isfinite(response.logprobs[response.token].item()):
+        raise BackendError("the model's output is not finite (NaN or infinity)", "try --dense, or convert again")
+
+
+def _statistics(loaded: model.Loaded, response: Any, counter: activity.Counter, reason: str | None) -> Statistics:
+    read, dense, skipped = model.touched_bytes(loaded, counter.densities())
+    backend = kernels.backend()
+    return Statistics(
+        prompt_tokens=response.prompt_tokens,
+        prompt_tps=response.prompt_tps,
+        generation_tokens=response.generation_tokens,
+        generation_tps=response.generation_tps,
+        peak_memory_bytes=response.peak_memory * 1e9,
+        backend=backend.name,
+        backend_reason=backend.reason,
+        sparsity=skipped,
+        weight_bytes_per_token=read,
+        dense_weight_bytes_per_token=dense,
+        finish_reason=reason or response.finish_reason,
+        note=loaded.note,
+    )
+
+
+class StopStrings:
+    """Holds back text that may be the beginning of a stop string, across pieces."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self.stops = [stop for stop in stops if stop]
+        self._held = ""
+
+    def push(self, piece: str) -> tuple[str, bool]:
+        """(text that may be shown, whether a stop string was met)."""
+        if not self.stops:
+            return piece, False
+        self._held += piece
+        found = [at for stop in self.stops if (at := self._held.find(stop)) >= 0]
+        if found:
+            text, self._held = self._held[: min(found)], ""
+            return text, True
+        keep = max(
+            (n for stop in self.stops for n in range(1, len(stop)) if self._held.endswith(stop[:n])), default=0
+        )
+        cut = len(self._held) - keep
+        text, self._held = self._held[:cut], self._held[cut:]
+        return text, False
+
+    def flush(self) -> str:
+        """What is still held when generation ends."""
+        text, self._held = self._held, ""
+        return text

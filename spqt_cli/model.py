@@ -1,0 +1,165 @@
+"""Loading a converted model: the folder is checked first, mlx-lm does the rest.
+
+It knows folders and thresholds; it does not know prompts or the command line.
+"""
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.nn as nn
+
+from spqt_cli import format, identity, kernels, source, thresholds
+from spqt_cli.errors import SpqtError
+from spqt_cli.patch import zigzag_layers
+
+
+@dataclass
+class Loaded:
+    """A model ready to run.
+
+    sparsity: the share of channels that its thresholds aim to skip, None when it runs dense.
+    note: one line for people when that is not simply what the calibration says.
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    config: dict[str, Any]
+    folder: Path
+    sparsity: float | None
+    note: str = ""
+
+
+def load(
+    path: str | Path,
+    *,
+    sparsity: float | None = None,
+    dense: bool = False,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    adapter_path: str | None = None,
+) -> Loaded:
+    """A converted model from a folder or hub id, with its tokenizer.
+
+    sparsity: derive thresholds for this share from the stored curves instead of the calibrated ones.
+    dense: skip nothing.
+    Raises SpqtError when the folder is damaged, was edited, or is not a converted model.
+    """
+    import mlx_lm
+
+    folder = source.local_folder(str(path), revision=revision)
+    config = identity.check_model(folder, trust_remote_code=trust_remote_code)
+    with plain_path(folder) as readable:
+        model, tokenizer = mlx_lm.load(
+            str(readable),
+            tokenizer_config={"trust_remote_code": trust_remote_code},
+            adapter_path=adapter_path,
+            trust_remote_code=trust_remote_code,
+        )
+    loaded = Loaded(model, tokenizer, config, folder, None)
+    _set_thresholds(loaded, sparsity, dense)
+    return loaded
+
+
+def _set_thresholds(loaded: Loaded, sparsity: float | None, dense: bool) -> None:
+    calibration = loaded.config["spqt"].get("calibration")
+    if calibration is None:
+        loaded.note = f"no thresholds yet, so nothing is skipped; run: spqt calibrate {loaded.folder}"
+        if sparsity is not None and not dense:
+            raise SpqtError(
+                f"{loaded.folder} has no thresholds to derive {sparsity:.0%} from",
+                f"spqt calibrate {loaded.folder} --sparsity {sparsity}",
+            )
+    elif dense:
+        set_sparsity(loaded, 0)
+    elif sparsity is None:
+        loaded.sparsity = calibration["sparsity"]
+    else:
+        set_sparsity(loaded, sparsity)
+
+
+def set_sparsity(loaded: Loaded, sparsity: float) -> None:
+    """Skip another share of the channels: the calibrated thresholds, or ones derived from the curves.
+
+    sparsity: 0 to 0.95; 0 runs dense.
+    """
+    calibrated = (loaded.config["spqt"].get("calibration") or {}).get("sparsity")
+    loaded.note = ""
+    entries = format.entries(loaded.config)
+    for path, layer in zigzag_layers(loaded.model).items():
+        entry = entries[path]["spqt"]
+        if not sparsity:
+            layer.set_threshold(None)
+        elif sparsity == calibrated:
+            layer.set_threshold(entry["threshold"])
+        else:
+            layer.set_threshold(thresholds.derive(entry["curve"], sparsity))
+    if sparsity and sparsity != calibrated:
+        loaded.note = (
+            f"thresholds for {sparsity:.0%} derived from the stored curves (calibrated: {calibrated:.0%})"
+        )
+    loaded.sparsity = sparsity or None
+
+
+@contextlib.contextmanager
+def plain_path(folder: Path) -> Iterator[Path]:
+    """A path to `folder` without glob characters: mlx-lm finds its shards by an unescaped glob."""
+    if not set("[]*?") & set(str(folder)):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        link = Path(temporary) / "model"
+        link.symlink_to(folder.resolve())
+        yield link
+
+
+def weight_bytes(model: nn.Module, config: dict[str, Any]) -> tuple[float, dict[int, int]]:
+    """Bytes of weights that a dense decode step reads: of all other layers, and per Zigzag layer by id.
+
+    Of a mixture of experts only the chosen experts count; of an embedding that is not also the head,
+    nothing (one row).
+    """
+    zigzag = {
+        id(layer): layer.weight.nbytes + layer.scales.nbytes + layer.biases.nbytes
+        for layer in zigzag_layers(model).values()
+    }
+    other = 0.0
+    tied = config.get("tie_word_embeddings", False) or not hasattr(model, "lm_head")
+    for path, module in model.named_modules():
+        if isinstance(module, (nn.Embedding, nn.QuantizedEmbedding)) and not tied:
+            continue
+        arrays = [value for value in module.values() if hasattr(value, "nbytes")]
+        size = sum(array.nbytes for array in arrays)
+        if id(module) in zigzag:
+            size -= zigzag[id(module)]
+        if "switch_mlp" in path or "experts" in path.split("."):
+            size = int(size * _experts_share(config))
+        other += size
+    return other, zigzag
+
+
+def _experts_share(config: dict[str, Any]) -> float:
+    config = {**config, **(config.get("text_config") or {})}
+    chosen = config.get("num_experts_per_tok") or config.get("top_k_experts")
+    total = next(
+        (config[key] for key in ("num_experts", "num_local_experts", "n_routed_experts") if config.get(key)), None
+    )
+    return chosen / total if chosen and total else 1.0
+
+
+def touched_bytes(loaded: Loaded, densities: list[tuple[Any, float]]) -> tuple[float, float, float]:
+    """(bytes of weights read per token, bytes of a dense step, share of Zigzag weights skipped)."""
+    other, zigzag = weight_bytes(loaded.model, loaded.config)
+    density = {id(layer): value for layer, value in densities}
+    read = sum(size * density.get(key, 1.0) for key, size in zigzag.items())
+    dense = sum(zigzag.values())
+    return other + read, other + dense, 1 - read / dense if dense else 0.0
+
+
+def backend_line() -> str:
+    """The backend in use and why, for the stats line."""
+    backend = kernels.backend()
+    return f"backend {backend.name} ({backend.reason})"

@@ -1,0 +1,38 @@
+"""`spqt mlx-lm ...`: mlx-lm's own command line on converted models."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from spqt_cli.errors import UsageError
+
+# Flags of mlx-lm's commands that name a model to load.
+MODEL_FLAGS = ("--model", "--draft-model")
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Patch mlx-lm, check the models that the command names, hand over.
+
+    Raises SpqtError for a damaged or edited converted folder; anything else is mlx-lm's.
+    """
+    if not arguments:
+        raise UsageError("which mlx-lm command?", "spqt mlx-lm server --model DIR; spqt mlx-lm --help lists them")
+    from spqt_cli import format, identity, patch
+
+    for path in _models(arguments):
+        if path.is_dir() and "spqt" in format.read_config(path):
+            identity.check_model(path)
+    patch.install()
+    sys.argv = ["mlx_lm", *arguments]
+    from mlx_lm import cli
+
+    cli.main()
+
+
+def _models(arguments: Sequence[str]) -> list[Path]:
+    found = []
+    for at, argument in enumerate(arguments):
+        name, _, value = argument.partition("=")
+        if name in MODEL_FLAGS:
+            found.append(Path(value if value else (arguments[at + 1 : at + 2] or [""])[0]))
+    return [path for path in found if str(path) != "."]
