@@ -1,0 +1,133 @@
+"""Tiny seeded models for tests: an HF checkpoint with a tokenizer, and the same converted."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from mlx.utils import tree_flatten
+
+VOCAB = 512
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 160,  # no multiple of 64: its band is padded
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": 512,
+    "torch_dtype": "float32",
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True},
+    "qwen2": {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "tie_word_embeddings": False},
+    "gemma3": {
+        "model_type": "gemma3_text",
+        "architectures": ["Gemma3ForCausalLM"],
+        "tie_word_embeddings": True,
+        "query_pre_attn_scalar": 16,
+        "sliding_window": 64,
+        "sliding_window_pattern": 2,
+        "rope_local_base_freq": 10000.0,
+    },
+}
+
+
+def tiny_config(arch: str, **changes: Any) -> dict[str, Any]:
+    """config.json of a tiny model of that architecture."""
+    return {**SIZES, **ARCHITECTURES[arch], **changes}
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A byte-level BPE tokenizer of VOCAB entries, trained on a few lines, with a chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB,
+        special_tokens=["<pad>", "<s>", "</s>", "<|user|>", "<|assistant|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    lines = ["the quick brown fox jumps over the lazy dog", "pack my box with five dozen liquor jugs"] * 20
+    tokenizer.train_from_iterator(lines, trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    template = (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "pad_token": "<pad>",
+        "chat_template": template,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def random_weights(config: dict[str, Any], seed: int, dtype: mx.Dtype = mx.float32) -> dict[str, mx.array]:
+    """Seeded weights of a model, named as in its checkpoint; a few input channels stand out."""
+    from mlx_lm.utils import _get_classes
+
+    model_class, args_class = _get_classes(config)
+    model = model_class(args_class.from_dict(config))
+    mx.random.seed(seed)
+    weights = {}
+    for name, value in tree_flatten(model.parameters()):
+        if "norm" in name:
+            weights[name] = mx.random.uniform(0.2, 2.0, value.shape).astype(dtype)
+        else:
+            scale = 0.05 if name.endswith("bias") else value.shape[-1] ** -0.5
+            weights[name] = (mx.random.normal(value.shape) * scale).astype(dtype)
+    return weights
+
+
+def tiny_checkpoint(
+    folder: Path, arch: str = "llama", seed: int = 0, dtype: mx.Dtype = mx.float32, **changes: Any
+) -> Path:
+    """Write a tiny HF checkpoint into `folder` (made if missing) and return it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = tiny_config(arch, **changes)
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = random_weights(config, seed, dtype)
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "pt"})
+    write_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny llama checkpoint, shared: don't write to it."""
+    return tiny_checkpoint(tmp_path_factory.mktemp("source") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def converted(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint converted (4 bits, group 32), not calibrated; shared: don't write to it."""
+    from spqt_cli import convert
+
+    output = tmp_path_factory.mktemp("converted") / "tiny-llama-spqt"
+    convert.convert(str(checkpoint), output, convert.ConvertOptions(bits=4, group_size=32))
+    return output
+
+
+@pytest.fixture(scope="session")
+def calibrated(converted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The converted model with thresholds for 40 %; shared: don't write to it."""
+    import shutil
+
+    from spqt_cli import calibrate
+
+    output = tmp_path_factory.mktemp("calibrated") / "tiny-llama-spqt"
+    shutil.copytree(converted, output)
+    calibrate.calibrate(output, calibrate.CalibrateOptions(sparsity=0.4, tokens=1024), lambda *_: None)
+    return output
