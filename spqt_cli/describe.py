@@ -1,0 +1,70 @@
+"""What a converted folder holds, read from config.json and the shards' headers alone."""
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spqt_cli import format, identity, source
+
+
+@dataclass
+class Summary:
+    """Sizes in bytes; `kinds`: layers per (bits, group size); `calibration`: what it says, or None."""
+
+    folder: Path
+    model_type: str
+    layers: int
+    kinds: dict[str, int]
+    zigzag_bytes: int
+    other_bytes: int
+    calibration: dict[str, Any] | None
+
+    def text(self) -> str:
+        """A few lines for people."""
+        total = self.zigzag_bytes + self.other_bytes
+        kinds = ", ".join(f"{count} x {kind}" for kind, count in self.kinds.items())
+        lines = [
+            f"{self.folder}: {self.model_type}, {self.layers} Zigzag layers ({kinds})",
+            f"weights {total / 1e6:.1f} MB, of which Zigzag {self.zigzag_bytes / total:.0%}",
+        ]
+        if self.calibration is None:
+            lines.append(f"not calibrated: decoding is dense; run: spqt calibrate {self.folder}")
+        else:
+            wanted = ("method", "sparsity", "realised_sparsity", "tokens", "text")
+            facts = [f"{key} {self.calibration[key]}" for key in wanted if key in self.calibration]
+            lines.append("calibrated: " + ", ".join(facts))
+        return "\n".join(lines)
+
+
+def describe(path: str, revision: str | None = None) -> Summary:
+    """The summary of a converted folder or hub id."""
+    from safetensors import safe_open
+
+    folder = source.local_folder(path, revision=revision)
+    config = identity.check_model(folder)
+    entries = format.entries(config)
+    zigzag = other = 0
+    for shard in config["spqt"]["shards"]:
+        with safe_open(str(folder / shard), framework="numpy") as file:
+            for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
+                part = file.get_slice(name)
+                size = _bytes(part.get_dtype(), part.get_shape())
+                if name.rpartition(".")[0] in entries:
+                    zigzag += size
+                else:
+                    other += size
+    kinds = Counter(f"{entry['bits']} bits, group {entry['group_size']}" for entry in entries.values())
+    calibration = config["spqt"].get("calibration")
+    if calibration is not None:
+        calibration = {key: value for key, value in calibration.items() if not isinstance(value, (dict, list))}
+    return Summary(
+        folder, str(config.get("model_type")), len(entries), dict(kinds), zigzag, other, calibration
+    )
+
+
+def _bytes(dtype: str, shape: list[int]) -> int:
+    size = int("".join(character for character in dtype.split("_")[0] if character.isdigit()) or 8) // 8
+    for length in shape:
+        size *= length
+    return size
