@@ -90,7 +90,9 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads: nothing to report
         sys.exit(0)
     except MemoryError as error:
-        _fail(SpqtError("out of memory", "close other programs, or use a smaller model"), 5, debug, wants_json)
+        _fail(
+            SpqtError("out of memory", "close other programs, or use a smaller model"), 5, debug, wants_json
+        )
         raise error
     except Exception as error:  # the last line of defence: ours to mend, not the user's
         _bug(error, debug, wants_json)

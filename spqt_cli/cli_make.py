@@ -30,10 +30,17 @@ def progress(quiet: bool) -> Iterator[Callable[[float, float, str], None]]:
     elif not console.is_terminal:
         yield _plain_lines()
     else:
-        columns = (BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn(), TimeRemainingColumn())
+        columns = (
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
         with Progress(TextColumn("{task.description}"), *columns, console=console, transient=True) as bar:
             task = bar.add_task("", total=None)
-            yield lambda done, total, what: bar.update(task, completed=done, total=total, description=what[-40:])
+            yield lambda done, total, what: bar.update(
+                task, completed=done, total=total, description=what[-40:]
+            )
 
 
 def _plain_lines() -> Callable[[float, float, str], None]:
@@ -52,25 +59,37 @@ def _plain_lines() -> Callable[[float, float, str], None]:
 
 def as_json(value: Any) -> str:
     """A result (dataclass, Path and all) as one line of JSON."""
-    plain = dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
+    plain = (
+        dataclasses.asdict(value)
+        if dataclasses.is_dataclass(value) and not isinstance(value, type)
+        else value
+    )
     return json.dumps(plain, default=str)
 
 
 def convert(
     model: Annotated[str | None, typer.Argument(help="HF folder, hub id (org/name) or .gguf file.")] = None,
-    hf_path: Annotated[str | None, typer.Option("--hf-path", "--model", help="The same, as an option.")] = None,
+    hf_path: Annotated[
+        str | None, typer.Option("--hf-path", "--model", help="The same, as an option.")
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("--mlx-path", "-o", help="Folder to write; it must not exist.")
     ] = None,
     q_bits: Annotated[int | None, typer.Option(help="Bits per weight: 2, 3, 4, 5, 6 or 8.")] = None,
     q_group_size: Annotated[int | None, typer.Option(help="Outputs per scale: 32, 64 or 128.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float16, bfloat16 or float32 for what stays unquantized.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float16, bfloat16 or float32 for what stays unquantized.")
+    ] = None,
     preset: Annotated[str, typer.Option(help="default, small, fast, exact or a .toml file.")] = "default",
     revision: Revision = None,
-    allow_requantize: Annotated[bool, typer.Option(help="Accept a source that is quantized already.")] = False,
+    allow_requantize: Annotated[
+        bool, typer.Option(help="Accept a source that is quantized already.")
+    ] = False,
     trust_remote_code: Trust = False,
     upload_repo: Annotated[str | None, typer.Option(help="Hub repository to upload the result to.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")
+    ] = False,
     force: Annotated[bool, typer.Option(help="Go on although memory looks short.")] = False,
     quiet: Quiet = False,
     json_output: Json = False,
@@ -82,7 +101,7 @@ def convert(
     if (model is None) == (hf_path is None):
         raise UsageError("convert takes one source", "spqt convert FOLDER_OR_HUB_ID_OR_GGUF")
     source = model or hf_path
-    assert source is not None  # noqa: S101 - the check above says so
+    assert source is not None
     wishes = presets.merged(presets.load_preset(preset), bits=q_bits, group_size=q_group_size)
     options = converter.ConvertOptions(
         bits=wishes.bits or 4,
@@ -113,7 +132,9 @@ def convert(
 def calibrate(
     model: Annotated[Path, typer.Argument(help="A converted folder.")],
     sparsity: Annotated[float | None, typer.Option(help="Share of channels to skip, 0 to 0.95.")] = None,
-    data: Annotated[Path | None, typer.Option(help="UTF-8 text; default: the text that ships with spqt.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="UTF-8 text; default: the text that ships with spqt.")
+    ] = None,
     tokens: Annotated[int | None, typer.Option(help="Tokens of text to run.")] = None,
     method: Annotated[str | None, typer.Option(help="How sparsity is shared out over the layers.")] = None,
     seed: Annotated[int, typer.Option(help="Which windows of the text are used.")] = 0,
@@ -128,12 +149,16 @@ def calibrate(
 
     if remove:
         calibrator.remove(model)
-        typer.echo(as_json({"removed": True}) if json_output else f"{model}: thresholds removed, decoding is dense")
+        typer.echo(
+            as_json({"removed": True}) if json_output else f"{model}: thresholds removed, decoding is dense"
+        )
         return
     wishes = presets.merged(presets.load_preset(preset), sparsity=sparsity, tokens=tokens, method=method)
     options = calibrator.CalibrateOptions(data=data, seed=seed)
     chosen = {"sparsity": wishes.sparsity, "tokens": wishes.tokens, "method": wishes.method}
-    options = dataclasses.replace(options, **{key: value for key, value in chosen.items() if value is not None})
+    options = dataclasses.replace(
+        options, **{key: value for key, value in chosen.items() if value is not None}
+    )
     with progress(quiet or json_output) as on_progress:
         result = calibrator.calibrate(model, options, on_progress)
     if json_output:

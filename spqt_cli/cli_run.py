@@ -23,7 +23,9 @@ def generate(
     prompt_file: Annotated[Path | None, typer.Option("--prompt-file", "-f", help="A UTF-8 file.")] = None,
     system_prompt: Annotated[str | None, typer.Option(help="System turn of the chat template.")] = None,
     prefill_response: Annotated[str | None, typer.Option(help="Beginning of the answer.")] = None,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", "-m", help="Most tokens to write; -1: no limit.")] = 256,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", "-m", help="Most tokens to write; -1: no limit.")
+    ] = 256,
     dense: Annotated[bool, typer.Option("--dense", help="Skip nothing, for comparison.")] = False,
     sparsity: Sparsity = None,
     temp: Annotated[float, typer.Option(help="Temperature; 0 takes the likeliest token.")] = 0.0,
@@ -37,11 +39,17 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="Seed of the sampler.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End at this text; repeatable.")] = None,
     extra_eos_token: Annotated[list[str] | None, typer.Option(help="End at this token; repeatable.")] = None,
-    ignore_chat_template: Annotated[bool, typer.Option("--ignore-chat-template", help="Send the raw prompt.")] = False,
-    chat_template_config: Annotated[str | None, typer.Option(help="JSON object for the chat template.")] = None,
+    ignore_chat_template: Annotated[
+        bool, typer.Option("--ignore-chat-template", help="Send the raw prompt.")
+    ] = False,
+    chat_template_config: Annotated[
+        str | None, typer.Option(help="JSON object for the chat template.")
+    ] = None,
     max_kv_size: Annotated[int | None, typer.Option(help="Longest key-value cache, in tokens.")] = None,
     prefill_step_size: Annotated[int, typer.Option(help="Prompt tokens run at a time.")] = 2048,
-    kv_bits: Annotated[int | None, typer.Option(help="Quantize the key-value cache to this many bits.")] = None,
+    kv_bits: Annotated[
+        int | None, typer.Option(help="Quantize the key-value cache to this many bits.")
+    ] = None,
     kv_group_size: Annotated[int, typer.Option(help="Group size of the quantized cache.")] = 64,
     quantized_kv_start: Annotated[int, typer.Option(help="First token of the quantized cache.")] = 5000,
     adapter_path: Annotated[str | None, typer.Option(help="LoRA adapters (not on Zigzag layers).")] = None,
@@ -55,7 +63,9 @@ def generate(
     """Write text from a prompt, decoding sparsely."""
     text = _prompt_text(prompt, prompt_file)
     if max_tokens == 0 or max_tokens < -1:
-        raise UsageError(f"--max-tokens {max_tokens}: nothing to do", "give a positive number, or -1 for no limit")
+        raise UsageError(
+            f"--max-tokens {max_tokens}: nothing to do", "give a positive number, or -1 for no limit"
+        )
     _check_sparsity(sparsity)
     from spqt_cli import generate as generator
     from spqt_cli import model as models
@@ -68,7 +78,9 @@ def generate(
         trust_remote_code=trust_remote_code,
         adapter_path=adapter_path,
     )
-    request = generator.Prompt(text, system_prompt, prefill_response, ignore_chat_template, chat_template_config)
+    request = generator.Prompt(
+        text, system_prompt, prefill_response, ignore_chat_template, chat_template_config
+    )
     sampling = generator.Sampling(
         temp=temp,
         top_p=top_p,
@@ -105,7 +117,9 @@ def _prompt_text(prompt: str | None, prompt_file: Path | None) -> str:
             data = prompt_file.read_bytes() if prompt_file else sys.stdin.buffer.read()
             text = data.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise SpqtError(f"{where} is not UTF-8: byte {error.start}", "convert the text to UTF-8") from None
+            raise SpqtError(
+                f"{where} is not UTF-8: byte {error.start}", "convert the text to UTF-8"
+            ) from None
         except OSError as error:
             raise SpqtError(f"{where} can't be read: {error.strerror}") from None
     if not text.strip():
@@ -134,7 +148,7 @@ def _print_stream(pieces: Any, quiet: bool, json_output: bool) -> None:
         else:
             sys.stdout.write(shown(piece))
             sys.stdout.flush()
-    assert statistics is not None  # noqa: S101 - the stream's contract
+    assert statistics is not None
     if json_output:
         typer.echo(json.dumps({"text": "".join(texts), **dataclasses.asdict(statistics)}))
         return
@@ -148,7 +162,9 @@ def _print_stream(pieces: Any, quiet: bool, json_output: bool) -> None:
 def compare(
     model: Model,
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="The prompt.")],
-    sparsity: Annotated[str, typer.Option(help="Shares to compare, comma-separated; 0 is dense.")] = "0,0.25,0.4",
+    sparsity: Annotated[
+        str, typer.Option(help="Shares to compare, comma-separated; 0 is dense.")
+    ] = "0,0.25,0.4",
     max_tokens: Annotated[int, typer.Option("--max-tokens", "-m", help="Tokens of each text.")] = 96,
     quiet: Quiet = False,
     json_output: Json = False,
@@ -175,7 +191,9 @@ def evaluate(
     model: Model,
     text: Annotated[Path, typer.Argument(help="A UTF-8 text that was not used to calibrate.")],
     windows: Annotated[int, typer.Option(help="Windows of the text to score.")] = 8,
-    sparsity: Annotated[str | None, typer.Option(help="A share, a list, or a sweep such as 0.1:0.7:0.1.")] = None,
+    sparsity: Annotated[
+        str | None, typer.Option(help="A share, a list, or a sweep such as 0.1:0.7:0.1.")
+    ] = None,
     baseline: Annotated[
         str | None, typer.Option(help="The unquantized source, to compare with as well.")
     ] = None,
@@ -192,7 +210,9 @@ def evaluate(
 
 
 def doctor(
-    selftest: Annotated[bool, typer.Option("--selftest", help="Run every kernel against its definition.")] = False,
+    selftest: Annotated[
+        bool, typer.Option("--selftest", help="Run every kernel against its definition.")
+    ] = False,
     json_output: Json = False,
 ) -> None:
     """Say what this machine has and which backend spqt uses; check its kernels."""

@@ -36,7 +36,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise SpqtError(f"{folder} has no {CONFIG}", "give a model folder, a hub id or a .gguf file") from None
+        raise SpqtError(
+            f"{folder} has no {CONFIG}", "give a model folder, a hub id or a .gguf file"
+        ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise SpqtError(f"{path} can't be read: {error}", "download or convert the model again") from None
     if not isinstance(config, dict):
@@ -98,12 +100,16 @@ def _check_entry(path: str, entry: dict[str, Any]) -> None:
     whole = all(isinstance(value, int) and not isinstance(value, bool) for value in (bits, group_size, band))
     if not whole or bits not in layout.BITS or group_size not in layout.GROUP_SIZES or not band:
         raise SpqtError(f"layer {path}: bad bits, group size or band", "convert the model again")
-    assert isinstance(band, int)  # noqa: S101 - `whole` says so; this tells the type checker
+    assert isinstance(band, int)
     if band < 0 or band % group_size:
-        raise SpqtError(f"layer {path}: band {band} is no multiple of {group_size}", "convert the model again")
+        raise SpqtError(
+            f"layer {path}: band {band} is no multiple of {group_size}", "convert the model again"
+        )
     numbers = [*(spqt.get("curve") or []), *([spqt["threshold"]] if "threshold" in spqt else [])]
     if not all(_is_threshold(number) for number in numbers):
-        raise SpqtError(f"layer {path}: thresholds must be finite and not negative", "run spqt calibrate again")
+        raise SpqtError(
+            f"layer {path}: thresholds must be finite and not negative", "run spqt calibrate again"
+        )
 
 
 def _is_threshold(value: Any) -> bool:

@@ -100,7 +100,7 @@ def encode(loaded: model.Loaded, prompt: Prompt) -> list[int]:
 
 
 def _templated(tokenizer: Any, prompt: Prompt) -> str:
-    messages = [{"role": "system", "content": prompt.system}] if prompt.system is not None else []
+    messages: list[dict[str, str | None]] = [{"role": "system", "content": prompt.system}] if prompt.system is not None else []
     messages.append({"role": "user", "content": prompt.text})
     prefilled = prompt.prefill is not None
     if prefilled:
@@ -176,7 +176,9 @@ def _loop_arguments(loaded: model.Loaded, sampling: Sampling, options: Options) 
     )
     arguments = {"max_tokens": options.max_tokens, "sampler": sampler, **options.cache}
     if sampling.repetition_penalty is not None:
-        arguments["logits_processors"] = make_logits_processors(repetition_penalty=sampling.repetition_penalty)
+        arguments["logits_processors"] = make_logits_processors(
+            repetition_penalty=sampling.repetition_penalty
+        )
     if options.draft is not None:
         arguments["draft_model"] = options.draft
     return arguments
@@ -184,10 +186,14 @@ def _loop_arguments(loaded: model.Loaded, sampling: Sampling, options: Options) 
 
 def _check_finite(response: Any) -> None:
     if not math.isfinite(response.logprobs[response.token].item()):
-        raise BackendError("the model's output is not finite (NaN or infinity)", "try --dense, or convert again")
+        raise BackendError(
+            "the model's output is not finite (NaN or infinity)", "try --dense, or convert again"
+        )
 
 
-def _statistics(loaded: model.Loaded, response: Any, counter: activity.Counter, reason: str | None) -> Statistics:
+def _statistics(
+    loaded: model.Loaded, response: Any, counter: activity.Counter, reason: str | None
+) -> Statistics:
     read, dense, skipped = model.touched_bytes(loaded, counter.densities())
     backend = kernels.backend()
     return Statistics(
@@ -223,7 +229,8 @@ class StopStrings:
             text, self._held = self._held[: min(found)], ""
             return text, True
         keep = max(
-            (n for stop in self.stops for n in range(1, len(stop)) if self._held.endswith(stop[:n])), default=0
+            (n for stop in self.stops for n in range(1, len(stop)) if self._held.endswith(stop[:n])),
+            default=0,
         )
         cut = len(self._held) - keep
         text, self._held = self._held[:cut], self._held[cut:]

@@ -60,7 +60,7 @@ def dequantize(
     return w.swapaxes(1, 2).reshape(-1, weight.shape[1])[:outputs]
 
 
-def matmul(
+def matmul(  # noqa: PLR0913 - the parameters of mx.quantized_matmul
     x: mx.array,
     weight: mx.array,
     scales: mx.array,

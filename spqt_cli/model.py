@@ -12,7 +12,7 @@ from typing import Any
 
 import mlx.nn as nn
 
-from spqt_cli import format, identity, kernels, source, thresholds
+from spqt_cli import format, identity, source, thresholds
 from spqt_cli.errors import SpqtError
 from spqt_cli.patch import zigzag_layers
 
@@ -104,6 +104,26 @@ def set_sparsity(loaded: Loaded, sparsity: float) -> None:
     loaded.sparsity = sparsity or None
 
 
+def load_draft(path: str, target: Loaded) -> nn.Module:
+    """A smaller model for speculative decoding: converted or any that mlx-lm loads.
+
+    Raises SpqtError when its vocabulary is not the target's.
+    """
+    import mlx_lm
+
+    folder = source.local_folder(path)
+    if "spqt" in format.read_config(folder):
+        identity.check_model(folder)
+    with plain_path(folder) as readable:
+        draft, tokenizer = mlx_lm.load(str(readable))
+    if tokenizer.vocab_size != target.tokenizer.vocab_size:
+        raise SpqtError(
+            f"{path} has {tokenizer.vocab_size} tokens, {target.folder} {target.tokenizer.vocab_size}",
+            "a draft model needs the same tokenizer",
+        )
+    return draft
+
+
 @contextlib.contextmanager
 def plain_path(folder: Path) -> Iterator[Path]:
     """A path to `folder` without glob characters: mlx-lm finds its shards by an unescaped glob."""
@@ -145,7 +165,8 @@ def _experts_share(config: dict[str, Any]) -> float:
     config = {**config, **(config.get("text_config") or {})}
     chosen = config.get("num_experts_per_tok") or config.get("top_k_experts")
     total = next(
-        (config[key] for key in ("num_experts", "num_local_experts", "n_routed_experts") if config.get(key)), None
+        (config[key] for key in ("num_experts", "num_local_experts", "n_routed_experts") if config.get(key)),
+        None,
     )
     return chosen / total if chosen and total else 1.0
 
@@ -157,9 +178,3 @@ def touched_bytes(loaded: Loaded, densities: list[tuple[Any, float]]) -> tuple[f
     read = sum(size * density.get(key, 1.0) for key, size in zigzag.items())
     dense = sum(zigzag.values())
     return other + read, other + dense, 1 - read / dense if dense else 0.0
-
-
-def backend_line() -> str:
-    """The backend in use and why, for the stats line."""
-    backend = kernels.backend()
-    return f"backend {backend.name} ({backend.reason})"

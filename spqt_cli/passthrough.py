@@ -16,7 +16,9 @@ def run(arguments: Sequence[str]) -> None:
     Raises SpqtError for a damaged or edited converted folder; anything else is mlx-lm's.
     """
     if not arguments:
-        raise UsageError("which mlx-lm command?", "spqt mlx-lm server --model DIR; spqt mlx-lm --help lists them")
+        raise UsageError(
+            "which mlx-lm command?", "spqt mlx-lm server --model DIR; spqt mlx-lm --help lists them"
+        )
     from spqt_cli import format, identity, patch
 
     for path in _models(arguments):

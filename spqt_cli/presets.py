@@ -65,7 +65,9 @@ def _parse(document: dict[str, Any], name: str) -> Preset:
             raise SpqtError(f"preset {name}: unknown section [{section}]", f"sections: {', '.join(SECTIONS)}")
         for key, value in content.items():
             if key not in known:
-                raise SpqtError(f"preset {name}: unknown key {key!r} in [{section}]", f"keys: {', '.join(known)}")
+                raise SpqtError(
+                    f"preset {name}: unknown key {key!r} in [{section}]", f"keys: {', '.join(known)}"
+                )
             wanted = (int, float) if known[key] is float else known[key]
             if not isinstance(value, wanted) or isinstance(value, bool):
                 raise SpqtError(f"preset {name}: {key} = {value!r} is not a {known[key].__name__}", "mend it")
