@@ -9,8 +9,8 @@ else
 BACKEND ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda13 || echo cpu)
 EXTRAS := $(BACKEND),dev
 endif
-STAMP := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 comma := ,
+STAMP := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 
 MODELS := models
 GGUF := $(MODELS)/SmolLM2-135M-Instruct.Q4_1.gguf

@@ -10,16 +10,21 @@ from pathlib import Path
 from typing import Any
 
 
-def mlx_version() -> str:
-    """The exact MLX version of `build-system.requires`."""
-    requires = tomllib.loads(Path("pyproject.toml").read_text())["build-system"]["requires"]
-    return next(match[1] for line in requires if (match := re.fullmatch(r"mlx\[cpu\]==([\w.]+)", line)))
+def build_requirements() -> list[str]:
+    """`build-system.requires` of pyproject.toml."""
+    return tomllib.loads(Path("pyproject.toml").read_text())["build-system"]["requires"]
 
 
 def dynamic_metadata(settings: Any, project: Any) -> dict[str, Any]:
-    """MLX by platform: a plain requirement on Apple silicon, an extra elsewhere."""
-    mlx = mlx_version()
+    """MLX by platform: a plain requirement on Apple silicon, an extra elsewhere.
+
+    `dev` gets what a build without isolation needs, so that the tests of the packages run offline.
+    """
+    requires = build_requirements()
+    mlx = next(match[1] for line in requires if (match := re.fullmatch(r"mlx\[cpu\]==([\w.]+)", line)))
+    extras = {name: [f"mlx[{name}]=={mlx}"] for name in ("cpu", "cuda12", "cuda13")}
+    extras["dev"] = [line for line in requires if not line.startswith("mlx")]
     return {
         "dependencies": [f"mlx=={mlx}; platform_system == 'Darwin' and platform_machine == 'arm64'"],
-        "optional-dependencies": {name: [f"mlx[{name}]=={mlx}"] for name in ("cpu", "cuda12", "cuda13")},
+        "optional-dependencies": extras,
     }
