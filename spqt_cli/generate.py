@@ -6,7 +6,7 @@ It knows prompts, sampling and stop strings; the loop, cache and detokenizer are
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from spqt_cli import activity, kernels, model
@@ -91,12 +91,26 @@ def encode(loaded: model.Loaded, prompt: Prompt) -> list[int]:
     tokenizer = loaded.tokenizer
     if prompt.ignore_chat_template or not tokenizer.has_chat_template:
         tokens = tokenizer.encode(prompt.text)
+    elif any(token in prompt.text for token in tokenizer.get_added_vocab()):
+        tokens = _encode_literally(tokenizer, prompt)
     else:
         tokens = tokenizer.encode(_templated(tokenizer, prompt), add_special_tokens=False)
     limit = context_tokens(loaded.config)
     if limit is not None and len(tokens) >= limit:
         raise SpqtError(f"the prompt has {len(tokens)} tokens, the model's context {limit}", "shorten it")
     return tokens
+
+
+def _encode_literally(tokenizer: Any, prompt: Prompt) -> list[int]:
+    """Token ids when the user's text spells a control token: the text stays text, no turn is forged.
+
+    Template and text are tokenized apart, which other prompts are not: mlx-lm tokenizes them together.
+    """
+    mark = "\u2063prompt\u2063"  # invisible separators: in no template, and stripped by none
+    before, _, after = _templated(tokenizer, replace(prompt, text=mark)).partition(mark)
+    literal = tokenizer.encode(prompt.text, add_special_tokens=False, split_special_tokens=True)
+    first, last = (tokenizer.encode(part, add_special_tokens=False) for part in (before, after))
+    return first + literal + last
 
 
 def _templated(tokenizer: Any, prompt: Prompt) -> str:
