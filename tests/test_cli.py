@@ -1,0 +1,259 @@
+"""The command line: one line per error, the right exit code, stdout for results only."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import tiny_checkpoint
+
+
+def spqt(*arguments: str, stdin: bytes = b"", **environment: str) -> subprocess.CompletedProcess:
+    """Run the command as a user would, in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "spqt_cli", *map(str, arguments)],
+        input=stdin,
+        capture_output=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
+        check=False,
+    )
+
+
+def assert_error(result: subprocess.CompletedProcess, code: int, *words: str) -> None:
+    """One cause, a hint, no traceback, nothing on stdout."""
+    error = result.stderr.decode()
+    assert result.returncode == code, error
+    assert "Traceback" not in error
+    for word in words:
+        assert word in error
+    assert result.stdout == b""
+
+
+def test_help_is_fast_because_nothing_heavy_is_imported():
+    code = (
+        "import sys; from spqt_cli import cli; heavy = {'mlx', 'mlx_lm', 'transformers', 'numpy'} & set(sys.modules);"
+        "sys.exit(repr(heavy) if heavy else 0)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert b"generate" in spqt("--help").stdout
+
+
+def test_every_command_has_help():
+    for command in ("convert", "calibrate", "inspect", "verify", "generate", "compare", "eval", "doctor"):
+        result = spqt(command, "--help")
+        assert result.returncode == 0, command
+        assert b"Usage" in result.stdout
+
+
+def test_convert_calibrate_generate(checkpoint, tmp_path):
+    """The main job on a tiny model, as the README types it."""
+    output = tmp_path / "out"
+    result = spqt("convert", checkpoint, "-o", output, "--q-group-size", "32")
+    assert result.returncode == 0, result.stderr.decode()
+    result = spqt("calibrate", output, "--sparsity", "0.3", "--tokens", "1024", "--json")
+    assert result.returncode == 0, result.stderr.decode()
+    assert isinstance(json.loads(result.stdout), dict)
+    result = spqt("generate", "--model", output, "--prompt", "the quick", "--max-tokens", "8")
+    assert result.returncode == 0, result.stderr.decode()
+    assert b"tok/s" not in result.stdout
+    for word in (b"tok/s", b"backend", b"skipped", b"MB of weights a token"):
+        assert word in result.stderr
+    result = spqt("calibrate", output, "--remove")
+    assert result.returncode == 0, result.stderr.decode()
+    result = spqt("generate", "--model", output, "--prompt", "the quick", "--max-tokens", "4")
+    assert b"spqt calibrate" in result.stderr
+
+
+def test_json_holds_text_and_statistics(calibrated):
+    result = spqt("generate", "--model", calibrated, "--prompt", "fox", "--max-tokens", "6", "--json")
+    answer = json.loads(result.stdout)
+    assert answer["generation_tokens"] == 6
+    assert 0 < answer["sparsity"] < 1
+    assert isinstance(answer["text"], str)
+
+
+@pytest.mark.parametrize("arguments", [["--prompt", "-"], []])
+def test_the_prompt_comes_from_stdin(calibrated, arguments):
+    piped = spqt("generate", "--model", calibrated, "-m", "6", "-q", *arguments, stdin=b"the box")
+    typed = spqt("generate", "--model", calibrated, "-m", "6", "-q", "--prompt", "the box")
+    assert piped.returncode == 0, piped.stderr.decode()
+    assert piped.stdout == typed.stdout
+
+
+def test_compare_shows_each_sparsity(calibrated):
+    result = spqt("compare", "--model", calibrated, "-p", "the fox", "--sparsity", "0,0.3", "-m", "6")
+    assert result.returncode == 0, result.stderr.decode()
+    for word in (b"dense", b"30%", b"perplexity by dense"):
+        assert word in result.stdout
+
+
+def test_inspect_and_verify(calibrated):
+    summary = json.loads(spqt("inspect", calibrated, "--json").stdout)
+    assert summary["layers"] == 14
+    assert summary["calibration"]["sparsity"] == 0.4
+    assert b"intact" in spqt("verify", calibrated).stdout
+
+
+def test_doctor_names_the_backend():
+    result = spqt("doctor", SPQT_BACKEND="stock")
+    assert result.returncode == 0, result.stderr.decode()
+    assert b"stock (asked for by SPQT_BACKEND)" in result.stdout
+
+
+def test_fault_39_empty_prompt(calibrated):
+    assert_error(spqt("generate", "--model", calibrated, "--prompt", " "), 2, "empty", "hint")
+    assert_error(spqt("generate", "--model", calibrated), 2, "empty")
+
+
+def test_fault_40_no_tokens(calibrated):
+    assert_error(spqt("generate", "--model", calibrated, "-p", "x", "-m", "0"), 2, "--max-tokens 0")
+
+
+def test_fault_42_stdin_is_not_utf8(calibrated):
+    assert_error(spqt("generate", "--model", calibrated, "-p", "-", stdin=b"caf\xe9"), 3, "UTF-8", "byte 3")
+
+
+def test_fault_43_closed_pipe_is_quiet(calibrated):
+    command = [
+        sys.executable,
+        "-m",
+        "spqt_cli",
+        "generate",
+        "--model",
+        str(calibrated),
+        "-p",
+        "x",
+        "-m",
+        "60",
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    error = process.stderr.read()
+    assert process.wait() == 0
+    assert b"Traceback" not in error
+    assert b"Broken" not in error
+
+
+@pytest.mark.parametrize("command", ["generate", "convert", "calibrate", "inspect", "verify"])
+def test_missing_path_is_bad_input(command, tmp_path):
+    missing = tmp_path / "nowhere"
+    arguments = ["--model", missing, "-p", "x"] if command == "generate" else [missing]
+    assert_error(spqt(command, *arguments), 3, "nowhere")
+
+
+@pytest.mark.parametrize("wrong", [["--q-bits", "7"], ["--q-group-size", "48"]])
+def test_fault_27_bad_bits_or_group(checkpoint, tmp_path, wrong):
+    assert_error(spqt("convert", checkpoint, "-o", tmp_path / "out", *wrong), 2)
+    assert not (tmp_path / "out").exists()
+
+
+def test_unknown_architecture_is_unsupported(tmp_path):
+    source = tiny_checkpoint(tmp_path / "source", model_type="quux9")
+    assert_error(spqt("convert", source, "-o", tmp_path / "out"), 4, "quux9")
+
+
+def test_output_that_exists_is_refused(checkpoint, converted):
+    before = sorted(path.name for path in converted.iterdir())
+    assert_error(spqt("convert", checkpoint, "-o", converted), 7)
+    assert sorted(path.name for path in converted.iterdir()) == before
+
+
+def test_generate_on_an_unconverted_model_names_convert(checkpoint):
+    assert_error(spqt("generate", "--model", checkpoint, "-p", "x"), 3, "spqt convert")
+
+
+def test_an_error_is_a_json_object_where_json_was_asked(tmp_path):
+    result = spqt("inspect", tmp_path / "nowhere", "--json")
+    error = json.loads(result.stdout)["error"]
+    assert error["exit_code"] == result.returncode == 3
+    assert error["cause"]
+
+
+def test_fault_45_without_mlx_the_install_command_is_shown(tmp_path):
+    (tmp_path / "mlx").mkdir()
+    (tmp_path / "mlx" / "__init__.py").write_text("raise ModuleNotFoundError('mlx', name='mlx')")
+    result = spqt("doctor", PYTHONPATH=str(tmp_path))
+    assert_error(result, 6, "spqt[cpu]", "spqt[cuda13]")
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    result = spqt("--debug", "inspect", tmp_path / "nowhere")
+    assert b"Traceback" in result.stderr
+
+
+def test_generate_takes_every_sampling_flag_of_mlx_lm():
+    """Same names, so that a command line can be moved over. What is left out is said here."""
+    from mlx_lm.generate import setup_arg_parser
+
+    left_out = {
+        "--help",
+        "--verbose",  # ours: --quiet and --json
+        "--use-default-chat-template",  # a no-op in mlx-lm's own main
+        "--image",
+        "--quantize-activations",  # not for Zigzag layers
+        "--prompt-cache-file",  # spqt mlx-lm generate
+    }
+    theirs = {
+        name for action in setup_arg_parser()._actions for name in action.option_strings if name[:2] == "--"
+    }
+    help_text = spqt("generate", "--help", COLUMNS="200").stdout.decode()
+    missing = {name for name in theirs - left_out if name not in help_text}
+    assert not missing
+
+
+def test_passthrough_runs_mlx_lm_on_a_converted_model(calibrated):
+    result = spqt("mlx-lm", "generate", "--model", calibrated, "--prompt", "fox", "--max-tokens", "4")
+    assert result.returncode == 0, result.stderr.decode()
+    assert b"tokens-per-sec" in result.stdout
+
+
+def test_passthrough_checks_the_model_first(calibrated, tmp_path):
+    import shutil
+
+    damaged = tmp_path / "damaged"
+    shutil.copytree(calibrated, damaged)
+    config = json.loads((damaged / "config.json").read_text())
+    config["spqt"]["format_version"] = 99
+    (damaged / "config.json").write_text(json.dumps(config))
+    assert_error(spqt("mlx-lm", "generate", "--model", damaged, "--prompt", "x"), 4, "upgrade")
+
+
+def test_passthrough_derives_sparsity_from_the_environment(calibrated):
+    texts = {
+        wish: spqt(
+            "mlx-lm", "generate", "--model", calibrated, "--prompt", "fox", "-m", "8", SPQT_SPARSITY=wish
+        ).stdout
+        for wish in ("0", "0.9")
+    }
+    assert texts["0"].split(b"==========")[1] != texts["0.9"].split(b"==========")[1]
+    assert_error(
+        spqt("mlx-lm", "generate", "--model", calibrated, "--prompt", "x", SPQT_SPARSITY="2"),
+        2,
+        "SPQT_SPARSITY",
+    )
+
+
+def test_plain_mlx_lm_refuses_a_converted_model(converted):
+    code = f"import mlx_lm; mlx_lm.load({str(converted)!r})"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode != 0
+    assert "spqt" in result.stderr or "zigzag" in result.stderr
+
+
+def test_python_code_needs_one_import(converted):
+    code = (
+        "import spqt_cli.patch, mlx_lm;"
+        f"model, tokenizer = mlx_lm.load({str(converted)!r});"
+        "print(mlx_lm.generate(model, tokenizer, 'fox', max_tokens=4))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_readme_commands_exist():
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    assert "make run" in readme
+    assert "make test" in readme
