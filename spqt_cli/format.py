@@ -26,6 +26,7 @@ CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 MODE = "zigzag"  # the `mode` of a Zigzag layer's entry
 METADATA_KEY = "spqt_fingerprint"  # in every shard's safetensors metadata
+METADATA_CONTENT = "spqt_content"  # likewise: a hash of all weights, the same in every shard of one model
 # Sparsities at which an entry's `curve` gives the threshold: 0, 0.02, ..., 0.96, 0.98.
 CURVE_SPARSITIES = tuple(i / 50 for i in range(50))
 

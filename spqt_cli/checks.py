@@ -1,0 +1,194 @@
+"""What a folder of weights must satisfy before MLX may open it.
+
+MLX's own reader accepts overlapping, holed and wrapped files, so every shard is first read by the
+`safetensors` library. Nothing here is ever unpickled, and no weight is loaded.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from spqt_cli.errors import SpqtError, UnsupportedError
+from spqt_cli.format import INDEX
+
+FLOATING = {"BF16": 2, "F16": 2, "F32": 4}  # bytes per element
+INTEGER = {"BOOL": 1, "U8": 1, "I8": 1, "U16": 2, "I16": 2, "U32": 4, "I32": 4, "U64": 8, "I64": 8}
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+MOST_NAMED = 10  # tensors named in one message
+LONGEST_HEADER = 100_000_000  # bytes, as the safetensors library allows
+LONGEST_JSON = 256 << 20  # bytes of an index or config; the largest known index has 20 MB
+AGAIN = "download it again"
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor as a shard's header declares it: safetensors dtype, shape, file name."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    shard: str
+
+    @property
+    def nbytes(self) -> int:
+        size = FLOATING.get(self.dtype) or INTEGER[self.dtype]
+        for length in self.shape:
+            size *= length
+        return size
+
+
+def named(names: Iterable[str]) -> str:
+    """At most ten names for a message, and how many more there are."""
+    listed = sorted(names)
+    more = f" and {len(listed) - MOST_NAMED} more" if len(listed) > MOST_NAMED else ""
+    return ", ".join(listed[:MOST_NAMED]) + more
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file."""
+    try:
+        if path.stat().st_size > LONGEST_JSON:
+            raise SpqtError(f"{path} is too large for JSON of a model", AGAIN)
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise SpqtError(f"{path} can't be read: {error}", AGAIN) from None
+    if not isinstance(value, dict):
+        raise SpqtError(f"{path} is not a JSON object", AGAIN)
+    return value
+
+
+def confined(folder: Path, name: str) -> Path:
+    """The path of a shard that an index names, if it stays inside the model's folder.
+
+    Links may lead out of a snapshot of the hub's cache into its `blobs`, and nowhere else.
+    """
+    pure = PurePosixPath(name)
+    if pure.is_absolute() or ".." in pure.parts or "\\" in name or "\0" in name or not pure.parts:
+        raise SpqtError(f"{folder / INDEX} names {name!r}, outside the model", "don't trust this model")
+    if pure.suffix != ".safetensors":
+        raise SpqtError(f"{folder / INDEX} names {name!r}, which is no .safetensors file", AGAIN)
+    path = folder / name
+    real, roots = path.resolve(), [folder.resolve()]
+    if folder.parent.name == "snapshots":
+        roots.append((folder.parent.parent / "blobs").resolve())
+    if not any(real.is_relative_to(root) for root in roots):
+        raise SpqtError(f"{path} is a link that leaves the model", "don't trust this model")
+    return path
+
+
+def shard_names(folder: Path) -> tuple[list[str], list[str]]:
+    """The shards that make up the model, and those that lie beside it unused."""
+    # iterdir, not glob: a folder's name may hold brackets
+    present = sorted(p.name for p in folder.iterdir() if p.match("model*.safetensors"))
+    if (folder / INDEX).is_file():
+        weight_map = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise SpqtError(f"{folder / INDEX} has no weight_map", AGAIN)
+        if not all(isinstance(name, str) for name in weight_map.values()):
+            raise SpqtError(f"{folder / INDEX}: a shard's name must be text", AGAIN)
+        used = sorted(set(weight_map.values()))
+        return used, [name for name in present if name not in used]
+    if "model.safetensors" in present:
+        return ["model.safetensors"], [name for name in present if name != "model.safetensors"]
+    if len(present) == 1 and "-of-" not in present[0]:
+        return present, []
+    if present:
+        raise SpqtError(f"{folder} has {len(present)} shards and no {INDEX}", AGAIN)
+    return [], []
+
+
+def read_headers(folder: Path, names: list[str]) -> dict[str, Tensor]:
+    """Every tensor of the shards `names` of a folder, by name, all checked against the index."""
+    tensors: dict[str, Tensor] = {}
+    for name in names:
+        declared, _ = read_shard(confined(folder, name), name)
+        if twice := tensors.keys() & declared.keys():
+            raise SpqtError(f"{folder}: in two shards: {named(twice)}", AGAIN)
+        tensors |= declared
+    if (folder / INDEX).is_file():
+        _check_index(folder, tensors)
+    return tensors
+
+
+def _check_index(folder: Path, tensors: dict[str, Tensor]) -> None:
+    weight_map = read_json(folder / INDEX)["weight_map"]
+    if missing := weight_map.keys() - tensors.keys():
+        raise SpqtError(f"{folder}: the index names tensors that no shard has: {named(missing)}", AGAIN)
+    if extra := tensors.keys() - weight_map.keys():
+        raise SpqtError(f"{folder}: the index lacks tensors that shards have: {named(extra)}", AGAIN)
+    if moved := [name for name, tensor in tensors.items() if weight_map[name] != tensor.shard]:
+        raise SpqtError(f"{folder}: in another shard than the index says: {named(moved)}", AGAIN)
+
+
+def read_shard(path: Path, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata that a shard's header declares, checked by `safetensors`.
+
+    name: what the index calls the shard.
+    """
+    if not path.is_file():
+        raise SpqtError(f"{path} is missing", AGAIN)
+    _refuse_text(path)
+    try:
+        with safe_open(path, framework="np") as shard:
+            metadata = shard.metadata() or {}
+            slices = {key: shard.get_slice(key) for key in shard.keys()}  # noqa: SIM118
+            tensors = {
+                key: Tensor(str(part.get_dtype()), tuple(part.get_shape()), name)
+                for key, part in slices.items()
+            }
+    except (SafetensorError, OSError, ValueError, OverflowError) as error:
+        if "unknown variant" in str(error):  # a dtype newer than the library: find out whose
+            _refuse_dtypes(path, _raw_dtypes(path))
+        raise SpqtError(f"{path} is no sound safetensors file: {error}", AGAIN) from None
+    _refuse_dtypes(path, {key: tensor.dtype for key, tensor in tensors.items()})
+    return tensors, metadata
+
+
+def _refuse_dtypes(path: Path, dtypes: dict[str, str]) -> None:
+    for key, dtype in dtypes.items():
+        if dtype not in FLOATING and dtype not in INTEGER:
+            raise UnsupportedError(
+                f"{path}: tensor {key} has dtype {dtype}", "use a checkpoint in bf16, fp16 or fp32"
+            )
+
+
+def _raw_dtypes(path: Path) -> dict[str, str]:
+    """Tensor -> dtype as the header's text has them; empty where even that can't be read."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        text = file.read(min(length, LONGEST_HEADER))
+    try:
+        header = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    if not isinstance(header, dict):
+        return {}
+    tensors = {key: entry for key, entry in header.items() if isinstance(entry, dict) and "dtype" in entry}
+    return {key: str(entry["dtype"]) for key, entry in tensors.items()}
+
+
+def _refuse_text(path: Path) -> None:
+    """Name the two texts that often stand where a shard should."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(256).lstrip().lower()
+    except OSError as error:
+        raise SpqtError(f"{path} can't be read: {error}", AGAIN) from None
+    if start.startswith(b"version https://git-lfs"):
+        raise SpqtError(f"{path} is a Git LFS pointer, not weights", f"{AGAIN}: git lfs pull, or hf download")
+    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise SpqtError(f"{path} is a web page, not weights", AGAIN)
+
+
+def refuse_no_weights(folder: Path) -> None:
+    """Say why a folder without safetensors can't be used."""
+    for pattern in PICKLES:
+        if found := [path.name for path in folder.iterdir() if path.match(pattern)]:
+            raise UnsupportedError(
+                f"{folder} holds only pickled weights ({named(found)}), which spqt never opens",
+                "use a repository with safetensors",
+            )
+    raise SpqtError(f"{folder} has no model*.safetensors", "give a model folder, a hub id or a .gguf file")

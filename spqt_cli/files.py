@@ -1,0 +1,160 @@
+"""Files that appear whole or not at all: locks, work folders, syncing, space.
+
+It knows nothing of models. A folder is built in a work folder beside its target, under a lock, and
+renamed last; errors of the disk become `ResourceError`.
+"""
+
+import contextlib
+import errno
+import hashlib
+import os
+import secrets
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import filelock
+
+from spqt_cli.errors import BusyError, ResourceError
+
+FULL = {errno.ENOSPC, errno.EDQUOT}
+DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
+LONGEST_NAME = 200  # bytes of a target's name; file systems allow 255 and ours add a prefix and suffix
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn what the system says about writing to `path` into a ResourceError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL:
+            raise ResourceError(
+                f"the disk of {path} is full", "free some space; the same command goes on where it stopped"
+            ) from None
+        if error.errno in DENIED:
+            raise ResourceError(f"{path} can't be written: {error.strerror}", "choose another -o") from None
+        raise ResourceError(f"writing {path} failed: {error}", "check the disk, then run again") from None
+
+
+def check_target(output: Path, source: Path | None = None) -> None:
+    """Refuse a target that holds anything, is a link or is the source; an empty folder will do."""
+    if output.is_symlink():
+        raise BusyError(f"{output} is a symbolic link", "name the folder itself, or another -o")
+    if source is not None and output.exists() and source.exists() and output.samefile(source):
+        raise BusyError(f"{output} is the source itself", "choose another -o")
+    if output.is_dir():
+        with disk_errors(output):
+            empty = not any(output.iterdir())
+        if not empty:
+            raise BusyError(f"{output} exists and is not empty", "delete it or choose another -o")
+    elif output.exists():
+        raise BusyError(f"{output} exists and is no folder", "delete it or choose another -o")
+    if not output.name or len(os.fsencode(output.name)) > LONGEST_NAME:
+        raise ResourceError(f"{output} can't name a folder here", f"use at most {LONGEST_NAME} bytes")
+
+
+@contextlib.contextmanager
+def claim(output: Path) -> Iterator[None]:
+    """Hold the right to write `output`; a second run is refused at once.
+
+    The system drops the lock of a process that died. Its file is removed while the lock is held,
+    which filelock's check of the link count makes safe.
+    """
+    with disk_errors(output.parent):
+        output.parent.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(output.parent / f".{output.name}.spqt.lock", timeout=0)
+    try:
+        with disk_errors(output.parent):
+            lock.acquire()
+    except filelock.Timeout:
+        raise BusyError(f"another run is writing {output}", "wait for it, or choose another -o") from None
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            Path(lock.lock_file).unlink()
+        lock.release()
+
+
+def work_folders(output: Path) -> list[Path]:
+    """The work folders that earlier runs for `output` left, in the order of their names."""
+    prefix = _work_prefix(output)
+    return sorted(path for path in output.parent.iterdir() if path.name.startswith(prefix) and path.is_dir())
+
+
+def new_work_folder(output: Path) -> Path:
+    """A new, empty folder beside `output`, on the same file system."""
+    path = output.parent / f"{_work_prefix(output)}{secrets.token_hex(4)}"
+    with disk_errors(path):
+        path.mkdir()
+    return path
+
+
+def _work_prefix(output: Path) -> str:
+    return f".{output.name}.spqt-work-"
+
+
+def write_at(file: int, offset: int, data: memoryview, path: Path) -> None:
+    """Write all of `data` (bytes) into an open file at `offset`."""
+    with disk_errors(path):
+        while data:
+            written = os.pwrite(file, data, offset)
+            offset += written
+            data = data[written:]
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small UTF-8 file; it is made durable by `publish`."""
+    with disk_errors(path):
+        path.write_text(text, encoding="utf-8")
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copy a small file's bytes; owner, times and mode stay behind, so that runs are byte-equal."""
+    with disk_errors(target):
+        shutil.copyfile(source, target)
+
+
+def sync(path: Path) -> None:
+    """Make a file or folder survive a power cut; on macOS fsync alone does not."""
+    with disk_errors(path):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            if sys.platform == "darwin":
+                import fcntl
+
+                fcntl.fcntl(handle, fcntl.F_FULLFSYNC)
+            else:
+                os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def publish(folder: Path, output: Path) -> None:
+    """Make `folder` durable and give it its final name, which must be free or an empty folder."""
+    for path in sorted(folder.rglob("*")):
+        sync(path)
+    sync(folder)
+    check_target(output)
+    with disk_errors(output):
+        os.rename(folder, output)
+    sync(output.parent)
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Refuse to begin when the disk of `folder` has less than `needed` bytes free."""
+    with disk_errors(folder):
+        free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ResourceError(
+            f"{folder} has {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB are needed",
+            "free some space or choose another -o",
+        )
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,303 @@
+"""What becomes of every tensor: Zigzag, row-grouped as mlx-lm would, or kept; sizes, shards, memory.
+
+Everything is known before a weight is read, since shapes and dtypes come from headers and mlx-lm's
+own `sanitize` runs on lazy arrays. It reads no weights and writes nothing.
+"""
+
+import inspect
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from spqt_cli import checks, layout
+from spqt_cli.errors import SpqtError, UnsupportedError
+from spqt_cli.format import MODE
+from spqt_cli.source import DTYPES, Checkpoint, classes
+
+ZIGZAG, ROWS, PLAIN = "zigzag", "row-grouped", "kept"
+NAMES = {dtype: name for name, dtype in DTYPES.items()}  # MLX dtype -> safetensors' name
+BLOCK = re.compile(r"\.\d+\.")  # a path inside a numbered list of modules: a transformer block
+TOWER = re.compile(r"(^|[._])(vision|visual|audio|image|speech)([._]|$)")
+ROUTER = re.compile(r"(^|\.)(\w*router\w*|gate|\w*expert_gate)(\.|$)")
+BASE_BYTES = 300 << 20  # Python, MLX, mlx-lm and its tokenizer library (measured: benchmarks/memory.py)
+LARGEST_TENSORS = 3  # held at once while one is cast, quantized and written
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tensor of the output: name, safetensors dtype, shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return checks.Tensor(self.dtype, self.shape, "").nbytes
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One tensor of the model and the parts it is written as.
+
+    source: its name in the checkpoint, None where mlx-lm makes it of several tensors.
+    nbytes: of the tensor before quantization.
+    """
+
+    name: str
+    kind: str
+    dtype: mx.Dtype
+    parts: tuple[Part, ...]
+    nbytes: int
+    source: str | None = None
+    bits: int = 0
+    group_size: int = 0
+    band: int = 0
+
+    @property
+    def path(self) -> str:
+        """The module the tensor belongs to."""
+        return self.name.rpartition(".")[0]
+
+    @property
+    def written_bytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What the plan follows.
+
+    dtype: of floating tensors, None for the model's own. skip: suffixes of layers to keep row-grouped.
+    """
+
+    bits: int = 4
+    group_size: int = 64
+    dtype: str | None = None
+    skip: tuple[str, ...] = ()
+
+
+@dataclass
+class Plan:
+    """Units in the order they are written; `quantization` as config.json will have it.
+
+    unquantized: layers that stay as they are because their inputs are no multiple of the group.
+    """
+
+    units: list[Unit]
+    quantization: dict[str, Any]
+    dtype: str | None
+    keep_vision_config: bool = False
+    unquantized: list[str] = field(default_factory=list)
+
+    @property
+    def written_bytes(self) -> int:
+        return sum(unit.written_bytes for unit in self.units)
+
+    @property
+    def source_bytes(self) -> int:
+        return sum(unit.nbytes for unit in self.units)
+
+    @property
+    def zigzag_share(self) -> float:
+        """The share of the written bytes that is Zigzag, 0 to 1."""
+        zigzag = sum(unit.written_bytes for unit in self.units if unit.kind == ZIGZAG)
+        return zigzag / max(self.written_bytes, 1)
+
+    @property
+    def memory_bytes(self) -> int:
+        """The most memory that converting takes."""
+        return BASE_BYTES + LARGEST_TENSORS * max((unit.nbytes for unit in self.units), default=0)
+
+
+def make(checkpoint: Checkpoint, wishes: Wishes) -> tuple[Plan, dict[str, mx.array]]:
+    """The plan for a checkpoint, and its lazy tensors under the names of the model's parameters."""
+    if checkpoint.quantized:
+        from spqt_cli import requantize
+
+        model, weights = requantize.load(checkpoint)
+        sources: dict[str, str] = {}
+    else:
+        model, weights, sources = _sanitized(checkpoint)
+    _check_parameters(model, weights, checkpoint)
+    dtype = wishes.dtype or _stored_dtype(checkpoint.config)
+    decide = _Decisions(model, wishes)
+    units = [
+        decide.unit(name, weights[name], dtype, sources.get(name)) for name in sorted(weights, key=_natural)
+    ]
+    keeps_vision = "vision_tower" in getattr(model, "model", {})
+    plan = Plan(units, decide.quantization, dtype, keeps_vision, decide.unquantized)
+    if not any(unit.kind == ZIGZAG for unit in units):
+        raise UnsupportedError(
+            f"{checkpoint.name}: no layer of this model can be stored in the Zigzag layout",
+            "spqt handles linear layers of transformer blocks",
+        )
+    return plan, weights
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Layer 2 before layer 10, so that the parts of one layer are read together."""
+    return [(int(piece), "") if piece.isdigit() else (-1, piece) for piece in name.split(".")]
+
+
+def build(checkpoint: Checkpoint) -> nn.Module:
+    """mlx-lm's model for a checkpoint, its weights random and never computed."""
+    from mlx_lm.utils import _decode_tagged_floats
+
+    config = _decode_tagged_floats(checkpoint.config)
+    model_class, args_class = classes(config, checkpoint.name)
+    text = config.get("text_config")
+    layers = config.get("num_hidden_layers") or (text or {}).get("num_hidden_layers") or 0
+    if not isinstance(layers, int) or layers > (count := len(checkpoint.tensors)):
+        raise SpqtError(
+            f"{checkpoint.name}: config.json says {layers!r} layers, but there are only {count} tensors",
+            checks.AGAIN,
+        )
+    try:
+        return model_class(args_class.from_dict(config))
+    except (LookupError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
+        raise SpqtError(
+            f"{checkpoint.name}: config.json does not describe a {config['model_type']} model ({error!r})",
+            checks.AGAIN,
+        ) from None
+
+
+def _sanitized(checkpoint: Checkpoint) -> tuple[nn.Module, dict[str, mx.array], dict[str, str]]:
+    """Model, lazy weights by parameter, and parameter -> name in the checkpoint where it is one tensor."""
+    model = build(checkpoint)
+    loaded = checkpoint.weights()
+    by_identity = {id(array): name for name, array in loaded.items()}
+    weights = dict(loaded)  # sanitize may change its argument
+    if hasattr(model, "sanitize"):
+        try:
+            weights = model.sanitize(weights)
+        except (KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
+            raise SpqtError(
+                f"{checkpoint.name}: its tensors are not those of a {checkpoint.config['model_type']} model"
+                f" ({error!r})",
+                checks.AGAIN,
+            ) from None
+    sources = {name: by_identity[id(a)] for name, a in weights.items() if id(a) in by_identity}
+    if checkpoint.gguf is not None and (made := weights.keys() - sources.keys()):
+        raise UnsupportedError(
+            f"{checkpoint.name}: mlx-lm would rearrange {checks.named(made)}", "convert the HF original"
+        )
+    return model, weights, sources
+
+
+def _check_parameters(model: nn.Module, weights: dict[str, mx.array], checkpoint: Checkpoint) -> None:
+    """The tensors must be exactly the model's parameters, with their shapes."""
+    from mlx.utils import tree_flatten
+
+    wanted = dict(tree_flatten(model.parameters()))
+    if missing := wanted.keys() - weights.keys():
+        raise SpqtError(f"{checkpoint.name}: tensors are missing: {checks.named(missing)}", checks.AGAIN)
+    if extra := weights.keys() - wanted.keys():
+        raise SpqtError(f"{checkpoint.name}: tensors the model has no place for: {checks.named(extra)}", "")
+    for name, array in weights.items():
+        if array.shape != (shape := wanted[name].shape):
+            raise SpqtError(
+                f"{checkpoint.name}: tensor {name} is {array.shape}, config.json asks for {shape}",
+                checks.AGAIN,
+            )
+
+
+def _stored_dtype(config: dict[str, Any]) -> str | None:
+    """The dtype that the model's config asks for, as mlx-lm reads it; None leaves each tensor's own."""
+    text = config.get("text_config")
+    inner = text if isinstance(text, dict) else {}
+    found = config.get("torch_dtype") or config.get("dtype") or inner.get("dtype") or inner.get("torch_dtype")
+    return found if found in ("float16", "bfloat16", "float32") else None
+
+
+class _Decisions:
+    """Decides tensor by tensor, and notes what config.json must say about it."""
+
+    def __init__(self, model: nn.Module, wishes: Wishes) -> None:
+        self.modules = dict(model.named_modules())
+        self.wishes = wishes
+        self.default = {"group_size": wishes.group_size, "bits": wishes.bits, "mode": "affine"}
+        self.quantization: dict[str, Any] = dict(self.default)
+        self.unquantized: list[str] = []
+        self.predicate = getattr(model, "quant_predicate", None)
+        self.cast: Callable[[str], bool] = getattr(model, "cast_predicate", lambda _: True)
+        self.experts = _experts(self.modules)
+
+    def unit(self, name: str, array: mx.array, dtype: str | None, source: str | None) -> Unit:
+        kept = array.dtype
+        if dtype is not None and mx.issubdtype(kept, mx.floating) and self.cast(name):
+            kept = getattr(mx, dtype)
+        path, _, leaf = name.rpartition(".")
+        kind, bits, group_size = self.kind(path) if leaf == "weight" else (PLAIN, 0, 0)
+        if not mx.issubdtype(kept, mx.floating):
+            kind = PLAIN
+        shape = tuple(array.shape)
+        if kind == PLAIN:
+            parts: tuple[Part, ...] = (Part(name, NAMES[kept], shape),)
+            return Unit(name, PLAIN, kept, parts, array.nbytes, source)
+        band = layout.band_of(shape[0], group_size) if kind == ZIGZAG else 0
+        self.note(path, kind, bits, group_size, band)
+        if kind == ZIGZAG:
+            weight, scales = layout.packed_shapes(shape[0], shape[1], bits, group_size, band)
+        else:
+            weight = (*shape[:-1], shape[-1] * bits // 32)  # type: ignore[assignment]
+            scales = (*shape[:-1], shape[-1] // group_size)  # type: ignore[assignment]
+        parts = (
+            Part(f"{path}.weight", "U32", weight),
+            Part(f"{path}.scales", NAMES[kept], scales),
+            Part(f"{path}.biases", NAMES[kept], scales),
+        )
+        return Unit(name, kind, kept, parts, array.nbytes, source, bits, group_size, band)
+
+    def kind(self, path: str) -> tuple[str, int, int]:
+        """(kind, bits, group size) of a module's weight."""
+        module = self.modules[path]
+        if not hasattr(module, "to_quantized"):
+            return PLAIN, 0, 0
+        answer = self.predicate(path, module) if self.predicate is not None else True
+        if not answer:
+            return PLAIN, 0, 0
+        asked = {**self.default, **answer} if isinstance(answer, dict) else self.default
+        bits, group_size = asked["bits"], asked["group_size"]
+        if asked["mode"] != "affine" or bits not in layout.BITS or group_size not in layout.GROUP_SIZES:
+            return PLAIN, 0, 0
+        if self.is_zigzag(path, module):
+            return ZIGZAG, bits, group_size
+        if "mode" not in inspect.signature(module.to_quantized).parameters:
+            return PLAIN, 0, 0  # a class of mlx-lm's that its own loader can't quantize
+        if module.weight.shape[-1] % group_size:
+            self.unquantized.append(path)
+            return PLAIN, 0, 0
+        return ROWS, bits, group_size
+
+    def is_zigzag(self, path: str, module: nn.Module) -> bool:
+        if type(module) is not nn.Linear or not BLOCK.search(path) or path.endswith(self.wishes.skip):
+            return False
+        block = path[: BLOCK.search(path).end()]  # type: ignore[union-attr]
+        is_router = ROUTER.search(path) or module.weight.shape[0] == self.experts.get(block)
+        return not is_router and not TOWER.search(path)
+
+    def note(self, path: str, kind: str, bits: int, group_size: int, band: int) -> None:
+        """List the layer in config.json: every Zigzag one, and others that differ from the default."""
+        if kind == ZIGZAG:
+            self.quantization[path] = {
+                "group_size": group_size, "bits": bits, "mode": MODE, "spqt": {"band": band},
+            }  # fmt: skip
+        elif {"group_size": group_size, "bits": bits, "mode": "affine"} != self.default:
+            self.quantization[path] = {"group_size": group_size, "bits": bits, "mode": "affine"}
+
+
+def _experts(modules: dict[str, nn.Module]) -> dict[str, int]:
+    """Block's path -> number of its experts, where it has any: a layer of so many outputs is a router."""
+    from mlx_lm.models.switch_layers import SwitchLinear
+
+    found: dict[str, int] = {}
+    for path, module in modules.items():
+        block = BLOCK.search(path)
+        if block and isinstance(module, SwitchLinear):
+            found[path[: block.end()]] = module.num_experts
+    return found

@@ -1,0 +1,267 @@
+"""Where weights come from: a model folder, a hub id, an MLX-quantized folder or a .gguf file.
+
+`open_source` gives a checked `Checkpoint`, whose tensors are read one at a time. It decides whether
+a source may be converted at all (architecture, custom code, quantization) before any weight is read,
+and knows nothing of layouts or outputs.
+"""
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from spqt_cli import checks
+from spqt_cli.checks import Tensor
+from spqt_cli.errors import SpqtError, UnsupportedError, UsageError
+from spqt_cli.format import read_config
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+MODEL_TYPE = re.compile(r"\w[\w-]*")
+DTYPES = {
+    "BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32, "BOOL": mx.bool_,
+    "U8": mx.uint8, "U16": mx.uint16, "U32": mx.uint32, "U64": mx.uint64,
+    "I8": mx.int8, "I16": mx.int16, "I32": mx.int32, "I64": mx.int64,
+}  # fmt: skip
+CODE_KEYS = ("model_file", "auto_map")  # config keys that name code of the model's own
+TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "*.tiktoken")
+# What goes along with the weights: never code.
+KEPT = (
+    *TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt",
+    "chat_template*.json", "*.jinja", "generation_config.json", "LICENSE*", "NOTICE*",
+)  # fmt: skip
+
+
+@dataclass
+class Trust:
+    """What the person allowed in this run."""
+
+    remote_code: bool = False  # go on although the model brings code; the code itself never runs
+    requantize: bool = False
+
+
+@dataclass
+class Checkpoint:
+    """A checked source of weights.
+
+    tensors: name -> Tensor, from headers. folder: where its small files lie. gguf: the open .gguf
+    file, or None. warnings: lines for the person.
+    """
+
+    name: str
+    folder: Path
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    repo: str | None = None
+    revision: str | None = None
+    gguf: Any = None
+    quantized: bool = False
+    warnings: list[str] = field(default_factory=list)
+    _stamps: dict[Path, tuple[int, int, int]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._stamps = {path: _stamp(path) for path in self.files()}
+
+    def files(self) -> list[Path]:
+        """The files that hold the weights."""
+        if self.gguf is not None:
+            return [self.folder / self.name]
+        return [self.folder / name for name in sorted({t.shard for t in self.tensors.values()})]
+
+    def weights(self) -> dict[str, mx.array]:
+        """Every tensor by name; lazy, so that nothing is read yet.
+
+        Those of a .gguf file are stand-ins of the right shape and dtype: `read` has the values.
+        """
+        if self.gguf is not None:
+            return {name: mx.zeros(t.shape, DTYPES[t.dtype]) for name, t in self.tensors.items()}
+        lazy: dict[str, mx.array] = {}
+        for path in self.files():
+            lazy |= mx.load(str(path))
+        return {name: lazy[name] for name in self.tensors}
+
+    def read(self, name: str) -> mx.array:
+        """One tensor of a .gguf file."""
+        return mx.array(self.gguf.read(name)).astype(DTYPES[self.tensors[name].dtype])
+
+    def check_unchanged(self) -> None:
+        """Stop when a file of weights is no longer the one that was checked."""
+        for path, stamp in self._stamps.items():
+            if _stamp(path) != stamp:
+                raise SpqtError(f"{path} changed while it was being read", "run again when it is complete")
+
+    def identity(self) -> dict[str, Any]:
+        """What the converted model says about its source; the same on every machine."""
+        declared = sorted((name, t.dtype, t.shape, t.shard) for name, t in self.tensors.items())
+        headers = hashlib.sha256(json.dumps(declared).encode()).hexdigest()
+        return {"name": self.repo or self.name, "revision": self.revision, "headers": headers}
+
+    def stamps(self) -> list[tuple[str, tuple[int, int, int]]]:
+        """The files of weights with size and times: enough to tell whether a resumed run reads the same."""
+        return [(path.name, stamp) for path, stamp in sorted(self._stamps.items())]
+
+    def kept_files(self) -> list[Path]:
+        """The tokenizer, templates and licences that go along; plain files of the model's own only."""
+        found = {path for path in self.folder.iterdir() for pattern in KEPT if path.match(pattern)}
+        return sorted(path for path in found if path.is_file() and _is_own(self.folder, path))
+
+
+def _stamp(path: Path) -> tuple[int, int, int]:
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise SpqtError(f"{path} can't be read: {error.strerror}", "check the path") from None
+    return status.st_size, status.st_mtime_ns, status.st_ino
+
+
+def _is_own(folder: Path, path: Path) -> bool:
+    roots = [folder.resolve()]
+    if folder.parent.name == "snapshots":
+        roots.append((folder.parent.parent / "blobs").resolve())
+    return any(path.resolve().is_relative_to(root) for root in roots)
+
+
+def open_source(source: str, revision: str | None, trust: Trust, *, headers_only: bool = False) -> Checkpoint:
+    """The checked checkpoint that `source` names: a folder, a .gguf file or a hub id.
+
+    headers_only: of a hub id, fetch no weights; its tensors can then be planned but not read.
+    """
+    path = Path(source).expanduser()
+    if path.exists() or not HUB_ID.fullmatch(source) or source.endswith(".gguf"):
+        if revision is not None:
+            raise UsageError(f"--revision is for hub ids, and {source} is a path", "leave --revision out")
+        return _open_path(path, trust)
+    from spqt_cli import hub
+
+    fetched = hub.fetch(source, revision, lambda config: check_config(config, source, trust), headers_only)
+    checkpoint = open_folder(fetched.folder, trust)
+    checkpoint.name, checkpoint.repo, checkpoint.revision = source.split("/")[1], source, fetched.revision
+    return checkpoint
+
+
+def local_folder(path: str, revision: str | None = None) -> Path:
+    """The folder of a converted model: a local one, or a hub id's in the hub's own cache."""
+    local = Path(path).expanduser()
+    if local.exists() or not HUB_ID.fullmatch(path):
+        if not local.is_dir():
+            raise SpqtError(f"{path} is not found", "give a converted folder, or a hub id (org/name)")
+        if revision is not None:
+            raise UsageError(f"--revision is for hub ids, and {path} is a path", "leave --revision out")
+        return local
+    from spqt_cli import hub
+
+    return hub.download(path, revision)
+
+
+def _open_path(path: Path, trust: Trust) -> Checkpoint:
+    try:
+        is_folder, is_file = path.is_dir(), path.is_file()
+        if is_folder:
+            next(path.iterdir(), None)
+    except OSError as error:
+        raise SpqtError(f"{path} can't be read: {error.strerror}", "check its permissions") from None
+    if is_folder:
+        return open_folder(path, trust)
+    if is_file and path.suffix.lower() == ".gguf":
+        return _open_gguf(path, trust)
+    if is_file:
+        raise SpqtError(f"{path} is no model", "give a model folder, a hub id or a .gguf file")
+    raise SpqtError(f"{path} is not found", "give a model folder, a hub id (org/name) or a .gguf file")
+
+
+def open_folder(folder: Path, trust: Trust) -> Checkpoint:
+    """The checked checkpoint of a model folder in the hub's form."""
+    config = read_config(folder)
+    quantized = check_config(config, str(folder), trust)
+    names, unused = checks.shard_names(folder)
+    if not names:
+        checks.refuse_no_weights(folder)
+    tensors = checks.read_headers(folder, names)
+    _check_tokenizer(folder, trust)
+    quantized = quantized or any(name.endswith((".qweight", ".scales")) for name in tensors)
+    if quantized and not trust.requantize:
+        raise _already_quantized(str(folder))
+    name = folder.resolve().name or "model"
+    checkpoint = Checkpoint(name, folder, config, tensors, quantized=quantized)
+    if unused:
+        checkpoint.warnings.append(f"ignored, since the index does not name them: {checks.named(unused)}")
+    return checkpoint
+
+
+def _open_gguf(path: Path, trust: Trust) -> Checkpoint:
+    from spqt_cli import gguf
+
+    opened = gguf.open_checkpoint(path)
+    check_config(opened.config, str(path), trust)
+    dtype = _gguf_dtype(opened)
+    tensors = {name: Tensor(dtype, tuple(opened.shape(name)), path.name) for name in opened.names()}
+    return Checkpoint(path.name, path.parent, opened.config, tensors, gguf=opened)
+
+
+def _gguf_dtype(opened: Any) -> str:
+    dtype = str(opened.dtype).rsplit(".", maxsplit=1)[-1]
+    return {"float16": "F16", "float32": "F32", "bfloat16": "BF16"}[dtype]
+
+
+def check_config(config: dict[str, Any], where: str, trust: Trust) -> bool:
+    """Refuse what spqt can't convert, from config.json alone; True if the weights are quantized."""
+    if isinstance(config.get("spqt"), dict):
+        raise UnsupportedError(f"{where} is already a converted model", "convert its source instead")
+    if not trust.remote_code and (found := [key for key in CODE_KEYS if config.get(key)]):
+        raise UnsupportedError(
+            f"{where} brings its own code ({', '.join(found)} in config.json)",
+            "spqt never runs it; --trust-remote-code goes on with mlx-lm's own classes",
+        )
+    classes(config, where)
+    text = config.get("text_config")
+    inner = text if isinstance(text, dict) else {}
+    quantized = any(c.get(key) for c in (config, inner) for key in ("quantization", "quantization_config"))
+    if quantized and not trust.requantize:
+        raise _already_quantized(where)
+    return quantized
+
+
+def _already_quantized(where: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"{where} is already quantized", "convert the original, or accept the loss: --allow-requantize"
+    )
+
+
+def classes(config: dict[str, Any], where: str) -> tuple[Any, Any]:
+    """mlx-lm's Model and ModelArgs for a config."""
+    import mlx_lm.utils
+
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str):
+        raise SpqtError(f"{where}: config.json has no model_type", "give a model folder in the hub's form")
+    unsupported = UnsupportedError(
+        f"{where}: architecture {model_type!r} is not one that mlx-lm has", "see mlx-lm's list of models"
+    )
+    if not MODEL_TYPE.fullmatch(model_type):
+        raise unsupported
+    try:
+        return mlx_lm.utils._get_classes(config)
+    except (ValueError, AttributeError, TypeError):
+        raise unsupported from None
+
+
+def _check_tokenizer(folder: Path, trust: Trust) -> None:
+    """Refuse a missing or damaged tokenizer before any work."""
+    if not any(path.match(pattern) for path in folder.iterdir() for pattern in TOKENIZER):
+        raise SpqtError(f"{folder} has no tokenizer", "download its tokenizer files too")
+    if (folder / "tokenizer.json").exists():
+        from tokenizers import Tokenizer
+
+        try:
+            Tokenizer.from_file(str(folder / "tokenizer.json"))
+        except Exception as error:  # the library raises bare Exception
+            raise SpqtError(f"{folder / 'tokenizer.json'} can't be read: {error}", checks.AGAIN) from None
+    settings = folder / "tokenizer_config.json"
+    if settings.exists() and checks.read_json(settings).get("auto_map") and not trust.remote_code:
+        raise UnsupportedError(
+            f"{settings} brings its own code (auto_map)",
+            "spqt never runs it; --trust-remote-code goes on without it",
+        )
