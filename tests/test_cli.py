@@ -34,7 +34,8 @@ def assert_error(result: subprocess.CompletedProcess, code: int, *words: str) ->
 
 def test_help_is_fast_because_nothing_heavy_is_imported():
     code = (
-        "import sys; from spqt_cli import cli; heavy = {'mlx', 'mlx_lm', 'transformers', 'numpy'} & set(sys.modules);"
+        "import sys; from spqt_cli import cli;"
+        "heavy = {'mlx', 'mlx_lm', 'transformers', 'numpy'} & set(sys.modules);"
         "sys.exit(repr(heavy) if heavy else 0)"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -223,18 +224,10 @@ def test_passthrough_checks_the_model_first(calibrated, tmp_path):
 
 
 def test_passthrough_derives_sparsity_from_the_environment(calibrated):
-    texts = {
-        wish: spqt(
-            "mlx-lm", "generate", "--model", calibrated, "--prompt", "fox", "-m", "8", SPQT_SPARSITY=wish
-        ).stdout
-        for wish in ("0", "0.9")
-    }
-    assert texts["0"].split(b"==========")[1] != texts["0.9"].split(b"==========")[1]
-    assert_error(
-        spqt("mlx-lm", "generate", "--model", calibrated, "--prompt", "x", SPQT_SPARSITY="2"),
-        2,
-        "SPQT_SPARSITY",
-    )
+    command = ("mlx-lm", "generate", "--model", calibrated, "--prompt", "fox", "-m", "8")
+    dense, sparse = (spqt(*command, SPQT_SPARSITY=wish).stdout for wish in ("0", "0.9"))
+    assert dense.split(b"==========")[1] != sparse.split(b"==========")[1]
+    assert_error(spqt(*command, SPQT_SPARSITY="2"), 2, "SPQT_SPARSITY")
 
 
 def test_plain_mlx_lm_refuses_a_converted_model(converted):

@@ -89,13 +89,14 @@ def test_the_server_answers_in_float32(half_precision, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["server", "--model", str(half_precision), "--port", "0"])
     started, holder = threading.Event(), {}
 
-    class Recorded(server.ThreadingHTTPServer):
-        def serve_forever(self, *args):
-            holder["server"] = self
-            started.set()
-            super().serve_forever(*args)
+    forever = server.ThreadingHTTPServer.serve_forever
 
-    monkeypatch.setattr(server, "ThreadingHTTPServer", Recorded)
+    def recorded(self, *args):
+        holder["server"] = self
+        started.set()
+        forever(self, *args)
+
+    monkeypatch.setattr(server.ThreadingHTTPServer, "serve_forever", recorded)
     thread = threading.Thread(target=server.main, daemon=True)
     thread.start()
     assert started.wait(60)
