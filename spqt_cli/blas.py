@@ -1,0 +1,154 @@
+"""Many-row products on the CPU by numpy's BLAS, for calibration and evaluation.
+
+MLX's own CPU build multiplies at a few GFLOP/s on one thread; numpy's bundled BLAS is tens of times
+faster on the same machine. Results are computed when called, not lazily, and can be differentiated.
+On a GPU everything here steps aside and MLX's own operations run. It knows nothing of calibration.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx import nn
+
+from spqt_cli import layout
+from spqt_cli.layers import ZigzagLinear
+
+_attention = mx.fast.scaled_dot_product_attention
+
+
+def on_cpu() -> bool:
+    return bool(mx.default_device().type == mx.DeviceType.cpu)
+
+
+def _host(a: mx.array) -> np.ndarray:
+    """a as float32 numpy, without a copy where it is float32 already."""
+    return np.array(a.astype(mx.float32), copy=False)
+
+
+@mx.custom_function
+def _matmul(a: mx.array, b: mx.array) -> mx.array:
+    return mx.array(np.matmul(_host(a), _host(b)))
+
+
+def matmul(a: mx.array, b: mx.array) -> mx.array:
+    """a @ b, float32: a (..., m, k), b (..., k, n) with the same leading axes."""
+    result: mx.array = _matmul(a, b)  # type: ignore[assignment]
+    return result
+
+
+@_matmul.vjp
+def _matmul_vjp(primals: Any, cotangent: mx.array, _: mx.array) -> tuple[mx.array, mx.array]:
+    a, b = primals
+    return matmul(cotangent, b.swapaxes(-1, -2)), matmul(a.swapaxes(-1, -2), cotangent)
+
+
+def linear(x: mx.array, layer: ZigzagLinear) -> mx.array:
+    """x @ W.T + bias of a Zigzag layer, no channel skipped: x (..., inputs) -> (..., outputs).
+
+    Can be differentiated with respect to x on every backend.
+    """
+    if not on_cpu():
+        packed = (layer["weight"], layer["scales"], layer["biases"])
+        y = layout.matmul(x, *packed, outputs=layer.outputs, bits=layer.bits, group_size=layer.group_size)
+    else:
+        y = _banded(x.reshape(-1, x.shape[-1]), layer).reshape(*x.shape[:-1], layer.outputs).astype(x.dtype)
+    bias = layer.get("bias")
+    return y if bias is None else y + bias
+
+
+def _banded(rows: mx.array, layer: ZigzagLinear) -> mx.array:
+    # The weights are unpacked anew in the backward pass: holding all layers' would not fit memory.
+    def weights() -> np.ndarray:
+        scales, biases = (a.astype(mx.float32) for a in (layer["scales"], layer["biases"]))
+        w = mx.dequantize(layer.weight, scales, biases, group_size=layer.group_size, bits=layer.bits)
+        return _host(w)  # (bands, inputs, band)
+
+    @mx.custom_function
+    def forward(x: mx.array) -> mx.array:
+        y = np.matmul(_host(x), weights())  # (bands, rows, band)
+        return mx.array(y.swapaxes(0, 1).reshape(x.shape[0], -1)[:, : layer.outputs])
+
+    @forward.vjp
+    def backward(x: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
+        w = weights()
+        bands, _, band = w.shape
+        dy = np.zeros((cotangent.shape[0], bands * band), np.float32)
+        dy[:, : layer.outputs] = _host(cotangent)
+        dx = sum(dy[:, b * band : (b + 1) * band] @ w[b].T for b in range(bands))
+        return mx.array(dx)
+
+    result: mx.array = forward(rows)  # type: ignore[assignment]
+    return result
+
+
+def _plain(x: mx.array, w: mx.array, bias: mx.array | None) -> mx.array:
+    """x @ w.T + bias, w (outputs, inputs): what a stock layer computes."""
+    rows = x.reshape(-1, x.shape[-1])
+    y = matmul(rows, w.T).reshape(*x.shape[:-1], w.shape[0]).astype(x.dtype)
+    return y if bias is None else y + bias
+
+
+def _dequantized(layer: Any) -> mx.array:
+    return mx.dequantize(
+        layer.weight,
+        layer.scales,
+        layer.get("biases"),
+        group_size=layer.group_size,
+        bits=layer.bits,
+        mode=layer.mode,
+    )
+
+
+def attention(
+    q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Any = None, sinks: Any = None
+) -> mx.array:
+    """softmax(q @ k.T * scale + mask) @ v: q (B, heads, rows, D); k, v (B, kv_heads, length, D).
+
+    mask as in `mx.fast.scaled_dot_product_attention`; attention sinks are left to that function.
+    """
+    if sinks is not None:
+        return _attention(q, k, v, scale=scale, mask=mask, sinks=sinks)
+    repeats = q.shape[1] // k.shape[1]
+    if repeats > 1:
+        k, v = mx.repeat(k, repeats, axis=1), mx.repeat(v, repeats, axis=1)
+    scores = matmul(q * scale, k.swapaxes(-1, -2))  # (B, heads, rows, length)
+    if isinstance(mask, str):
+        rows, length = scores.shape[-2:]
+        mask = mx.arange(length - rows, length)[:, None] >= mx.arange(length)[None]
+    if mask is not None:
+        scores = mx.where(mask, scores, -math.inf) if mask.dtype == mx.bool_ else scores + mask
+    return matmul(mx.softmax(scores, axis=-1), v).astype(q.dtype)
+
+
+@contextmanager
+def many_rows(heads: bool = True) -> Iterator[None]:
+    """In this block MLX's stock layers and attention run through BLAS, if the device is the CPU.
+
+    heads: also a tied embedding's use as head; without, that product stays lazy, so that a pass that
+    only fills a cache never computes it.
+    """
+    if not on_cpu():
+        yield
+        return
+    replaced: list[tuple[Any, str, Any]] = [
+        (mx.fast, "scaled_dot_product_attention", attention),
+        (nn.Linear, "__call__", lambda self, x: _plain(x, self.weight, self.get("bias"))),
+        (nn.QuantizedLinear, "__call__", lambda self, x: _plain(x, _dequantized(self), self.get("bias"))),
+    ]
+    if heads:
+        replaced += [
+            (nn.Embedding, "as_linear", lambda self, x: _plain(x, self.weight, None)),
+            (nn.QuantizedEmbedding, "as_linear", lambda self, x: _plain(x, _dequantized(self), None)),
+        ]
+    before = [getattr(owner, name) for owner, name, _ in replaced]
+    try:
+        for owner, name, new in replaced:
+            setattr(owner, name, new)
+        yield
+    finally:
+        for (owner, name, _), old in zip(replaced, before, strict=True):
+            setattr(owner, name, old)

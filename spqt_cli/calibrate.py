@@ -1,0 +1,235 @@
+"""`spqt calibrate`: choose each layer's threshold by running the converted model over text.
+
+It rewrites config.json once, at the end, and nothing else: weights stay untouched, and a run that is
+cut off leaves the model as it was, its progress in a file beside.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from spqt_cli import files, format, model, observe, texts, thresholds
+from spqt_cli.calibration import Calibration, LayerRow, print_table
+from spqt_cli.errors import SpqtError, UsageError
+from spqt_cli.progress import Progress
+
+__all__ = ["CalibrateOptions", "Calibration", "LayerRow", "calibrate", "print_table", "remove"]
+
+METHODS = ("uniform",)
+MIN_WINDOW = 32
+FIRST_TOKENS = 8  # of each sequence, left out: the attention sink's huge values are no guide to the rest
+
+OnProgress = Callable[[float, float, str], None]
+
+
+@dataclass(frozen=True)
+class CalibrateOptions:
+    """sparsity: share to skip, None for the default of the model's size. data: a text file, None for
+    the shipped one. tokens: of text run in all, a quarter of them held out to check the result.
+    window: tokens per sequence, the first half a prompt. seed: picks the windows.
+    restart: drop an unfinished run's progress.
+    """
+
+    sparsity: float | None = None
+    data: Path | None = None
+    tokens: int = 4096
+    window: int = 512
+    seed: int = 0
+    method: str = "uniform"
+    restart: bool = False
+
+
+def calibrate(path: Path, options: CalibrateOptions, on_progress: OnProgress) -> Calibration:
+    """Write thresholds into a converted folder's config.json and return what they reach.
+
+    Raises SpqtError (3) for a text that is missing, not UTF-8 or too short, BusyError (7) when an
+    unfinished calibration with other settings is there, UsageError (2) for values out of range.
+    """
+    started = time.monotonic()
+    _check_options(options)
+    text = texts.read(options.data)
+    _drop_foreign_thresholds(path)
+    with files.claim(path):
+        loaded = model.load(path, dense=True)
+        run = _Run(loaded, text, options, on_progress)
+        result = run.finish(started)
+        with files.disk_errors(path):
+            format.write_config(path, loaded.config)
+        run.progress.clear()
+    return result
+
+
+def remove(path: Path) -> None:
+    """Take all thresholds out of a converted folder: it runs dense again."""
+    config = format.read_config(path)
+    if not format.entries(config) or not isinstance(config.get("spqt"), dict):
+        raise SpqtError(f"{path} is not a converted model", f"convert it first: spqt convert {path}")
+    config["spqt"].pop("calibration", None)
+    for entry in format.entries(config).values():
+        for key in ("threshold", "curve"):
+            (entry.get("spqt") or {}).pop(key, None)
+    with files.claim(path), files.disk_errors(path):
+        format.write_config(path, config)
+
+
+def default_sparsity(weights: int) -> float:
+    """The share to skip for a model of that many Zigzag weights, from docs/quality.md."""
+    return 0.25 if weights < 0.5e9 else 0.3 if weights < 1.5e9 else 0.4
+
+
+def _check_options(options: CalibrateOptions) -> None:
+    if options.sparsity is not None and not 0 <= options.sparsity <= 0.95:
+        raise UsageError(f"sparsity {options.sparsity} is not in 0 to 0.95", "0.25 skips a quarter")
+    if options.method not in METHODS:
+        raise UsageError(f"there is no method {options.method!r}", f"use one of: {', '.join(METHODS)}")
+    if min(options.tokens // 2, options.window) < MIN_WINDOW:
+        raise UsageError(
+            f"{options.tokens} tokens in windows of {options.window} are too few",
+            f"use at least {2 * MIN_WINDOW} tokens and windows of {MIN_WINDOW}",
+        )
+
+
+def _drop_foreign_thresholds(path: Path) -> None:
+    """Thresholds of other weights keep a model from loading; they are what calibration replaces."""
+    config = format.read_config(path)
+    section = config.get("spqt")
+    calibration = section.get("calibration") if isinstance(section, dict) else None
+    if calibration is None:
+        return
+    if not isinstance(calibration, dict) or calibration.get("fingerprint") != format.weights_fingerprint(
+        config
+    ):
+        remove(path)
+
+
+class _Run:
+    """One calibration: histograms, thresholds, the check on held-out windows."""
+
+    def __init__(
+        self, loaded: model.Loaded, text: texts.Text, options: CalibrateOptions, on_progress: OnProgress
+    ) -> None:
+        self.loaded, self.text, self.options, self.on_progress = loaded, text, options, on_progress
+        self.rows, self.held_out = self._windows()
+        self.steps = len(self.rows) + len(self.held_out)
+        identity = {
+            "model": format.weights_fingerprint(loaded.config),
+            "text": text.sha256,
+            "first": FIRST_TOKENS,
+            "windows": [len(self.rows), self.rows.shape[1], options.seed],
+        }
+        self.progress = Progress(loaded.folder, identity, options.restart)
+
+    def _windows(self) -> tuple[np.ndarray, np.ndarray]:
+        """The windows to calibrate on and the ones held out: (count, window) each, int32."""
+        options, tokenizer = self.options, self.loaded.tokenizer
+        window = min(options.window, options.tokens // 2, self._context())
+        stream = texts.tokens(self.text, tokenizer)
+        rows = texts.windows(stream, window, texts.opening(tokenizer))
+        count = options.tokens // window
+        texts.need(rows, count, self.text)
+        chosen = np.random.default_rng(options.seed).permutation(len(rows))[:count]
+        held_out = max(1, count // 4)
+        return rows[np.sort(chosen[held_out:])], rows[np.sort(chosen[:held_out])]
+
+    def _context(self) -> int:
+        config = {**self.loaded.config, **(self.loaded.config.get("text_config") or {})}
+        return int(config.get("max_position_embeddings") or self.options.window)
+
+    def finish(self, started: float) -> Calibration:
+        """Run all of it and put the result into the config (in memory)."""
+        with observe.probing(self.loaded.model) as harness:
+            layers = harness.layers
+            counts = self._histograms(harness)
+            weights = sum(layer.inputs * layer.outputs for layer in layers.values())
+            sparsity = self.options.sparsity
+            target = default_sparsity(weights) if sparsity is None else sparsity
+            dead = {path for path in layers if thresholds.is_dead(counts[path])}
+            curves = {path: [0.0] * 50 if path in dead else thresholds.curve(counts[path]) for path in layers}
+            chosen = {path: thresholds.derive(curve, target) for path, curve in curves.items()}
+            realised = self._realised(harness, chosen)
+            overall = observe.weighted(realised, layers)
+        rows = [
+            LayerRow(path, 0.0 if path in dead else target, chosen[path], realised[path], path in dead)
+            for path in layers
+        ]
+        held_out_tokens = self.held_out.shape[0] * (self.held_out.shape[1] // 2)
+        result = Calibration(
+            self.loaded.folder,
+            target,
+            overall,
+            self.options.method,
+            self.text.name,
+            self.rows.size,
+            held_out_tokens,
+            time.monotonic() - started,
+            rows,
+        )
+        self._store(result, curves)
+        return result
+
+    def _histograms(self, harness: observe.Harness) -> dict[str, np.ndarray]:
+        saved = self.progress.arrays
+        done = int(saved.get("windows", 0))
+        total = {path: saved[path] for path in harness.layers if path in saved}
+        harness.counting, harness.first = True, FIRST_TOKENS
+        for i in range(done, len(self.rows)):
+            self.on_progress(i, self.steps, "observing activations")
+            observe.prompt_cache(self.loaded.model, mx.array(self.rows[i : i + 1]))
+            for path, counts in harness.histograms(reset=True).items():
+                total[path] = total[path] + counts if path in total else counts
+            self.progress.save(windows=np.array(i + 1), **total)
+        harness.counting = False
+        for path in harness.layers:
+            self._check_counts(path, total)
+        return total
+
+    def _check_counts(self, path: str, total: dict[str, np.ndarray]) -> None:
+        if path not in total:
+            raise SpqtError(f"layer {path} was never reached", "report the model: its layers run elsewhere")
+        if total[path][thresholds.FINITE_BINS :].any():
+            raise SpqtError(
+                f"layer {path}: infinite or undefined inputs while running the text",
+                "the weights may be damaged: spqt verify, or convert again in another dtype",
+            )
+
+    def _realised(self, harness: observe.Harness, chosen: dict[str, float]) -> dict[str, float]:
+        """Each layer's share of skipped inputs over the second halves of the held-out windows."""
+        prompt = self.held_out.shape[1] // 2
+        harness.set_thresholds(chosen)
+        for i, row in enumerate(self.held_out):
+            self.on_progress(len(self.rows) + i, self.steps, "checking on held-out text")
+            window = mx.array(row[None])
+            harness.sparse = False
+            cache = observe.prompt_cache(self.loaded.model, window[:, :prompt])
+            harness.sparse = True
+            observe.advance(self.loaded.model, window[:, prompt:], cache)
+        harness.sparse = False
+        return harness.realised()
+
+    def _store(self, result: Calibration, curves: dict[str, list[float]]) -> None:
+        config = self.loaded.config
+        entries = format.entries(config)
+        for row in result.layers:
+            spqt = entries[row.path]["spqt"]
+            spqt["threshold"] = _short(row.threshold)
+            spqt["curve"] = [_short(value) for value in curves[row.path]]
+        config["spqt"]["calibration"] = {
+            "fingerprint": format.weights_fingerprint(config),
+            "method": result.method,
+            "sparsity": result.sparsity,
+            "realised": round(result.realised, 4),
+            "text": {"name": Path(result.text).name, "sha256": self.text.sha256},
+            "tokens": result.tokens,
+            "window": int(self.rows.shape[1]),
+            "seed": self.options.seed,
+            "layers": {row.path: row.stored() for row in result.layers},
+        }
+
+
+def _short(value: float) -> float:
+    """Six digits: a float32 threshold's worth, at half the length in config.json."""
+    return float(f"{value:.6g}")

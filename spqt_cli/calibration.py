@@ -1,0 +1,71 @@
+"""What a calibration found: the result, its stored form, its table for people."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One layer's result: shares in 0 to 1; dead: its inputs told nothing, so it stays dense."""
+
+    path: str
+    target: float
+    threshold: float
+    realised: float
+    dead: bool
+
+    def stored(self) -> dict[str, Any]:
+        """The row of the table in config.json; the threshold stands in the layer's entry."""
+        row: dict[str, Any] = {"target": round(self.target, 4), "realised": round(self.realised, 4)}
+        return {**row, "dead": True} if self.dead else row
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was written. realised: share of all Zigzag weights skipped on held-out text."""
+
+    folder: Path
+    sparsity: float
+    realised: float
+    method: str
+    text: str
+    tokens: int
+    held_out_tokens: int
+    seconds: float
+    layers: list[LayerRow]
+
+
+def print_table(result: Calibration, stream: TextIO) -> None:
+    """Write the realised sparsity per block and projection, in percent, and the totals."""
+    blocks: dict[str, dict[str, LayerRow]] = {}
+    for row in reversed(result.layers):  # modules are walked from the last to the first
+        parts = row.path.split(".")
+        number = next((part for part in parts if part.isdigit()), "-")
+        blocks.setdefault(number, {})[parts[-1]] = row
+    kinds = list(dict.fromkeys(kind for cells in blocks.values() for kind in cells))
+    widths = [max(len(kind), 5) for kind in kinds]
+    print(
+        "block " + " ".join(f"{kind:>{width}}" for kind, width in zip(kinds, widths, strict=True)),
+        file=stream,
+    )
+    for number, cells in blocks.items():
+        shown = (f"{_cell(cells.get(kind)):>{width}}" for kind, width in zip(kinds, widths, strict=True))
+        print(f"{number:>5} " + " ".join(shown), file=stream)
+    if dead := sum(row.dead for row in result.layers):
+        print(f"{dead} layers with constant inputs stay dense", file=stream)
+    print(
+        f"realised {result.realised:.1%} of a target of {result.sparsity:.0%} "
+        f"on {result.held_out_tokens} held-out tokens",
+        file=stream,
+    )
+    print(
+        f"method {result.method}, {result.tokens} tokens of {result.text}, {result.seconds:.0f} s",
+        file=stream,
+    )
+
+
+def _cell(row: LayerRow | None) -> str:
+    if row is None:
+        return ""
+    return "dead" if row.dead else f"{row.realised:.1%}"

@@ -1,0 +1,78 @@
+"""From histograms of |x| to thresholds: quantiles, the curve stored per layer, and back.
+
+A histogram counts |x| by the upper bits of its float32 pattern (sign dropped): 32 bins an octave over
+the whole range of float32, with exact edges and no logarithm; zero has bin 0. It knows no models.
+"""
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+import numpy as np
+
+from spqt_cli.errors import UsageError
+from spqt_cli.format import CURVE_SPARSITIES
+
+SHIFT = 18  # bits dropped: 5 of the mantissa's 23 remain, 32 bins an octave
+BINS = 1 << (31 - SHIFT)
+FINITE_BINS = 0xFF << (23 - SHIFT)  # bins from here on hold infinities and NaN
+EDGES = (np.arange(FINITE_BINS + 1, dtype=np.uint32) << SHIFT).view(np.float32).astype(np.float64)
+# A channel under this is as good as zero. Not smaller, because some devices flush denormals.
+SMALLEST = 2.0**-100
+MAX_SPARSITY = CURVE_SPARSITIES[-1]
+
+
+def bins(x: mx.array) -> mx.array:
+    """The bin of every |x|; x's shape, uint32."""
+    return (mx.view(x.astype(mx.float32), mx.uint32) & 0x7FFFFFFF) >> SHIFT
+
+
+def histogram(x: mx.array) -> mx.array:
+    """Counts of |x| per bin: (BINS,), int32; lazy."""
+    return mx.zeros(BINS, mx.int32).at[bins(x).reshape(-1)].add(1)
+
+
+def quantile(counts: np.ndarray, shares: np.ndarray | Sequence[float]) -> np.ndarray:
+    """The thresholds below which the given shares of a histogram's values lie: float64.
+
+    counts: (FINITE_BINS,) or longer; shares: each in 0 to 1. Share 0 gives 0; inside a bin values
+    count as evenly spread; a share that zeros alone make up gives SMALLEST.
+    """
+    below = np.concatenate([[0], np.cumsum(counts[:FINITE_BINS], dtype=np.float64)])
+    wanted = np.asarray(shares, np.float64)
+    place = np.interp(wanted * below[-1], *_strictly_rising(below))
+    t = np.maximum(np.interp(place, np.arange(len(EDGES)), EDGES), SMALLEST)
+    return np.where(wanted <= 0, 0.0, t)
+
+
+def _strictly_rising(below: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The corners of the cumulative counts, flat stretches reduced to their upper end."""
+    keep = np.append(np.diff(below) > 0, True)  # last place of each run of equal counts
+    return below[keep], np.flatnonzero(keep).astype(np.float64)
+
+
+def share_below(counts: np.ndarray, threshold: float) -> float:
+    """The share of a histogram's values under `threshold`: the inverse of `quantile`."""
+    below = np.concatenate([[0], np.cumsum(counts[:FINITE_BINS], dtype=np.float64)])
+    return float(np.interp(threshold, EDGES, below) / below[-1]) if below[-1] and threshold > 0 else 0.0
+
+
+def curve(counts: np.ndarray) -> list[float]:
+    """The thresholds at CURVE_SPARSITIES, as stored in a layer's entry."""
+    return quantile(counts, CURVE_SPARSITIES).tolist()
+
+
+def is_dead(counts: np.ndarray) -> bool:
+    """True where the inputs tell nothing apart: all zero, or all of one magnitude.
+
+    A threshold there would skip all channels or none.
+    """
+    return bool(np.count_nonzero(counts) <= 1)
+
+
+def derive(stored: Sequence[float], sparsity: float) -> float:
+    """The threshold at `sparsity` (0 to MAX_SPARSITY) from a layer's stored curve; 0.0 skips nothing."""
+    if not 0 <= sparsity <= MAX_SPARSITY:
+        raise UsageError(f"sparsity {sparsity} is not in 0 to {MAX_SPARSITY}", "0.25 skips a quarter")
+    if sparsity == 0 or not stored:
+        return 0.0
+    return float(np.interp(sparsity, CURVE_SPARSITIES, stored))

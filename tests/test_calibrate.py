@@ -1,0 +1,212 @@
+"""Calibration of a tiny converted model: what is written, what is refused, what survives a kill."""
+
+import io
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from spqt_cli import calibrate, format, model, observe
+from spqt_cli.calibrate import CalibrateOptions
+from spqt_cli.errors import BusyError, SpqtError, UsageError
+from spqt_cli.progress import NAME
+
+OPTIONS = CalibrateOptions(sparsity=0.4, tokens=512, window=64)
+
+
+def quiet(done: float, total: float, what: str) -> None:
+    assert 0 <= done <= total
+
+
+@pytest.fixture
+def folder(converted: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(converted, tmp_path / "model"))
+
+
+@pytest.fixture(scope="module")
+def done(converted: Path, tmp_path_factory: pytest.TempPathFactory):
+    folder = Path(shutil.copytree(converted, tmp_path_factory.mktemp("calibrate") / "model"))
+    return folder, calibrate.calibrate(folder, OPTIONS, quiet)
+
+
+def without_mirror(folder: Path) -> dict:
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("quantization_config")
+    return config
+
+
+def test_thresholds_reach_the_target(done):
+    _, result = done
+    assert {row.target for row in result.layers} == {0.4}
+    # 64 held-out tokens of 64 to 160 channels: 1 point is several standard deviations, the rest is drift.
+    assert result.realised == pytest.approx(0.4, abs=0.03)
+
+
+def test_only_config_json_changes(done, converted):
+    folder, _ = done
+    assert sorted(p.name for p in folder.iterdir()) == sorted(p.name for p in converted.iterdir())
+    for path in converted.iterdir():
+        assert (path.read_bytes() == (folder / path.name).read_bytes()) == (path.name != "config.json")
+
+
+def test_stored_thresholds_pass_the_checks_and_load(done):
+    folder, result = done
+    loaded = model.load(folder)
+    assert loaded.sparsity == 0.4
+    thresholds = {path: layer.threshold.item() for path, layer in model.zigzag_layers(loaded.model).items()}
+    for row in result.layers:
+        assert thresholds[row.path] == pytest.approx(row.threshold, rel=1e-5)
+    section = loaded.config["spqt"]["calibration"]
+    assert section["fingerprint"] == format.weights_fingerprint(loaded.config)
+    assert len(section["text"]["sha256"]) == 64
+
+
+def test_curve_derives_other_sparsities(done):
+    folder, _ = done
+    low, high = (model.load(folder, sparsity=s) for s in (0.2, 0.6))
+    pairs = zip(
+        model.zigzag_layers(low.model).values(), model.zigzag_layers(high.model).values(), strict=True
+    )
+    assert all(0 < a.threshold.item() < b.threshold.item() for a, b in pairs)
+
+
+def test_same_seed_same_result_and_remove_restores_the_bytes(done, converted, folder):
+    calibrate.calibrate(folder, OPTIONS, quiet)
+    assert without_mirror(folder) == without_mirror(done[0])
+    calibrate.remove(folder)
+    assert without_mirror(folder) == without_mirror(converted)
+
+
+def test_recalibrating_replaces(folder):
+    calibrate.calibrate(folder, OPTIONS, quiet)
+    before = model.load(folder).config["quantization"]
+    result = calibrate.calibrate(folder, CalibrateOptions(sparsity=0.2, tokens=512, window=64), quiet)
+    assert result.realised == pytest.approx(0.2, abs=0.03)
+    assert model.load(folder).config["quantization"] != before
+
+
+def test_sparsity_zero_writes_zero_thresholds(folder):
+    result = calibrate.calibrate(folder, CalibrateOptions(sparsity=0.0, tokens=128, window=64), quiet)
+    assert result.realised == 0
+    assert {row.threshold for row in result.layers} == {0.0}
+
+
+def test_row_32_thresholds_of_other_weights_are_replaced(folder):
+    calibrate.calibrate(folder, OPTIONS, quiet)
+    config = format.read_config(folder)
+    config["spqt"]["calibration"]["fingerprint"] = "0" * 64
+    format.write_config(folder, config)
+    with pytest.raises(SpqtError, match="another model"):
+        model.load(folder)
+    calibrate.calibrate(folder, OPTIONS, quiet)
+    assert model.load(folder).sparsity == 0.4
+
+
+def test_row_49_text_too_short(folder, tmp_path):
+    text = tmp_path / "short.txt"
+    text.write_text("the quick brown fox\n")
+    with pytest.raises(SpqtError, match="512 tokens needed, 0 found"):
+        calibrate.calibrate(folder, CalibrateOptions(data=text, tokens=512, window=64), quiet)
+    assert "calibration" not in format.read_config(folder)["spqt"]
+
+
+@pytest.mark.parametrize(
+    "bad", [{"sparsity": 0.96}, {"sparsity": float("nan")}, {"method": "magic"}, {"tokens": 10}]
+)
+def test_bad_options(folder, bad):
+    with pytest.raises(UsageError):
+        calibrate.calibrate(folder, CalibrateOptions(**bad), quiet)
+
+
+def test_row_51_dead_layer_is_flagged_and_stays_dense(folder):
+    loaded = model.load(folder)
+    # The norm in front of the first block's MLP has weight 0: gate and up see only zeros, down too.
+    import mlx.core as mx
+
+    shard = next(folder.glob("model*.safetensors"))
+    arrays, metadata = mx.load(str(shard), return_metadata=True)
+    name = "model.layers.0.post_attention_layernorm.weight"
+    mx.save_safetensors(str(shard), {**arrays, name: mx.zeros_like(arrays[name])}, metadata=metadata)
+    del loaded
+    result = calibrate.calibrate(folder, OPTIONS, quiet)
+    dead = {row.path for row in result.layers if row.dead}
+    assert dead == {f"model.layers.0.mlp.{kind}_proj" for kind in ("gate", "up", "down")}
+    assert all(row.threshold == 0 and row.realised == 0 for row in result.layers if row.dead)
+    assert any(row.realised > 0.2 for row in result.layers)
+    out = io.StringIO()
+    calibrate.print_table(result, out)
+    assert "3 layers with constant inputs stay dense" in out.getvalue()
+
+
+class Killed(BaseException):
+    pass
+
+
+def killed_after(steps: int):
+    def on_progress(done: float, total: float, what: str) -> None:
+        if done >= steps:
+            raise Killed
+
+    return on_progress
+
+
+@pytest.mark.parametrize("steps", [1, 4, 6])
+def test_row_53_54_killed_run_resumes_to_the_same_result(done, converted, folder, steps):
+    with pytest.raises(Killed):
+        calibrate.calibrate(folder, OPTIONS, killed_after(steps))
+    assert (folder / "config.json").read_bytes() == (converted / "config.json").read_bytes()
+    seen = []
+    calibrate.calibrate(folder, OPTIONS, lambda done, total, what: seen.append(done))
+    assert seen[0] == steps  # windows already observed are not run again
+    assert without_mirror(folder) == without_mirror(done[0])
+    assert not list(folder.glob(".spqt*"))
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"window": 32}, {"tokens": 576}, {"data": "other"}])
+def test_row_52_resume_with_other_settings(folder, tmp_path, change):
+    with pytest.raises(Killed):
+        calibrate.calibrate(folder, OPTIONS, killed_after(2))
+    if "data" in change:
+        change = {"data": tmp_path / "other.txt"}
+        change["data"].write_text("pack my box with five dozen liquor jugs " * 200)
+    other = CalibrateOptions(**{"sparsity": 0.4, "tokens": 512, "window": 64, **change})
+    with pytest.raises(BusyError, match="unfinished") as caught:
+        calibrate.calibrate(folder, other, quiet)
+    assert caught.value.exit_code == 7
+    import dataclasses
+
+    calibrate.calibrate(folder, dataclasses.replace(other, restart=True), quiet)
+    assert not (folder / NAME).exists()
+
+
+def test_damaged_progress_starts_over(done, folder):
+    (folder / NAME).write_bytes(b"PK\x03\x04 torn")
+    calibrate.calibrate(folder, OPTIONS, quiet)
+    assert without_mirror(folder) == without_mirror(done[0])
+
+
+def test_remove_on_a_plain_model(checkpoint):
+    with pytest.raises(SpqtError, match="not a converted model"):
+        calibrate.remove(checkpoint)
+
+
+def test_table_shows_blocks_in_order(done):
+    out = io.StringIO()
+    calibrate.print_table(done[1], out)
+    lines = out.getvalue().splitlines()
+    assert lines[0].split() == ["block", *(f"{k}_proj" for k in ("q", "k", "v", "o", "gate", "down", "up"))]
+    assert [line.split()[0] for line in lines[1:3]] == ["0", "1"]
+    assert "of a target of 40%" in out.getvalue()
+
+
+def test_probes_are_taken_out_again(calibrated):
+    loaded = model.load(calibrated)
+    before = model.zigzag_layers(loaded.model)
+    with pytest.raises(Killed), observe.probing(loaded.model):
+        raise Killed
+    after = model.zigzag_layers(loaded.model)
+    assert list(before) == list(after)
+    assert all(before[path] is after[path] for path in before)
+    assert np.isfinite(before["model.layers.0.mlp.up_proj"].threshold.item())
