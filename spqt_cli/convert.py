@@ -269,10 +269,6 @@ class _Run:
         for path in self.checkpoint.kept_files():
             files.copy(path, self.folder / path.name)
         card.clean_tokenizer_config(self.folder)
-        if self.checkpoint.gguf is not None:
-            from spqt_cli import gguf
-
-            gguf.write_tokenizer(self.checkpoint.files()[0], self.folder)
         self.config["spqt"]["shards"] = {
             shard.name: files.sha256(self.folder / shard.name) for shard in self.shards
         }
@@ -280,6 +276,10 @@ class _Run:
         files.write_text(self.folder / card.NAME, card.text(self.config, self.checkpoint, self.plan))
         with files.disk_errors(self.folder):
             format.write_config(self.folder, self.config)
+        if self.checkpoint.gguf is not None:
+            from spqt_cli import gguf
+
+            gguf.write_tokenizer(self.checkpoint.files()[0], self.folder)
         files.publish(self.folder, self.output)
         with files.disk_errors(self.work):
             shutil.rmtree(self.work)

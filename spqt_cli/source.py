@@ -60,6 +60,7 @@ class Checkpoint:
     gguf: Any = None
     quantized: bool = False
     warnings: list[str] = field(default_factory=list)
+    keep: Any = None  # what must live as long as the folder is used
     _stamps: dict[Path, tuple[int, int, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -80,7 +81,7 @@ class Checkpoint:
             return {name: mx.zeros(t.shape, DTYPES[t.dtype]) for name, t in self.tensors.items()}
         lazy: dict[str, mx.array] = {}
         for path in self.files():
-            lazy |= mx.load(str(path))
+            lazy |= mx.load(str(path))  # type: ignore[arg-type]
         return {name: lazy[name] for name in self.tensors}
 
     def read(self, name: str) -> mx.array:
@@ -105,6 +106,8 @@ class Checkpoint:
 
     def kept_files(self) -> list[Path]:
         """The tokenizer, templates and licences that go along; plain files of the model's own only."""
+        if self.gguf is not None:
+            return []
         found = {path for path in self.folder.iterdir() for pattern in KEPT if path.match(pattern)}
         return sorted(path for path in found if path.is_file() and _is_own(self.folder, path))
 
@@ -139,6 +142,7 @@ def open_source(source: str, revision: str | None, trust: Trust, *, headers_only
     fetched = hub.fetch(source, revision, lambda config: check_config(config, source, trust), headers_only)
     checkpoint = open_folder(fetched.folder, trust)
     checkpoint.name, checkpoint.repo, checkpoint.revision = source.split("/")[1], source, fetched.revision
+    checkpoint.keep = fetched.keep
     return checkpoint
 
 
