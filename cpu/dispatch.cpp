@@ -1,0 +1,47 @@
+// Which instruction set runs: the widest that the machine has, chosen once.
+#include "kernels.h"
+
+#include <cstring>
+
+extern const Kernels kernels_base;
+#if defined(__x86_64__)
+extern const Kernels kernels_avx2;
+extern const Kernels kernels_avx512;
+#endif
+
+namespace {
+
+const Kernels* supported(const char* name) {
+#if defined(__x86_64__)
+  bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+      __builtin_cpu_supports("bmi2");  // every such machine has F16C, which older compilers can't ask for
+  bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512cd");
+  if (avx512 && !std::strcmp(name, "avx512")) return &kernels_avx512;
+  if (avx2 && !std::strcmp(name, "avx2")) return &kernels_avx2;
+#endif
+  return std::strcmp(name, "base") ? nullptr : &kernels_base;
+}
+
+const Kernels* best() {
+  const char* const widest_first[] = {"avx512", "avx2"};
+  for (const char* name : widest_first)
+    if (const Kernels* found = supported(name)) return found;
+  return &kernels_base;
+}
+
+const Kernels*& chosen() {
+  static const Kernels* table = best();
+  return table;
+}
+
+}  // namespace
+
+const Kernels& kernels() { return *chosen(); }
+
+bool use_isa(const char* name) {
+  const Kernels* table = supported(name);
+  if (table) chosen() = table;
+  return table != nullptr;
+}

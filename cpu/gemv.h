@@ -1,0 +1,199 @@
+// The sparse GEMV of one tile: y[j] = sum over active k of x[k] * (code[k, j] * scale[k, g] + bias[k, g]).
+//
+// 1. A block of 16 active channels: u = x * scale by group, and x * bias into a sum by group.
+// 2. Column by column: eight accumulators in registers take u * code of the 16 channels.
+// 3. While a column is multiplied, the same column of the next block is prefetched: hardware prefetchers
+//    can't guess which channels come next, and this is worth 1.3 to 2.2 times at half density.
+// The order of sums depends on the list of channels alone, never on threads.
+#pragma once
+
+struct Block {
+  const uint8_t* codes[BLOCK];
+  const uint8_t* next[BLOCK];  // chunks of the following block; the same again where there is none
+  alignas(64) float u[BLOCK][TILE / 32 + PADDING];
+  int count;
+};
+
+template <Type T>
+SPQT_INLINE void scale_channel(const Tile& tile, int64_t first, float x, float* u, float* bias_sums) {
+  vf wide = splat(x);
+  int g = 0;
+  for (; g + LANES <= tile.groups; g += LANES) {
+    store(u + g, wide * load_as_float<T>(tile.scales, first + g));
+    store(bias_sums + g, load<vf>(bias_sums + g) + wide * load_as_float<T>(tile.biases, first + g));
+  }
+  if (int rest = tile.groups - g) {
+    store(u + g, wide * load_as_float<T>(tile.scales, first + g, rest));
+    store(bias_sums + g, load<vf>(bias_sums + g) + wide * load_as_float<T>(tile.biases, first + g, rest));
+  }
+}
+
+template <Type T>
+static void start_block(const Tile& tile, const Active& active, int first, Block& block, float* bias_sums) {
+  constexpr int BYTES = T == FLOAT32 ? 4 : 2;
+  block.count = min_of(BLOCK, active.count - first);
+  for (int i = 0; i < block.count; ++i) {
+    int64_t channel = active.channel[first + i];
+    block.codes[i] = tile.codes + channel * tile.code_stride;
+    scale_channel<T>(tile, channel * tile.scale_stride, active.x[first + i], block.u[i], bias_sums);
+    if (first + BLOCK + i >= active.count) {
+      block.next[i] = block.codes[i];
+      continue;
+    }
+    int64_t next = active.channel[first + BLOCK + i];
+    block.next[i] = tile.codes + next * tile.code_stride;
+    int64_t offset = next * tile.scale_stride * BYTES;
+    for (int line = 0; line < tile.groups * BYTES; line += 64) {
+      __builtin_prefetch((const uint8_t*)tile.scales + offset + line);
+      __builtin_prefetch((const uint8_t*)tile.biases + offset + line);
+    }
+  }
+}
+
+// part: bytes of an incomplete last column, else 0
+template <int BITS, int GROUP, int PASS, bool WHOLE>
+SPQT_INLINE void add_column(const Block& block, int column, int part, float* sums) {
+  using C = Codec<BITS>;
+  vf sum[VECTORS], code[VECTORS], u[VECTORS];
+  for (int v = 0; v < VECTORS; ++v) sum[v] = load<vf>(sums + v * LANES);
+  const size_t offset = (size_t)column * C::COLUMN_BYTES;
+  const size_t line = (offset + 63) / 64 * 64, end = PASS ? 0 : offset + C::COLUMN_BYTES;
+  for (int i = 0; i < block.count; ++i) {
+    for (size_t l = line; l < end; l += 64) __builtin_prefetch(block.next[i] + l);
+    if constexpr (WHOLE)
+      C::template unpack<PASS>(block.codes[i] + offset, code);
+    else
+      C::template unpack_part<PASS>(block.codes[i] + offset, part, code);
+    C::template expand<GROUP>(block.u[i], column, u);
+    for (int v = 0; v < VECTORS; ++v) sum[v] += u[v] * code[v];
+  }
+  for (int v = 0; v < VECTORS; ++v) store(sums + v * LANES, sum[v]);
+}
+
+template <int BITS, int GROUP>
+static void gemv_tile(const Tile& tile, const Active& active, float* partial) {
+  using C = Codec<BITS>;
+  constexpr int SUMS = VECTORS * LANES;  // of one pass
+  const int bytes = tile.groups * GROUP * BITS / 8;
+  const int columns = bytes / C::COLUMN_BYTES, part = bytes % C::COLUMN_BYTES;
+  const size_t size = partial_size(tile.groups, GROUP);
+  for (size_t i = 0; i < size; i += LANES) store(partial + i, vf{});
+  float* bias_sums = partial + partial_sums(tile.groups, GROUP);
+  Block block;
+  for (int first = 0; first < active.count; first += BLOCK) {
+    if (tile.type == FLOAT32) start_block<FLOAT32>(tile, active, first, block, bias_sums);
+    if (tile.type == FLOAT16) start_block<FLOAT16>(tile, active, first, block, bias_sums);
+    if (tile.type == BFLOAT16) start_block<BFLOAT16>(tile, active, first, block, bias_sums);
+    float* sums = partial;
+    for (int column = 0; column < columns; ++column, sums += C::PASSES * SUMS) {
+      add_column<BITS, GROUP, 0, true>(block, column, 0, sums);
+      if constexpr (C::PASSES == 2) add_column<BITS, GROUP, 1, true>(block, column, 0, sums + SUMS);
+    }
+    if (part) {
+      add_column<BITS, GROUP, 0, false>(block, columns, part, sums);
+      if constexpr (C::PASSES == 2) add_column<BITS, GROUP, 1, false>(block, columns, part, sums + SUMS);
+    }
+  }
+}
+
+template <int BITS>
+static void gemv_bits(const Tile& tile, const Active& active, float* partial) {
+  if (tile.group_size == 32) gemv_tile<BITS, 32>(tile, active, partial);
+  if (tile.group_size == 64) gemv_tile<BITS, 64>(tile, active, partial);
+  if (tile.group_size == 128) gemv_tile<BITS, 128>(tile, active, partial);
+}
+
+static void gemv(const Tile& tile, const Active& active, float* partial) {
+  switch (tile.bits) {
+    case 2: return gemv_bits<2>(tile, active, partial);
+    case 3: return gemv_bits<3>(tile, active, partial);
+    case 4: return gemv_bits<4>(tile, active, partial);
+    case 5: return gemv_bits<5>(tile, active, partial);
+    case 6: return gemv_bits<6>(tile, active, partial);
+    case 8: return gemv_bits<8>(tile, active, partial);
+  }
+}
+
+// y of one column from the sums of all stripes, in the order of the outputs
+template <int BITS>
+SPQT_INLINE void finish_column(const Tile& tile, const float* partials, int stripes, int column,
+                               const float* bias_sums, float* y) {
+  using C = Codec<BITS>;
+  const size_t size = partial_size(tile.groups, tile.group_size);
+  for (int pass = 0; pass < C::PASSES; ++pass)
+    for (int v = 0; v < VECTORS; ++v) {
+      const float* from = partials + (size_t)((column * C::PASSES + pass) * VECTORS + v) * LANES;
+      vf sum = load<vf>(from);
+      for (int s = 1; s < stripes; ++s) sum += load<vf>(from + s * size);
+      float lanes[LANES];
+      store(lanes, sum);
+      for (int l = 0; l < LANES; ++l) {
+        int index = C::index(pass, v, l), output = column * C::COLUMN + index;
+        int group = min_of(output / tile.group_size, tile.groups - 1);
+        y[index] = lanes[l] * (1.0f / (1 << C::shift(pass, v, l))) + bias_sums[group];
+      }
+    }
+}
+
+template <Type T>
+static void put_outputs(const Output& out, int first, int count, const float* y) {
+  for (int i = 0; i < count; ++i) {
+    float value = y[i];
+    if (out.bias && out.bias_type == FLOAT32) value += element<FLOAT32>(out.bias, first + i);
+    if (out.bias && out.bias_type == FLOAT16) value += element<FLOAT16>(out.bias, first + i);
+    if (out.bias && out.bias_type == BFLOAT16) value += element<BFLOAT16>(out.bias, first + i);
+    put<T>(out.y, first + i, value);
+  }
+}
+
+template <int BITS>
+static void finish_bits(const Tile& tile, const float* partials, int stripes, const Output& out) {
+  using C = Codec<BITS>;
+  const size_t size = partial_size(tile.groups, tile.group_size);
+  float bias_sums[TILE / 32 + PADDING];
+  for (int g = 0; g < tile.groups; ++g) {
+    bias_sums[g] = 0;
+    for (int s = 0; s < stripes; ++s)
+      bias_sums[g] += partials[s * size + partial_sums(tile.groups, tile.group_size) + g];
+  }
+  float y[C::COLUMN];
+  for (int first = 0; first < out.outputs; first += C::COLUMN) {
+    finish_column<BITS>(tile, partials, stripes, first / C::COLUMN, bias_sums, y);
+    int count = min_of(C::COLUMN, out.outputs - first);
+    if (out.type == FLOAT32) put_outputs<FLOAT32>(out, first, count, y);
+    if (out.type == FLOAT16) put_outputs<FLOAT16>(out, first, count, y);
+    if (out.type == BFLOAT16) put_outputs<BFLOAT16>(out, first, count, y);
+  }
+}
+
+static void finish(const Tile& tile, const float* partials, int stripes, const Output& out) {
+  switch (tile.bits) {
+    case 2: return finish_bits<2>(tile, partials, stripes, out);
+    case 3: return finish_bits<3>(tile, partials, stripes, out);
+    case 4: return finish_bits<4>(tile, partials, stripes, out);
+    case 5: return finish_bits<5>(tile, partials, stripes, out);
+    case 6: return finish_bits<6>(tile, partials, stripes, out);
+    case 8: return finish_bits<8>(tile, partials, stripes, out);
+  }
+}
+
+template <Type T>
+static int collect_type(const Input& in, int32_t* channel, float* x) {
+  const float always = 0;  // |x| < 0 is never true: every channel is active
+  const float* threshold = in.threshold ? in.threshold : &always;
+  const int64_t step = in.threshold ? in.threshold_stride : 0;
+  int count = 0;
+  for (int k = 0; k < in.inputs; ++k) {
+    float value = element<T>(in.x, k * in.stride);
+    channel[count] = k;
+    x[count] = value;
+    count += !(__builtin_fabsf(value) < threshold[k * step]);
+  }
+  return count;
+}
+
+static int collect(const Input& in, int32_t* channel, float* x) {
+  if (in.type == FLOAT16) return collect_type<FLOAT16>(in, channel, x);
+  if (in.type == BFLOAT16) return collect_type<BFLOAT16>(in, channel, x);
+  return collect_type<FLOAT32>(in, channel, x);
+}

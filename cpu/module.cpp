@@ -1,0 +1,26 @@
+// What Python sees: `spqt_cli._cpu`. spqt_cli/cpu.py is its only user.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include "kernels.h"
+#include "mlx/version.h"
+#include "pool.h"
+#include "zigzag.h"
+
+namespace nb = nanobind;
+
+NB_MODULE(_cpu, m) {
+  m.def("mlx_version", [] {
+    return std::to_string(MLX_VERSION_MAJOR) + "." + std::to_string(MLX_VERSION_MINOR) + "." +
+        std::to_string(MLX_VERSION_PATCH);
+  });
+  m.def("sparse_gemv", &spqt::sparse_gemv);
+  m.def("set_threads", &set_threads);
+  m.def("threads", &threads);
+  m.def("isa", [] { return kernels().name; });
+  m.def("use_isa", [](const std::string& name) { return use_isa(name.c_str()); });
+}

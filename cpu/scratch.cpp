@@ -1,0 +1,20 @@
+#include "scratch.h"
+
+#include <map>
+#include <mutex>
+
+std::shared_ptr<float[]> scratch(int stream, size_t floats) {
+  struct Block {
+    std::shared_ptr<float[]> data;
+    size_t size = 0;
+  };
+  static auto* lock = new std::mutex;  // never destroyed: streams may still run at exit
+  static auto* blocks = new std::map<int, Block>;
+  std::lock_guard guard(*lock);
+  Block& block = (*blocks)[stream];
+  if (block.size < floats) {  // jobs that wait still hold the smaller one
+    block.data = std::shared_ptr<float[]>(new float[floats]);
+    block.size = floats;
+  }
+  return block.data;
+}

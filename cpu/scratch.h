@@ -1,0 +1,9 @@
+// Memory that a job needs while it runs, kept from one to the next.
+#pragma once
+
+#include <cstddef>
+#include <memory>
+
+// At least `floats` floats for a job of the stream: jobs of one stream run one after another, so they share.
+// Asked for when the graph is evaluated, where running out of memory may still raise.
+std::shared_ptr<float[]> scratch(int stream, size_t floats);

@@ -1,0 +1,154 @@
+// Vectors of one instruction set, through the compiler's vector extensions.
+//
+// Included only by isa.cpp, inside the namespace of the set being compiled; it may include nothing that
+// defines functions, or the linker could pick a copy made for a newer machine.
+#pragma once
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+constexpr int LANES = 16;  // 32-bit elements of one vector
+#elif defined(__AVX2__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;  // NEON, SSE2, or whatever the compiler makes of it
+#endif
+
+typedef float vf __attribute__((vector_size(LANES * 4)));
+typedef int32_t vi __attribute__((vector_size(LANES * 4)));
+typedef uint32_t vu __attribute__((vector_size(LANES * 4)));
+typedef uint16_t vh __attribute__((vector_size(LANES * 2)));
+typedef uint8_t vb __attribute__((vector_size(LANES)));
+typedef uint8_t vbytes __attribute__((vector_size(LANES * 4)));
+typedef uint64_t vq __attribute__((vector_size(LANES * 4)));
+
+#define SPQT_INLINE static inline __attribute__((always_inline))
+
+template <class V>
+SPQT_INLINE V load(const void* p) {
+  V v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <class V>
+SPQT_INLINE void store(void* p, V v) {
+  __builtin_memcpy(p, &v, sizeof v);
+}
+
+SPQT_INLINE vf splat(float x) { return vf{} + x; }
+SPQT_INLINE vf to_float(vu v) { return __builtin_convertvector((vi)v, vf); }
+
+// lane l of the result is lane I[l] of v
+template <class V, int... I>
+SPQT_INLINE V permute(V v) {
+#if defined(__clang__)
+  return __builtin_shufflevector(v, v, I...);
+#else
+  typedef __typeof__(v == v) Index;
+  return __builtin_shuffle(v, (Index){I...});
+#endif
+}
+
+SPQT_INLINE float add_lanes(vf v) {
+  float lanes[LANES];
+  store(lanes, v);
+  for (int width = LANES / 2; width > 0; width /= 2)
+    for (int l = 0; l < width; ++l) lanes[l] += lanes[l + width];
+  return lanes[0];
+}
+
+// Words 0 .. n-1 at p, zeros above; n < LANES. Reads nothing past word n-1.
+SPQT_INLINE vu load_words(const uint8_t* p, int n) {
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+  return (vu)_mm512_maskz_loadu_epi32((__mmask16)((1u << n) - 1), p);
+#elif defined(__AVX2__)
+  vi lane;
+  for (int l = 0; l < LANES; ++l) lane[l] = l;
+  return (vu)_mm256_maskload_epi32((const int*)p, (__m256i)(lane < (vi{} + n)));
+#else
+  uint32_t words[LANES] = {};
+  for (int l = 0; l < n; ++l) __builtin_memcpy(words + l, p + 4 * l, 4);
+  return load<vu>(words);
+#endif
+}
+
+SPQT_INLINE float bits_float(uint32_t bits) {
+  float f;
+  __builtin_memcpy(&f, &bits, 4);
+  return f;
+}
+
+SPQT_INLINE uint32_t float_bits(float f) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &f, 4);
+  return bits;
+}
+
+// IEEE half to float; the multiply by 2^112 rebuilds the exponent, subnormals included.
+SPQT_INLINE vf half_to_float(vh h) {
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+  return (vf)_mm512_cvtph_ps((__m256i)h);
+#elif defined(__F16C__) && defined(__AVX2__)
+  return (vf)_mm256_cvtph_ps((__m128i)h);
+#else
+  vu wide = __builtin_convertvector(h, vu);
+  vu magnitude = (wide & 0x7fffu) << 13;
+  vu special = (vu)((wide & 0x7c00u) == 0x7c00u) & 0x7f800000u;  // infinities and NaN
+  vf scaled = (vf)magnitude * splat(0x1p112f);
+  return (vf)((vu)scaled | special | ((wide & 0x8000u) << 16));
+#endif
+}
+
+SPQT_INLINE vf bfloat_to_float(vh h) { return (vf)(__builtin_convertvector(h, vu) << 16); }
+
+// LANES elements of a float array of the given type, as float
+template <Type T>
+SPQT_INLINE vf load_as_float(const void* p, int64_t first) {
+  if constexpr (T == FLOAT32) return load<vf>((const float*)p + first);
+  vh raw = load<vh>((const uint16_t*)p + first);
+  if constexpr (T == FLOAT16) return half_to_float(raw);
+  return bfloat_to_float(raw);
+}
+
+// the same for n < LANES elements, zeros above
+template <Type T>
+SPQT_INLINE vf load_as_float(const void* p, int64_t first, int n) {
+  constexpr int BYTES = T == FLOAT32 ? 4 : 2;
+  alignas(64) uint8_t part[LANES * 4] = {};
+  for (int i = 0; i < n * BYTES; ++i) part[i] = ((const uint8_t*)p)[first * BYTES + i];
+  return load_as_float<T>(part, 0);
+}
+
+template <Type T>
+SPQT_INLINE float element(const void* p, int64_t i) {
+  if constexpr (T == FLOAT32) return ((const float*)p)[i];
+  uint16_t raw = ((const uint16_t*)p)[i];
+  if constexpr (T == BFLOAT16) return bits_float((uint32_t)raw << 16);
+  float magnitude = bits_float((raw & 0x7fffu) << 13) * 0x1p112f;
+  uint32_t special = (raw & 0x7c00u) == 0x7c00u ? 0x7f800000u : 0;
+  return bits_float(float_bits(magnitude) | special | (raw & 0x8000u) << 16);
+}
+
+// IEEE half, rounded to nearest even
+SPQT_INLINE uint16_t half_of(float value) {
+  uint32_t raw = float_bits(value), magnitude = raw & 0x7fffffffu;
+  uint16_t sign = (uint16_t)(raw >> 16 & 0x8000u);
+  if (magnitude > 0x7f800000u) return sign | 0x7e00;   // NaN
+  if (magnitude >= 0x477ff000u) return sign | 0x7c00;  // rounds past the largest half
+  if (magnitude < 0x38800000u)  // subnormal: adding 0.5 leaves the half's bits at the bottom
+    return sign | (uint16_t)(float_bits(bits_float(magnitude) + 0.5f) - 0x3f000000u);
+  return sign | (uint16_t)((magnitude - 0x38000000u + 0xfff + (magnitude >> 13 & 1)) >> 13);
+}
+
+// round to nearest even, as MLX rounds
+template <Type T>
+SPQT_INLINE void put(void* p, int64_t i, float value) {
+  if constexpr (T == FLOAT32) {
+    ((float*)p)[i] = value;
+  } else if constexpr (T == BFLOAT16) {
+    uint32_t raw = float_bits(value);
+    bool nan = value != value;
+    ((uint16_t*)p)[i] = nan ? 0x7fc0 : (uint16_t)((raw + 0x7fff + (raw >> 16 & 1)) >> 16);
+  } else {
+    ((uint16_t*)p)[i] = half_of(value);
+  }
+}

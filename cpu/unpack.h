@@ -1,0 +1,125 @@
+// Packed codes to floats, for every bit width.
+//
+// Codes are a little-endian bit stream, so 32 of them fill `BITS` words. A column is the run of codes that
+// becomes eight vectors at once. Codes are masked in place and converted without shifting them down: lane
+// l of vector v then holds code * 2^shift(v, l), and whoever sums them scales the sum once.
+#pragma once
+
+constexpr int VECTORS = 8;  // of one column and pass: as many accumulators as 16 registers allow
+
+constexpr int min_of(int a, int b) { return a < b ? a : b; }
+
+// 2 and 4 bits: a vector of words, code j of every word in one vector.
+template <int BITS>
+struct WordCodec {
+  static constexpr int PASSES = 4 / BITS;  // eight codes of each word a pass
+  static constexpr int COLUMN = LANES * 32 / BITS;
+  static constexpr int COLUMN_BYTES = LANES * 4;
+  static constexpr int PER_HALF = min_of(VECTORS, 16 / BITS);  // codes in half a word
+
+  static constexpr int index(int pass, int v, int lane) { return lane * (32 / BITS) + pass * VECTORS + v; }
+  static constexpr int shift(int, int v, int) { return v % PER_HALF * BITS; }
+
+  template <int PASS>
+  SPQT_INLINE void unpack(const uint8_t* p, vf out[VECTORS]) {
+    unpack_words<PASS>(load<vu>(p), out);
+  }
+
+  template <int PASS>
+  SPQT_INLINE void unpack_part(const uint8_t* p, int bytes, vf out[VECTORS]) {
+    unpack_words<PASS>(load_words(p, bytes / 4), out);
+  }
+
+  template <int PASS>
+  SPQT_INLINE void unpack_words(vu words, vf out[VECTORS]) {
+    constexpr uint32_t MASK = (1u << BITS) - 1;
+    vu high = words >> 16;  // bit 31 must not reach the signed conversion
+    for (int v = 0; v < VECTORS; ++v) {
+      vu from = PASS == 1 || v >= PER_HALF ? high : words;
+      out[v] = to_float(from & (MASK << (v % PER_HALF * BITS)));
+    }
+  }
+
+  // u of every lane from u by group: a word never crosses groups
+  template <int GROUP>
+  SPQT_INLINE void expand(const float* u, int column, vf out[VECTORS]) {
+    constexpr int WORDS = GROUP * BITS / 32;  // of one group
+    vf one;
+    if constexpr (WORDS >= LANES) {
+      one = splat(u[column * LANES / WORDS]);
+    } else {
+      vf some = load<vf>(u + column * (LANES / WORDS));
+      one = spread<WORDS>(some, std::make_integer_sequence<int, LANES>());
+    }
+    for (int v = 0; v < VECTORS; ++v) out[v] = one;
+  }
+
+  template <int WORDS, int... I>
+  SPQT_INLINE vf spread(vf v, std::integer_sequence<int, I...>) {
+    return permute<vf, (I / WORDS)...>(v);
+  }
+};
+
+// 3, 5, 6 and 8 bits: units of 32 codes; each lane fetches the two bytes its code lies in.
+template <int BITS>
+struct ByteCodec {
+  static constexpr int PASSES = 1;
+  static constexpr int COLUMN = LANES * VECTORS;
+  static constexpr int COLUMN_BYTES = LANES * BITS;
+  static constexpr int PER_UNIT = 32 / LANES;  // vectors
+  static constexpr int WINDOW = 8;             // bytes that eight codes lie in, kept inside the unit
+
+  static constexpr int index(int, int v, int lane) { return v * LANES + lane; }
+  static constexpr int bit(int v, int lane) { return (v % PER_UNIT * LANES + lane) * BITS; }
+  static constexpr int shift(int, int v, int lane) { return BITS == 8 ? 0 : bit(v, lane) % 8; }
+  // first byte of the window of lane `lane`, from the start of the unit
+  static constexpr int start(int v, int lane) { return min_of(bit(v, lane / 8 * 8) / 8, 4 * BITS - WINDOW); }
+  // which byte of the (repeated) window goes to byte `i` of the vector
+  static constexpr int source(int v, int i) {
+    int lane = i / 4, byte = bit(v, lane) / 8 - start(v, lane) + (i % 4 > 0);
+    return i / 16 * 16 + (lane >= 8 ? WINDOW : 0) + min_of(byte, WINDOW - 1);
+  }
+
+  template <int V, int... BYTE, int... LANE>
+  SPQT_INLINE vf unpack_vector(const uint8_t* unit, std::integer_sequence<int, BYTE...>,
+                                      std::integer_sequence<int, LANE...>) {
+    uint64_t low = load<uint64_t>(unit + start(V, 0)), high = low;
+    if constexpr (LANES == 16) high = load<uint64_t>(unit + start(V, LANES - 1));
+    vq window;
+    for (int q = 0; q < LANES / 2; ++q) window[q] = q % 2 ? high : low;
+    vu codes = (vu)permute<vbytes, source(V, BYTE)...>((vbytes)window);
+    constexpr uint32_t MASK = (1u << BITS) - 1;
+    return to_float(codes & (vu){(MASK << shift(0, V, LANE))...});
+  }
+
+  template <int... V>
+  SPQT_INLINE void unpack_all(const uint8_t* p, vf out[VECTORS], std::integer_sequence<int, V...>) {
+    if constexpr (BITS == 8) {
+      ((out[V] = to_float(__builtin_convertvector(load<vb>(p + V * LANES), vu))), ...);
+    } else {
+      ((out[V] = unpack_vector<V>(p + V / PER_UNIT * 4 * BITS, std::make_integer_sequence<int, LANES * 4>(),
+                                  std::make_integer_sequence<int, LANES>())),
+       ...);
+    }
+  }
+
+  template <int PASS>
+  SPQT_INLINE void unpack(const uint8_t* p, vf out[VECTORS]) {
+    unpack_all(p, out, std::make_integer_sequence<int, VECTORS>());
+  }
+
+  template <int PASS>
+  SPQT_INLINE void unpack_part(const uint8_t* p, int bytes, vf out[VECTORS]) {
+    alignas(64) uint8_t whole[COLUMN_BYTES] = {};
+    for (int i = 0; i < bytes; i += 4) __builtin_memcpy(whole + i, p + i, 4);
+    unpack<PASS>(whole, out);
+  }
+
+  template <int GROUP>
+  SPQT_INLINE void expand(const float* u, int column, vf out[VECTORS]) {
+    for (int v = 0; v < VECTORS; ++v) out[v] = splat(u[(column * COLUMN + v / PER_UNIT * 32) / GROUP]);
+  }
+};
+
+template <int BITS>
+using Codec = std::conditional_t<BITS == 2 || BITS == 4, WordCodec<BITS>, ByteCodec<BITS>>;

@@ -1,0 +1,248 @@
+#include "zigzag.h"
+
+#include <algorithm>
+#include <atomic>
+
+#include "check.h"
+#include "mlx/allocator.h"
+#include "mlx/backend/cpu/encoder.h"
+#include "mlx/primitives.h"
+#include "pool.h"
+#include "scratch.h"
+
+namespace spqt {
+namespace mx = mlx::core;
+namespace {
+
+constexpr int MAX_STRIPES = 8;
+constexpr size_t STRIPE_BYTES = 32 * 1024;  // of active weights; below it a task's own cost shows
+
+struct Shape {
+  int outputs, bits, group_size;
+  bool has_threshold, has_bias;
+};
+
+struct TileOf {
+  Tile tile;
+  Output out;
+  int projection;
+  float* partials;
+  int stripes;
+  std::atomic<int> missing;  // stripes not yet summed; the last one finishes the tile
+};
+
+struct List {
+  Input input;
+  int32_t* channel;
+  float* x;
+  int count;
+};
+
+struct Task {
+  int tile, stripe;
+};
+
+struct Job {
+  std::shared_ptr<float[]> memory;
+  std::vector<List> lists;      // per projection
+  std::vector<TileOf> tiles;
+  std::vector<Task> tasks;      // room for all stripes is reserved when the job is made
+  uint32_t* active;             // per projection
+};
+
+void run_task(void* context, int index) {
+  Job& job = *static_cast<Job*>(context);
+  Task task = job.tasks[index];
+  TileOf& t = job.tiles[task.tile];
+  const List& list = job.lists[t.projection];
+  int first = (int64_t)list.count * task.stripe / t.stripes;
+  int last = (int64_t)list.count * (task.stripe + 1) / t.stripes;
+  size_t size = partial_size(t.tile.groups, t.tile.group_size);
+  kernels().gemv(t.tile, {list.channel + first, list.x + first, last - first},
+                 t.partials + task.stripe * size);
+  if (t.missing.fetch_sub(1, std::memory_order_acq_rel) == 1)
+    kernels().finish(t.tile, t.partials, t.stripes, t.out);
+}
+
+void run_job(Job& job) {
+  for (size_t p = 0; p < job.lists.size(); ++p) {
+    List& list = job.lists[p];
+    list.count = kernels().collect(list.input, list.channel, list.x);
+    job.active[p] = list.count;
+  }
+  for (size_t i = 0; i < job.tiles.size(); ++i) {
+    TileOf& t = job.tiles[i];
+    size_t chunk = (size_t)t.tile.groups * t.tile.group_size * t.tile.bits / 8;
+    t.stripes = std::clamp<size_t>(chunk * job.lists[t.projection].count / STRIPE_BYTES, 1, MAX_STRIPES);
+    t.missing = t.stripes;
+    for (int s = 0; s < t.stripes; ++s) job.tasks.push_back({(int)i, s});
+  }
+  parallel(job.tasks.size(), run_task, &job);
+}
+
+// The tiles of one projection: whole groups of one band, at most TILE outputs, near-equal in width.
+struct Cut {
+  int band, first_group, groups, outputs;
+};
+
+std::vector<Cut> cut(int outputs, int band, int group_size) {
+  constexpr int EVEN = 256;  // outputs: parts begin on a cache line and on a whole column
+  std::vector<Cut> cuts;
+  for (int b = 0; b * band < outputs; ++b) {
+    int here = std::min(band, outputs - b * band);
+    int parts = (here + TILE - 1) / TILE;
+    int width = parts == 1 ? here : ((here + parts - 1) / parts + EVEN - 1) / EVEN * EVEN;
+    for (int first = 0; first < here; first += width) {
+      int some = std::min(width, here - first);
+      cuts.push_back({b, first / group_size, (some + group_size - 1) / group_size, some});
+    }
+  }
+  return cuts;
+}
+
+class SparseGemv : public mx::Primitive {
+ public:
+  SparseGemv(mx::Stream stream, std::vector<Shape> shapes) : Primitive(stream), shapes_(std::move(shapes)) {}
+
+  // inputs: x, then of each projection weight, scales, biases and what it has of threshold and bias
+  void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
+    auto& encoder = mx::cpu::get_command_encoder(stream());
+    for (auto& output : outputs) output.set_data(mx::allocator::malloc(output.nbytes()));
+    encoder.dispatch([job = plan(inputs, outputs)]() { run_job(*job); });
+  }
+
+  void eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) override {
+    throw std::runtime_error("[spqt] The CPU extension was called on another device.");
+  }
+
+  const char* name() const override { return "SpqtSparseGemv"; }
+
+ private:
+  std::shared_ptr<Job> plan(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs);
+
+  std::vector<Shape> shapes_;
+};
+
+std::shared_ptr<Job> SparseGemv::plan(const std::vector<mx::array>& in, std::vector<mx::array>& out) {
+  const mx::array& x = in[0];
+  const int channels = in[1].shape(1);
+  auto job = std::make_shared<Job>();
+  job->active = out.back().data<uint32_t>();
+  size_t used = 0;  // floats; lists first, then partial sums
+  std::vector<std::vector<Cut>> cuts;
+  size_t tiles = 0;
+  for (size_t p = 0, i = 1; p < shapes_.size(); ++p) {
+    const Shape& s = shapes_[p];
+    const mx::array& scales = in[i + 1];
+    const mx::array* threshold = s.has_threshold ? &in[i + 3] : nullptr;
+    job->lists.push_back(
+        {{x.data<void>(), type_of(x), x.strides(-1), channels, threshold ? threshold->data<float>() : nullptr,
+          threshold && threshold->size() > 1 ? 1 : 0},
+         nullptr,
+         nullptr,
+         0});
+    used += 2 * channels;
+    cuts.push_back(cut(s.outputs, scales.shape(2) * s.group_size, s.group_size));
+    for (const Cut& c : cuts.back()) used += MAX_STRIPES * partial_size(c.groups, s.group_size);
+    tiles += cuts.back().size();
+    i += 3 + s.has_threshold + s.has_bias;
+  }
+  job->memory = scratch(stream().index, used);
+  float* free = job->memory.get();
+  for (List& list : job->lists) {
+    list.channel = reinterpret_cast<int32_t*>(free);
+    list.x = free + channels;
+    free += 2 * channels;
+  }
+  job->tiles = std::vector<TileOf>(tiles);
+  job->tasks.reserve(tiles * MAX_STRIPES);
+  size_t tile = 0;
+  for (size_t p = 0, i = 1; p < shapes_.size(); ++p) {
+    const Shape& s = shapes_[p];
+    const mx::array &weight = in[i], &scales = in[i + 1], &biases = in[i + 2];
+    const mx::array* bias = s.has_bias ? &in[i + 3 + s.has_threshold] : nullptr;
+    const size_t code_stride = weight.shape(2) * 4, scale_stride = scales.shape(2);
+    const size_t scale_bytes = scales.itemsize(), item = out[p].itemsize();
+    for (const Cut& c : cuts[p]) {
+      TileOf& t = job->tiles[tile++];
+      const size_t row = (size_t)c.band * channels;
+      const size_t group = row * scale_stride + c.first_group;
+      const int first = c.band * (int)scale_stride * s.group_size + c.first_group * s.group_size;
+      t.tile = {weight.data<uint8_t>() + row * code_stride + (size_t)c.first_group * s.group_size * s.bits / 8,
+                code_stride,
+                scales.data<uint8_t>() + group * scale_bytes,
+                biases.data<uint8_t>() + group * scale_bytes,
+                scale_stride,
+                type_of(scales),
+                c.groups,
+                s.group_size,
+                s.bits};
+      t.out = {out[p].data<uint8_t>() + first * item, type_of(out[p]), c.outputs,
+               bias ? bias->data<uint8_t>() + first * bias->itemsize() : nullptr,
+               bias ? type_of(*bias) : FLOAT32};
+      t.projection = p;
+      t.partials = free;
+      free += MAX_STRIPES * partial_size(c.groups, s.group_size);
+    }
+    i += 3 + s.has_threshold + s.has_bias;
+  }
+  return job;
+}
+
+void check(const Projection& projection, int inputs) {
+  const auto& [weight, scales, biases, threshold, bias, outputs, bits, group_size] = projection;
+  require(weight.ndim() == 3 && weight.dtype() == mx::uint32, "weight must be 3-D and uint32.");
+  require(bits >= 2 && bits <= 8 && bits != 7, "bits must be 2, 3, 4, 5, 6 or 8.");
+  require(group_size == 32 || group_size == 64 || group_size == 128, "group_size must be 32, 64 or 128.");
+  require(weight.shape(1) == inputs, "x has " + std::to_string(inputs) + " channels, the weight " +
+                                         std::to_string(weight.shape(1)) + ".");
+  mx::Shape groups{weight.shape(0), inputs, weight.shape(2) * 32 / bits / group_size};
+  require(groups[2] > 0 && groups[2] * group_size * bits == weight.shape(2) * 32,
+          "the band is not a whole number of groups.");
+  require(scales.shape() == groups && biases.shape() == groups && is_floating(scales) &&
+              biases.dtype() == scales.dtype(),
+          "scales and biases must be (bands, inputs, groups) and of one floating type.");
+  require(outputs > 0 && outputs <= groups[0] * groups[2] * group_size &&
+              outputs > (groups[0] - 1) * groups[2] * group_size,
+          "outputs do not fit the bands.");
+  require(!threshold || (threshold->dtype() == mx::float32 &&
+                         (threshold->size() == 1 || threshold->size() == (size_t)inputs)),
+          "threshold must be float32, (1,) or (inputs,).");
+  require(!bias || (is_floating(*bias) && bias->size() == (size_t)outputs), "bias must be (outputs,).");
+}
+
+}  // namespace
+
+std::pair<std::vector<mx::array>, mx::array> sparse_gemv(
+    const mx::array& x,
+    const std::vector<Projection>& projections) {
+  require(x.ndim() > 0 && is_floating(x), "x must be float32, float16 or bfloat16.");
+  const int inputs = x.shape(-1);
+  require(inputs > 0 && x.size() == (size_t)inputs, "x must be one row.");
+  require(!projections.empty(), "no projection was given.");
+  auto stream = cpu_stream();
+  std::vector<mx::array> in{x};
+  std::vector<Shape> shapes;
+  std::vector<mx::Shape> out_shapes;
+  for (const Projection& projection : projections) {
+    check(projection, inputs);
+    const auto& [weight, scales, biases, threshold, bias, outputs, bits, group_size] = projection;
+    in.insert(in.end(), {in_order(weight, stream), in_order(scales, stream), in_order(biases, stream)});
+    if (threshold) in.push_back(in_order(*threshold, stream));
+    if (bias) in.push_back(in_order(*bias, stream));
+    shapes.push_back({outputs, bits, group_size, threshold.has_value(), bias.has_value()});
+    mx::Shape shape = x.shape();
+    shape.back() = outputs;
+    out_shapes.push_back(shape);
+  }
+  out_shapes.push_back({(int)projections.size()});
+  std::vector<mx::Dtype> types(projections.size(), x.dtype());
+  types.push_back(mx::uint32);
+  auto out = mx::array::make_arrays(
+      std::move(out_shapes), types, std::make_shared<SparseGemv>(stream, std::move(shapes)), std::move(in));
+  mx::array active = out.back();
+  out.pop_back();
+  return {std::move(out), std::move(active)};
+}
+
+}  // namespace spqt

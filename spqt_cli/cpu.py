@@ -1,0 +1,122 @@
+"""The CPU backend: the C++ extension `spqt_cli._cpu`, or the reason why it can't be used.
+
+It owns the choice of threads and the check that the extension fits the MLX that runs; it knows layers
+only as `kernels.Projection`. Sources and design: cpu/.
+"""
+
+import importlib
+import os
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import psutil
+
+from spqt_cli import stock
+from spqt_cli.errors import UsageError
+
+_REINSTALL = "reinstall spqt (`pip install --force-reinstall --no-deps .`)"
+_CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+
+
+def status() -> tuple[bool, str]:
+    """Whether the extension computes here, and why, or how to mend it."""
+    if mx.default_device().type != mx.DeviceType.cpu:
+        return False, "the device is a GPU"
+    module, reason = _extension()
+    return module is not None, reason
+
+
+def sparse_gemv(x: mx.array, layers: Sequence[Any]) -> tuple[list[mx.array], mx.array]:
+    """One token through several projections of one input, inactive channels skipped; lazy.
+
+    x: (..., inputs) with exactly one row; layers: as `kernels.Projection`, threshold None for dense.
+    Returns y per layer, (..., outputs) in x's dtype, and active, (len(layers),) uint32.
+    """
+    return _native().sparse_gemv(x, [_packed(layer, layer.threshold) for layer in layers])
+
+
+def matmul(x: mx.array, layer: Any) -> mx.array:
+    """x @ W.T + bias, all channels used: x (..., inputs) -> (..., outputs); lazy."""
+    if x.size == x.shape[-1]:
+        return _native().sparse_gemv(x, [_packed(layer, None)])[0][0]
+    return stock.matmul(x, layer)
+
+
+def threads() -> int:
+    """The number of threads that work on one operation."""
+    return _native().threads()
+
+
+def set_threads(count: int) -> None:
+    """Use `count` threads from the next operation on; at least 1."""
+    if count < 1:
+        raise UsageError(f"{count} threads", "use at least 1")
+    _native().set_threads(count)
+
+
+def default_threads() -> int:
+    """SPQT_THREADS, else the physical cores that this process may use."""
+    if wish := os.environ.get("SPQT_THREADS"):
+        if not wish.isdigit() or int(wish) < 1:
+            raise UsageError(f"SPQT_THREADS is {wish!r}", "set it to a number of threads, at least 1")
+        return int(wish)
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = min(psutil.cpu_count(logical=False) or allowed, allowed)
+    if _CGROUP_QUOTA.is_file():  # a container's share, which affinity does not show
+        quota, period = _CGROUP_QUOTA.read_text().split()
+        if quota != "max":
+            count = min(count, max(1, int(quota) // int(period)))
+    return count
+
+
+def _packed(layer: Any, threshold: mx.array | None) -> tuple[Any, ...]:
+    return (
+        layer.weight,
+        layer.scales,
+        layer.biases,
+        threshold,
+        layer.get("bias"),
+        layer.outputs,
+        layer.bits,
+        layer.group_size,
+    )
+
+
+def _native() -> Any:
+    module, reason = _extension()
+    if module is None:
+        raise RuntimeError(f"the CPU extension is not usable: {reason}")  # callers ask status() first
+    return module
+
+
+@cache
+def _extension() -> tuple[Any, str]:
+    """The extension once it has proved itself, or None; and the reason."""
+    try:
+        module = importlib.import_module("spqt_cli._cpu")
+    except ModuleNotFoundError:
+        return None, f"it was not built: install a C++ compiler (apt: g++), then {_REINSTALL}"
+    except ImportError as error:
+        return None, f"it does not load ({error}): {_REINSTALL}"
+    if module.mlx_version() != mx.__version__:
+        return None, f"it was built for MLX {module.mlx_version()}, but {mx.__version__} runs: {_REINSTALL}"
+    if fault := _smoke_fault(module):
+        return None, f"it fails on this machine ({fault}): {_REINSTALL}"
+    module.set_threads(default_threads())
+    return module, f"{module.isa()} kernels, {module.threads()} threads"
+
+
+def _smoke_fault(module: Any) -> str:
+    """What goes wrong in one small call, or nothing; a foreign MLX fails in the call, not at import."""
+    weight = mx.full((1, 1, 4), 0x11111111, dtype=mx.uint32)
+    ones = mx.ones((1, 1, 1))
+    x = mx.array([3.0])
+    try:
+        (y,), active = module.sparse_gemv(x, [(weight, ones, ones, None, None, 32, 4, 32)])
+        right = bool((y == 6).all().item()) and active.item() == 1  # 3 * (1 * 1 + 1)
+    except (TypeError, ValueError, RuntimeError) as error:
+        return str(error).splitlines()[0]
+    return "" if right else "wrong numbers"
