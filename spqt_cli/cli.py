@@ -12,7 +12,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from spqt_cli import __version__, cli_make, cli_run
-from spqt_cli.errors import BackendError, SpqtError, UsageError
+from spqt_cli.errors import BackendError, ResourceError, SpqtError
 
 INSTALL_HINT = (
     'pip install "spqt[cpu]" (Linux without a GPU), "spqt[cuda13]" or "spqt[cuda12]" (NVIDIA); '
@@ -71,52 +71,59 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _terminate)
     wants_json = "--json" in arguments and not passthrough
     try:
-        app()
+        sys.exit(app(standalone_mode=False))  # else Click turns a closed pipe into exit 1
     except SpqtError as error:
-        _fail(error, error.exit_code, debug, wants_json)
-    except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] != "mlx":
-            _bug(error, debug, wants_json)
-        missing = BackendError("MLX is not installed, or this build of it lacks its library", INSTALL_HINT)
-        _fail(missing, missing.exit_code, debug, wants_json)
+        _fail(error, debug, wants_json)
     except ImportError as error:
-        if "libmlx" not in str(error) and "mlx" not in (error.name or ""):
+        if not _is_mlx(error):
             _bug(error, debug, wants_json)
-        missing = BackendError(f"MLX can't be loaded: {error}", INSTALL_HINT)
-        _fail(missing, missing.exit_code, debug, wants_json)
-    except KeyboardInterrupt:
+        cause = (
+            "MLX is not installed"
+            if isinstance(error, ModuleNotFoundError)
+            else f"MLX can't be loaded: {error}"
+        )
+        _fail(BackendError(cause, INSTALL_HINT), debug, wants_json)
+    except (KeyboardInterrupt, typer.Abort):
         sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads: nothing to report
         sys.exit(0)
-    except MemoryError as error:
+    except MemoryError:
         _fail(
-            SpqtError("out of memory", "close other programs, or use a smaller model"), 5, debug, wants_json
+            ResourceError("out of memory", "close other programs, or use a smaller model"), debug, wants_json
         )
-        raise error
     except Exception as error:  # the last line of defence: ours to mend, not the user's
+        if hasattr(error, "show") and hasattr(error, "exit_code"):  # Typer's own, for wrong options
+            error.show()
+            sys.exit(error.exit_code)
         _bug(error, debug, wants_json)
+
+
+def _is_mlx(error: ImportError) -> bool:
+    """True when it is MLX itself that is missing or broken, not one of our modules."""
+    return (error.name or "").split(".")[0] == "mlx" or "libmlx" in str(error)
 
 
 def _terminate(number: int, frame: Any) -> NoReturn:
     raise SystemExit(128 + number)
 
 
-def _fail(error: Exception, code: int, debug: bool, wants_json: bool) -> NoReturn:
+def _fail(error: SpqtError, debug: bool, wants_json: bool) -> NoReturn:
     if debug:
         raise error
-    cause, hint = getattr(error, "cause", str(error)), getattr(error, "hint", "")
+    code = error.exit_code
     if wants_json:
-        typer.echo(json.dumps({"error": {"cause": cause, "hint": hint, "exit_code": code}}))
-    typer.echo(f"spqt: {cause}" + (f"\n  hint: {hint}" if hint else ""), err=True)
+        typer.echo(json.dumps({"error": {"cause": error.cause, "hint": error.hint, "exit_code": code}}))
+    typer.echo(f"spqt: {error.cause}" + (f"\n  hint: {error.hint}" if error.hint else ""), err=True)
     sys.exit(code)
 
 
 def _bug(error: Exception, debug: bool, wants_json: bool) -> NoReturn:
     if debug:
         raise error
-    cause = f"this is a bug in spqt: {type(error).__name__}: {error}"
-    _fail(SpqtError(cause, "run it again with --debug and report what it prints"), BUG, debug, wants_json)
-
-
-__all__ = ["UsageError", "app", "main"]
+    bug = SpqtError(
+        f"this is a bug in spqt: {type(error).__name__}: {error}",
+        "run it again with --debug and report what it prints",
+    )
+    bug.exit_code = BUG
+    _fail(bug, debug, wants_json)

@@ -153,7 +153,9 @@ def test_fault_27_bad_bits_or_group(checkpoint, tmp_path, wrong):
 
 
 def test_unknown_architecture_is_unsupported(tmp_path):
-    source = tiny_checkpoint(tmp_path / "source", model_type="quux9")
+    source = tiny_checkpoint(tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "model_type": "quux9"}))
     assert_error(spqt("convert", source, "-o", tmp_path / "out"), 4, "quux9")
 
 
