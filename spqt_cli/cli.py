@@ -3,10 +3,12 @@
 Only Typer and Rich are imported here; each command imports its module when it runs.
 """
 
+import functools
 import json
 import os
 import signal
 import sys
+from collections.abc import Callable
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -46,14 +48,32 @@ def _root(
     """Options of every command."""
 
 
-app.command("convert")(cli_make.convert)
-app.command("calibrate")(cli_make.calibrate)
-app.command("inspect")(cli_make.inspect)
-app.command("verify")(cli_make.verify)
-app.command("generate")(cli_run.generate)
-app.command("compare")(cli_run.compare)
-app.command("eval")(cli_run.evaluate)
-app.command("doctor")(cli_run.doctor)
+def _until_the_pipe_closes(command: Callable[..., None]) -> Callable[..., None]:
+    """`command`, ending quietly when nobody reads its output any more (Click would exit with 1)."""
+
+    @functools.wraps(command)
+    def quietly(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(0) from None
+
+    return quietly
+
+
+COMMANDS = {
+    "convert": cli_make.convert,
+    "calibrate": cli_make.calibrate,
+    "generate": cli_run.generate,
+    "compare": cli_run.compare,
+    "eval": cli_run.evaluate,
+    "inspect": cli_make.inspect,
+    "verify": cli_make.verify,
+    "doctor": cli_run.doctor,
+}
+for _name, _command in COMMANDS.items():
+    app.command(_name)(_until_the_pipe_closes(_command))
 app.command(
     "mlx-lm",
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
@@ -71,7 +91,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _terminate)
     wants_json = "--json" in arguments and not passthrough
     try:
-        sys.exit(app(standalone_mode=False))  # else Click turns a closed pipe into exit 1
+        sys.exit(app(standalone_mode=False))
     except SpqtError as error:
         _fail(error, debug, wants_json)
     except ImportError as error:
@@ -85,9 +105,6 @@ def main() -> None:
         _fail(BackendError(cause, INSTALL_HINT), debug, wants_json)
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(128 + signal.SIGINT)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads: nothing to report
-        sys.exit(0)
     except MemoryError:
         _fail(
             ResourceError("out of memory", "close other programs, or use a smaller model"), debug, wants_json
