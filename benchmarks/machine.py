@@ -1,0 +1,28 @@
+"""Where a number came from: device, versions, commit, in one line."""
+
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+
+def facts() -> str:
+    """For example: `AMD EPYC, 2 cores, Linux x86_64, Python 3.11.7, mlx 0.32.4, mlx-lm 0.32.2, spqt 1a2b3c4`."""
+    import mlx.core as mx
+    import psutil
+
+    device = str(mx.device_info().get("device_name", "")) or platform.processor() or platform.machine()
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("mlx", "mlx-lm"))
+    cores = psutil.cpu_count(logical=False) or psutil.cpu_count()
+    system = f"{platform.system()} {platform.machine()}"
+    return (
+        f"{device}, {cores} cores, {system}, Python {platform.python_version()}, {versions}, spqt {commit()}"
+    )
+
+
+def commit() -> str:
+    """The commit of this checkout, with `-dirty` when files differ from it."""
+    root = Path(__file__).parent
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude", "*"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    return result.stdout.strip() or "unknown"
