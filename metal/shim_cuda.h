@@ -1,0 +1,39 @@
+// The Metal words that the kernel bodies use, spelled in CUDA. Included after CUDA's own headers.
+#pragma once
+#define device
+#define constant
+#define threadgroup __shared__
+#define thread_position_in_threadgroup threadIdx
+#define threadgroup_position_in_grid blockIdx
+#define thread_index_in_simdgroup (threadIdx.x & 31u)
+#define simdgroup_index_in_threadgroup (threadIdx.x >> 5)
+
+typedef unsigned int uint;
+typedef unsigned short ushort;
+typedef unsigned long long ulong;
+
+namespace mem_flags {
+constexpr int mem_threadgroup = 0;
+}
+
+__device__ inline void threadgroup_barrier(int) { __syncthreads(); }
+
+template <typename To, typename From>
+__device__ inline To as_type(From from) {
+  static_assert(sizeof(To) == sizeof(From), "as_type keeps the bits");
+  return *reinterpret_cast<To*>(&from);
+}
+
+// Blocks are whole warps, and the bodies call these with all lanes present.
+__device__ inline float simd_shuffle_xor(float value, ushort mask) {
+  return __shfl_xor_sync(0xFFFFFFFFu, value, mask);
+}
+
+__device__ inline uint simd_prefix_exclusive_sum(uint value) {
+  uint sum = value;
+  for (uint distance = 1; distance < 32; distance *= 2) {
+    const uint below = __shfl_up_sync(0xFFFFFFFFu, sum, distance);
+    sum += thread_index_in_simdgroup >= distance ? below : 0;
+  }
+  return sum - value;
+}

@@ -1,0 +1,176 @@
+"""Emulates one launch of a kernel, from the whole Metal text that MLX would compile.
+
+The text comes from `mx.export_function`, which prints it on any machine. g++ compiles it with
+shim_cpu.h; runtime.cpp runs its lanes and keeps the books.
+"""
+
+import ctypes
+import hashlib
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+HERE = Path(__file__).parent
+FLAGS = ["-std=c++17", "-O1", "-fPIC", "-w", "-U_FORTIFY_SOURCE", "-ffp-contract=off"]
+
+
+class Traffic(NamedTuple):
+    lines: int  # distinct 128-byte lines read
+    lines_summed: int  # the sum over threadgroups of those distinct within each
+    written_bytes: int
+
+
+class Emulation(NamedTuple):
+    outputs: list[mx.array]
+    reports: list[str]  # every fault seen
+    traffic: dict[str, Traffic]  # per buffer
+
+
+def metal_text(launch, inputs: Sequence[mx.array], header: str = "") -> str:
+    """The Metal that MLX would compile for this launch, as it prints it."""
+    kernel = mx.fast.metal_kernel(
+        name=launch.kernel.name,
+        input_names=list(launch.kernel.inputs),
+        output_names=list(launch.kernel.outputs),
+        source=launch.kernel.source,
+        header=header,
+    )
+
+    def call(*arrays):
+        return kernel(
+            inputs=list(arrays),
+            template=launch.template,
+            grid=(launch.threadgroups[0] * launch.threads, launch.threadgroups[1], 1),
+            threadgroup=(launch.threads, 1, 1),
+            output_shapes=launch.shapes,
+            output_dtypes=launch.dtypes,
+            verbose=True,
+            stream=mx.gpu,
+        )
+
+    with tempfile.TemporaryDirectory() as folder:
+        printed = Path(folder) / "printed"
+        with printed.open("w") as sink:  # MLX prints from C++, below sys.stdout
+            saved = os.dup(1)
+            os.dup2(sink.fileno(), 1)
+            try:
+                mx.export_function(str(Path(folder) / "f"), call, *inputs)
+            finally:
+                os.dup2(saved, 1)
+                os.close(saved)
+        return printed.read_text().split("```")[1]
+
+
+def emulate(launch, inputs: Sequence[mx.array], header: str = "") -> Emulation:
+    """Runs a launch: its outputs, the faults seen and the traffic per buffer."""
+    mx.eval(list(inputs))
+    text = metal_text(launch, inputs, header)
+    runtime = _runtime()
+    entry = ctypes.CDLL(str(_compiled(_cpu_source(text)))).entry
+    runtime.emulator_reset()
+    for name, array in zip(launch.kernel.inputs, inputs, strict=True):
+        data = _bytes(array)
+        at = runtime.emulator_buffer(name.encode(), len(data), 0)
+        ctypes.memmove(at, data, len(data))
+    addresses = []
+    for name, shape, dtype in zip(launch.kernel.outputs, launch.shapes, launch.dtypes, strict=True):
+        size = int(np.prod(shape)) * dtype.size
+        addresses.append((runtime.emulator_buffer(name.encode(), size, 1), size))
+    runtime.emulator_run(entry, *launch.threadgroups, launch.threads)
+    reports = [runtime.emulator_report(i).decode() for i in range(runtime.emulator_reports())]
+    outputs = [
+        _array(ctypes.string_at(at, size), shape, dtype)
+        for (at, size), shape, dtype in zip(addresses, launch.shapes, launch.dtypes, strict=True)
+    ]
+    names = [*launch.kernel.inputs, *launch.kernel.outputs]
+    traffic = {n: Traffic(*(runtime.emulator_traffic(i, what) for what in range(3))) for i, n in enumerate(names)}
+    return Emulation(outputs, reports, traffic)
+
+
+def _cpu_source(text: str) -> str:
+    """The same text with threadgroup arrays checked, and an entry that calls the kernel."""
+    text, instance = re.split(r"\ntemplate \[\[host_name", text) if "host_name" in text else (text, "")
+    text = re.sub(
+        r"\bthreadgroup\s+(\w+)\s+(\w+)\[(.*?)\];", r"static Threadgroup<\1, (\3)> \2;", text
+    )
+    head = re.search(r"\[\[kernel\]\] void (\w+)\((.*?)\) \{", text, re.S)
+    arguments = []
+    for parameter in head[2].split(",\n"):
+        kind, name, mark = re.fullmatch(r"\s*(.*?)\s*(\w+) \[\[(.*)\]\]", parameter, re.S).groups()
+        if buffer := re.fullmatch(r"buffer\((\d+)\)", mark):
+            arguments.append(f"({kind})buffers[{buffer[1]}]")
+        else:
+            arguments.append(f"emulator_lane()->{name}")
+    name = re.search(r"decltype\((.*)\) ", instance)[1] if instance else head[1]
+    call = f"{name}({', '.join(arguments)});"
+    return (
+        f'#include "{HERE}/shim_cpu.h"\nextern "C" const Lane* emulator_lane();\n{text}\n'
+        f'extern "C" void entry(void** buffers) {{ {call} }}\n'
+    )
+
+
+@cache
+def _folder() -> Path:
+    """Where compiled kernels stay: for this process, or as long as the person wants."""
+    given = os.environ.get("SPQT_EMULATOR_CACHE")
+    if given:
+        Path(given).mkdir(parents=True, exist_ok=True)
+        return Path(given)
+    return Path(_temporary().name)
+
+
+@cache
+def _temporary() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory(prefix="spqt-emulator-")
+
+
+def _compiled(source: str, flags: Sequence[str] = ("-fsanitize=thread",)) -> Path:
+    key = hashlib.sha256((source + (HERE / "shim_cpu.h").read_text() + str(flags)).encode()).hexdigest()[:24]
+    library = _folder() / f"{key}.so"
+    if not library.exists():
+        unit = library.with_suffix(".cpp")
+        unit.write_text(source)
+        fresh = library.with_suffix(f".{os.getpid()}")
+        compiled = library.with_suffix(f".{os.getpid()}.o")
+        # Linked without -fsanitize: its calls must reach runtime.cpp, not g++'s own library.
+        for command in (
+            ["g++", *FLAGS, *flags, "-c", "-o", str(compiled), str(unit)],
+            ["g++", "-shared", "-o", str(fresh), str(compiled)],
+        ):
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise RuntimeError(f"g++ refused the kernel:\n{done.stderr[:4000]}")
+        compiled.unlink()
+        fresh.rename(library)
+    return library
+
+
+@cache
+def _runtime() -> ctypes.CDLL:
+    source = f'#include "{HERE}/runtime.cpp"\n// {hashlib.sha256((HERE / "runtime.cpp").read_bytes()).hexdigest()}\n'
+    runtime = ctypes.CDLL(str(_compiled(source, ("-O2", f"-I{HERE}"))), mode=ctypes.RTLD_GLOBAL)
+    runtime.emulator_buffer.argtypes = [ctypes.c_char_p, ctypes.c_uint64, ctypes.c_int]
+    runtime.emulator_buffer.restype = ctypes.c_void_p
+    runtime.emulator_report.restype = ctypes.c_char_p
+    runtime.emulator_traffic.restype = ctypes.c_uint64
+    return runtime
+
+
+def _bytes(array: mx.array) -> bytes:
+    if array.dtype == mx.bfloat16:
+        array = array.view(mx.uint16)
+    return np.ascontiguousarray(np.array(array)).tobytes()
+
+
+def _array(data: bytes, shape: Sequence[int], dtype: mx.Dtype) -> mx.array:
+    kind = {mx.bfloat16: np.uint16, mx.float16: np.float16, mx.float32: np.float32, mx.uint32: np.uint32}[dtype]
+    array = mx.array(np.frombuffer(data, dtype=kind).reshape(shape).copy())
+    return array.view(mx.bfloat16) if dtype == mx.bfloat16 else array

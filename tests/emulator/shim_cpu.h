@@ -1,0 +1,77 @@
+// The Metal words that the kernel bodies use, spelled for g++; each memory access is seen by runtime.cpp
+// through the calls that -fsanitize=thread inserts. Included before the text that MLX generates.
+#pragma once
+#include <stdint.h>
+
+typedef unsigned int uint;
+typedef unsigned short ushort;
+typedef unsigned long ulong;
+
+#define device
+#define constant
+
+struct uint3 {
+  uint x, y, z;
+};
+struct alignas(8) uint2 {
+  uint x, y;
+};
+struct alignas(16) uint4 {
+  uint x, y, z, w;
+};
+
+// What a lane is, set by the runtime before the lane runs.
+struct Lane {
+  uint3 thread_position_in_threadgroup;
+  uint3 threadgroup_position_in_grid;
+  uint thread_index_in_simdgroup;
+  uint simdgroup_index_in_threadgroup;
+};
+
+extern "C" {
+void emulator_barrier();
+uint emulator_prefix_sum(uint value);
+float emulator_shuffle_xor(float value, uint mask);
+// Names a threadgroup array and checks one index; returns the index, or 0 after a report.
+uint64_t emulator_index(const void* array, uint64_t elements, uint64_t size, uint64_t index);
+}
+
+// A threadgroup array: emulator.py rewrites `threadgroup T name[N];` to this.
+template <typename T, uint64_t N>
+struct Threadgroup {
+  T at[N];
+  T& operator[](uint64_t index) { return at[emulator_index(at, N, sizeof(T), index)]; }
+};
+
+namespace mem_flags {
+enum { mem_none, mem_device, mem_threadgroup };
+}
+inline void threadgroup_barrier(int) { emulator_barrier(); }
+inline uint simd_prefix_exclusive_sum(uint value) { return emulator_prefix_sum(value); }
+inline float simd_shuffle_xor(float value, ushort mask) { return emulator_shuffle_xor(value, mask); }
+
+template <typename To, typename From>
+inline To as_type(From from) {
+  static_assert(sizeof(To) == sizeof(From), "as_type keeps the bits");
+  To to;
+  __builtin_memcpy(&to, &from, sizeof(To));
+  return to;
+}
+inline float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+inline float fabs(float a) { return __builtin_fabsf(a); }
+inline uint min(uint a, uint b) { return a < b ? a : b; }
+
+typedef _Float16 half;
+typedef _Float16 float16_t;
+
+// Stored as 16 bits, rounded to nearest even from float, as Metal's bfloat.
+struct bfloat16_t {
+  uint16_t bits;
+  bfloat16_t() = default;
+  explicit bfloat16_t(float value) {
+    const uint wide = as_type<uint>(value);
+    const bool nan = value != value;
+    bits = nan ? 0x7FC0 : uint16_t((wide + 0x7FFF + (wide >> 16 & 1)) >> 16);
+  }
+  operator float() const { return as_type<float>(uint(bits) << 16); }
+};
