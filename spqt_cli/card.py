@@ -1,4 +1,4 @@
-"""The model card, and the upload to the hub."""
+"""The model card of a converted folder, and its way to the hub."""
 
 import json
 from pathlib import Path
@@ -9,6 +9,7 @@ from spqt_cli.plan import Plan
 from spqt_cli.source import Checkpoint
 
 NAME = "README.md"
+LICENCE_KEYS = ("license", "license_name", "license_link", "language")  # taken over from the source's card
 
 
 def clean_tokenizer_config(folder: Path) -> None:
@@ -21,15 +22,58 @@ def clean_tokenizer_config(folder: Path) -> None:
 
 
 def text(config: dict[str, Any], checkpoint: Checkpoint, planned: Plan) -> str:
-    """README.md of a converted folder."""
-    quantization = config["quantization"]
-    base = f"base_model: {checkpoint.repo}\n" if checkpoint.repo else ""
+    """README.md of a converted folder: the same on every machine."""
+    settings, versions = config["quantization"], config["spqt"]["versions"]
+    facts = {"library_name": "mlx", "pipeline_tag": "text-generation", "tags": ["mlx", "spqt"]}
+    if checkpoint.repo:
+        facts |= {"base_model": checkpoint.repo, "base_model_relation": "quantized"}
+    facts |= _licence(checkpoint.folder / NAME) if checkpoint.gguf is None else {}
+    front = "\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in facts.items())
+    origin = (
+        f"`{checkpoint.repo}` at revision `{checkpoint.revision}`" if checkpoint.repo else checkpoint.name
+    )
     return f"""---
-library_name: mlx
-pipeline_tag: text-generation
-tags: [mlx, spqt]
-{base}---
-# {checkpoint.name}, Zigzag {quantization["bits"]} bit
+{front}
+---
+# {checkpoint.name}, {settings["bits"]} bit, Zigzag layout
 
-Converted by [spqt](https://github.com/spqt/spqt) {config["spqt"]["versions"]["spqt"]}.
+Made from {origin} by spqt {versions["spqt"]} with MLX {versions["mlx"]}: {settings["bits"]} bits, groups of
+{settings["group_size"]}; {planned.zigzag_share:.0%} of the weight bytes are in the Zigzag layout, in which
+decoding can skip input channels.
+
+Plain mlx-lm refuses this model. With spqt:
+
+```bash
+spqt calibrate FOLDER
+spqt generate --model FOLDER --prompt "Why is the sky blue?"
+```
+
+```python
+import spqt_cli.patch  # lets mlx-lm load the layout
+from mlx_lm import load, generate
+
+model, tokenizer = load("FOLDER")
+```
 """
+
+
+def _licence(path: Path) -> dict[str, Any]:
+    """What the source's card says of licence and language, where it has a card that can be read."""
+    import yaml
+
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        end = lines.index("---", 1)
+        front = yaml.safe_load("\n".join(lines[1:end])) if lines[0] == "---" else None
+    except (OSError, ValueError, IndexError, RecursionError, yaml.YAMLError):
+        return {}
+    found = front if isinstance(front, dict) else {}
+    return {key: found[key] for key in LICENCE_KEYS if isinstance(found.get(key), (str, list))}
+
+
+def upload(folder: Path, repo: str) -> None:
+    """Put a converted folder on the hub, once its parts are known to belong together."""
+    from spqt_cli import hub, identity
+
+    identity.check_model(folder)
+    hub.upload(folder, repo)

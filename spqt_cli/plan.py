@@ -215,7 +215,7 @@ def _stored_dtype(config: dict[str, Any]) -> str | None:
 
 
 class _Decisions:
-    """Decides tensor by tensor, and notes what config.json must say about it."""
+    """What becomes of each tensor, and what config.json must say about it."""
 
     def __init__(self, model: nn.Module, wishes: Wishes) -> None:
         self.modules = dict(model.named_modules())
@@ -279,7 +279,7 @@ class _Decisions:
             return False
         block = path[: BLOCK.search(path).end()]  # type: ignore[union-attr]
         is_router = ROUTER.search(path) or module.weight.shape[0] == self.experts.get(block)
-        return not is_router and not TOWER.search(path)
+        return not (is_router or TOWER.search(path))
 
     def note(self, path: str, kind: str, bits: int, group_size: int, band: int) -> None:
         """List the layer in config.json: every Zigzag one, and others that differ from the default."""

@@ -11,8 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
-import mlx.core as mx
-
 from spqt_cli import checks, files
 from spqt_cli.plan import Part, Unit
 
@@ -72,13 +70,6 @@ def header(shard: Shard, metadata: dict[str, str]) -> bytes:
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=True).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
-
-
-def raw(array: mx.array) -> memoryview:
-    """The bytes of an evaluated array, without a copy where it is contiguous."""
-    flat = mx.contiguous(array).reshape(-1).view(mx.uint8) if array.size else mx.zeros(0, mx.uint8)
-    mx.eval(flat)
-    return memoryview(flat)  # type: ignore[arg-type]
 
 
 class Writer:

@@ -1,0 +1,133 @@
+"""Peak memory of `spqt convert` on synthetic checkpoints of 2 and 16 layers of one width.
+
+    python benchmarks/memory.py [--hidden 4096] [--layers 2 16] [--folder DIR] [--keep]
+
+Each conversion runs in a process of its own; the figure is that process's peak resident set size. The
+rule: at most 300 MiB + 3 x the largest tensor, and less than 5 % growth from the first to the last
+number of layers. The last line of stdout is one JSON document; the exit code is 1 if the rule is broken.
+"""
+
+import argparse
+import json
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+BASE_BYTES = 300 << 20
+CHILD = "import sys; from benchmarks.memory import child; child(*sys.argv[1:])"
+ROWS_AT_ONCE = 1024  # of a synthetic tensor, so that writing it takes little memory
+
+
+def shapes(hidden: int, layers: int) -> dict[str, tuple[int, ...]]:
+    """Tensor -> shape of a llama of that width: grouped-query heads, 3.5 x wide MLP, untied head."""
+    wide, small, vocabulary = hidden * 7 // 2, hidden // 4, hidden * 8
+    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocabulary, hidden)}
+    for i in range(layers):
+        layer = f"model.layers.{i}"
+        for name, outputs in (("q_proj", hidden), ("k_proj", small), ("v_proj", small), ("o_proj", hidden)):
+            found[f"{layer}.self_attn.{name}.weight"] = (outputs, hidden)
+        found[f"{layer}.mlp.gate_proj.weight"] = found[f"{layer}.mlp.up_proj.weight"] = (wide, hidden)
+        found[f"{layer}.mlp.down_proj.weight"] = (hidden, wide)
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            found[f"{layer}.{name}.weight"] = (hidden,)
+    return found | {"model.norm.weight": (hidden,), "lm_head.weight": (vocabulary, hidden)}
+
+
+def config(hidden: int, layers: int) -> dict[str, object]:
+    """config.json of that llama."""
+    return {
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": hidden,
+        "intermediate_size": hidden * 7 // 2, "num_hidden_layers": layers,
+        "num_attention_heads": hidden // 64,
+        "num_key_value_heads": hidden // 256, "head_dim": 64, "rms_norm_eps": 1e-5, "vocab_size": hidden * 8,
+        "rope_theta": 10000.0, "max_position_embeddings": 2048, "tie_word_embeddings": False,
+        "torch_dtype": "float16",
+    }  # fmt: skip
+
+
+def write_checkpoint(folder: Path, hidden: int, layers: int) -> int:
+    """Write random float16 weights with a minimal tokenizer; their bytes."""
+    from tokenizers import Tokenizer, models
+
+    folder.mkdir(parents=True)
+    header, end = {}, 0
+    for name, shape in shapes(hidden, layers).items():
+        size = 2 * int(np.prod(shape))
+        header[name] = {"dtype": "F16", "shape": shape, "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header).encode()
+    rng = np.random.default_rng(0)
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for shape in shapes(hidden, layers).values():
+            rows, width = (shape[0], shape[1]) if len(shape) == 2 else (1, shape[0])
+            for start in range(0, rows, ROWS_AT_ONCE):
+                block = rng.standard_normal((min(ROWS_AT_ONCE, rows - start), width), dtype=np.float32)
+                file.write((block * 0.02).astype(np.float16).tobytes())
+    (folder / "config.json").write_text(json.dumps(config(hidden, layers)))
+    Tokenizer(models.BPE(vocab={"a": 0}, merges=[])).save(str(folder / "tokenizer.json"))
+    return end
+
+
+def child(source: str, output: str) -> None:
+    """Convert, and print the peak resident set size in bytes and the seconds taken."""
+    from spqt_cli import convert
+
+    start = time.perf_counter()
+    convert.convert(source, Path(output), convert.ConvertOptions())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    bytes_each = 1 if sys.platform == "darwin" else 1024
+    print(json.dumps({"peak_bytes": peak * bytes_each, "seconds": time.perf_counter() - start}))
+
+
+def measure(folder: Path, hidden: int, layers: int, keep: bool) -> dict[str, object]:
+    """One row: convert a synthetic checkpoint in its own process."""
+    source, output = folder / f"llama-{hidden}-{layers}", folder / f"converted-{hidden}-{layers}"
+    size = write_checkpoint(source, hidden, layers)
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, source, output],
+        cwd=Path(__file__).parent.parent, check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    row = json.loads(done.stdout.splitlines()[-1])
+    largest = max(2 * int(np.prod(shape)) for shape in shapes(hidden, layers).values())
+    row |= {"layers": layers, "source_bytes": size, "largest_tensor_bytes": largest}
+    row["limit_bytes"] = BASE_BYTES + 3 * largest
+    if not keep:
+        shutil.rmtree(source)
+        shutil.rmtree(output)
+    print(
+        f"{layers:>3} layers, {size / 1e9:6.2f} GB, largest tensor {largest / 1e6:7.1f} MB: peak "
+        f"{row['peak_bytes'] / 1e6:7.1f} MB of at most {row['limit_bytes'] / 1e6:7.1f} MB, "
+        f"{row['seconds']:.1f} s",
+        file=sys.stderr,
+    )
+    return row
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--hidden", type=int, default=4096, help="width; a multiple of 256")
+    parser.add_argument("--layers", type=int, nargs="+", default=[2, 16])
+    parser.add_argument("--folder", type=Path, help="where the checkpoints go; default: a temporary folder")
+    parser.add_argument("--keep", action="store_true", help="leave the checkpoints there")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
+        folder = options.folder if options.keep and options.folder else Path(temporary)
+        rows = [measure(folder, options.hidden, layers, options.keep) for layers in options.layers]
+    growth = rows[-1]["peak_bytes"] / rows[0]["peak_bytes"] - 1
+    holds = growth < 0.05 and all(row["peak_bytes"] <= row["limit_bytes"] for row in rows)
+    versions = {"spqt": version("spqt"), "mlx": version("mlx"), "python": platform.python_version()}
+    print(json.dumps({"rows": rows, "growth": growth, "holds": holds, "versions": versions}))
+    return 0 if holds else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
