@@ -54,18 +54,18 @@ static void start_block(const Tile& tile, const Active& active, int first, Block
 template <int BITS, int GROUP, int PASS, bool WHOLE>
 SPQT_INLINE void add_column(const Block& block, int column, int part, float* sums) {
   using C = Codec<BITS>;
-  vf sum[VECTORS], code[VECTORS], u[VECTORS];
+  vf sum[VECTORS], u[VECTORS];
   for (int v = 0; v < VECTORS; ++v) sum[v] = load<vf>(sums + v * LANES);
   const size_t offset = (size_t)column * C::COLUMN_BYTES;
   const size_t line = (offset + 63) / 64 * 64, end = PASS ? 0 : offset + C::COLUMN_BYTES;
   for (int i = 0; i < block.count; ++i) {
     for (size_t l = line; l < end; l += 64) __builtin_prefetch(block.next[i] + l);
-    if constexpr (WHOLE)
-      C::template unpack<PASS>(block.codes[i] + offset, code);
-    else
-      C::template unpack_part<PASS>(block.codes[i] + offset, part, code);
     C::template expand<GROUP>(block.u[i], column, u);
-    for (int v = 0; v < VECTORS; ++v) sum[v] += u[v] * code[v];
+    auto add = [&](int v, vf code) __attribute__((always_inline)) { sum[v] += u[v] * code; };
+    if constexpr (WHOLE)
+      C::template unpack<PASS>(block.codes[i] + offset, add);
+    else
+      C::template unpack_part<PASS>(block.codes[i] + offset, part, add);
   }
   for (int v = 0; v < VECTORS; ++v) store(sums + v * LANES, sum[v]);
 }

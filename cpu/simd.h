@@ -16,7 +16,6 @@ typedef float vf __attribute__((vector_size(LANES * 4)));
 typedef int32_t vi __attribute__((vector_size(LANES * 4)));
 typedef uint32_t vu __attribute__((vector_size(LANES * 4)));
 typedef uint16_t vh __attribute__((vector_size(LANES * 2)));
-typedef uint8_t vb __attribute__((vector_size(LANES)));
 typedef uint8_t vbytes __attribute__((vector_size(LANES * 4)));
 typedef uint64_t vq __attribute__((vector_size(LANES * 4)));
 
@@ -34,7 +33,11 @@ SPQT_INLINE void store(void* p, V v) {
   __builtin_memcpy(p, &v, sizeof v);
 }
 
-SPQT_INLINE vf splat(float x) { return vf{} + x; }
+SPQT_INLINE vf splat(float x) {
+  vf v;
+  for (int l = 0; l < LANES; ++l) v[l] = x;
+  return v;
+}
 SPQT_INLINE vf to_float(vu v) { return __builtin_convertvector((vi)v, vf); }
 
 // lane l of the result is lane I[l] of v
@@ -83,6 +86,16 @@ SPQT_INLINE uint32_t float_bits(float f) {
   return bits;
 }
 
+SPQT_INLINE vu widen(vh h) {
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+  return (vu)_mm512_cvtepu16_epi32((__m256i)h);
+#elif defined(__AVX2__)
+  return (vu)_mm256_cvtepu16_epi32((__m128i)h);
+#else
+  return __builtin_convertvector(h, vu);
+#endif
+}
+
 // IEEE half to float; the multiply by 2^112 rebuilds the exponent, subnormals included.
 SPQT_INLINE vf half_to_float(vh h) {
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
@@ -90,7 +103,7 @@ SPQT_INLINE vf half_to_float(vh h) {
 #elif defined(__F16C__) && defined(__AVX2__)
   return (vf)_mm256_cvtph_ps((__m128i)h);
 #else
-  vu wide = __builtin_convertvector(h, vu);
+  vu wide = widen(h);
   vu magnitude = (wide & 0x7fffu) << 13;
   vu special = (vu)((wide & 0x7c00u) == 0x7c00u) & 0x7f800000u;  // infinities and NaN
   vf scaled = (vf)magnitude * splat(0x1p112f);
@@ -98,7 +111,7 @@ SPQT_INLINE vf half_to_float(vh h) {
 #endif
 }
 
-SPQT_INLINE vf bfloat_to_float(vh h) { return (vf)(__builtin_convertvector(h, vu) << 16); }
+SPQT_INLINE vf bfloat_to_float(vh h) { return (vf)(widen(h) << 16); }
 
 // LANES elements of a float array of the given type, as float
 template <Type T>

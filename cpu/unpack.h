@@ -9,6 +9,17 @@ constexpr int VECTORS = 8;  // of one column and pass: as many accumulators as 1
 
 constexpr int min_of(int a, int b) { return a < b ? a : b; }
 
+template <int BITS, int... I>
+struct WordMasks {
+  alignas(64) uint32_t lanes[sizeof...(I)] = {(((1u << BITS) - 1) << (I / LANES * BITS))...};
+};
+template <int BITS, int... I>
+constexpr WordMasks<BITS, I...> word_masks_of(std::integer_sequence<int, I...>) {
+  return {};
+}
+template <int BITS>
+constexpr auto word_masks = word_masks_of<BITS>(std::make_integer_sequence<int, 16 / BITS * LANES>());
+
 // 2 and 4 bits: a vector of words, code j of every word in one vector.
 template <int BITS>
 struct WordCodec {
@@ -20,23 +31,26 @@ struct WordCodec {
   static constexpr int index(int pass, int v, int lane) { return lane * (32 / BITS) + pass * VECTORS + v; }
   static constexpr int shift(int, int v, int) { return v % PER_HALF * BITS; }
 
-  template <int PASS>
-  SPQT_INLINE void unpack(const uint8_t* p, vf out[VECTORS]) {
-    unpack_words<PASS>(load<vu>(p), out);
+  template <int PASS, class Use>
+  SPQT_INLINE void unpack(const uint8_t* p, Use use) {
+    unpack_words<PASS>(load<vu>(p), use);
   }
 
-  template <int PASS>
-  SPQT_INLINE void unpack_part(const uint8_t* p, int bytes, vf out[VECTORS]) {
-    unpack_words<PASS>(load_words(p, bytes / 4), out);
+  template <int PASS, class Use>
+  SPQT_INLINE void unpack_part(const uint8_t* p, int bytes, Use use) {
+    unpack_words<PASS>(load_words(p, bytes / 4), use);
   }
 
-  template <int PASS>
-  SPQT_INLINE void unpack_words(vu words, vf out[VECTORS]) {
-    constexpr uint32_t MASK = (1u << BITS) - 1;
+  template <int PASS, class Use>
+  SPQT_INLINE void unpack_words(vu words, Use use) {
+    const uint32_t* masks = word_masks<BITS>.lanes;
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    asm("" : "+r"(masks));  // from memory each time: in registers they push out the accumulators
+#endif
     vu high = words >> 16;  // bit 31 must not reach the signed conversion
     for (int v = 0; v < VECTORS; ++v) {
       vu from = PASS == 1 || v >= PER_HALF ? high : words;
-      out[v] = to_float(from & (MASK << (v % PER_HALF * BITS)));
+      use(v, to_float(from & load<vu>(masks + v % PER_HALF * LANES)));
     }
   }
 
@@ -71,7 +85,7 @@ struct ByteCodec {
 
   static constexpr int index(int, int v, int lane) { return v * LANES + lane; }
   static constexpr int bit(int v, int lane) { return (v % PER_UNIT * LANES + lane) * BITS; }
-  static constexpr int shift(int, int v, int lane) { return BITS == 8 ? 0 : bit(v, lane) % 8; }
+  static constexpr int shift(int, int v, int lane) { return bit(v, lane) % 8; }
   // first byte of the window of lane `lane`, from the start of the unit
   static constexpr int start(int v, int lane) { return min_of(bit(v, lane / 8 * 8) / 8, 4 * BITS - WINDOW); }
   // which byte of the (repeated) window goes to byte `i` of the vector
@@ -92,27 +106,23 @@ struct ByteCodec {
     return to_float(codes & (vu){(MASK << shift(0, V, LANE))...});
   }
 
-  template <int... V>
-  SPQT_INLINE void unpack_all(const uint8_t* p, vf out[VECTORS], std::integer_sequence<int, V...>) {
-    if constexpr (BITS == 8) {
-      ((out[V] = to_float(__builtin_convertvector(load<vb>(p + V * LANES), vu))), ...);
-    } else {
-      ((out[V] = unpack_vector<V>(p + V / PER_UNIT * 4 * BITS, std::make_integer_sequence<int, LANES * 4>(),
-                                  std::make_integer_sequence<int, LANES>())),
-       ...);
-    }
+  template <class Use, int... V>
+  SPQT_INLINE void unpack_all(const uint8_t* p, Use use, std::integer_sequence<int, V...>) {
+    (use(V, unpack_vector<V>(p + V / PER_UNIT * 4 * BITS, std::make_integer_sequence<int, LANES * 4>(),
+                             std::make_integer_sequence<int, LANES>())),
+     ...);
   }
 
-  template <int PASS>
-  SPQT_INLINE void unpack(const uint8_t* p, vf out[VECTORS]) {
-    unpack_all(p, out, std::make_integer_sequence<int, VECTORS>());
+  template <int PASS, class Use>
+  SPQT_INLINE void unpack(const uint8_t* p, Use use) {
+    unpack_all(p, use, std::make_integer_sequence<int, VECTORS>());
   }
 
-  template <int PASS>
-  SPQT_INLINE void unpack_part(const uint8_t* p, int bytes, vf out[VECTORS]) {
+  template <int PASS, class Use>
+  SPQT_INLINE void unpack_part(const uint8_t* p, int bytes, Use use) {
     alignas(64) uint8_t whole[COLUMN_BYTES] = {};
     for (int i = 0; i < bytes; i += 4) __builtin_memcpy(whole + i, p + i, 4);
-    unpack<PASS>(whole, out);
+    unpack<PASS>(whole, use);
   }
 
   template <int GROUP>
