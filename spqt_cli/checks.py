@@ -140,10 +140,10 @@ def read_shard(path: Path, name: str) -> tuple[dict[str, Tensor], dict[str, str]
                 for key, part in slices.items()
             }
     except (SafetensorError, OSError, ValueError, OverflowError) as error:
-        if "unknown variant" in str(error):  # a dtype newer than the library: find out whose
+        if "unknown variant" in str(error):  # a dtype that the library does not know: find out whose
             _refuse_dtypes(path, _raw_dtypes(path))
         raise SpqtError(f"{path} is no sound safetensors file: {error}", AGAIN) from None
-    _refuse_dtypes(path, {key: tensor.dtype for key, tensor in tensors.items()})
+    _refuse_dtypes(path, _raw_dtypes(path))
     return tensors, metadata
 
 
@@ -156,18 +156,23 @@ def _refuse_dtypes(path: Path, dtypes: dict[str, str]) -> None:
 
 
 def _raw_dtypes(path: Path) -> dict[str, str]:
-    """Tensor -> dtype as the header's text has them; empty where even that can't be read."""
+    """Tensor -> dtype as the header's own text has them; refuses names that occur twice."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         text = file.read(min(length, LONGEST_HEADER))
     try:
-        header = json.loads(text)
-    except (ValueError, RecursionError):
-        return {}
-    if not isinstance(header, dict):
-        return {}
+        header = json.loads(text, object_pairs_hook=_without_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise SpqtError(f"{path} has a damaged header: {error}", AGAIN) from None
     tensors = {key: entry for key, entry in header.items() if isinstance(entry, dict) and "dtype" in entry}
     return {key: str(entry["dtype"]) for key, entry in tensors.items()}
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name occurs twice")  # the safetensors library keeps the last
+    return found
 
 
 def _refuse_text(path: Path) -> None:
