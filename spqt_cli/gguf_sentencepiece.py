@@ -27,10 +27,11 @@ def check(path: Path, vocabulary_kind: str, pre: object) -> None:
         raise UnsupportedError(f"{path} has the pre-tokenizer {str(pre)[:40]!r} with {vocabulary_kind!r}")
 
 
-def finds_first(vocabulary: Vocabulary) -> bool:
-    """True if user-defined tokens can be found in the raw text, since nothing but spaces changes in it.
+def changes_only_spaces(vocabulary: Vocabulary) -> bool:
+    """True if normalizing turns each space into its sign and does nothing else.
 
-    Otherwise they have to be found after the text as a whole has got its prefix or lost its spaces.
+    Then user-defined tokens can be added tokens. Otherwise `tokenizers` would normalize the text between
+    them, and their own, as texts of their own, each with a prefix.
     """
     return not (_prefixed(vocabulary) or _trimmed(vocabulary))
 
@@ -40,7 +41,7 @@ def build(path: Path, vocabulary: Vocabulary) -> "Tokenizer":
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
     tokens = spelled(vocabulary)
-    fixed = [] if finds_first(vocabulary) else [tokens[i] for i in vocabulary.of_type(USER_DEFINED)]
+    fixed = [] if changes_only_spaces(vocabulary) else [tokens[i] for i in vocabulary.of_type(USER_DEFINED)]
     table = {token: i for i, token in enumerate(tokens)}
     try:
         model = models.BPE(
@@ -67,16 +68,14 @@ def build(path: Path, vocabulary: Vocabulary) -> "Tokenizer":
 
 
 def spelled(vocabulary: Vocabulary) -> list[str]:
-    """The tokens as `tokenizers` has to look them up.
+    """The tokens as `tokenizers` has to look them up: with SentencePiece's sign for spaces.
 
-    A user-defined token is spelled as the text has it where it is found: with spaces in the raw text,
-    with SentencePiece's sign for them after that. Files have both spellings.
+    Converters write a user-defined token's spaces as they are.
     """
     tokens = list(vocabulary.tokens)
     known = set(tokens)
-    old, new = (SPACE, " ") if finds_first(vocabulary) else (" ", SPACE)
     for i in vocabulary.of_type(USER_DEFINED):
-        respelled = tokens[i].replace(old, new)
+        respelled = tokens[i].replace(" ", SPACE)
         if respelled not in known:
             tokens[i] = respelled
     return tokens
@@ -95,10 +94,10 @@ def _normalizer(vocabulary: Vocabulary) -> Any:
 
     steps: list[Any] = []
     if _trimmed(vocabulary):
-        steps += [normalizers.Replace(Regex("^ +"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
+        steps += [normalizers.Replace(Regex(r"\A +"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
     steps.append(normalizers.Replace(" ", SPACE))
     if _trimmed(vocabulary):
-        steps.append(normalizers.Replace(Regex(f"{SPACE}+$"), ""))
+        steps.append(normalizers.Replace(Regex(SPACE + r"+\z"), ""))
     if _prefixed(vocabulary):
         steps.append(normalizers.Prepend(SPACE))
     return normalizers.Sequence(steps)

@@ -98,13 +98,15 @@ def _tokenizer(header: Header, vocabulary: Vocabulary) -> dict[str, Any]:
             gguf_sentencepiece.spelled(vocabulary),
         )
         literal, adds_bos = [], True
-        if gguf_sentencepiece.finds_first(vocabulary):
+        if gguf_sentencepiece.changes_only_spaces(vocabulary):
             literal = vocabulary.of_type(USER_DEFINED)
     roles = {vocabulary.ids[name] for name in ROLES.values() if name in vocabulary.ids}
     special = sorted(roles.union(vocabulary.of_type(CONTROL, UNKNOWN)))
     tokenizer.add_special_tokens([AddedToken(tokens[i], normalized=False, special=True) for i in special])
     others = [i for i in literal if i not in set(special)]
-    tokenizer.add_tokens([AddedToken(tokens[i], normalized=False, special=False) for i in others])
+    # SentencePiece looks for them in the normalized text, byte-level BPE in the raw one.
+    normalized = vocabulary.kind == "llama"
+    tokenizer.add_tokens([AddedToken(tokens[i], normalized=normalized, special=False) for i in others])
     built = json.loads(tokenizer.to_str())
     built["post_processor"] = _frame(header, vocabulary, adds_bos)
     return built
