@@ -16,7 +16,7 @@ import mlx.nn as nn
 from spqt_cli import checks, layout
 from spqt_cli.errors import SpqtError, UnsupportedError
 from spqt_cli.format import MODE
-from spqt_cli.source import DTYPES, Checkpoint, classes
+from spqt_cli.source import DTYPES, Checkpoint, classes, text_config
 
 ZIGZAG, ROWS, PLAIN = "zigzag", "row-grouped", "kept"
 NAMES = {dtype: name for name, dtype in DTYPES.items()}  # MLX dtype -> safetensors' name
@@ -150,9 +150,9 @@ def build(checkpoint: Checkpoint) -> nn.Module:
 
     config = _decode_tagged_floats(checkpoint.config)
     model_class, args_class = classes(config, checkpoint.name)
-    text = config.get("text_config")
-    layers = config.get("num_hidden_layers") or (text or {}).get("num_hidden_layers") or 0
-    if not isinstance(layers, int) or layers > (count := len(checkpoint.tensors)):
+    layers = config.get("num_hidden_layers") or text_config(config).get("num_hidden_layers") or 0
+    count = len(checkpoint.tensors)
+    if not isinstance(layers, int) or layers > count:
         raise SpqtError(
             f"{checkpoint.name}: config.json says {layers!r} layers, but there are only {count} tensors",
             checks.AGAIN,
@@ -208,8 +208,7 @@ def _check_parameters(model: nn.Module, weights: dict[str, mx.array], checkpoint
 
 def _stored_dtype(config: dict[str, Any]) -> str | None:
     """The dtype that the model's config asks for, as mlx-lm reads it; None leaves each tensor's own."""
-    text = config.get("text_config")
-    inner = text if isinstance(text, dict) else {}
+    inner = text_config(config)
     found = config.get("torch_dtype") or config.get("dtype") or inner.get("dtype") or inner.get("torch_dtype")
     return found if found in ("float16", "bfloat16", "float32") else None
 
@@ -278,8 +277,9 @@ class _Decisions:
         if type(module) is not nn.Linear or not BLOCK.search(path) or path.endswith(self.wishes.skip):
             return False
         block = path[: BLOCK.search(path).end()]  # type: ignore[union-attr]
-        is_router = ROUTER.search(path) or module.weight.shape[0] == self.experts.get(block)
-        return not (is_router or TOWER.search(path))
+        gate_widths = (1, self.experts.get(block))  # of shared experts' gates and of routers
+        is_gate = ROUTER.search(path) or module.weight.shape[0] in gate_widths
+        return not (is_gate or TOWER.search(path))
 
     def note(self, path: str, kind: str, bits: int, group_size: int, band: int) -> None:
         """List the layer in config.json: every Zigzag one, and others that differ from the default."""

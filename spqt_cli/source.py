@@ -220,12 +220,18 @@ def check_config(config: dict[str, Any], where: str, trust: Trust) -> bool:
             "spqt never runs it; --trust-remote-code goes on with mlx-lm's own classes",
         )
     classes(config, where)
-    text = config.get("text_config")
-    inner = text if isinstance(text, dict) else {}
-    quantized = any(c.get(key) for c in (config, inner) for key in ("quantization", "quantization_config"))
+    quantized = any(
+        c.get(key) for c in (config, text_config(config)) for key in ("quantization", "quantization_config")
+    )
     if quantized and not trust.requantize:
         raise _already_quantized(where)
     return quantized
+
+
+def text_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The part of a multimodal model's config that describes its language model; empty for others."""
+    found = config.get("text_config")
+    return found if isinstance(found, dict) else {}
 
 
 def _already_quantized(where: str) -> UnsupportedError:
