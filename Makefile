@@ -17,7 +17,7 @@ GGUF := $(MODELS)/SmolLM2-135M-Instruct.Q4_1.gguf
 CONVERTED := $(MODELS)/SmolLM2-135M-Instruct-spqt-4bit
 PROMPT ?= Explain in a few sentences why the sky is blue.
 
-.PHONY: help run test lint format bench clean
+.PHONY: help run test test-newest unit lint format clean
 help:
 	@echo "make run     convert, calibrate and run a real small model (BACKEND=cpu|cuda12|cuda13)"
 	@echo "make test    lint, types and all tests"
@@ -59,5 +59,12 @@ format: $(STAMP)
 test: lint $(GGUF)
 	SPQT_REAL_GGUF=$(abspath $(GGUF)) $(BIN)/pytest
 
+# The same tests on another Python, without the slow ones on the real model.
+test-newest:
+	$(MAKE) VENV=.venv-newest unit PYTHON=$(PYTHON)
+
+unit: $(STAMP)
+	$(BIN)/pytest -m "not real"
+
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) .venv-newest build dist .pytest_cache .ruff_cache .mypy_cache
