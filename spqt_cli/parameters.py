@@ -1,0 +1,90 @@
+"""mlx-lm's model for a checkpoint, and the checkpoint's tensors as that model's parameters, lazily.
+
+It owns the meeting of config.json, mlx-lm's classes with their `sanitize`, and the tensors; it reads
+no weights and decides nothing about layouts.
+"""
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from spqt_cli import checks
+from spqt_cli.errors import SpqtError, UnsupportedError
+from spqt_cli.source import Checkpoint, classes, text_config
+
+
+def load(checkpoint: Checkpoint) -> tuple[nn.Module, dict[str, mx.array], dict[str, str]]:
+    """Model, lazy weights by parameter, and parameter -> name in the checkpoint where it is one tensor.
+
+    The weights are exactly the model's parameters; the model itself holds none of them.
+    """
+    if checkpoint.quantized:
+        from spqt_cli import requantize
+
+        model, weights = requantize.load(checkpoint)
+        sources: dict[str, str] = {}
+    else:
+        model, weights, sources = _sanitized(checkpoint)
+    _check(model, weights, checkpoint)
+    return model, weights, sources
+
+
+def build(checkpoint: Checkpoint) -> nn.Module:
+    """mlx-lm's model for a checkpoint, its weights random and never computed."""
+    from mlx_lm.utils import _decode_tagged_floats
+
+    config = _decode_tagged_floats(checkpoint.config)
+    model_class, args_class = classes(config, checkpoint.name)
+    layers = config.get("num_hidden_layers") or text_config(config).get("num_hidden_layers") or 0
+    count = len(checkpoint.tensors)
+    if not isinstance(layers, int) or layers > count:
+        raise SpqtError(
+            f"{checkpoint.name}: config.json says {layers!r} layers, but there are only {count} tensors",
+            checks.AGAIN,
+        )
+    try:
+        return model_class(args_class.from_dict(config))
+    except (LookupError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
+        raise SpqtError(
+            f"{checkpoint.name}: config.json does not describe a {config['model_type']} model ({error!r})",
+            checks.AGAIN,
+        ) from None
+
+
+def _sanitized(checkpoint: Checkpoint) -> tuple[nn.Module, dict[str, mx.array], dict[str, str]]:
+    """Model, lazy weights by parameter, and parameter -> name in the checkpoint where it is one tensor."""
+    model = build(checkpoint)
+    loaded = checkpoint.weights()
+    by_identity = {id(array): name for name, array in loaded.items()}
+    weights = dict(loaded)  # sanitize may change its argument
+    if hasattr(model, "sanitize"):
+        try:
+            weights = model.sanitize(weights)
+        except (KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
+            raise SpqtError(
+                f"{checkpoint.name}: its tensors are not those of a {checkpoint.config['model_type']} model"
+                f" ({error!r})",
+                checks.AGAIN,
+            ) from None
+    sources = {name: by_identity[id(a)] for name, a in weights.items() if id(a) in by_identity}
+    if checkpoint.gguf is not None and (made := weights.keys() - sources.keys()):
+        raise UnsupportedError(
+            f"{checkpoint.name}: mlx-lm would rearrange {checks.named(made)}", "convert the HF original"
+        )
+    return model, weights, sources
+
+
+def _check(model: nn.Module, weights: dict[str, mx.array], checkpoint: Checkpoint) -> None:
+    """The tensors must be exactly the model's parameters, with their shapes."""
+    from mlx.utils import tree_flatten
+
+    wanted = dict(tree_flatten(model.parameters()))
+    if missing := wanted.keys() - weights.keys():
+        raise SpqtError(f"{checkpoint.name}: tensors are missing: {checks.named(missing)}", checks.AGAIN)
+    if extra := weights.keys() - wanted.keys():
+        raise SpqtError(f"{checkpoint.name}: tensors the model has no place for: {checks.named(extra)}", "")
+    for name, array in weights.items():
+        if array.shape != (shape := wanted[name].shape):
+            raise SpqtError(
+                f"{checkpoint.name}: tensor {name} is {array.shape}, config.json asks for {shape}",
+                checks.AGAIN,
+            )
