@@ -65,11 +65,11 @@ def claim(output: Path) -> Iterator[None]:
     with disk_errors(output.parent):
         output.parent.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(output.parent / f".{output.name}.spqt.lock", timeout=0)
-    try:
-        with disk_errors(output.parent):
+    with disk_errors(output.parent):
+        try:
             lock.acquire()
-    except filelock.Timeout:
-        raise BusyError(f"another run is writing {output}", "wait for it, or choose another -o") from None
+        except filelock.Timeout:
+            raise BusyError(f"another run is writing {output}", "wait for it or choose another -o") from None
     try:
         yield
     finally:
