@@ -38,7 +38,9 @@ def architecture(header: Header) -> str:
     if str(version) != str(QUANTIZATION_VERSION):
         raise UnsupportedError(f"{header.path} has general.quantization_version {str(version)[:40]}, not 2")
     if (parts := str(header.metadata.get("split.count", 1))) not in ("0", "1"):
-        raise UnsupportedError(f"{header.path} is one of {parts[:40]} parts", "join them into one file first")
+        raise UnsupportedError(
+            f"{header.path} is one of {parts[:40]} parts (split.count)", "join them into one file first"
+        )
     return arch
 
 

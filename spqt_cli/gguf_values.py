@@ -76,15 +76,19 @@ def _bound(path: Path, tensor: StoredTensor, fields: tuple[tuple[int, int], ...]
     """No smaller than any weight's magnitude; Inf if the file holds NaN or Inf."""
     from gguf import GGML_QUANT_SIZES
 
-    largest = 0.0
-    for _, packed in _packed(path, tensor):
-        blocks = packed.reshape(-1, GGML_QUANT_SIZES[tensor.kind][1])
-        bound = np.zeros(len(blocks), np.float32)
-        for start, factor in fields:
-            field = np.ascontiguousarray(blocks[:, start : start + 2]).view(np.float16)[:, 0]
+    size = GGML_QUANT_SIZES[tensor.kind][1]
+    pieces = _packed(path, tensor)
+    return max(float(block_bounds(packed.reshape(-1, size), fields).max()) for _, packed in pieces)
+
+
+def block_bounds(blocks: np.ndarray, fields: tuple[tuple[int, int], ...]) -> np.ndarray:
+    """For each packed block a bound of its weights' magnitude: uint8 [n, bytes] -> float32 [n]."""
+    bound = np.zeros(len(blocks), np.float32)
+    for start, factor in fields:
+        field = np.ascontiguousarray(blocks[:, start : start + 2]).view(np.float16)[:, 0]
+        with np.errstate(invalid="ignore"):
             bound += np.abs(field.astype(np.float32)) * factor
-        largest = max(largest, float(np.nan_to_num(bound, nan=np.inf).max()))
-    return largest
+    return np.where(np.isnan(bound), np.float32(np.inf), bound)
 
 
 def _packed(path: Path, tensor: StoredTensor) -> Iterator[tuple[int, np.ndarray[Any, Any]]]:

@@ -75,15 +75,17 @@ def add_sizes(writer: GGUFWriter, arch: str, config: dict[str, Any]) -> None:
 
 
 def add_plain_tokenizer(writer: GGUFWriter, count: int) -> None:
-    """A byte-level vocabulary without merges, for tests of something else."""
+    """A byte-level vocabulary with one merge, for tests of something else."""
     from tokenizers.pre_tokenizers import ByteLevel
 
     letters = sorted(ByteLevel.alphabet())
-    tokens = ["<pad>", "<s>", "</s>", *letters][:count]
+    tokens = ["<pad>", "<s>", "</s>", *letters, "th"]
+    types = [TokenType.CONTROL] * 3 + [TokenType.NORMAL] * (len(letters) + 1)
+    types += [TokenType.UNUSED] * (count - len(tokens))
     tokens += [f"[PAD{i}]" for i in range(len(tokens), count)]
-    types = [TokenType.CONTROL] * 3 + [TokenType.NORMAL] * len(letters)
-    types = (types + [TokenType.UNUSED] * count)[:count]
-    add_tokenizer(writer, "gpt2", "qwen2" if writer.arch == "qwen2" else "gpt-2", tokens, types, merges=[])
+    add_tokenizer(
+        writer, "gpt2", "qwen2" if writer.arch == "qwen2" else "gpt-2", tokens, types, merges=["t h"]
+    )
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
 
@@ -106,14 +108,6 @@ def add_tokenizer(
         writer.add_token_scores(lists["scores"])
     if lists.get("merges"):
         writer.add_token_merges(lists["merges"])
-    elif kind == "gpt2":
-        writer.add_key_value("tokenizer.ggml.merges", [], *_empty_strings())
-
-
-def _empty_strings() -> tuple[Any, Any]:
-    from gguf import GGUFValueType
-
-    return GGUFValueType.ARRAY, GGUFValueType.STRING
 
 
 def write_file(writer: GGUFWriter, path: Path) -> Path:
@@ -159,8 +153,14 @@ BLOCKS = [
 ]
 WHITE = " \t\n\r\u00a0\u1680\u2002\u2003\u2009\u200b\u2028\u202f\u205f\u3000"
 EMOJI = ["😀", "👩‍👩‍👧‍👦", "🏳️‍🌈", "👍🏽", "🇳🇴", "❤️", "1️⃣", "🧑🏿‍🚀"]
-WORDS = "the quick brown fox doesn't jump over 12 lazy dogs; they'll SING 3.14159 songs aaaaaaa haha bananas".split()
-MARKS = ["  ", "   ", "\n\n", "\r\n", " ½ ", "  1", "²", "١٢٣", "१२", "Ⅷ", "▁", "e\u0301", "ﬁ", "'S", "'ve", "..."]
+WORDS = [
+    *("the", "quick", "brown", "fox", "doesn't", "jump", "over", "12", "lazy", "dogs;", "they'll", "SING"),
+    *("3.14159", "songs", "aaaaaaa", "haha", "bananas"),
+]
+MARKS = [
+    *("  ", "   ", "\n\n", "\r\n", " ½ ", "  1", "²", "١٢٣", "१२", "Ⅷ", "▁", "e\u0301", "ﬁ", "'S", "'ve"),
+    "...",
+]
 
 
 def odd_lines(count: int, special: list[str], seed: int = 0) -> list[str]:

@@ -1,0 +1,340 @@
+"""A model read from a .gguf file gives the logits of the HF weights it was written from, bit for bit.
+
+The weights are float16 to begin with. What the converter does to them (moving rows, adding 1 to a norm
+of 0.2 to 2) is exact in the float32 that the file stores, so nothing may differ at all.
+"""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType, GGUFWriter, RopeScalingType
+from gguf.quants import dequantize, quantize
+
+from spqt_cli import gguf, gguf_values
+from spqt_cli.errors import SpqtError, UnsupportedError
+from tests.conftest import random_weights, tiny_config
+from tests.writing_gguf import interleave, write_file, write_model
+
+TOKENS = mx.array([[5, 17, 300, 41, 8, 8, 99, 3, 250, 7, 61, 12]])
+Weights = dict[str, np.ndarray]
+
+
+def hf_model(arch: str, seed: int = 1, **changes: Any) -> tuple[dict[str, Any], Weights]:
+    """A tiny HF configuration and its float16 weights by HF name."""
+    config = tiny_config(arch, **changes)
+    weights = random_weights(config, seed, mx.float16)
+    return config, {name: np.array(value) for name, value in weights.items()}
+
+
+def logits(config: dict[str, Any], weights: Weights, change: Callable = lambda model: None) -> np.ndarray:
+    """Logits of mlx-lm's model in float32; `change` may alter the model before it runs."""
+    from mlx_lm.utils import _get_classes
+
+    model_class, args_class = _get_classes(config)
+    model = model_class(args_class.from_dict(config))
+    values = {name: mx.array(w.astype(np.float32)) for name, w in weights.items()}
+    model.load_weights(list(model.sanitize(values).items()))
+    change(model)
+    return np.array(model(TOKENS))
+
+
+def written(folder: Path, arch: str, config: dict[str, Any], weights: Weights, **how: Any) -> Path:
+    return write_model(folder / "tiny.gguf", arch, config, weights, **how)
+
+
+def read_all(checkpoint: gguf.GgufCheckpoint) -> Weights:
+    return {name: checkpoint.read(name) for name in checkpoint.names()}
+
+
+def assert_equal(path: Path, config: dict[str, Any], weights: Weights) -> gguf.GgufCheckpoint:
+    """The file's tensors and logits are those of the HF model."""
+    checkpoint = gguf.open_checkpoint(path)
+    found = read_all(checkpoint)
+    assert found.keys() == weights.keys()
+    for name, weight in weights.items():
+        assert checkpoint.shape(name) == weight.shape
+        assert found[name].dtype == np.float16
+        np.testing.assert_array_equal(found[name], weight, err_msg=name)
+    np.testing.assert_array_equal(logits(checkpoint.config, found), logits(config, weights))
+    return checkpoint
+
+
+MODELS = [
+    ("llama", {}),
+    ("llama", {"tie_word_embeddings": False}),
+    ("llama", {"attention_bias": True, "mlp_bias": True}),
+    ("llama", {"head_dim": 24, "num_key_value_heads": 4}),
+    ("qwen2", {"tie_word_embeddings": False}),
+    ("qwen2", {"tie_word_embeddings": True}),
+    ("gemma3", {}),
+    ("gemma3", {"head_dim": 32, "query_pre_attn_scalar": 32, "num_hidden_layers": 4, "sliding_window": 5}),
+]
+
+
+@pytest.mark.parametrize(("arch", "changes"), MODELS)
+def test_logits_equal_those_of_the_original(tmp_path: Path, arch: str, changes: dict[str, Any]) -> None:
+    config, weights = hf_model(arch, **changes)
+    path = written(tmp_path, arch, config, weights)
+    checkpoint = assert_equal(path, config, weights)
+    assert checkpoint.dtype == checkpoint.config["torch_dtype"] == "float16"
+    assert checkpoint.config["tie_word_embeddings"] == ("lm_head.weight" not in weights)
+    assert checkpoint.config["eos_token_id"] == 2
+    assert checkpoint.nbytes_source == 4 * sum(w.size for w in weights.values())
+
+
+def test_the_stored_row_order_is_the_interleaved_rotation() -> None:
+    """Rows moved as this test's writer moves them, under the interleaved rotation, give the same logits.
+
+    The same sums in another order: float32 differs by about sqrt(terms) * 2**-24 of the size of 1, over
+    two layers; 1e-4 leaves room.
+    """
+    config, weights = hf_model("llama")
+    moved = dict(weights)
+    for name, weight in weights.items():
+        for part, heads in (("q_proj", 4), ("k_proj", 2)):
+            if part in name:
+                moved[name] = interleave(weight, heads)
+    found = logits(config | {"rope_traditional": True}, moved)
+    np.testing.assert_allclose(found, logits(config, weights), atol=1e-4)
+
+
+def _llama3_factors(theta: float, head_dim: int, factor: float) -> np.ndarray:
+    """The converter's formula, frequency by frequency."""
+    factors = []
+    for i in range(0, head_dim, 2):
+        wavelength = 2 * math.pi * theta ** (i / head_dim)
+        if wavelength < 8192 / 4:
+            factors.append(1.0)
+        elif wavelength > 8192:
+            factors.append(factor)
+        else:
+            smooth = (8192 / wavelength - 1) / (4 - 1)
+            factors.append(1 / ((1 - smooth) / factor + smooth))
+    return np.array(factors, np.float32)
+
+
+def test_llama3_factors_are_recognized(tmp_path: Path) -> None:
+    kind = {
+        "rope_type": "llama3",
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    config, weights = hf_model("llama", rope_theta=500000.0, rope_scaling=kind, head_dim=64)
+    factors = _llama3_factors(500000.0, 64, 32.0)
+    assert len(set(factors.tolist())) > 3  # some lie between: the smooth part is tested too
+    path = written(tmp_path, "llama", config, weights, extra={"rope_freqs.weight": factors})
+    assert_equal(path, config, weights)
+
+
+def test_any_other_factors_are_honoured(tmp_path: Path) -> None:
+    config, weights = hf_model("llama")
+    factors = np.array([1, 1.5, 2, 2.5, 3, 5, 7, 9], np.float32)
+    path = written(tmp_path, "llama", config, weights, extra={"rope_freqs.weight": factors})
+    checkpoint = gguf.open_checkpoint(path)
+
+    def divide_frequencies(model: Any) -> None:
+        frequencies = mx.array(10000.0 ** (np.arange(0, 16, 2) / 16) * factors)
+        for layer in model.layers:
+            layer.self_attn.rope = lambda x, offset=0: mx.fast.rope(
+                x, 16, traditional=False, base=None, scale=1.0, offset=offset, freqs=frequencies
+            )
+
+    wanted = logits(config, weights, divide_frequencies)
+    # The frequencies come from float32 or float64 powers: 1e-7 relative, times positions up to 12.
+    np.testing.assert_allclose(logits(checkpoint.config, read_all(checkpoint)), wanted, atol=1e-4)
+    assert np.abs(wanted - logits(config, weights)).max() > 1e-2  # the factors matter
+
+
+def test_factors_of_one_change_nothing(tmp_path: Path) -> None:
+    config, weights = hf_model("llama")
+    path = written(tmp_path, "llama", config, weights, extra={"rope_freqs.weight": np.ones(8, np.float32)})
+    assert assert_equal(path, config, weights).config["rope_scaling"] is None
+
+
+@pytest.mark.parametrize(("arch", "kind"), [("llama", "linear"), ("gemma3", "linear"), ("qwen2", "yarn")])
+def test_named_scaling_is_honoured(tmp_path: Path, arch: str, kind: str) -> None:
+    scaling = {"rope_type": kind, "factor": 4.0}
+    if kind == "yarn":
+        scaling["original_max_position_embeddings"] = 64
+    config, weights = hf_model(arch, rope_scaling=scaling)
+
+    def keys(writer: GGUFWriter) -> None:
+        writer.add_rope_scaling_type(RopeScalingType(kind))
+        writer.add_rope_scaling_factor(4.0)
+        writer.add_rope_scaling_orig_ctx_len(64)
+
+    assert_equal(written(tmp_path, arch, config, weights, keys=keys), config, weights)
+    plain = {name: value for name, value in config.items() if name != "rope_scaling"}
+    assert np.abs(logits(config, weights) - logits(plain, weights)).max() > 1e-3
+
+
+def test_a_factor_without_a_kind_is_linear(tmp_path: Path) -> None:
+    config, weights = hf_model("llama", rope_scaling={"rope_type": "linear", "factor": 2.0})
+    path = written(tmp_path, "llama", config, weights, keys=lambda w: w.add_rope_scaling_factor(2.0))
+    assert_equal(path, config, weights)
+
+
+def test_missing_biases_are_zeros(tmp_path: Path) -> None:
+    config, weights = hf_model("llama", attention_bias=True)
+    for name in weights:
+        if name.endswith("o_proj.bias"):
+            weights[name] = np.zeros_like(weights[name])
+    kept = {name: w for name, w in weights.items() if not name.endswith("o_proj.bias")}
+    assert_equal(written(tmp_path, "llama", config, kept), config, weights)
+
+
+def test_the_sliding_layers_may_be_listed(tmp_path: Path) -> None:
+    config, weights = hf_model("gemma3", num_hidden_layers=4, sliding_window=5)
+    path = written(tmp_path, "gemma3", config, weights, keys=_listed_layers([True, False, True, False]))
+    assert_equal(path, config, weights)
+
+
+def _listed_layers(sliding: list[bool]) -> Callable[[GGUFWriter], None]:
+    def keys(writer: GGUFWriter) -> None:
+        for data in writer.kv_data:
+            data.pop("gemma3.attention.sliding_window_pattern", None)
+        writer.add_sliding_window_pattern(sliding)
+
+    return keys
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_1", "Q5_0", "F16"])
+def test_packed_weights_are_unpacked_then_put_in_order(tmp_path: Path, kind: str) -> None:
+    config, weights = hf_model("llama")
+    of = GGMLQuantizationType[kind]
+    checkpoint = gguf.open_checkpoint(written(tmp_path, "llama", config, weights, kind=of))
+    name = "model.layers.1.self_attn.q_proj.weight"
+    stored = interleave(weights[name].astype(np.float32), 4)
+    unpacked = dequantize(quantize(stored, of), of).reshape(4, 8, 2, 64)
+    wanted = unpacked.swapaxes(1, 2).reshape(64, 64).astype(np.float16)
+    np.testing.assert_array_equal(checkpoint.read(name), wanted)
+
+
+def test_a_tensor_is_unpacked_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, weights = hf_model("llama")
+    path = written(tmp_path, "llama", config, weights)
+    monkeypatch.setattr(gguf_values, "CHUNK_WEIGHTS", 64 * 7)  # 7 rows: no divisor of any tensor's
+    assert_equal(path, config, weights)
+
+
+def test_bfloat16_files_stay_bfloat16(tmp_path: Path) -> None:
+    config, weights = hf_model("qwen2")
+    path = written(tmp_path, "qwen2", config, weights, kind=GGMLQuantizationType.BF16)
+    checkpoint = gguf.open_checkpoint(path)
+    assert checkpoint.dtype == checkpoint.config["torch_dtype"] == "bfloat16"
+    name = "model.layers.0.mlp.up_proj.weight"
+    wanted = np.array(mx.array(weights[name].astype(np.float32)).astype(mx.bfloat16).astype(mx.float32))
+    np.testing.assert_array_equal(checkpoint.read(name), wanted)
+
+
+def test_a_weight_beyond_float16_makes_it_bfloat16(tmp_path: Path) -> None:
+    config, weights = hf_model("llama")
+    name = "model.layers.0.input_layernorm.weight"
+    large = {key: w.astype(np.float32) for key, w in weights.items()}
+    large[name][3] = 70000.0
+    checkpoint = gguf.open_checkpoint(written(tmp_path, "llama", config, large))
+    assert checkpoint.dtype == "bfloat16"
+    assert checkpoint.read(name)[3] == 70000.0
+
+
+@pytest.mark.parametrize("kind", sorted(gguf_values.BOUNDS))
+def test_the_bound_of_a_packed_type_holds(kind: str) -> None:
+    """Random blocks of every bounded type: no weight is larger than its block's scales allow."""
+    from gguf import GGML_QUANT_SIZES
+
+    of = GGMLQuantizationType[kind]
+    blocks = np.random.default_rng(3).integers(0, 256, (4000, GGML_QUANT_SIZES[of][1]), np.uint8)
+    bounds = gguf_values.block_bounds(blocks, gguf_values.BOUNDS[kind])
+    finite = np.isfinite(bounds)  # the rest has a NaN or Inf for a scale
+    largest = np.abs(dequantize(blocks[finite], of)).max(axis=1)
+    assert finite.sum() > 3000
+    assert np.all(largest <= bounds[finite] * (1 + 1e-6))  # both sums are rounded to float32
+
+
+REFUSED_KEYS = [
+    ("llama", "llama.expert_count", 8),
+    ("llama", "llama.attention.sliding_window", 128),
+    ("llama", "llama.attention.temperature_scale", 1),
+    ("qwen2", "qwen2.attention.sliding_window", 128),
+    ("qwen2", "qwen2.rope.dimension_count", 8),
+    ("gemma3", "gemma3.final_logit_softcapping", 30),
+    ("gemma3", "gemma3.attention.value_length", 8),
+    ("llama", "clip.has_vision_encoder", 1),
+    ("llama", "tokenizer.ggml.unheard_of", 1),
+    ("llama", "general.quantization_version", 3),
+    ("llama", "split.count", 2),
+]
+
+
+@pytest.mark.parametrize(("arch", "key", "value"), REFUSED_KEYS)
+def test_a_key_that_changes_results_is_refused(tmp_path: Path, arch: str, key: str, value: int) -> None:
+    config, weights = hf_model(arch)
+
+    def keys(writer: GGUFWriter) -> None:
+        for data in writer.kv_data:
+            data.pop(key, None)
+        writer.add_uint32(key, value)
+
+    path = written(tmp_path, arch, config, weights, keys=keys)
+    with pytest.raises(UnsupportedError, match=key.split(".", 1)[1].replace(".", r"\.")) as caught:
+        gguf.open_checkpoint(path)
+    assert str(path) in caught.value.cause
+
+
+def test_scaling_that_is_unknown_is_refused(tmp_path: Path) -> None:
+    config, weights = hf_model("llama")
+
+    def keys(writer: GGUFWriter) -> None:
+        writer.add_rope_scaling_type(RopeScalingType.LONGROPE)
+        writer.add_rope_scaling_factor(2.0)
+
+    with pytest.raises(UnsupportedError, match="longrope"):
+        gguf.open_checkpoint(written(tmp_path, "llama", config, weights, keys=keys))
+
+
+@pytest.mark.parametrize(
+    ("arch", "name"),
+    [
+        ("qwen2", "rope_freqs.weight"),
+        ("qwen2", "blk.0.attn_output.bias"),
+        ("llama", "blk.0.ffn_gate_inp.weight"),
+        ("llama", "rope_factors_long.weight"),
+        ("gemma3", "blk.1.attn_q.bias"),
+        ("gemma3", "mm.0.weight"),
+    ],
+)
+def test_a_tensor_without_a_use_is_refused(tmp_path: Path, arch: str, name: str) -> None:
+    config, weights = hf_model(arch)
+    path = written(tmp_path, arch, config, weights, extra={name: np.ones(8, np.float32)})
+    with pytest.raises(UnsupportedError, match=name.replace(".", r"\.")):
+        gguf.open_checkpoint(path)
+
+
+@pytest.mark.parametrize("arch", ["mistral3", "qwen3", "gemma2", "llama4", "clip"])
+def test_another_architecture_is_refused_by_name(tmp_path: Path, arch: str) -> None:
+    writer = GGUFWriter(tmp_path / "other.gguf", arch)
+    writer.add_tensor("x", np.zeros(4, np.float32))
+    with pytest.raises(UnsupportedError, match=repr(arch)) as caught:
+        gguf.open_checkpoint(write_file(writer, tmp_path / "other.gguf"))
+    assert caught.value.exit_code == 4
+
+
+def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
+    config, weights = hf_model("llama")
+    del weights["model.layers.1.mlp.down_proj.weight"]
+    with pytest.raises(SpqtError, match=r"lacks tensors: blk\.1\.ffn_down\.weight"):
+        gguf.open_checkpoint(written(tmp_path, "llama", config, weights))
+
+
+def test_a_shape_against_the_metadata_is_named(tmp_path: Path) -> None:
+    config, weights = hf_model("llama")
+    weights["model.layers.0.mlp.up_proj.weight"] = np.zeros((96, 64), np.float16)
+    with pytest.raises(SpqtError, match=r"blk\.0\.ffn_up\.weight has the shape \(96, 64\)"):
+        gguf.open_checkpoint(written(tmp_path, "llama", config, weights))
