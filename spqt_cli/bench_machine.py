@@ -18,7 +18,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from spqt_cli import __version__, kernels
+from spqt_cli import __version__, kernels, profile
 
 COPY_BYTES = {"gpu": 1 << 30, "cpu": 1 << 28}  # far larger than any cache
 COPY_SAMPLES = 7
@@ -29,7 +29,7 @@ def describe(commit: str | None = None) -> dict[str, Any]:
     """Device, versions and commit, as printed with every result. commit: where git can't tell it."""
     backend = kernels.backend()
     return {
-        "device": chip(),
+        "device": profile.chip(),
         "system": f"{platform.system()} {platform.machine()}, {os.cpu_count()} logical cores",
         "backend": backend.name,
         "backend_reason": backend.reason,
@@ -41,17 +41,11 @@ def describe(commit: str | None = None) -> dict[str, Any]:
     }
 
 
-def chip() -> str:
-    """The name of the default device: part of a profile's key."""
-    info = mx.device_info()
-    return str(info.get("device_name") or info.get("architecture") or mx.default_device())
-
-
 def _version(package: str) -> str:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
-        return mx.__version__ if package == "mlx" else "unknown"
+        return str(getattr(mx, "__version__", "unknown")) if package == "mlx" else "unknown"
 
 
 def _commit() -> str:
@@ -118,7 +112,9 @@ class Energy:
             nvml = ctypes.CDLL("libnvidia-ml.so.1")
         except OSError:
             return
-        if nvml.nvmlInit_v2() or nvml.nvmlDeviceGetHandleByIndex_v2(0, ctypes.byref(self._handle)):
+        first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+        index = ctypes.c_uint(int(first) if first.isdigit() else 0)
+        if nvml.nvmlInit_v2() or nvml.nvmlDeviceGetHandleByIndex_v2(index, ctypes.byref(self._handle)):
             return
         self._nvml = nvml
         if self.joules() is None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 import psutil
 from mlx import nn
 from mlx.utils import tree_flatten, tree_unflatten
@@ -50,7 +51,12 @@ def stored_dtype(config: dict[str, Any], wish: str | None = None) -> mx.Dtype:
 
 def compute_dtype(model: nn.Module) -> mx.Dtype:
     """The dtype that a model computes in, as its norms tell; float32 on a CPU, see patch.py."""
-    return next(array.dtype for name, array in tree_flatten(model.parameters()) if "norm" in name)
+    return next(array.dtype for name, array in arrays(model).items() if "norm" in name)
+
+
+def arrays(model: nn.Module) -> dict[str, mx.array]:
+    """Every array of a model by its name."""
+    return dict(tree_flatten(model.parameters()))
 
 
 def random_subject(name: str, config: dict[str, Any], bits: int, group_size: int, dtype: mx.Dtype) -> Subject:
@@ -59,8 +65,8 @@ def random_subject(name: str, config: dict[str, Any], bits: int, group_size: int
     zigzag = random_model(config, bits, group_size, dtype)
     check_memory(zigzag, name)
     evaluate(zigzag)
-    tokens = mx.random.randint(0, config["vocab_size"], (4096,)).tolist()
-    text = mx.array(tokens)
+    text = mx.random.randint(0, config["vocab_size"], (4096,))
+    tokens = [int(token) for token in np.array(text)]
 
     def thresholds(sparsity: float, cache: list[Any], count: int) -> dict[str, mx.array]:
         return fit_thresholds(zigzag, sparsity, text[:count], cache)
@@ -85,7 +91,8 @@ def loaded_subject(path: str) -> Subject:
 
     def stored(sparsity: float, cache: list[Any], count: int) -> dict[str, mx.array]:
         model.set_sparsity(loaded, sparsity)
-        return {name: one.threshold for name, one in zigzag_layers(loaded.model).items()}
+        layers = zigzag_layers(loaded.model).items()
+        return {name: one.threshold for name, one in layers if one.threshold is not None}
 
     tokens = texts.tokens(texts.read(None), loaded.tokenizer)
     settings = {"weights": path, "calibrated": calibration["sparsity"]}
@@ -144,17 +151,17 @@ def stock_twin(zigzag: nn.Module, config: dict[str, Any]) -> nn.Module:
 
 def _row_grouped(path: str, layer: ZigzagLinear, dtype: mx.Dtype) -> dict[str, mx.array]:
     bits, group_size = layer.bits, layer.group_size
-    scales, biases = layer.scales.astype(dtype), layer.biases.astype(dtype)
+    scales, biases = layer["scales"].astype(dtype), layer["biases"].astype(dtype)
     w = layout.dequantize(
         layer.weight, scales, biases, outputs=layer.outputs, bits=bits, group_size=group_size
     )
-    arrays = {"weight": w}
+    packed = {"weight": w}
     if layer.inputs % group_size == 0:
         names = ("weight", "scales", "biases")
-        arrays = dict(zip(names, mx.quantize(w, group_size=group_size, bits=bits), strict=True))
+        packed = dict(zip(names, mx.quantize(w, group_size=group_size, bits=bits), strict=True))
     if "bias" in layer:
-        arrays["bias"] = layer.bias
-    return {f"{path}.{key}": array for key, array in arrays.items()}
+        packed["bias"] = layer.bias
+    return {f"{path}.{key}": array for key, array in packed.items()}
 
 
 def evaluate(model: nn.Module) -> None:
@@ -167,7 +174,7 @@ def evaluate(model: nn.Module) -> None:
 def check_memory(zigzag: nn.Module, name: str) -> None:
     """Refuse a model that does not fit twice: in the Zigzag layout, and row-grouped beside it."""
     layers = sum(one.weight.nbytes + 2 * one.scales.nbytes for one in zigzag_layers(zigzag).values())
-    wanted = layers + sum(array.nbytes for _, array in tree_flatten(zigzag.parameters()))
+    wanted = layers + sum(array.nbytes for array in arrays(zigzag).values())
     info = mx.device_info()
     on_cuda = mx.default_device().type == mx.DeviceType.gpu and mx.cuda.is_available()
     there = info.get("total_memory") if on_cuda else psutil.virtual_memory().available

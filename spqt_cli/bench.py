@@ -1,0 +1,116 @@
+"""Tokens per second of a whole model: stock mlx-lm and Zigzag at several sparsities, in one interleaved run.
+
+The loop is mlx-lm's own `generate_step`, so Python's share of a token is in every figure. In each
+repetition every variant runs once, one after another, so that a drift of the machine meets all alike.
+bench_runs.py holds the clock, bench_model.py makes the models, bench_kernel.py is the kernel level.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+
+from spqt_cli import bench_machine, bench_model, bench_runs, shapes
+from spqt_cli.bench_model import Subject
+from spqt_cli.bench_report import ModelRow, Report
+from spqt_cli.errors import UsageError
+
+Progress = Callable[[float, float, str], None]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure. model: a converted folder or hub id; or shape: a name from shapes.py.
+
+    None leaves prompt_tokens, generation_tokens and repetitions to the device: a CPU does less.
+    blocks: of the shape's transformer blocks. bits, group_size, dtype: of random weights.
+    delay_seconds: rest between repetitions. commit: where git can't tell it.
+    """
+
+    model: str | None = None
+    shape: str | None = None
+    sparsities: Sequence[float] = (0.25, 0.5)
+    depths: Sequence[int] = (0,)
+    prompt_tokens: int | None = None
+    generation_tokens: int | None = None
+    repetitions: int | None = None
+    blocks: int | None = None
+    bits: int = 4
+    group_size: int = 64
+    dtype: str | None = None
+    delay_seconds: float = 0.0
+    commit: str | None = None
+
+    def complete(self) -> "Options":
+        """These options with the device's defaults filled in; raises UsageError for nonsense."""
+        cpu = mx.default_device().type == mx.DeviceType.cpu
+        defaults = {"prompt_tokens": 16, "generation_tokens": 8, "repetitions": 3} if cpu else {
+            "prompt_tokens": 512, "generation_tokens": 64, "repetitions": 5}  # fmt: skip
+        missing = {name: value for name, value in defaults.items() if getattr(self, name) is None}
+        options = dataclasses.replace(self, **missing)  # type: ignore[arg-type]
+        _check(options)
+        return options
+
+
+def _check(options: Options) -> None:
+    if (options.model is None) == (options.shape is None):
+        raise UsageError("give either --model or --shape", f"shapes: {', '.join(shapes.names())}")
+    if options.blocks is not None and options.shape is None:
+        raise UsageError("--blocks goes with --shape", "a converted model is measured whole")
+    if (options.repetitions or 0) < 2:
+        raise UsageError("one sample says nothing about its spread", "use --repetitions 2 or more")
+    if (options.generation_tokens or 0) < 2 or (options.prompt_tokens or 0) < 0:
+        raise UsageError("too few tokens to time", "--generation-tokens 2 or more, --prompt-tokens 0 or more")
+    if any(depth < 0 for depth in options.depths):
+        raise UsageError("a context depth is below 0", "for example --depth 0,4096")
+    if any(not 0 <= sparsity <= 0.95 for sparsity in options.sparsities):
+        raise UsageError("a sparsity is not in 0 to 0.95", "for example --sparsity 0,0.25,0.5")
+
+
+def run(options: Options, on_progress: Progress = lambda *_: None) -> Report:
+    """Measure prompt and decode speed of every variant at every depth."""
+    options = options.complete()
+    on_progress(0, 1, "making the models")
+    subject = make_subject(options)
+    copy = bench_machine.copy_bandwidth()
+    size = bench_runs.Size(
+        options.prompt_tokens or 0,
+        options.generation_tokens or 0,
+        options.repetitions or 0,
+        options.delay_seconds,
+    )
+    runs = bench_runs.Runs(subject, size, options.sparsities, bench_machine.Energy(), copy)
+    rows: list[ModelRow] = []
+    tests = [(depth, test) for depth in options.depths for test in ("prompt", "decode")]
+    for at, (depth, test) in enumerate(tests):
+        if test == "decode" or options.prompt_tokens:
+            show = partial(_show, on_progress, at, len(tests))
+            rows += runs.test(test, depth, show)
+    machine = {**bench_machine.describe(options.commit), "copy_gb_per_s": round(copy / 1e9, 1)}
+    machine["energy"] = runs.energy.source
+    return Report(machine, _settings(options, subject), rows, [], runs.notes)
+
+
+def _show(on_progress: Progress, at: int, tests: int, share: float, what: str) -> None:
+    on_progress(at + share, tests, what)
+
+
+def make_subject(options: Options) -> Subject:
+    """The models that `options` name."""
+    if options.model is not None:
+        return bench_model.loaded_subject(options.model)
+    assert options.shape is not None
+    config = shapes.config(options.shape, options.blocks)
+    dtype = bench_model.stored_dtype(config, options.dtype)
+    return bench_model.random_subject(options.shape, config, options.bits, options.group_size, dtype)
+
+
+def _settings(options: Options, subject: Subject) -> dict[str, Any]:
+    blocks = (subject.config.get("text_config") or subject.config).get("num_hidden_layers")
+    return {
+        "model": subject.name, "blocks": blocks, **subject.settings, "repetitions": options.repetitions,
+        "prompt_tokens": options.prompt_tokens, "generation_tokens": options.generation_tokens,
+    }  # fmt: skip

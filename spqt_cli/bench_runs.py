@@ -1,0 +1,231 @@
+"""The clock of a model benchmark: variants of one subject, run in turn, and the rows that come of it.
+
+It knows models, thresholds and meters; it knows nothing of options, tables or the command line.
+"""
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+from mlx import nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+from spqt_cli import activity, bench_machine, bench_model, bench_report, profile
+from spqt_cli.bench_model import Subject
+from spqt_cli.bench_report import ModelRow, Stat
+from spqt_cli.model import weight_bytes
+from spqt_cli.patch import zigzag_layers
+
+WARM_TOKENS = 2  # decoded before the clock starts: kernels are built, the pipeline is full
+LEAST_ENERGY_SECONDS = 1.0  # of measurement: counters step every tenth of a second or so
+
+
+@dataclass(frozen=True)
+class Size:
+    """Tokens of a prompt, tokens of a decode, repetitions, seconds of rest between those."""
+
+    prompt_tokens: int
+    generation_tokens: int
+    repetitions: int
+    delay_seconds: float
+
+
+@dataclass
+class Variant:
+    """A way to run the subject.
+
+    side: whose model, `stock` or `zigzag`. thresholds: by path, of the layers that skip. rows: paths of
+    the layers that the stock model's row-grouped ones stand in for.
+    """
+
+    name: str
+    side: str
+    sparsity: float | None
+    thresholds: dict[str, mx.array] = field(default_factory=dict)
+    rows: frozenset[str] = frozenset()
+
+
+@dataclass
+class Trial:
+    """The samples of one variant in one test. rates: tokens/s; the rest is added up or the largest."""
+
+    rates: list[float] = field(default_factory=list)
+    densities: list[tuple[Any, float]] = field(default_factory=list)
+    working_bytes: int = 0
+    seconds: float = 0.0
+    joules: float | None = 0.0
+    tokens: int = 0
+
+
+class Runs:
+    """One subject under measurement: its layers, this device's profile, the meters."""
+
+    def __init__(
+        self,
+        subject: Subject,
+        size: Size,
+        sparsities: Sequence[float],
+        energy: bench_machine.Energy,
+        copy_bandwidth: float,
+    ) -> None:
+        self.subject, self.size, self.sparsities = subject, size, sparsities
+        self.energy, self.copy_bandwidth = energy, copy_bandwidth
+        self.layers = zigzag_layers(subject.zigzag)
+        self.units = profile.units(subject.zigzag)
+        self.stock_layers = dict(subject.stock.named_modules())
+        self.choices, fault = profile.read()
+        self.notes = [fault] if fault else []
+
+    def test(self, test: str, depth: int, on_progress: Callable[[float, str], None]) -> list[ModelRow]:
+        """The rows of one test (`prompt` or `decode`) at one depth: all variants, interleaved."""
+        on_progress(0, f"{test} at depth {depth}: filling the cache")
+        caches = bench_model.caches(self.subject, depth)
+        variants = self.variants(test, caches["zigzag"])
+        trials = [Trial() for _ in variants]
+        for repetition in range(self.size.repetitions + 1):
+            for at, (variant, trial) in enumerate(zip(variants, trials, strict=True)):
+                share = (repetition + at / len(variants)) / (self.size.repetitions + 1)
+                on_progress(share, f"{test} at depth {depth}: {variant.name}")
+                counted = trial if repetition else Trial()  # the first repetition warms up
+                self.sample(test, depth, variant, caches[variant.side], counted)
+            time.sleep(self.size.delay_seconds)
+        stock = Stat(trials[0].rates)
+        pairs = zip(variants, trials, strict=True)
+        return [self.row(test, depth, variant, trial, stock) for variant, trial in pairs]
+
+    def variants(self, test: str, cache: list[Any]) -> list[Variant]:
+        """Stock first. Prompts run densely whatever the thresholds, so they have no sparse variant."""
+        result = [Variant("zigzag dense", "zigzag", 0.0)]
+        if test == "decode":
+            tokens = WARM_TOKENS + self.size.generation_tokens
+            for sparsity in filter(None, self.sparsities):
+                thresholds = self.subject.thresholds(sparsity, cache, tokens)
+                result.append(Variant(f"sparse {sparsity:.0%}", "zigzag", sparsity, thresholds))
+        followed = [self.profiled(variant) for variant in result]
+        return [Variant("stock", "stock", None), *result, *(one for one in followed if one is not None)]
+
+    def profiled(self, variant: Variant) -> Variant | None:
+        """The variant with this device's profile followed; None where that changes nothing."""
+        wanted = 1 - (variant.sparsity or 0.0)
+        thresholds = dict(variant.thresholds)
+        rows: set[str] = set()
+        for unit in self.units:
+            choice = self.choices.get(unit.key)
+            what = choice.at(wanted) if choice is not None else profile.SPARSE
+            if what == profile.ROWS and profile.can_repack(unit):
+                rows.update(unit.layers)
+            if what != profile.SPARSE:
+                for path in unit.layers:
+                    thresholds.pop(path, None)
+        if not rows and len(thresholds) == len(variant.thresholds):
+            return None
+        return Variant(f"{variant.name}, profile", "zigzag", variant.sparsity, thresholds, frozenset(rows))
+
+    def prepare(self, variant: Variant) -> nn.Module:
+        """The variant's model, in the variant's state."""
+        if variant.side == "stock":
+            return self.subject.stock
+        places = [
+            (path, self.stock_layers[path] if path in variant.rows else layer)
+            for path, layer in self.layers.items()
+        ]
+        self.subject.zigzag.update_modules(tree_unflatten(places))
+        for path, layer in self.layers.items():
+            layer.set_threshold(variant.thresholds.get(path))
+        return self.subject.zigzag
+
+    def sample(self, test: str, depth: int, variant: Variant, cache: list[Any], trial: Trial) -> None:
+        """Run once and add the results to `trial`; the cache is left as it was."""
+        from mlx_lm.generate import generation_stream, wired_limit
+        from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
+
+        model = self.prepare(variant)
+        trims = can_trim_prompt_cache(cache)
+        used = cache if trims else copy.deepcopy(cache)
+        mx.eval([entry.state for entry in used])
+        mx.synchronize()
+        held, before = _cache_bytes(used), mx.get_active_memory()
+        mx.reset_peak_memory()
+        streams: list[Any] = [generation_stream]
+        joules, start = self.energy.joules(), time.perf_counter()
+        with wired_limit(model, streams), activity.counting() as counter:
+            if test == "prompt":
+                tokens = self.size.prompt_tokens
+                rate = _prompt_rate(model, self.subject.prompt(depth, tokens), used)
+            else:
+                tokens = WARM_TOKENS + self.size.generation_tokens
+                rate = _decode_rate(model, self.subject.prompt(depth, 1), used, tokens)
+            mx.synchronize(generation_stream)
+        trial.rates.append(rate)
+        trial.seconds += time.perf_counter() - start
+        trial.tokens += tokens + 1  # mlx-lm's loop runs one step ahead of what it yields
+        after = self.energy.joules()
+        trial.joules = None if None in (joules, after, trial.joules) else trial.joules + after - joules  # type: ignore[operator]
+        trial.working_bytes = max(trial.working_bytes, held + mx.get_peak_memory() - before)
+        trial.densities += counter.densities()
+        if trims:
+            trim_prompt_cache(used, tokens + 1)
+
+    def row(self, test: str, depth: int, variant: Variant, trial: Trial, stock: Stat) -> ModelRow:
+        """What the samples amount to."""
+        rate = Stat(trial.rates)
+        model = self.prepare(variant)
+        other, zigzag = weight_bytes(model, self.subject.config)
+        density = _means(trial.densities)
+        read = sum(size * density.get(key, 1.0) for key, size in zigzag.items())
+        dense = sum(zigzag.values())
+        decodes = test == "decode"
+        bandwidth = (other + read) * rate.median if decodes else None
+        timed = trial.seconds >= LEAST_ENERGY_SECONDS and trial.joules is not None
+        count = self.size.generation_tokens if decodes else self.size.prompt_tokens
+        return ModelRow(
+            test=f"{'tg' if decodes else 'pp'}{count}",
+            depth=depth,
+            variant=variant.name,
+            sparsity=variant.sparsity,
+            skipped=1 - read / dense if dense and decodes else None,
+            rate=rate,
+            speedup=bench_report.ratio(rate, stock, of_times=False),
+            weight_bytes=other + read if decodes else None,
+            bandwidth=bandwidth,
+            copy_share=bandwidth / self.copy_bandwidth if bandwidth else None,
+            memory_bytes=sum(a.nbytes for a in bench_model.arrays(model).values()) + trial.working_bytes,
+            joules=trial.joules / trial.tokens if timed and trial.joules is not None else None,
+        )
+
+
+def _cache_bytes(cache: list[Any]) -> int:
+    return sum(a.nbytes for entry in cache for _, a in tree_flatten(entry.state) if isinstance(a, mx.array))
+
+
+def _means(densities: list[tuple[Any, float]]) -> dict[int, float]:
+    """Layer's id -> its mean density over all runs."""
+    by_layer: dict[int, list[float]] = {}
+    for layer, density in densities:
+        by_layer.setdefault(id(layer), []).append(density)
+    return {key: statistics.fmean(values) for key, values in by_layer.items()}
+
+
+def _decode_rate(model: nn.Module, prompt: mx.array, cache: list[Any], tokens: int) -> float:
+    """Tokens per second of decoding `tokens` tokens, the first WARM_TOKENS not timed."""
+    from mlx_lm.generate import generate_step
+
+    times = [time.perf_counter() for _ in generate_step(prompt, model, max_tokens=tokens, prompt_cache=cache)]
+    return (tokens - WARM_TOKENS) / (times[-1] - times[WARM_TOKENS - 1])
+
+
+def _prompt_rate(model: nn.Module, prompt: mx.array, cache: list[Any]) -> float:
+    """Tokens per second from a prompt's start to its first answer token, as mlx-lm reports it."""
+    from mlx_lm.generate import generate_step
+
+    steps = generate_step(prompt, model, max_tokens=1, prompt_cache=cache)
+    start = time.perf_counter()
+    next(steps)
+    rate = prompt.size / (time.perf_counter() - start)
+    for _ in steps:
+        pass
+    return rate

@@ -1,0 +1,256 @@
+"""Per-layer choices for one device: skip channels, run Zigzag densely, or go back to row-grouped weights.
+
+`spqt bench --kernel --write` measures and stores them; `apply` follows them in a loaded model. A profile
+belongs to one chip, backend, MLX and spqt version, and lies in the user's cache folder. It knows layers,
+shapes and densities; it measures nothing.
+"""
+
+import contextlib
+import json
+import math
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import numpy as np
+from mlx import nn
+from mlx.utils import tree_unflatten
+
+from spqt_cli import __version__, files, format, kernels
+from spqt_cli.layers import ZigzagLinear
+from spqt_cli.patch import SHARED_INPUTS, zigzag_layers
+
+if TYPE_CHECKING:
+    from spqt_cli.model import Loaded
+
+FORMAT = 1
+SPARSE, ZIGZAG, ROWS = "sparse", "zigzag", "row-grouped"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """For one unit: sparse pays below this density (0 never, 1 always); otherwise zigzag or row-grouped."""
+
+    sparse_below: float
+    otherwise: str
+
+    def at(self, density: float) -> str:
+        """SPARSE, ZIGZAG or ROWS for a unit with that share of channels active."""
+        return SPARSE if density < self.sparse_below else self.otherwise
+
+
+@dataclass
+class Unit:
+    """Layers that run in one launch, because they read one input, or one layer alone."""
+
+    layers: dict[str, ZigzagLinear]
+
+    @property
+    def name(self) -> str:
+        return "+".join(path.rpartition(".")[2] for path in self.layers)
+
+    @property
+    def shape(self) -> str:
+        return "+".join(f"{one.outputs}x{one.inputs}" for one in self.layers.values())
+
+    @property
+    def key(self) -> str:
+        """What a measurement holds for: shapes, bits and group size."""
+        first = next(iter(self.layers.values()))
+        return f"{self.shape} {first.bits} bits group {first.group_size}"
+
+
+def units(model: nn.Module) -> list[Unit]:
+    """The units of a model, in the order of its modules; every Zigzag layer is in exactly one."""
+    by_parent: dict[str, dict[str, ZigzagLinear]] = {}
+    for name, layer in zigzag_layers(model).items():
+        parent, _, leaf = name.rpartition(".")
+        by_parent.setdefault(parent, {})[leaf] = layer
+    found: list[Unit] = []
+    for parent, own in by_parent.items():
+        prefix = f"{parent}." if parent else ""
+        for names in SHARED_INPUTS:
+            together = {name: own[name] for name in names if name in own}
+            if len(together) > 1 and len({layer.inputs for layer in together.values()}) == 1:
+                found.append(Unit({prefix + name: own.pop(name) for name in together}))
+        found += [Unit({prefix + name: layer}) for name, layer in own.items()]
+    return found
+
+
+def chip() -> str:
+    """The name of MLX's default device."""
+    info = mx.device_info()
+    return str(info.get("device_name") or info.get("architecture") or mx.default_device())
+
+
+def device_key() -> dict[str, str]:
+    """What a profile belongs to."""
+    return {
+        "chip": chip(),
+        "backend": kernels.backend().name,
+        "mlx": mx.__version__,  # type: ignore[attr-defined]
+        "spqt": __version__,
+    }
+
+
+def path() -> Path:
+    """Where this device's profile lies, whether there is one or not."""
+    home = Path("~/Library/Caches" if platform.system() == "Darwin" else "~/.cache").expanduser()
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or home) / "spqt"
+    slug = "-".join(
+        "".join(c if c.isalnum() or c == "." else "_" for c in part) for part in device_key().values()
+    )
+    return folder / f"profile-{slug}.json"
+
+
+def write(choices: dict[str, Choice], origin: dict[str, Any]) -> Path:
+    """Add choices by unit key to this device's profile, replacing the file in one step.
+
+    origin: where they come from, for people. Earlier choices of other units stay.
+    """
+    target = path()
+    merged, _ = read()
+    merged = {**merged, **choices}
+    document = {
+        "format": FORMAT,
+        "device": device_key(),
+        "origin": origin,
+        "units": {
+            key: {"sparse_below": c.sparse_below, "otherwise": c.otherwise} for key, c in merged.items()
+        },
+    }
+    with files.disk_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=".profile-")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                json.dump(document, file, indent=1)
+            os.replace(temporary, target)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                Path(temporary).unlink()
+            raise
+    return target
+
+
+def read() -> tuple[dict[str, Choice], str]:
+    """(this device's choices by unit key, what is wrong with the file if anything is).
+
+    No file gives no choices. A damaged one too, but says so: it is only a cache.
+    """
+    target = path()
+    try:
+        document = json.loads(target.read_text(encoding="utf-8"))
+        if document["format"] != FORMAT or document["device"] != device_key():
+            raise ValueError("it belongs to another device or version")
+        return {key: _choice(entry) for key, entry in document["units"].items()}, ""
+    except FileNotFoundError:
+        return {}, ""
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return {}, f"profile {target} ignored ({error}); measure again: spqt bench --kernel --write"
+
+
+def _choice(entry: dict[str, Any]) -> Choice:
+    below, otherwise = float(entry["sparse_below"]), entry["otherwise"]
+    if not 0 <= below <= 1 or otherwise not in (ZIGZAG, ROWS):
+        raise ValueError("a choice in it makes no sense")
+    return Choice(below, otherwise)
+
+
+def apply(loaded: "Loaded") -> str:
+    """Make each layer of a loaded model run the way this device's profile says.
+
+    Returns a line for people on what was chosen, with the seconds and the error that repacking cost;
+    "" without a profile for these layers. Call it once, after the thresholds are set.
+    """
+    choices, fault = read()
+    if not choices:
+        return fault
+    densities = {id(layer): density for layer, density in expected_densities(loaded)}
+    counts = dict.fromkeys((SPARSE, ZIGZAG, ROWS), 0)
+    repack: dict[str, ZigzagLinear] = {}
+    for unit in units(loaded.model):
+        choice = choices.get(unit.key)
+        if choice is None:
+            continue
+        chosen = choice.at(unit_density(unit, [densities[id(layer)] for layer in unit.layers.values()]))
+        if chosen == ROWS and not can_repack(unit):
+            chosen = ZIGZAG
+        counts[chosen] += len(unit.layers)
+        if chosen == ROWS:
+            repack.update(unit.layers)
+        elif chosen == ZIGZAG:
+            for layer in unit.layers.values():
+                layer.set_threshold(None)
+    cost = _repack_all(loaded.model, repack) if repack else ""
+    if not any(counts.values()):
+        return ""
+    parts = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+    return f"profile of this device: {parts} layers{cost}"
+
+
+def can_repack(unit: Unit) -> bool:
+    """Whether stock MLX can hold the unit's layers quantized: inputs in whole groups."""
+    return all(layer.inputs % layer.group_size == 0 for layer in unit.layers.values())
+
+
+def unit_density(unit: Unit, densities: Sequence[float]) -> float:
+    """The share of a unit's weights that is read, from the density of each layer."""
+    sizes = [layer.outputs for layer in unit.layers.values()]
+    return sum(size * density for size, density in zip(sizes, densities, strict=True)) / sum(sizes)
+
+
+def expected_densities(loaded: "Loaded") -> list[tuple[ZigzagLinear, float]]:
+    """Each Zigzag layer with the share of channels that its threshold keeps, by its stored curve."""
+    entries = format.entries(loaded.config)
+    result = []
+    for unit in units(loaded.model):
+        for name, layer in unit.layers.items():
+            curve = ((entries.get(name) or {}).get("spqt") or {}).get("curve")
+            if layer.threshold is None:
+                sparsity = 0.0
+            elif curve and layer.threshold.size == 1:
+                sparsity = float(np.interp(np.array(layer.threshold)[0], curve, format.CURVE_SPARSITIES))
+            else:
+                sparsity = loaded.sparsity or 0.0
+            result.append((layer, 1 - sparsity))
+    return result
+
+
+def _repack_all(model: nn.Module, layers: dict[str, ZigzagLinear]) -> str:
+    start = time.perf_counter()
+    new, errors = [], []
+    for name, layer in layers.items():
+        stock, error = row_grouped(layer)
+        new.append((name, stock))
+        errors.append(error)
+    model.update_modules(tree_unflatten(new))
+    mx.clear_cache()
+    worst = f"relative error of the weights {math.fsum(errors) / len(errors):.1%} on average"
+    return f"; repacking took {time.perf_counter() - start:.1f} s, {worst}"
+
+
+def row_grouped(layer: ZigzagLinear) -> tuple[nn.QuantizedLinear, float]:
+    """(MLX's own layer with these weights quantized anew along the rows, evaluated; relative L2 error).
+
+    The error is against the Zigzag weights: quantizing twice costs a second rounding.
+    """
+    dtype = layer.scales.dtype
+    if mx.default_device().type == mx.DeviceType.cpu:
+        dtype = mx.float32
+    w = layer.dequantized().astype(dtype)
+    stock = nn.QuantizedLinear(layer.group_size, layer.group_size, False, layer.group_size, layer.bits)
+    stock.weight, stock.scales, stock.biases = mx.quantize(w, layer.group_size, layer.bits)
+    if "bias" in layer:
+        stock.bias = layer.bias
+    back = mx.dequantize(stock.weight, stock.scales, stock.biases, layer.group_size, layer.bits)
+    exact = w.astype(mx.float32)
+    error = mx.linalg.norm(back.astype(mx.float32) - exact) / mx.maximum(mx.linalg.norm(exact), 1e-30)
+    mx.eval(stock.parameters(), error)
+    return stock, np.array(error).item()
