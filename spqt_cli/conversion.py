@@ -31,7 +31,7 @@ class Conversion:
         self.config = _config(checkpoint, planned)
         # The content's hash is known last; until then a stand-in of its length holds the place.
         stand_in = identity.metadata(self.config["spqt"]["fingerprint"], "0" * 64)
-        self.shards = shards.lay_out(planned.units, stand_in)
+        self.shards = shards.lay_out(planned.units, stand_in, shards.LARGEST_SHARD)
         wanted = {"config": self.config, "stamps": checkpoint.stamps(), "wishes": dataclasses.asdict(wishes)}
         job = job_id(wanted)
         self.work = self._work_folder(job)
@@ -111,8 +111,17 @@ class Conversion:
         lazy = self.checkpoint.weights()
         return next((name for name in sorted(lazy) if not encode.is_finite(lazy.pop(name))), unit.name)
 
+    def _sweep(self) -> None:
+        """Remove what a run that died while publishing left beside the shards."""
+        shard_names = {shard.name for shard in self.shards}
+        for path in self.folder.iterdir():
+            if path.name not in shard_names:
+                with files.disk_errors(path):
+                    path.unlink()
+
     def publish(self) -> None:
         """Add all but the weights, make everything durable, and give the folder its name."""
+        self._sweep()
         for path in self.checkpoint.kept_files():
             files.copy(path, self.folder / path.name)
         card.clean_tokenizer_config(self.folder)

@@ -28,10 +28,10 @@ class Shard:
     nbytes: int = 0
 
 
-def lay_out(units: list[Unit], metadata: dict[str, str], largest: int = LARGEST_SHARD) -> list[Shard]:
+def lay_out(units: list[Unit], metadata: dict[str, str], largest: int) -> list[Shard]:
     """The shards for units, filled in order; all parts of a unit share a shard.
 
-    metadata: of every shard. Its values may change later, their lengths may not.
+    largest: bytes of a shard. metadata: of every shard. Its values may change later, their lengths may not.
     """
     groups: list[list[Part]] = []
     size = 0
