@@ -43,10 +43,11 @@ def build(path: Path, vocabulary: Vocabulary) -> "Tokenizer":
     tokens = spelled(vocabulary)
     fixed = [] if changes_only_spaces(vocabulary) else [tokens[i] for i in vocabulary.of_type(USER_DEFINED)]
     table = {token: i for i, token in enumerate(tokens)}
+    merges = _merges(path, vocabulary, tokens)
     try:
         model = models.BPE(
             table,
-            _merges(path, vocabulary, tokens),
+            merges,
             unk_token=vocabulary.token("unknown"),
             fuse_unk=True,
             byte_fallback=bool(vocabulary.of_type(BYTE)),

@@ -1,5 +1,6 @@
 """Tiny .gguf files for tests, written as the standard converter writes them, and 1,000 odd lines of text."""
 
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,25 @@ def write_model(
     for name, values in how.get("extra", {}).items():
         writer.add_tensor(name, values)
     return write_file(writer, path)
+
+
+def load_tokenizer(path: Path, folder: Path) -> Any:
+    """The tokenizer as transformers loads it from a folder with the model's config.json."""
+    from transformers import AutoTokenizer
+
+    from spqt_cli import gguf
+    from spqt_cli.gguf_file import read_header
+
+    arch = read_header(path).metadata["general.architecture"]
+    model_type = {"gemma3": "gemma3_text"}.get(arch, arch)
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+    gguf.write_tokenizer(path, folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def ids(tokenizer: Any, line: str) -> list[int]:
+    found = tokenizer.encode(line)
+    return found if isinstance(found, list) else found.ids
 
 
 BLOCKS = [
