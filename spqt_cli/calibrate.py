@@ -179,7 +179,7 @@ class _Run:
         for i in range(done, len(self.rows)):
             self.on_progress(i, self.steps, "observing activations")
             observe.prompt_cache(self.loaded.model, mx.array(self.rows[i : i + 1]))
-            for path, counts in harness.histograms(reset=True).items():
+            for path, counts in harness.histograms().items():
                 total[path] = total[path] + counts if path in total else counts
             self.progress.save(windows=np.array(i + 1), **total)
         harness.counting = False
@@ -199,16 +199,16 @@ class _Run:
     def _realised(self, harness: observe.Harness, chosen: dict[str, float]) -> dict[str, float]:
         """Each layer's share of skipped inputs over the second halves of the held-out windows."""
         prompt = self.held_out.shape[1] // 2
-        harness.set_thresholds(chosen)
+        masking = observe.Masking(chosen)
         for i, row in enumerate(self.held_out):
             self.on_progress(len(self.rows) + i, self.steps, "checking on held-out text")
             window = mx.array(row[None])
-            harness.sparse = False
             cache = observe.prompt_cache(self.loaded.model, window[:, :prompt])
-            harness.sparse = True
+            harness.masking = masking
             observe.advance(self.loaded.model, window[:, prompt:], cache)
-        harness.sparse = False
-        return harness.realised()
+            masking.evaluate()
+            harness.masking = None
+        return masking.realised()
 
     def _store(self, result: Calibration, curves: dict[str, list[float]]) -> None:
         config = self.loaded.config

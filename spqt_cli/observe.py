@@ -20,35 +20,57 @@ from spqt_cli.layers import ZigzagLinear
 from spqt_cli.patch import zigzag_layers
 
 
+class Masking:
+    """Thresholds to mask by, and how much they masked since. Layers left out, or at 0, stay dense."""
+
+    def __init__(self, values: Mapping[str, float]) -> None:
+        self._thresholds = {
+            path: mx.array([value], mx.float32) for path, value in values.items() if value > 0
+        }
+        self._skipped: dict[str, mx.array] = {}
+        self._seen: dict[str, int] = {}
+
+    def apply(self, path: str, x: mx.array) -> mx.array:
+        """x (B, rows, inputs) with the layer's inactive channels set to zero, and counted."""
+        self._seen[path] = self._seen.get(path, 0) + x.size
+        threshold = self._thresholds.get(path)
+        if threshold is None:
+            return x
+        inactive = layout.inactive(x, threshold)
+        # float32 sums of whole numbers: exact per window, and off by under 1e-6 of the total
+        skipped = inactive.sum().astype(mx.float32)
+        self._skipped[path] = self._skipped[path] + skipped if path in self._skipped else skipped
+        return mx.where(inactive, mx.array(0, x.dtype), x)
+
+    def evaluate(self) -> None:
+        mx.eval(self._skipped)
+
+    def realised(self) -> dict[str, float]:
+        """Path -> share of its inputs masked so far; only layers that ran."""
+        skipped = {path: float(np.array(count)) for path, count in self._skipped.items()}
+        return {path: skipped.get(path, 0.0) / seen for path, seen in self._seen.items()}
+
+
 class Harness:
     """What all probes of a model share: switches to set, sums to read.
 
-    sparse: mask inputs by `set_thresholds`. counting: add every input to the histograms.
-    first: positions at the start of a sequence left out of the histograms. shifts: path -> an array
-    added to that layer's input, to differentiate by.
+    masking: what to mask by, None to run dense. counting: add every input to the histograms, but for
+    the `first` positions of a pass. shifts: path -> an array added to that layer's input, to
+    differentiate by; inputs: filled with each layer's input while it is a dict.
     """
 
     def __init__(self, layers: dict[str, ZigzagLinear]) -> None:
         self.layers = layers
-        self.sparse = self.counting = False
-        self.first = 0
+        self.masking: Masking | None = None
+        self.counting, self.first = False, 0
         self.shifts: dict[str, mx.array] | None = None
-        self.inputs: dict[str, mx.array] | None = None  # filled per layer when it is a dict
-        self._thresholds: dict[str, mx.array] = {}
-        self._counts: dict[str, mx.array] = {}
+        self.inputs: dict[str, mx.array] | None = None
+        self._counts: dict[str, np.ndarray] = {}
         self._owner: dict[str, str] = {}  # a layer -> the sibling that counts their common input
         self._last: tuple[str, mx.array] | None = None
-        self._skipped: dict[str, mx.array] = {}
-        self._seen: dict[str, int] = {}
-
-    def set_thresholds(self, values: Mapping[str, float]) -> None:
-        """The thresholds of the sparse switch; layers left out stay dense. Resets `realised`."""
-        self._thresholds = {
-            path: mx.array([value], mx.float32) for path, value in values.items() if value > 0
-        }
-        self._skipped, self._seen = {}, {}
 
     def count(self, path: str, x: mx.array) -> None:
+        """Add x (B, rows, inputs) to the histogram of the layer, once for siblings that share it."""
         if self._last is not None and self._last[1] is x:
             self._owner[path] = self._last[0]
             return
@@ -56,38 +78,11 @@ class Harness:
         added = thresholds.histogram(x[:, self.first :])
         self._counts[path] = self._counts[path] + added if path in self._counts else added
 
-    def mask(self, path: str, x: mx.array) -> mx.array:
-        self._seen[path] = self._seen.get(path, 0) + x.size
-        threshold = self._thresholds.get(path)
-        if threshold is None:
-            return x
-        inactive = layout.inactive(x, threshold)
-        self._skipped[path] = self._skipped.get(path, mx.array(0.0)) + inactive.sum().astype(mx.float32)
-        return mx.where(inactive, mx.array(0, x.dtype), x)
-
-    def evaluate(self) -> None:
-        """Compute what is pending, and let go of the last input."""
-        self._last = None
-        mx.eval(self._counts, self._skipped)
-
-    def histograms(self, reset: bool = False) -> dict[str, np.ndarray]:
-        """Path -> counts of |x| per bin since the start (or the last reset): (BINS,), int64."""
-        self.evaluate()
-        own = {path: np.array(counts).astype(np.int64) for path, counts in self._counts.items()}
-        result = {
-            path: own[self._owner.get(path, path)]
-            for path in self.layers
-            if self._owner.get(path, path) in own
-        }
-        if reset:
-            self._counts = {}
-        return result
-
-    def realised(self) -> dict[str, float]:
-        """Path -> share of its inputs masked since `set_thresholds`; only layers that ran sparse."""
-        self.evaluate()
-        return {path: np.array(self._skipped[path]).item() / seen if path in self._skipped else 0.0
-                for path, seen in self._seen.items()}  # fmt: skip
+    def histograms(self) -> dict[str, np.ndarray]:
+        """Path -> counts of |x| per bin since the last call: (BINS,), int64."""
+        owners = {path: self._owner.get(path, path) for path in self.layers}
+        counts, self._counts, self._last = self._counts, {}, None
+        return {path: counts[owner] for path, owner in owners.items() if owner in counts}
 
 
 class Probe(nn.Module):
@@ -106,8 +101,8 @@ class Probe(nn.Module):
             if harness.inputs is not None:
                 harness.inputs[path] = x
             x = x + harness.shifts[path]
-        if harness.sparse:
-            x = harness.mask(path, x)
+        if harness.masking is not None:
+            x = harness.masking.apply(path, x)
         return blas.linear(x, self.layer)
 
 

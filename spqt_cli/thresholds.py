@@ -21,14 +21,10 @@ SMALLEST = 2.0**-100
 MAX_SPARSITY = CURVE_SPARSITIES[-1]
 
 
-def bins(x: mx.array) -> mx.array:
-    """The bin of every |x|; x's shape, uint32."""
-    return (mx.view(x.astype(mx.float32), mx.uint32) & 0x7FFFFFFF) >> SHIFT
-
-
-def histogram(x: mx.array) -> mx.array:
-    """Counts of |x| per bin: (BINS,), int32; lazy."""
-    return mx.zeros(BINS, mx.int32).at[bins(x).reshape(-1)].add(1)
+def histogram(x: mx.array) -> np.ndarray:
+    """Counts of |x| per bin: (BINS,), int64; by numpy, since MLX's CPU scatter takes six times as long."""
+    bits = np.array(x.astype(mx.float32), copy=False).reshape(-1).view(np.uint32)
+    return np.bincount((bits & np.uint32(0x7FFFFFFF)) >> np.uint32(SHIFT), minlength=BINS)
 
 
 def quantile(counts: np.ndarray, shares: np.ndarray | Sequence[float]) -> np.ndarray:

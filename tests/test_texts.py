@@ -38,9 +38,7 @@ def decoded(ids: list[int]) -> str:
     return "".join(map(chr, ids))
 
 
-@pytest.mark.parametrize(
-    ("data", "cause"), [(b"", "empty"), (b" \n\n", "empty"), (b"ok \xff\xfe", "not UTF-8")]
-)
+@pytest.mark.parametrize(("data", "cause"), [(b"", "empty"), (b" \n\n", "empty"), (b"\xff\xfe", "not UTF-8")])
 def test_row_48_empty_or_not_utf8(tmp_path, data, cause):
     with pytest.raises(SpqtError, match=cause) as caught:
         texts.read(written(tmp_path, data))

@@ -1,0 +1,142 @@
+"""`spqt eval` on tiny models: masked rows are decode steps, and the report says what was measured."""
+
+import json
+import math
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from spqt_cli import evaluate, model, observe
+from spqt_cli.errors import SpqtError, UsageError
+from spqt_cli.evaluate import EvaluateOptions, parse_shares
+
+
+def quiet(done: float, total: float, what: str) -> None:
+    assert 0 <= done <= total
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    words = ["pack", "the", "quick", "brown", "box", "over", "lazy", "dog", "with", "my", "fox", "jumps"]
+    path.write_text(" ".join(np.random.default_rng(0).choice(words, 2000)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def quality(calibrated, checkpoint, text):
+    options = EvaluateOptions(windows=3, window=64, sparsity="0,0.4,0.7", baseline=str(checkpoint), rows=True)
+    return evaluate.evaluate(calibrated, text, options, quiet)
+
+
+def named(quality, name: str) -> evaluate.Variant:
+    return next(row for row in quality.variants if row.name == name)
+
+
+def test_masked_rows_are_one_token_steps(calibrated):
+    from mlx_lm.models.cache import make_prompt_cache
+
+    tokens = mx.array(np.random.default_rng(1).integers(5, 500, (1, 24)))
+    loaded = model.load(calibrated)
+    cache = make_prompt_cache(loaded.model)
+    loaded.model(tokens[:, :12], cache=cache)  # a dense prompt
+    steps = [loaded.model(tokens[:, i : i + 1], cache=cache) for i in range(12, 24)]
+    layers = model.zigzag_layers(loaded.model)
+    masking = observe.Masking({path: layer.threshold.item() for path, layer in layers.items()})
+    with observe.probing(loaded.model) as harness:
+        cache = observe.prompt_cache(loaded.model, tokens[:, :12])
+        dense = observe.continuation(loaded.model, tokens[:, 12:], cache)
+        harness.masking = masking
+        masked = observe.continuation(loaded.model, tokens[:, 12:], cache)
+    one_by_one = mx.concatenate(steps, axis=1)
+    # float32 in another order of summation; skipping itself moves logits a thousand times as much
+    assert mx.allclose(masked, one_by_one, rtol=1e-3, atol=1e-4)
+    assert mx.abs(dense - one_by_one).max() > 0.05
+    assert observe.weighted(masking.realised(), layers) == pytest.approx(0.4, abs=0.1)
+
+
+def test_perplexity_against_a_plain_pass(calibrated, text, quality):
+    from spqt_cli import texts
+
+    loaded = model.load(calibrated, dense=True)
+    tokens = texts.windows(texts.tokens(texts.read(text), loaded.tokenizer), 64)[:3]
+    logits = loaded.model(mx.array(tokens))[:, 32:-1]
+    log_p = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    nll = -np.take_along_axis(np.array(log_p), tokens[:, 33:, None], axis=-1)
+    assert quality.scored == nll.size == 3 * 31
+    assert named(quality, "dense").perplexity == pytest.approx(math.exp(nll.mean()), rel=1e-4)
+
+
+def test_variants_and_what_they_are_held_against(quality):
+    assert [row.name for row in quality.variants] == ["source", "row-grouped", "dense", "40%", "70%"]
+    assert set(named(quality, "70%").against) == {"source", "dense"}
+    assert set(named(quality, "row-grouped").against) == {"source"}
+    low, high = named(quality, "40%"), named(quality, "70%")
+    assert 0 < low.against["dense"].kl < high.against["dense"].kl
+    assert low.realised == pytest.approx(0.4, abs=0.1)
+    assert high.realised == pytest.approx(0.7, abs=0.1)
+    assert all(0 < share < 1 for share in low.layers.values())
+
+
+def test_row_grouped_is_what_mlx_makes_of_the_source(checkpoint, text, quality):
+    import mlx_lm
+    from mlx import nn
+
+    from spqt_cli import texts
+
+    stock, tokenizer = mlx_lm.load(str(checkpoint))
+    nn.quantize(stock, 32, 4, class_predicate=lambda path, m: hasattr(m, "to_quantized"))
+    tokens = texts.windows(texts.tokens(texts.read(text), tokenizer), 64)[:3]
+    logits = stock(mx.array(tokens))[:, 32:-1]
+    log_p = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    nll = -np.take_along_axis(np.array(log_p), tokens[:, 33:, None], axis=-1)
+    assert named(quality, "row-grouped").perplexity == pytest.approx(math.exp(nll.mean()), rel=1e-4)
+
+
+def test_default_is_the_calibrated_share(calibrated, text):
+    options = EvaluateOptions(windows=1, window=64)
+    quality = evaluate.evaluate(calibrated, text, options, quiet)
+    assert [row.name for row in quality.variants] == ["dense", "40%"]
+    assert "40%" in evaluate.report(quality)
+
+
+def test_report_and_json(quality):
+    from dataclasses import asdict
+
+    lines = evaluate.report(quality).splitlines()
+    assert [line.split()[0] for line in lines[2:-1]] == ["source", "row-grouped", "dense", "40%", "70%"]
+    assert json.loads(json.dumps(asdict(quality)))["variants"][3]["against"]["dense"]["windows"]
+
+
+def test_not_calibrated(converted, text):
+    quality = evaluate.evaluate(converted, text, EvaluateOptions(windows=1, window=64), quiet)
+    assert [row.name for row in quality.variants] == ["dense"]
+    with pytest.raises(SpqtError, match="no thresholds"):
+        evaluate.evaluate(converted, text, EvaluateOptions(windows=1, window=64, sparsity="0.4"), quiet)
+
+
+def test_text_too_short(calibrated, text):
+    with pytest.raises(SpqtError, match="tokens needed"):
+        evaluate.evaluate(calibrated, text, EvaluateOptions(windows=10000, window=64), quiet)
+
+
+def test_rows_need_a_source(calibrated, text):
+    with pytest.raises(UsageError, match="source"):
+        evaluate.evaluate(calibrated, text, EvaluateOptions(rows=True), quiet)
+
+
+def test_sweeps():
+    assert parse_shares("0.1:0.7:0.1") == [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]
+    assert parse_shares("0.25, 0.4,0.25") == [0.25, 0.4]
+    assert parse_shares("0:0.2:0.1") == [0.1, 0.2]  # dense is always measured
+
+
+BAD = ["", "much", "0.1:0.7", "0.7:0.1:0.1", "0.1:0.7:0", "1.5", "nan", "-0.1", "0:0.9:nan"]
+
+
+@pytest.mark.parametrize("asked", BAD)
+def test_bad_sweeps(asked):
+    with pytest.raises(UsageError):
+        parse_shares(asked)
