@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import huggingface_hub
 from huggingface_hub import constants, errors
 
@@ -62,7 +61,7 @@ def hub_errors(repo: str) -> Iterator[None]:
         raise SpqtError(f"{repo} is no name the hub allows", "give org/name") from None
     except (errors.SafetensorsParsingError, errors.NotASafetensorsRepoError):
         raise SpqtError(f"{repo}: a shard is no sound safetensors file", "use another revision") from None
-    except (httpx2.HTTPError, OSError) as error:
+    except (errors.HTTPError, OSError) as error:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise ResourceError(
                 f"the disk of the hub's cache is full, fetching {repo}", "free space"
