@@ -6,18 +6,31 @@ bench_runs.py holds the clock, bench_model.py makes the models, bench_kernel.py 
 """
 
 import dataclasses
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import mlx.core as mx
+from mlx import nn
 
-from spqt_cli import bench_machine, bench_model, bench_runs, shapes
+from spqt_cli import (
+    bench_kernel,
+    bench_machine,
+    bench_model,
+    bench_runs,
+    bench_units,
+    presets,
+    profile,
+    shapes,
+)
 from spqt_cli.bench_model import Subject
-from spqt_cli.bench_report import ModelRow, Report
+from spqt_cli.bench_report import Crossover, KernelRow, ModelRow, Report
 from spqt_cli.errors import UsageError
 
+UNSTEADY = 0.15  # relative spread of the typical row from which on figures are doubtful
+KERNEL_REPETITIONS = 3  # samples of a kernel for one of a model: they are short
 Progress = Callable[[float, float, str], None]
 
 
@@ -66,6 +79,9 @@ def _check(options: Options) -> None:
         raise UsageError("too few tokens to time", "--generation-tokens 2 or more, --prompt-tokens 0 or more")
     if any(depth < 0 for depth in options.depths):
         raise UsageError("a context depth is below 0", "for example --depth 0,4096")
+    if options.dtype not in (None, "float16", "bfloat16", "float32"):
+        raise UsageError(f"--dtype {options.dtype!r} does not exist", "float16, bfloat16 or float32")
+    presets.check(presets.Preset(bits=options.bits, group_size=options.group_size))
     if any(not 0 <= sparsity <= 0.95 for sparsity in options.sparsities):
         raise UsageError("a sparsity is not in 0 to 0.95", "for example --sparsity 0,0.25,0.5")
 
@@ -96,6 +112,49 @@ def run(options: Options, on_progress: Progress = lambda *_: None) -> Report:
 
 def _show(on_progress: Progress, at: int, tests: int, share: float, what: str) -> None:
     on_progress(at + share, tests, what)
+
+
+def run_kernels(options: Options, on_progress: Progress = lambda *_: None) -> Report:
+    """Measure every kind of projection alone, and find the densities where sparse stops paying."""
+    options = options.complete()
+    model, name, settings = _lazy_model(options)
+    found = bench_units.works(model, bench_model.compute_dtype(model))
+    copy = bench_machine.copy_bandwidth()
+    repetitions = KERNEL_REPETITIONS * (options.repetitions or 0)
+    rows: list[KernelRow] = []
+    crossovers: list[Crossover] = []
+    links = []
+    for at, work in enumerate(found):
+        on_progress(at, len(found), f"{work.name} {work.shape}")
+        more, crossing, link = bench_kernel.measure(work, options.sparsities, repetitions, copy)
+        rows += more
+        crossovers.append(crossing)
+        links.append(link)
+        mx.clear_cache()
+    machine = {**bench_machine.describe(options.commit), "copy_gb_per_s": round(copy / 1e9, 1)}
+    settings = {"model": name, **settings, "repetitions": repetitions}
+    notes = [f"every time holds the link of the chain, {min(links):.1f} to {max(links):.1f} us when alone"]
+    unsteady = statistics.median(row.time.spread / row.time.mean for row in rows)
+    if unsteady > UNSTEADY:
+        notes.append(f"times spread by {unsteady:.0%}: the machine was busy, measure again when it is idle")
+    return Report(machine, settings, rows, crossovers, notes)
+
+
+def write_profile(report: Report) -> str:
+    """Store the crossovers of a kernel report as this device's profile; says where."""
+    choices = {one.key: profile.Choice(one.sparse_below, one.otherwise) for one in report.crossovers}
+    return str(profile.write(choices, {**report.machine, **report.settings}))
+
+
+def _lazy_model(options: Options) -> tuple[nn.Module, str, dict[str, Any]]:
+    """(a model whose weights are not computed, its name, how it was made)."""
+    if options.model is not None:
+        return bench_model.lazy_model(options.model), options.model, {"weights": "random, in its shapes"}
+    assert options.shape is not None
+    config = shapes.config(options.shape, blocks=1)
+    dtype = bench_model.stored_dtype(config, options.dtype)
+    model = bench_model.random_model(config, options.bits, options.group_size, dtype)
+    return model, options.shape, {"weights": "random", "bits": options.bits, "group_size": options.group_size}
 
 
 def make_subject(options: Options) -> Subject:

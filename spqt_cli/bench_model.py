@@ -100,6 +100,18 @@ def loaded_subject(path: str) -> Subject:
     return Subject(path, loaded.config, loaded.model, twin, tokens, settings, stored)
 
 
+def lazy_model(path: str) -> nn.Module:
+    """A converted model whose weights are not read yet."""
+    from mlx_lm.utils import load_model
+
+    from spqt_cli import identity, model, source
+
+    folder = source.local_folder(path)
+    identity.check_model(folder)
+    with model.plain_path(folder) as readable:
+        return load_model(readable, lazy=True)[0]
+
+
 def random_model(config: dict[str, Any], bits: int, group_size: int, dtype: mx.Dtype) -> nn.Module:
     """mlx-lm's model of a config, its layers quantized as `spqt convert` would; nothing is evaluated."""
     model = _build(config)

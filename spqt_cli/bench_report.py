@@ -159,10 +159,15 @@ class Report:
     notes: list[str] = field(default_factory=list)
 
 
-def render(report: Report, form: str) -> str:
-    """The report as text in one of FORMATS."""
+def check_format(form: str) -> None:
+    """Refuse a form that does not exist (exit 2)."""
     if form not in FORMATS:
         raise UsageError(f"--format {form!r} does not exist", f"use one of {', '.join(FORMATS)}")
+
+
+def render(report: Report, form: str) -> str:
+    """The report as text in one of FORMATS."""
+    check_format(form)
     if form == "md":
         return _markdown(report)
     if form == "csv":

@@ -199,7 +199,8 @@ class Runs:
 
 
 def _cache_bytes(cache: list[Any]) -> int:
-    return sum(a.nbytes for entry in cache for _, a in tree_flatten(entry.state) if isinstance(a, mx.array))
+    arrays = dict(tree_flatten([entry.state for entry in cache])).values()
+    return sum(array.nbytes for array in arrays if isinstance(array, mx.array))
 
 
 def _means(densities: list[tuple[Any, float]]) -> dict[int, float]:

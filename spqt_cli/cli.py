@@ -13,7 +13,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from spqt_cli import __version__, cli_make, cli_run
+from spqt_cli import __version__, cli_bench, cli_make, cli_run
 from spqt_cli.errors import BackendError, ResourceError, SpqtError
 
 INSTALL_HINT = (
@@ -68,6 +68,7 @@ COMMANDS = {
     "generate": cli_run.generate,
     "compare": cli_run.compare,
     "eval": cli_run.evaluate,
+    "bench": cli_bench.bench,
     "inspect": cli_make.inspect,
     "verify": cli_make.verify,
     "doctor": cli_run.doctor,

@@ -22,7 +22,7 @@ import numpy as np
 from mlx import nn
 from mlx.utils import tree_unflatten
 
-from spqt_cli import __version__, files, format, kernels
+from spqt_cli import __version__, files, format, heads, kernels
 from spqt_cli.layers import ZigzagLinear
 from spqt_cli.patch import SHARED_INPUTS, zigzag_layers
 
@@ -189,10 +189,22 @@ def apply(loaded: "Loaded") -> str:
             for layer in unit.layers.values():
                 layer.set_threshold(None)
     cost = _repack_all(loaded.model, repack) if repack else ""
-    if not any(counts.values()):
+    head = _repack_head(loaded.model, choices)
+    if not any(counts.values()) and not head:
         return ""
     parts = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
-    return f"profile of this device: {parts} layers{cost}"
+    return f"profile of this device: {parts or 'no'} layers{cost}{head}"
+
+
+def _repack_head(model: nn.Module, choices: dict[str, Choice]) -> str:
+    """Put the head into the Zigzag layout if that is this device's choice; says what it cost."""
+    head = heads.find(model)
+    choice = choices.get(head.key) if head is not None else None
+    if head is None or choice is None or choice.otherwise != ZIGZAG:
+        return ""
+    start = time.perf_counter()
+    error = heads.to_zigzag(model, head)
+    return f"; head in Zigzag, {time.perf_counter() - start:.1f} s, relative error {error:.1%}"
 
 
 def can_repack(unit: Unit) -> bool:

@@ -1,0 +1,92 @@
+"""The command `spqt bench`: stock mlx-lm beside sparse decoding, on this machine."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from spqt_cli.cli_make import Json, Quiet, progress
+from spqt_cli.errors import ResourceError, UsageError
+
+
+def bench(
+    model: Annotated[str | None, typer.Option("--model", help="A converted folder or hub id.")] = None,
+    shape: Annotated[
+        str | None, typer.Option(help="Random weights in the sizes of a known model: llama-3-8b, ...")
+    ] = None,
+    kernel: Annotated[
+        bool, typer.Option("--kernel", help="Measure each projection alone, not tokens/s.")
+    ] = False,
+    sparsity: Annotated[
+        str | None, typer.Option(help="Shares to skip, comma-separated [0.25,0.5; --kernel: also 0.75].")
+    ] = None,
+    depth: Annotated[str, typer.Option(help="Context depths, comma-separated.")] = "0",
+    prompt_tokens: Annotated[
+        int | None, typer.Option("--prompt-tokens", "-p", help="Prompt length; 0: none [512; CPU 16].")
+    ] = None,
+    generation_tokens: Annotated[
+        int | None, typer.Option("--generation-tokens", "-g", help="Tokens decoded [64; CPU 8].")
+    ] = None,
+    repetitions: Annotated[
+        int | None, typer.Option("--repetitions", "-r", help="Runs of every variant, at least 2 [5; CPU 3].")
+    ] = None,
+    blocks: Annotated[
+        int | None, typer.Option(help="Build only so many transformer blocks of the shape.")
+    ] = None,
+    bits: Annotated[int, typer.Option(help="Bits of a shape's weights.")] = 4,
+    group_size: Annotated[int, typer.Option(help="Group size of a shape's weights.")] = 64,
+    dtype: Annotated[
+        str | None, typer.Option(help="float16, bfloat16 or float32 [the model's own; CPU float32].")
+    ] = None,
+    delay: Annotated[float, typer.Option(help="Seconds of rest between repetitions.")] = 0.0,
+    output_format: Annotated[str, typer.Option("--format", help="md, csv, json or jsonl.")] = "md",
+    write: Annotated[
+        bool, typer.Option("--write", help="With --kernel: store the best way per layer for this device.")
+    ] = False,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write JSON here.")] = None,
+    quiet: Quiet = False,
+    json_output: Json = False,
+) -> None:
+    """Measure stock mlx-lm and sparse decoding side by side on this machine."""
+    if write and not kernel:
+        raise UsageError("--write goes with --kernel", "spqt bench --kernel --write --model ...")
+    from spqt_cli import bench as benches
+    from spqt_cli import bench_report
+
+    form = "json" if json_output else output_format
+    bench_report.check_format(form)
+    options = benches.Options(
+        model=model,
+        shape=shape,
+        sparsities=_numbers("--sparsity", sparsity or ("0.25,0.5,0.75" if kernel else "0.25,0.5"), float),
+        depths=_numbers("--depth", depth, int),
+        prompt_tokens=prompt_tokens,
+        generation_tokens=generation_tokens,
+        repetitions=repetitions,
+        blocks=blocks,
+        bits=bits,
+        group_size=group_size,
+        dtype=dtype,
+        delay_seconds=delay,
+    )
+    with progress(quiet or json_output) as on_progress:
+        report = (benches.run_kernels if kernel else benches.run)(options, on_progress)
+    typer.echo(bench_report.render(report, form))
+    if output is not None:
+        _write(output, bench_report.render(report, "json"))
+    if write:
+        typer.echo(f"profile written: {benches.write_profile(report)}", err=True)
+
+
+def _numbers(flag: str, text: str, kind: type) -> tuple[float, ...]:
+    try:
+        return tuple(kind(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(f"{flag} {text!r} is no list of numbers", "for example 0.25,0.5") from None
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ResourceError(f"{path} can't be written: {error.strerror}", "choose another --output") from None
