@@ -72,7 +72,7 @@ def open_checkpoint(path: Path) -> GgufCheckpoint:
         gguf_values.check_type(tensor, path)
     config = gguf_config.build(header, arch, _rope_factors(header, arch))
     sources = origins(header, arch, config)
-    gguf_tokenizer.check_size(header, config["vocab_size"])
+    gguf_tokenizer.check_builds(header, config["vocab_size"])
     dtype = _dtype(header)
     config |= gguf_tokenizer.special_ids(header) | {"torch_dtype": dtype}
     return GgufCheckpoint(path, config, dtype, header, sources)
@@ -80,7 +80,9 @@ def open_checkpoint(path: Path) -> GgufCheckpoint:
 
 def write_tokenizer(path: Path, folder: Path) -> None:
     """Write the tokenizer's files of a .gguf file into a folder; its config.json should lie there too."""
-    gguf_tokenizer.write(read_header(path), folder)
+    header = read_header(path)
+    gguf_config.architecture(header)
+    gguf_tokenizer.write(header, folder)
 
 
 def _dtype(header: Header) -> str:

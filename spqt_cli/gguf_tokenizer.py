@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from spqt_cli import gguf_bpe, gguf_sentencepiece
+from spqt_cli import files, gguf_bpe, gguf_sentencepiece
 from spqt_cli.errors import SpqtError, UnsupportedError
 from spqt_cli.gguf_file import AGAIN, Header
 from spqt_cli.gguf_vocabulary import (
@@ -41,11 +41,15 @@ def check(header: Header) -> None:
         raise UnsupportedError(f"{header.path} has {found}", "spqt knows 'gpt2' and 'llama'")
 
 
-def check_size(header: Header, rows: int) -> None:
-    """Refuse a vocabulary of more tokens than the embedding has rows."""
-    count = len(read_vocabulary(header).tokens)
-    if count > rows:
-        raise SpqtError(f"{header.path} has {count} tokens and an embedding of {rows} rows", AGAIN)
+def check_builds(header: Header, rows: int) -> None:
+    """Refuse a vocabulary that makes no tokenizer, or has more tokens than the embedding has rows."""
+    vocabulary = read_vocabulary(header)
+    if len(vocabulary.tokens) > rows:
+        raise SpqtError(
+            f"{header.path} has {len(vocabulary.tokens)} tokens and an embedding of {rows} rows", AGAIN
+        )
+    _template(header)
+    _tokenizer(header, vocabulary)
 
 
 def special_ids(header: Header) -> dict[str, Any]:
@@ -63,9 +67,10 @@ def write(header: Header, folder: Path) -> None:
     """Write tokenizer.json, tokenizer_config.json, chat_template.jinja and generation_config.json."""
     check(header)
     vocabulary = read_vocabulary(header)
+    context = header.metadata.get(f"{header.metadata['general.architecture']}.context_length")
     settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": header.metadata.get(f"{header.metadata['general.architecture']}.context_length"),
+        **({"model_max_length": context} if type(context) is int else {}),
         "clean_up_tokenization_spaces": False,
         **{role: vocabulary.token(name) for role, name in ROLES.items()},
     }
@@ -73,15 +78,15 @@ def write(header: Header, folder: Path) -> None:
     if isinstance(template, list):
         settings["chat_template"] = template
     elif template is not None:
-        _write(folder / "chat_template.jinja", template)
-    _write(folder / "tokenizer.json", json.dumps(_tokenizer(header, vocabulary), ensure_ascii=False))
-    _write(folder / "tokenizer_config.json", json.dumps(settings, ensure_ascii=False, indent=2))
+        files.write_text(folder / "chat_template.jinja", template)
     ids = {key: value for key, value in special_ids(header).items() if value is not None}
-    _write(folder / "generation_config.json", json.dumps(ids, indent=2))
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text + "\n" if path.suffix == ".json" else text, encoding="utf-8", newline="")
+    contents = {
+        "tokenizer.json": _tokenizer(header, vocabulary),
+        "tokenizer_config.json": settings,
+        "generation_config.json": ids,
+    }
+    for name, content in contents.items():
+        files.write_text(folder / name, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
 
 
 def _tokenizer(header: Header, vocabulary: Vocabulary) -> dict[str, Any]:
