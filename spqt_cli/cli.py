@@ -62,7 +62,7 @@ def _until_the_pipe_closes(command: Callable[..., None]) -> Callable[..., None]:
     return quietly
 
 
-COMMANDS = {
+COMMANDS: dict[str, Callable[..., None]] = {
     "convert": cli_make.convert,
     "calibrate": cli_make.calibrate,
     "generate": cli_run.generate,

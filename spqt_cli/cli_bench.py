@@ -1,5 +1,6 @@
 """The command `spqt bench`: stock mlx-lm beside sparse decoding, on this machine."""
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -58,8 +59,8 @@ def bench(
     options = benches.Options(
         model=model,
         shape=shape,
-        sparsities=_numbers("--sparsity", sparsity or ("0.25,0.5,0.75" if kernel else "0.25,0.5"), float),
-        depths=_numbers("--depth", depth, int),
+        sparsities=_numbers("--sparsity", sparsity or ("0.25,0.5,0.75" if kernel else "0.25,0.5")),
+        depths=[int(value) for value in _numbers("--depth", depth)],
         prompt_tokens=prompt_tokens,
         generation_tokens=generation_tokens,
         repetitions=repetitions,
@@ -78,9 +79,12 @@ def bench(
         typer.echo(f"profile written: {benches.write_profile(report)}", err=True)
 
 
-def _numbers(flag: str, text: str, kind: type) -> tuple[float, ...]:
+def _numbers(flag: str, text: str) -> list[float]:
     try:
-        return tuple(kind(part) for part in text.split(","))
+        numbers = [float(part) for part in text.split(",")]
+        if not all(math.isfinite(number) for number in numbers):
+            raise ValueError
+        return numbers
     except ValueError:
         raise UsageError(f"{flag} {text!r} is no list of numbers", "for example 0.25,0.5") from None
 
