@@ -26,6 +26,7 @@ DTYPES = {
     "U8": mx.uint8, "U16": mx.uint16, "U32": mx.uint32, "U64": mx.uint64,
     "I8": mx.int8, "I16": mx.int16, "I32": mx.int32, "I64": mx.int64,
 }  # fmt: skip
+READ_AT_ONCE = 1 << 22  # elements of a .gguf tensor that are cast together
 CODE_KEYS = ("model_file", "auto_map")  # config keys that name code of the model's own
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "*.tiktoken")
 # What goes along with the weights: never code.
@@ -85,8 +86,15 @@ class Checkpoint:
         return {name: lazy[name] for name in self.tensors}
 
     def read(self, name: str) -> mx.array:
-        """One tensor of a .gguf file."""
-        return mx.array(self.gguf.read(name)).astype(DTYPES[self.tensors[name].dtype])
+        """One tensor of a .gguf file; cast in pieces, since NumPy has bfloat16 only as float32."""
+        values, dtype = self.gguf.read(name), DTYPES[self.tensors[name].dtype]
+        rows = max(1, READ_AT_ONCE // max(1, values[:1].size))
+        pieces = []
+        for start in range(0, len(values), rows):
+            pieces.append(mx.array(values[start : start + rows]).astype(dtype))
+            mx.eval(pieces[-1])
+        del values
+        return mx.concatenate(pieces)
 
     def check_unchanged(self) -> None:
         """Stop when a file of weights is no longer the one that was checked."""

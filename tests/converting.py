@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import pytest
 
 from spqt_cli import convert
 from spqt_cli.convert import ConvertOptions
@@ -40,3 +41,20 @@ def config_of(folder: Path, **changes: Any) -> None:
 def run_path(source: Path, output: Path) -> Path:
     run(source, output)
     return output
+
+
+class Stop(Exception):
+    """Stands for whatever ends a run."""
+
+
+def interrupted(source: Path, output: Path, after: int, options: ConvertOptions = OPTIONS) -> None:
+    """Convert, but stop after that many tensors."""
+    seen = []
+
+    def stop(done: float, total: float, name: str) -> None:
+        seen.append(name)
+        if len(seen) == after:
+            raise Stop
+
+    with pytest.raises(Stop):
+        convert.convert(str(source), output, options, stop)

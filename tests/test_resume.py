@@ -16,24 +16,7 @@ from spqt_cli import convert, files, identity
 from spqt_cli.convert import ConvertOptions
 from spqt_cli.errors import BusyError, ResourceError, SpqtError
 from tests.conftest import tiny_checkpoint
-from tests.converting import OPTIONS, contents, leftovers, run
-
-
-class Stop(Exception):
-    """Stands for whatever ends a run."""
-
-
-def interrupted(source: Path, output: Path, after: int, options: ConvertOptions = OPTIONS) -> None:
-    """Convert, but stop after that many tensors."""
-    seen = []
-
-    def stop(done: float, total: float, name: str) -> None:
-        seen.append(name)
-        if len(seen) == after:
-            raise Stop
-
-    with pytest.raises(Stop):
-        convert.convert(str(source), output, options, stop)
+from tests.converting import OPTIONS, contents, interrupted, leftovers, run
 
 
 @pytest.mark.parametrize("after", [1, 9, 19])
