@@ -144,6 +144,9 @@ def _stored_dtype(config: dict[str, Any]) -> str | None:
     return found if found in ("float16", "bfloat16", "float32") else None
 
 
+MIN_SIZE = layout.GROUP_SIZES[0]  # a layer narrower than a group (gemma3n's 4-wide mixers) gains nothing
+
+
 class _Decisions:
     """What becomes of each tensor, and what config.json must say about it."""
 
@@ -206,6 +209,8 @@ class _Decisions:
 
     def is_zigzag(self, path: str, module: nn.Module) -> bool:
         if type(module) is not nn.Linear or not BLOCK.search(path) or path.endswith(self.wishes.skip):
+            return False
+        if min(module.weight.shape) < MIN_SIZE:
             return False
         block = path[: BLOCK.search(path).end()]  # type: ignore[union-attr]
         gate_widths = (1, self.experts.get(block))  # of shared experts' gates and of routers
