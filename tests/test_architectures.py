@@ -32,7 +32,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "mlp_only_layers": [0], "norm_topk_prob": True, **MIXTURE,
     },
     "latent attention (deepseek_v2)": {
-        "model_type": "deepseek_v2", "rope_scaling": YARN, "kv_lora_rank": 32, "q_lora_rank": 32, "qk_rope_head_dim": 32,
+        "model_type": "deepseek_v2", "rope_scaling": YARN, "kv_lora_rank": 32, "q_lora_rank": 32,
+        "qk_rope_head_dim": 32,
         "v_head_dim": 32, "qk_nope_head_dim": 32, "n_routed_experts": 4, "n_shared_experts": 1,
         "num_experts_per_tok": 2, "moe_intermediate_size": 64, "first_k_dense_replace": 1,
         "moe_layer_freq": 1, "topk_group": 1, "n_group": 1, "routed_scaling_factor": 1.0,
