@@ -8,9 +8,15 @@
 #define thread_index_in_simdgroup (threadIdx.x & 31u)
 #define simdgroup_index_in_threadgroup (threadIdx.x >> 5)
 
+// MLX writes the kernel's head, so the block's size, which caps registers, is added to the word itself.
+#undef __global__
+#define __global__ __attribute__((global)) __launch_bounds__(SPQT_THREADS)
+
 typedef unsigned int uint;
 typedef unsigned short ushort;
 typedef unsigned long long ulong;
+typedef __half float16_t;
+typedef __nv_bfloat16 bfloat16_t;
 
 namespace mem_flags {
 constexpr int mem_threadgroup = 0;

@@ -1,4 +1,4 @@
-"""The Metal and CUDA kernels: their names, template integers and launches.
+"""The Metal and CUDA kernels: their texts, names, template integers and launches.
 
 The bodies are package data in `metal/`; each kernel is built once. It knows layers only through
 `kernels.Projection` and decides nothing about thresholds or models.
@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import resources
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import mlx.core as mx
 
@@ -17,27 +17,27 @@ from spqt_cli import geometry, layout
 if TYPE_CHECKING:
     from spqt_cli.kernels import Projection
 
-MAX_SHARED = 6  # projections in one launch: Metal binds at most 31 buffers, this one 4 P + 5
+MAX_SHARED = 6  # projections in one launch: Metal binds at most 31 buffers, this takes 4 P + 3
 REDUCE_PARTS = 8  # simdgroups that share the stripes of 32 outputs: short loops, 256 threads
-HEADER_SIZES = 4  # entries of `sizes` before those of the projections, 5 each
+COUNTS = 32  # entries after the partial sums of a stripe: a whole 128-byte line
+TYPES = {mx.float16: "float16_t", mx.bfloat16: "bfloat16_t", mx.float32: "float"}
 
 
 class Kernel(NamedTuple):
-    """What MLX needs to build a kernel."""
+    """What MLX needs to build a kernel. Its template integers are constants in the text."""
 
     name: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     source: str
+    threads: int
 
 
 class Launch(NamedTuple):
     """One call of a kernel, all but its inputs; depends on shapes only."""
 
     kernel: Kernel
-    template: list[tuple[str, Any]]
     threadgroups: tuple[int, int]
-    threads: int
     shapes: list[tuple[int, ...]]
     dtypes: list[mx.Dtype]
 
@@ -45,13 +45,10 @@ class Launch(NamedTuple):
 class Plan(NamedTuple):
     """All that a call can reuse: what depends on the layers and on x's shape and dtype."""
 
-    weights: tuple[mx.array, ...]  # of the layers, to see that they are still the same
-    thresholds: tuple[mx.array, ...]
+    known: tuple[mx.array, ...]  # weights and thresholds, to see that they are still the same
     inputs: list[mx.array]  # of the first launch, after x
     gemv: Launch
     reduce: Launch | None
-    sizes: mx.array
-    bias: mx.array
 
 
 def status() -> tuple[str | None, str]:
@@ -71,24 +68,24 @@ def sparse_gemv(x: mx.array, layers: Sequence["Projection"]) -> tuple[list[mx.ar
     x: (..., inputs) with exactly one row, float16, bfloat16 or float32.
     Returns y per layer, (..., outputs) in x's dtype, and the active channels per layer, (n,) uint32.
     """
-    if not _one_launch(layers):
+    if len(layers) > 1 and not one_launch(layers):
         parts = [sparse_gemv(x, [layer]) for layer in layers]
         return [ys[0] for ys, _ in parts], mx.concatenate([active for _, active in parts])
     plan = _plan(x, layers)
-    *outputs, active = run(plan.gemv, [x, *plan.inputs])
+    *outputs, active = results = run(plan.gemv, [x, *plan.inputs])
     if plan.reduce is not None:
-        *outputs, active = run(plan.reduce, [*outputs, active, plan.sizes, plan.bias])
+        *outputs, active = run(plan.reduce, [*results, plan.inputs[0]])
     return outputs, active
 
 
 def run(launch: Launch, inputs: list[mx.array]) -> list[mx.array]:
     """The outputs of one kernel call; lazy."""
     x, y = launch.threadgroups
+    threads = launch.kernel.threads
     return _built(launch.kernel)(
         inputs=inputs,
-        template=launch.template,
-        grid=(x * launch.threads, y, 1),
-        threadgroup=(launch.threads, 1, 1),
+        grid=(x * threads, y, 1),
+        threadgroup=(threads, 1, 1),
         output_shapes=launch.shapes,
         output_dtypes=launch.dtypes,
     )
@@ -98,9 +95,14 @@ def run(launch: Launch, inputs: list[mx.array]) -> list[mx.array]:
 def _built(kernel: Kernel) -> Callable[..., list[mx.array]]:
     names = {"input_names": list(kernel.inputs), "output_names": list(kernel.outputs)}
     if mx.metal.is_available():
-        return mx.fast.metal_kernel(name=kernel.name, source=kernel.source, **names)
-    header = body("shim_cuda.h")
-    return mx.fast.cuda_kernel(name=kernel.name, source=kernel.source, header=header, **names)
+        return mx.fast.metal_kernel(name=kernel.name, source=kernel.source, header=header(), **names)
+    shim = f"#define SPQT_THREADS {kernel.threads}\n{body('shim_cuda.h')}{header()}"
+    return mx.fast.cuda_kernel(name=kernel.name, source=kernel.source, header=shim, **names)
+
+
+def header() -> str:
+    """The helper functions of the bodies."""
+    return body("lane_order.h")
 
 
 @cache
@@ -110,167 +112,181 @@ def body(name: str) -> str:
     return re.sub(r"\n\s*\n+", "\n", re.sub(r"[ \t]*//[^\n]*", "", text)).lstrip()
 
 
-def _one_launch(layers: Sequence["Projection"]) -> bool:
+def one_launch(layers: Sequence["Projection"]) -> bool:
+    """Whether these projections can share a launch: equal in all that the kernel has as constants."""
     kinds = {(layer.bits, layer.group_size, layer.scales.dtype) for layer in layers}
-    return len(layers) == 1 or (len(kinds) == 1 and len(layers) <= MAX_SHARED)
+    return len(kinds) == 1 and len(layers) <= MAX_SHARED
 
 
 def _plan(x: mx.array, layers: Sequence["Projection"]) -> Plan:
     plans = layers[0].__dict__.setdefault("_gpu_plans", {})
     key = (x.shape, x.dtype, *map(id, layers))
     plan = plans.get(key)
-    if plan is None or not all(
-        layer.weight is weight and layer.threshold is threshold
-        for layer, weight, threshold in zip(layers, plan.weights, plan.thresholds, strict=True)
-    ):
-        plan = plans[key] = make_plan(x.shape, x.dtype, layers)
+    if plan is not None:
+        known = iter(plan.known)
+        if all(one.weight is next(known) and one.threshold is next(known) for one in layers):
+            return plan
+    plan = plans[key] = make_plan(x.shape, x.dtype, layers)
     return plan
 
 
 def make_plan(shape: tuple[int, ...], dtype: mx.Dtype, layers: Sequence["Projection"]) -> Plan:
-    """The launches, sizes and small arrays for these layers and an x of this shape and dtype."""
+    """The launches and the settings array for these layers and an x of this shape and dtype."""
     kind, _ = status()
     bands = [(_band(layer), layer.weight.shape[0]) for layer in layers]
-    inputs = shape[-1]
-    cut = geometry.choose(kind or "metal", bands, inputs)
-    sizes, tiles, rows = _sizes(layers, bands, cut, inputs)
-    bias = _bias(layers, bands)
-    thresholds = _thresholds(layers, inputs)
-    small = [thresholds, sizes, bias]
-    mx.eval(small)  # a lazy constant would belong to this thread's stream alone
-    stripes = cut.stripes(inputs)
+    cut = geometry.choose(kind or "metal", bands, shape[-1])
+    stripes = cut.stripes(shape[-1])
+    tiles = sum(cut.tiles(band) * number for band, number in bands)
+    settings = _settings(layers, bands, cut, tiles)
+    constants = _constants(dtype, layers, cut)
     y_shapes = [(*shape[:-1], layer.outputs) for layer in layers]
-    template = _template(dtype, layers, cut, has_bias=stripes == 1 and _has_bias(layers))
-    template += [("PER_CHANNEL", int(thresholds.size > len(layers)))]
-    direct = stripes == 1
-    gemv = Launch(
-        gemv_kernel(len(layers), direct),
-        [*template, ("Y", dtype if direct else mx.float32)],
-        (tiles, stripes),
-        cut.threads,
-        [*(y_shapes if direct else [(stripes, rows)]), (len(layers), *(() if direct else (stripes,)))],
-        [*([dtype] * len(layers) if direct else [mx.float32]), mx.uint32],
-    )
-    reduce = None
-    if not direct:
-        reduce = Launch(
-            reduce_kernel(len(layers)),
-            [("PARTS", REDUCE_PARTS), ("P", len(layers)), ("HAS_BIAS", int(_has_bias(layers))), ("Y", dtype)],
-            (rows // geometry.LANE_OUTPUTS, 1),
-            REDUCE_PARTS * geometry.SIMD,
-            [*y_shapes, (len(layers),)],
-            [*[dtype] * len(layers), mx.uint32],
-        )
     packed = [array for layer in layers for array in (layer.weight, layer.scales, layer.biases)]
-    return Plan(
-        tuple(layer.weight for layer in layers),
-        tuple(layer.threshold for layer in layers),
-        [*small, *packed],
-        gemv,
-        reduce,
-        sizes,
-        bias,
-    )
+    known = tuple(array for layer in layers for array in (layer.weight, layer.threshold))
+    outputs = [*y_shapes, (len(layers),)]
+    dtypes = [*[dtype] * len(layers), mx.uint32]
+    if stripes == 1:
+        gemv = Launch(gemv_kernel(constants, cut.threads), (tiles, 1), outputs, dtypes)
+        return Plan(known, [settings, *packed], gemv, None)
+    positions = tiles * cut.tile
+    partial = (*constants, ("PARTIAL", 1))
+    shapes = [(stripes, positions + COUNTS)]
+    gemv = Launch(gemv_kernel(partial, cut.threads), (tiles, stripes), shapes, [mx.float32])
+    reduce = Launch(reduce_kernel(constants), (positions // geometry.SIMD, 1), outputs, dtypes)
+    return Plan(known, [settings, *packed], gemv, reduce)
 
 
 def _band(layer: "Projection") -> int:
     return layer.weight.shape[2] * 32 // layer.bits
 
 
+def _settings(
+    layers: Sequence["Projection"], bands: list[tuple[int, int]], cut: geometry.Geometry, tiles: int
+) -> mx.array:
+    """The uint32 array that sparse_gemv.metal describes; evaluated, so that any thread may use it."""
+    inputs = layers[0].weight.shape[1]
+    numbers = [inputs, cut.stripe, tiles * cut.tile + COUNTS]
+    first = 0
+    for layer, (band, number) in zip(layers, bands, strict=True):
+        numbers += [first, band, cut.tiles(band), layer.outputs]
+        first += cut.tiles(band) * number
+    thresholds = [layer.threshold.astype(mx.float32) for layer in layers]
+    if _per_channel(layers):
+        thresholds = [mx.broadcast_to(one, (inputs,)) for one in thresholds]
+    floats = [mx.array(numbers, dtype=mx.uint32).view(mx.float32), *thresholds]
+    if _has_bias(layers):
+        biases = [layer.get("bias") for layer in layers]
+        floats += [
+            mx.zeros((layer.outputs,)) if bias is None else bias.astype(mx.float32)
+            for layer, bias in zip(layers, biases, strict=True)
+        ]
+    settings = mx.concatenate(floats).view(mx.uint32)
+    mx.eval(settings)
+    return settings
+
+
 def _has_bias(layers: Sequence["Projection"]) -> bool:
     return any(layer.get("bias") is not None for layer in layers)
 
 
-def _sizes(
-    layers: Sequence["Projection"], bands: list[tuple[int, int]], cut: geometry.Geometry, inputs: int
-) -> tuple[mx.array, int, int]:
-    tiles = rows = 0
-    entries = []
-    for layer, (band, number) in zip(layers, bands, strict=True):
-        entries += [tiles, band, cut.tiles(band), rows, layer.outputs]
-        tiles += cut.tiles(band) * number
-        rows += band * number
-    header = [inputs, cut.stripe, cut.stripes(inputs), rows]
-    return mx.array(header + entries, dtype=mx.uint32), tiles, rows
+def _per_channel(layers: Sequence["Projection"]) -> bool:
+    return any(layer.threshold.size > 1 for layer in layers)
 
 
-def _bias(layers: Sequence["Projection"], bands: list[tuple[int, int]]) -> mx.array:
-    if not _has_bias(layers):
-        return mx.zeros((8,))  # never read; eight, so that it is a device buffer like the real one
-    parts = []
-    for layer, (band, number) in zip(layers, bands, strict=True):
-        bias = layer.get("bias")
-        bias = mx.zeros((layer.outputs,)) if bias is None else bias.astype(mx.float32)
-        parts.append(mx.pad(bias, (0, band * number - layer.outputs)))
-    return mx.concatenate(parts)
-
-
-def _thresholds(layers: Sequence["Projection"], inputs: int) -> mx.array:
-    thresholds = [layer.threshold.astype(mx.float32) for layer in layers]
-    if any(t.size > 1 for t in thresholds):
-        thresholds = [mx.broadcast_to(t, (inputs,)) for t in thresholds]
-    return mx.concatenate(thresholds)
-
-
-def _template(
-    dtype: mx.Dtype, layers: Sequence["Projection"], cut: geometry.Geometry, *, has_bias: bool
-) -> list[tuple[str, Any]]:
-    return [
+def _constants(
+    dtype: mx.Dtype, layers: Sequence["Projection"], cut: geometry.Geometry
+) -> tuple[tuple[str, int | str], ...]:
+    return (
+        ("T", TYPES[dtype]),
+        ("S", TYPES[layers[0].scales.dtype]),
         ("BITS", layers[0].bits),
         ("GROUP", layers[0].group_size),
+        ("P", len(layers)),
+        ("PER_CHANNEL", int(_per_channel(layers))),
+        ("HAS_BIAS", int(_has_bias(layers))),
+        ("OUTPUTS", cut.outputs),
         ("LANES", cut.lanes),
         ("ROWS", cut.rows),
-        ("THREADS", cut.threads),
         ("UNROLL", cut.unroll),
         ("LIST", cut.list),
         ("SLICE", cut.slice),
         ("DECODE", cut.decode),
-        ("HAS_BIAS", int(has_bias)),
-        ("S", layers[0].scales.dtype),
-    ]
-
-
-@cache
-def gemv_kernel(count: int, direct: bool) -> Kernel:
-    """sparse_gemv.metal for `count` projections; direct: writes y, not partial sums."""
-    lines = ["const uint tile = threadgroup_position_in_grid.x;", _projection("tile", count, 0)]
-    for name, kind in (("weight", "uint32_t"), ("scales", "S"), ("biases", "S")):
-        lines.append(f"const device {kind}* {name} = {_pick(name, count)};")
-    if direct:
-        lines.append(f"device Y* y = {_pick('y', count)};")
-    else:
-        at = f"ulong(threadgroup_position_in_grid.y) * sizes[3] + sizes[{HEADER_SIZES + 3} + 5 * projection]"
-        lines.append(f"device Y* y = partials + {at};")
-    packed = [f"{name}_{p}" for p in range(count) for name in ("weight", "scales", "biases")]
-    ys = [f"y_{p}" for p in range(count)] if direct else ["partials"]
-    return Kernel(
-        f"spqt_sparse_gemv_{count}_{'direct' if direct else 'stripes'}",
-        ("x", "thresholds", "sizes", "bias", *packed),
-        (*ys, "active"),
-        "\n".join(lines) + "\n" + body("sparse_gemv.metal"),
     )
 
 
 @cache
-def reduce_kernel(count: int) -> Kernel:
-    """reduce_stripes.metal for `count` projections."""
+def gemv_kernel(constants: tuple[tuple[str, int | str], ...], threads: int) -> Kernel:
+    """sparse_gemv.metal with its constants; with PARTIAL it writes partial sums, not y."""
+    named = dict(constants)
+    count, partial = int(named["P"]), "PARTIAL" in named
+    lines = _declared({**named, "Y": "float" if partial else named["T"], "THREADS": threads})
+    lines += [
+        f"constexpr int PARTIAL = {int(partial)};" if not partial else "",
+        f"constexpr int COUNTS = {COUNTS if partial else 'P'};",
+        "const uint tile = threadgroup_position_in_grid.x;",
+        *_projection_of_tile(count),
+    ]
+    for name, kind in (("weight", "uint32_t"), ("scales", "S"), ("biases", "S")):
+        lines.append(f"const device {kind}* {name} = {_pick(name, count)};")
+    if partial:
+        lines += [
+            "device float* stripe_partials = partials + ulong(threadgroup_position_in_grid.y) * settings[2];",
+            "device float* y = stripe_partials + tile * (LANES * OUTPUTS);",
+            f"device uint32_t* counts = (device uint32_t*)(stripe_partials + settings[2] - {COUNTS});",
+        ]
+    else:
+        lines += [f"device Y* y = {_pick('y', count)};", "device uint32_t* counts = active;"]
+    packed = [f"{name}_{p}" for p in range(count) for name in ("weight", "scales", "biases")]
+    ys = ["partials"] if partial else [*(f"y_{p}" for p in range(count)), "active"]
+    return Kernel(
+        _name("gemv", named),
+        ("x", "settings", *packed),
+        tuple(ys),
+        "\n".join(filter(None, lines)) + "\n" + body("sparse_gemv.metal"),
+        threads,
+    )
+
+
+@cache
+def reduce_kernel(constants: tuple[tuple[str, int | str], ...]) -> Kernel:
+    """reduce_stripes.metal with its constants."""
+    named = {k: v for k, v in constants if k in ("T", "P", "PER_CHANNEL", "HAS_BIAS", "OUTPUTS", "LANES")}
+    count = int(named["P"])
     lines = [
-        "const uint row_first = threadgroup_position_in_grid.x * 32;",
-        _projection("row_first", count, 3),
+        *_declared({**named, "Y": named["T"], "PARTS": REDUCE_PARTS}),
+        "constexpr uint THRESHOLDS = 3 + 4 * P;",
+        f"const uint tile = threadgroup_position_in_grid.x * {geometry.SIMD} / (LANES * OUTPUTS);",
+        *_projection_of_tile(count),
         f"device Y* y = {_pick('y', count)};",
     ]
     return Kernel(
-        f"spqt_reduce_stripes_{count}",
-        ("partials", "counts", "sizes", "bias"),
+        _name("reduce", named),
+        ("partials", "settings"),
         (*(f"y_{p}" for p in range(count)), "active"),
         "\n".join(lines) + "\n" + body("reduce_stripes.metal"),
+        REDUCE_PARTS * geometry.SIMD,
     )
 
 
-def _projection(position: str, count: int, entry: int) -> str:
-    """Which projection a tile or row belongs to: how many later ones have begun."""
-    begun = [f"uint({position} >= sizes[{HEADER_SIZES + 5 * p + entry}])" for p in range(1, count)]
-    return f"const uint projection = {' + '.join(begun) or '0'};"
+def _declared(named: dict[str, int | str]) -> list[str]:
+    return [
+        f"typedef {value} {name};" if isinstance(value, str) else f"constexpr int {name} = {value};"
+        for name, value in named.items()
+    ]
+
+
+def _name(kernel: str, named: dict[str, int | str]) -> str:
+    return f"spqt_{kernel}_" + "_".join(str(value) for value in named.values())
+
+
+def _projection_of_tile(count: int) -> list[str]:
+    """Lines that find a tile's projection, by how many later ones have begun, and its bias."""
+    begun = [f"uint(tile >= settings[{3 + 4 * p}])" for p in range(1, count)]
+    before = [f"(projection > {p} ? settings[{6 + 4 * p}] : 0)" for p in range(count - 1)]
+    thresholds = "(PER_CHANNEL ? P * settings[0] : P)"
+    return [
+        f"const uint projection = {' + '.join(begun) or '0'};",
+        f"const uint bias_first = {' + '.join(['3 + 4 * P', thresholds, *before])};",
+    ]
 
 
 def _pick(name: str, count: int) -> str:

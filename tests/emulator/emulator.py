@@ -47,9 +47,8 @@ def metal_text(launch, inputs: Sequence[mx.array], header: str = "") -> str:
     def call(*arrays):
         return kernel(
             inputs=list(arrays),
-            template=launch.template,
-            grid=(launch.threadgroups[0] * launch.threads, launch.threadgroups[1], 1),
-            threadgroup=(launch.threads, 1, 1),
+            grid=(launch.threadgroups[0] * launch.kernel.threads, launch.threadgroups[1], 1),
+            threadgroup=(launch.kernel.threads, 1, 1),
             output_shapes=launch.shapes,
             output_dtypes=launch.dtypes,
             verbose=True,
@@ -84,7 +83,7 @@ def emulate(launch, inputs: Sequence[mx.array], header: str = "") -> Emulation:
     for name, shape, dtype in zip(launch.kernel.outputs, launch.shapes, launch.dtypes, strict=True):
         size = int(np.prod(shape)) * dtype.size
         addresses.append((runtime.emulator_buffer(name.encode(), size, 1), size))
-    runtime.emulator_run(entry, *launch.threadgroups, launch.threads)
+    runtime.emulator_run(entry, *launch.threadgroups, launch.kernel.threads)
     reports = [runtime.emulator_report(i).decode() for i in range(runtime.emulator_reports())]
     outputs = [
         _array(ctypes.string_at(at, size), shape, dtype)
@@ -97,7 +96,6 @@ def emulate(launch, inputs: Sequence[mx.array], header: str = "") -> Emulation:
 
 def _cpu_source(text: str) -> str:
     """The same text with threadgroup arrays checked, and an entry that calls the kernel."""
-    text, instance = re.split(r"\ntemplate \[\[host_name", text) if "host_name" in text else (text, "")
     text = re.sub(
         r"\bthreadgroup\s+(\w+)\s+(\w+)\[(.*?)\];", r"static Threadgroup<\1, (\3)> \2;", text
     )
@@ -109,8 +107,7 @@ def _cpu_source(text: str) -> str:
             arguments.append(f"({kind})buffers[{buffer[1]}]")
         else:
             arguments.append(f"emulator_lane()->{name}")
-    name = re.search(r"decltype\((.*)\) ", instance)[1] if instance else head[1]
-    call = f"{name}({', '.join(arguments)});"
+    call = f"{head[1]}({', '.join(arguments)});"
     return (
         f'#include "{HERE}/shim_cpu.h"\nextern "C" const Lane* emulator_lane();\n{text}\n'
         f'extern "C" void entry(void** buffers) {{ {call} }}\n'

@@ -34,7 +34,7 @@ struct Buffer {
   uint64_t lines = 0, lines_summed = 0, written = 0;
 };
 
-struct Word {  // 4 bytes of threadgroup memory
+struct Word {  // 2 bytes of threadgroup memory
   uint epoch_written = 0, writer = 0, epoch_read = 0, reader = 0;
   bool several_readers = false, initialised = false;
 };
@@ -146,14 +146,14 @@ void touch_device(uint64_t address, uint64_t size, bool write) {
 }
 
 void touch_threadgroup(Array& array, uint64_t address, uint64_t size, bool write) {
-  for (uint64_t w = (address - array.start) / 4; w <= (address + size - 1 - array.start) / 4; ++w) {
+  for (uint64_t w = (address - array.start) / 2; w <= (address + size - 1 - array.start) / 2; ++w) {
     Word& word = array.words[w];
     const bool written_now = word.epoch_written == epoch && word.writer != me();
     const bool read_now = word.epoch_read == epoch && (word.several_readers || word.reader != me());
     if (written_now || (write && read_now)) {
-      report("race: two lanes touch word %lu of a threadgroup array between barriers", w);
+      report("race: two lanes touch byte %lu of a threadgroup array between barriers", 2 * w);
     }
-    if (!write && !word.initialised) report("uninitialised read of word %lu of a threadgroup array", w);
+    if (!write && !word.initialised) report("uninitialised read of byte %lu of a threadgroup array", 2 * w);
     if (write) {
       word.epoch_written = epoch;
       word.writer = me();
@@ -364,7 +364,7 @@ uint64_t emulator_index(const void* array, uint64_t elements, uint64_t size, uin
   bool known = false;
   for (const Array& one : arrays) known |= one.start == uint64_t(array);
   if (!known) {
-    arrays.push_back({uint64_t(array), elements * size, std::vector<Word>((elements * size + 3) / 4)});
+    arrays.push_back({uint64_t(array), elements * size, std::vector<Word>((elements * size + 1) / 2)});
     memset((void*)array, 0xAB, elements * size);
   }
   if (index < elements) return index;

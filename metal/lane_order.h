@@ -1,0 +1,14 @@
+// The order in which the lanes of sparse_gemv.metal hold the sums of a tile, so that they are stored side
+// by side: position -> output of the tile. lanes, outputs: LANES and OUTPUTS there.
+inline uint output_at(uint position, uint lanes, uint outputs) {
+  const bool narrow = lanes < 32 && 32 % lanes == 0;
+  const uint columns = narrow ? 32 : lanes;
+  const uint column = position % columns;
+  uint output = column % lanes * outputs + position / columns;
+  uint half_held = outputs / 2;
+  for (uint distance = lanes; narrow && distance < 32; distance *= 2) {
+    output += (column & distance) != 0 ? half_held : 0;
+    half_held /= 2;
+  }
+  return output;
+}
