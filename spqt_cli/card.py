@@ -18,7 +18,7 @@ def clean_tokenizer_config(folder: Path) -> None:
     if path.exists():
         config = checks.read_json(path)
         if config.pop("auto_map", None):
-            files.write_text(path, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+            files.write_text(path, json.dumps(config, indent=2) + "\n")
 
 
 def text(config: dict[str, Any], checkpoint: Checkpoint, planned: Plan) -> str:
@@ -28,7 +28,7 @@ def text(config: dict[str, Any], checkpoint: Checkpoint, planned: Plan) -> str:
     if checkpoint.repo:
         facts |= {"base_model": checkpoint.repo, "base_model_relation": "quantized"}
     facts |= _licence(checkpoint.folder / NAME) if checkpoint.gguf is None else {}
-    front = "\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in facts.items())
+    front = "\n".join(f"{key}: {json.dumps(value)}" for key, value in facts.items())
     origin = (
         f"`{checkpoint.repo}` at revision `{checkpoint.revision}`" if checkpoint.repo else checkpoint.name
     )

@@ -12,6 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from spqt_cli import files
 from spqt_cli.errors import SpqtError, UnsupportedError
 from spqt_cli.format import INDEX
 
@@ -49,6 +50,8 @@ def named(names: Iterable[str]) -> str:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file."""
+    if not path.is_file():
+        raise SpqtError(f"{path} is missing", AGAIN)
     try:
         if path.stat().st_size > LONGEST_JSON:
             raise SpqtError(f"{path} is too large for JSON of a model", AGAIN)
@@ -65,6 +68,8 @@ def confined(folder: Path, name: str) -> Path:
 
     Links may lead out of a snapshot of the hub's cache into its `blobs`, and nowhere else.
     """
+    if not files.is_utf8(name):
+        raise SpqtError(f"{folder / INDEX} names {name!a}, which is no text", AGAIN)
     pure = PurePosixPath(name)
     if pure.is_absolute() or ".." in pure.parts or "\\" in name or "\0" in name or not pure.parts:
         raise SpqtError(f"{folder / INDEX} names {name!r}, outside the model", "don't trust this model")

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import filelock
 
-from spqt_cli.errors import BusyError, ResourceError
+from spqt_cli.errors import BusyError, ResourceError, SpqtError
 
 FULL = {errno.ENOSPC, errno.EDQUOT}
 DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
@@ -38,6 +38,15 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise ResourceError(f"writing {path} failed: {error}", "check the disk, then run again") from None
 
 
+def is_utf8(path: Path | str) -> bool:
+    """False for a name that can't be passed to MLX, which takes UTF-8 alone."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def check_target(output: Path, source: Path | None = None) -> None:
     """Refuse a target that holds anything, is a link or is the source; an empty folder will do."""
     if output.is_symlink():
@@ -51,6 +60,8 @@ def check_target(output: Path, source: Path | None = None) -> None:
             raise BusyError(f"{output} exists and is not empty", "delete it or choose another -o")
     elif output.exists():
         raise BusyError(f"{output} exists and is no folder", "delete it or choose another -o")
+    if not is_utf8(output):
+        raise ResourceError(f"{str(output)!a} is not UTF-8", "choose another -o")
     if not output.name or len(os.fsencode(output.name)) > LONGEST_NAME:
         raise ResourceError(f"{output} can't name a folder here", f"use at most {LONGEST_NAME} bytes")
 
@@ -113,8 +124,12 @@ def write_text(path: Path, text: str) -> None:
 
 def copy(source: Path, target: Path) -> None:
     """Copy a small file's bytes; owner, times and mode stay behind, so that runs are byte-equal."""
-    with disk_errors(target):
-        shutil.copyfile(source, target)
+    try:
+        reader = source.open("rb")
+    except OSError as error:
+        raise SpqtError(f"{source} can't be read: {error.strerror}", "check its permissions") from None
+    with reader, disk_errors(target), target.open("wb") as writer:
+        shutil.copyfileobj(reader, writer)
 
 
 def sync(path: Path) -> None:

@@ -34,6 +34,8 @@ CURVE_SPARSITIES = tuple(i / 50 for i in range(50))
 def read_config(folder: Path) -> dict[str, Any]:
     """The parsed `config.json` of a model folder, Zigzag or not."""
     path = folder / CONFIG
+    if path.exists() and not path.is_file():  # reading a pipe would wait for ever
+        raise SpqtError(f"{path} is no file", "download or convert the model again")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -147,7 +149,7 @@ def write_config(folder: Path, config: dict[str, Any]) -> None:
     """
     if "quantization" in config:
         config["quantization_config"] = config["quantization"]
-    text = json.dumps(config, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
+    text = json.dumps(config, indent=1, sort_keys=True) + "\n"
     handle, temporary = tempfile.mkstemp(dir=folder, prefix=".config-")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:

@@ -43,7 +43,7 @@ def build(checkpoint: Checkpoint) -> nn.Module:
         )
     try:
         return model_class(args_class.from_dict(config))
-    except (LookupError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
+    except (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, AssertionError) as error:
         raise SpqtError(
             f"{checkpoint.name}: config.json does not describe a {config['model_type']} model ({error!r})",
             checks.AGAIN,
@@ -59,7 +59,7 @@ def _sanitized(checkpoint: Checkpoint) -> tuple[nn.Module, dict[str, mx.array], 
     if hasattr(model, "sanitize"):
         try:
             weights = model.sanitize(weights)
-        except (KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
+        except (LookupError, ValueError, TypeError, AttributeError, AssertionError) as error:
             raise SpqtError(
                 f"{checkpoint.name}: its tensors are not those of a {checkpoint.config['model_type']} model"
                 f" ({error!r})",

@@ -25,7 +25,7 @@ def load(checkpoint: Checkpoint) -> tuple[nn.Module, dict[str, mx.array]]:
         folder = _view(checkpoint, Path(temporary))
         try:
             model, _ = load_model(folder, lazy=True)
-        except (LookupError, ValueError, TypeError, AttributeError, OSError) as error:
+        except (LookupError, ValueError, TypeError, AttributeError, AssertionError, OSError) as error:
             raise SpqtError(
                 f"{checkpoint.name}: mlx-lm can't load this quantized model ({error})", checks.AGAIN
             ) from None

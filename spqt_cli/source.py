@@ -14,7 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from spqt_cli import checks
+from spqt_cli import checks, files
 from spqt_cli.checks import Tensor
 from spqt_cli.errors import SpqtError, UnsupportedError, UsageError
 from spqt_cli.format import read_config
@@ -70,7 +70,7 @@ class Checkpoint:
     def files(self) -> list[Path]:
         """The files that hold the weights."""
         if self.gguf is not None:
-            return [self.folder / self.name]
+            return [self.gguf.path]
         return [self.folder / name for name in sorted({t.shard for t in self.tensors.values()})]
 
     def weights(self) -> dict[str, mx.array]:
@@ -141,6 +141,8 @@ def open_source(source: str, revision: str | None, trust: Trust, *, headers_only
     headers_only: of a hub id, fetch no weights; its tensors can then be planned but not read.
     """
     path = Path(source).expanduser()
+    if not files.is_utf8(path):
+        raise SpqtError(f"{source!a} is not UTF-8", "rename it")
     if path.exists() or not HUB_ID.fullmatch(source) or source.endswith(".gguf"):
         if revision is not None:
             raise UsageError(f"--revision is for hub ids, and {source} is a path", "leave --revision out")
@@ -270,7 +272,7 @@ def _check_tokenizer(folder: Path, trust: Trust) -> None:
     """Refuse a missing or damaged tokenizer before any work."""
     if not any(path.match(pattern) for path in folder.iterdir() for pattern in TOKENIZER):
         raise SpqtError(f"{folder} has no tokenizer", "download its tokenizer files too")
-    if (folder / "tokenizer.json").exists():
+    if (folder / "tokenizer.json").is_file():
         from tokenizers import Tokenizer
 
         try:
@@ -278,7 +280,7 @@ def _check_tokenizer(folder: Path, trust: Trust) -> None:
         except Exception as error:  # the library raises bare Exception
             raise SpqtError(f"{folder / 'tokenizer.json'} can't be read: {error}", checks.AGAIN) from None
     settings = folder / "tokenizer_config.json"
-    if settings.exists() and checks.read_json(settings).get("auto_map") and not trust.remote_code:
+    if settings.is_file() and checks.read_json(settings).get("auto_map") and not trust.remote_code:
         raise UnsupportedError(
             f"{settings} brings its own code (auto_map)",
             "spqt never runs it; --trust-remote-code goes on without it",

@@ -1,6 +1,7 @@
 """What may be converted at all: paths, architectures, custom code, tokenizers."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 
 from spqt_cli import convert, format, source
 from spqt_cli.convert import ConvertOptions
-from spqt_cli.errors import SpqtError, UnsupportedError, UsageError
+from spqt_cli.errors import ResourceError, SpqtError, UnsupportedError, UsageError
 from tests.conftest import tiny_checkpoint
 from tests.converting import OPTIONS, config_of, run
 
@@ -153,3 +154,47 @@ def test_card_keeps_the_licence(tmp_path: Path) -> None:
     card = run(folder, tmp_path / "b")["README.md"].decode()
     assert 'license: "apache-2.0"' in card
     assert 'language: ["en", "de"]' in card
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "model.safetensors.index.json"])
+def test_pipe_in_place_of_a_file_is_not_waited_for(tmp_path: Path, name: str) -> None:
+    folder = tiny_checkpoint(tmp_path / "m")
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    if name.endswith("index.json"):
+        opened(folder)  # not a file, so there is no index
+    else:
+        assert name in refusal(folder).cause
+
+
+def test_names_that_are_not_utf8(tmp_path: Path) -> None:
+    folder = tiny_checkpoint(tmp_path / "m")
+    odd = os.fsdecode(os.fsencode(tmp_path) + b"/\xff")
+    os.rename(folder, odd)
+    assert "not UTF-8" in refusal(odd).cause
+    os.rename(odd, folder)
+    with pytest.raises(ResourceError, match="not UTF-8"):
+        run(folder, Path(odd))
+    (folder / format.INDEX).write_text('{"weight_map": {"a": "\\ud800.safetensors"}}')
+    assert "no text" in refusal(folder).cause
+
+
+def test_texts_of_a_config_need_not_be_valid(tmp_path: Path) -> None:
+    folder = tiny_checkpoint(tmp_path / "m")
+    config_of(folder, note="\ud800", other="é")
+    assert json.loads(run(folder, tmp_path / "out")["config.json"])["other"] == "é"
+
+
+def test_unreadable_tokenizer_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tiny_checkpoint(tmp_path / "m")
+    (folder / "LICENSE").touch()
+    opening = Path.open
+
+    def refusing(self: Path, *args: Any, **kw: Any) -> Any:
+        if self == folder / "LICENSE":  # root may read anything, so pretend
+            raise PermissionError(13, "Permission denied")
+        return opening(self, *args, **kw)
+
+    monkeypatch.setattr(Path, "open", refusing)
+    with pytest.raises(SpqtError, match="LICENSE can't be read"):
+        run(folder, tmp_path / "out")
