@@ -1,6 +1,7 @@
 // Checks shared by the primitives, made when the graph is built, so that they may raise.
 #pragma once
 
+#include <optional>
 #include <stdexcept>
 #include <string>
 
@@ -11,6 +12,8 @@
 #include "mlx/utils.h"
 
 namespace spqt {
+
+constexpr int MAX_ROW_GROUPS = 4096;  // of MLX's own layout: a row of up to 131,072 inputs
 
 inline mlx::core::Stream cpu_stream() { return mlx::core::to_stream({}, mlx::core::Device::cpu); }
 
@@ -28,10 +31,66 @@ inline void require(bool met, const std::string& what) {
   if (!met) throw std::invalid_argument("[spqt] " + what);
 }
 
-// Evaluated arrays that lie in order are passed on as they are: a node in the graph costs microseconds.
-inline mlx::core::array in_order(const mlx::core::array& a, mlx::core::Stream s) {
-  if (a.is_available() && a.flags().row_contiguous) return a;
-  return mlx::core::contiguous(a, false, s);
+inline void require_format(const mlx::core::array& weight, int ndim, int bits, int group_size) {
+  require((int)weight.ndim() == ndim && weight.dtype() == mlx::core::uint32,
+          "weight must be " + std::to_string(ndim) + "-D and uint32.");
+  require(bits >= 2 && bits <= 8 && bits != 7, "bits must be 2, 3, 4, 5, 6 or 8.");
+  require(group_size == 32 || group_size == 64 || group_size == 128, "group_size must be 32, 64 or 128.");
+  require(weight.shape(-1) > 0 && (int64_t)weight.shape(-1) * 32 % (bits * group_size) == 0,
+          "a row of the weight is not a whole number of groups.");
 }
+
+inline void require_scales(
+    const mlx::core::array& scales,
+    const mlx::core::array& biases,
+    const mlx::core::Shape& shape) {
+  require(scales.shape() == shape && biases.shape() == shape && is_floating(scales) &&
+              biases.dtype() == scales.dtype(),
+          "scales and biases must be of the weight's groups and of one floating type.");
+}
+
+inline void require_bias(const std::optional<mlx::core::array>& bias, int outputs) {
+  require(!bias || (is_floating(*bias) && bias->size() == (size_t)outputs), "bias must be (outputs,).");
+}
+
+// weight (bands, inputs, words), scales and biases (bands, inputs, groups)
+inline void require_zigzag(
+    const mlx::core::array& weight,
+    const mlx::core::array& scales,
+    const mlx::core::array& biases,
+    const std::optional<mlx::core::array>& bias,
+    int inputs,
+    int outputs,
+    int bits,
+    int group_size) {
+  require_format(weight, 3, bits, group_size);
+  require(weight.shape(1) == inputs, "x has " + std::to_string(inputs) + " channels, the weight " +
+                                         std::to_string(weight.shape(1)) + ".");
+  const int64_t bands = weight.shape(0), band = (int64_t)weight.shape(2) * 32 / bits;
+  require_scales(scales, biases, {(int)bands, inputs, (int)(band / group_size)});
+  require(outputs > (bands - 1) * band && outputs <= bands * band && outputs > 0, "outputs do not fit the bands.");
+  require_bias(bias, outputs);
+}
+
+// weight (outputs, words), scales and biases (outputs, groups)
+inline void require_rows(
+    const mlx::core::array& weight,
+    const mlx::core::array& scales,
+    const mlx::core::array& biases,
+    const std::optional<mlx::core::array>& bias,
+    int inputs,
+    int bits,
+    int group_size) {
+  require_format(weight, 2, bits, group_size);
+  require((int64_t)weight.shape(1) * 32 / bits == inputs,
+          "x has " + std::to_string(inputs) + " channels, which the weight's rows do not hold.");
+  require(inputs / group_size <= MAX_ROW_GROUPS, "the rows are too long.");
+  require_scales(scales, biases, {weight.shape(0), inputs / group_size});
+  require_bias(bias, weight.shape(0));
+}
+
+// `a` itself where its values lie in order (with `axes` 1: where those of its last axis do), else a copy
+// made on the stream. For use in eval_cpu: a node in the graph for it would cost microseconds a call.
+mlx::core::array in_order(const mlx::core::array& a, mlx::core::Stream s, int axes = 0);
 
 }  // namespace spqt

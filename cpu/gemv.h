@@ -138,12 +138,15 @@ SPQT_INLINE void finish_column(const Tile& tile, const float* partials, int stri
 template <Type T>
 static void put_outputs(const Output& out, int first, int count, const float* y) {
   for (int i = 0; i < count; ++i) {
-    float value = y[i];
-    if (out.bias && out.bias_type == FLOAT32) value += element<FLOAT32>(out.bias, first + i);
-    if (out.bias && out.bias_type == FLOAT16) value += element<FLOAT16>(out.bias, first + i);
-    if (out.bias && out.bias_type == BFLOAT16) value += element<BFLOAT16>(out.bias, first + i);
-    put<T>(out.y, first + i, value);
+    float bias = out.bias ? any_element(out.bias, out.bias_type, first + i) : 0;
+    put<T>(out.y, first + i, y[i] + bias);
   }
+}
+
+static void put_row(const Output& out, int first, int count, const float* y) {
+  if (out.type == FLOAT32) put_outputs<FLOAT32>(out, first, count, y);
+  if (out.type == FLOAT16) put_outputs<FLOAT16>(out, first, count, y);
+  if (out.type == BFLOAT16) put_outputs<BFLOAT16>(out, first, count, y);
 }
 
 template <int BITS>
@@ -159,10 +162,7 @@ static void finish_bits(const Tile& tile, const float* partials, int stripes, co
   float y[C::COLUMN];
   for (int first = 0; first < out.outputs; first += C::COLUMN) {
     finish_column<BITS>(tile, partials, stripes, first / C::COLUMN, bias_sums, y);
-    int count = min_of(C::COLUMN, out.outputs - first);
-    if (out.type == FLOAT32) put_outputs<FLOAT32>(out, first, count, y);
-    if (out.type == FLOAT16) put_outputs<FLOAT16>(out, first, count, y);
-    if (out.type == BFLOAT16) put_outputs<BFLOAT16>(out, first, count, y);
+    put_row(out, first, min_of(C::COLUMN, out.outputs - first), y);
   }
 }
 

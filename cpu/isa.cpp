@@ -12,6 +12,9 @@ namespace {
 #include "simd.h"
 #include "unpack.h"
 #include "gemv.h"
+#include "gemm.h"
+#include "rows.h"
+#include "decode.h"
 }  // namespace
 
 #define SPQT_STRING_OF(name) #name
@@ -20,4 +23,5 @@ namespace {
 #define SPQT_JOIN(a, b) SPQT_JOIN_OF(a, b)
 
 extern const Kernels SPQT_JOIN(kernels_, SPQT_ISA);
-const Kernels SPQT_JOIN(kernels_, SPQT_ISA) = {SPQT_STRING(SPQT_ISA), collect, gemv, finish};
+const Kernels SPQT_JOIN(kernels_, SPQT_ISA) = {SPQT_STRING(SPQT_ISA), collect, gemv, finish, gemm, prepare, rows, rms_norm, rope,
+    attend_few, attend_many};

@@ -56,6 +56,71 @@ constexpr size_t partial_size(int groups, int group_size) {
   return partial_sums(groups, group_size) + ((size_t)groups + PADDING - 1) / PADDING * PADDING;
 }
 
+constexpr int GEMM_OUTPUTS = 64;    // of one panel of weights made float
+constexpr int GEMM_INPUTS = 256;    // of one panel: 64 KB, in L2
+constexpr int GEMM_ROWS = 256;      // of one task, enough to make unpacking cheap
+
+// A block of y = x @ W.T: `rows` rows of x by `outputs` (at most GEMM_OUTPUTS) outputs.
+struct Gemm {
+  const float* x;      // the first row; rows lie x_stride floats apart
+  int64_t x_stride;
+  int rows, inputs;
+  Tile weights;        // of the whole band (or matrix); `groups` is not read
+  int first;           // first output of the block within `weights`, a multiple of 32
+  bool along_inputs;   // groups lie along the inputs, as MLX stores its own matrices
+  Output out;          // of the first row
+  int64_t y_stride;    // elements
+};
+
+// Some rows of a matrix in MLX's own layout, times one prepared x.
+struct Rows {
+  Tile weights;             // of row 0; strides are from row to row; `groups` is not read
+  int inputs, first, count;
+  const float* prepared;    // as `prepare` left it
+  const float* group_sums;  // (inputs / group_size,)
+  Output out;               // of row 0
+};
+
+// Floats that `prepare` may fill.
+constexpr size_t prepared_size(int inputs) { return ((size_t)inputs + 255) / 256 * 256; }
+
+// Some rows of RMS normalization: y = x / sqrt(mean(x^2) + eps) * weight.
+struct Norm {
+  const float* x;
+  const float* weight;  // (width,) or nullptr
+  float* y;
+  int rows, width;
+  float eps;
+};
+
+// Rotary positions of one sequence of one head.
+struct Rope {
+  const float* x;
+  float* y;
+  int64_t x_stride, y_stride;  // from position to position
+  const float* table;          // per position: `half` cosines, then `half` sines
+  int positions, half, width;  // values past 2 * half pass through
+  bool traditional;            // pairs are neighbours, else half a head apart
+};
+
+// Attention of some query rows of one head (or of several that share their keys) to `keys` positions.
+struct Attend {
+  const float *q, *k, *v;
+  int64_t q_stride, k_stride, v_stride;  // from row to row
+  int rows, keys, width;                 // width: a multiple of 16, at most ATTEND_WIDTH
+  float scale;
+  int visible;      // keys that the first row sees; each row after it sees `visible_step` more
+  int visible_step;
+  float* y;         // (rows, width)
+  int64_t y_stride;
+  float *top, *sum;  // (rows,): the largest score, and the sum of exp(score - top)
+};
+constexpr int ATTEND_WIDTH = 256;
+constexpr int ATTEND_KEYS = 64;   // of one panel
+constexpr int ATTEND_ROWS = 96;   // at most in one task
+constexpr int SPLIT_KEYS = 128;   // keys of one task when there is one row a head
+constexpr size_t WORK = 65536;    // floats of a thread's scratch: the most that gemm and attend need
+
 struct Kernels {
   const char* name;
   // Lists the active channels; returns their number. channel, x: room for `inputs`.
@@ -64,6 +129,18 @@ struct Kernels {
   void (*gemv)(const Tile&, const Active&, float* partial);
   // y from `stripes` partial results that lie partial_size apart.
   void (*finish)(const Tile&, const float* partials, int stripes, const Output&);
+  // work: WORK floats, here and below
+  void (*gemm)(const Gemm&, float* work);
+  // x in the order in which `rows` unpacks codes, and its sums by group.
+  void (*prepare)(const Input&, int bits, int group_size, float* prepared, float* group_sums);
+  // scales: room for one row's, and PADDING more
+  void (*rows)(const Rows&, float* scales);
+  void (*rms_norm)(const Norm&);
+  void (*rope)(const Rope&);
+  // Few rows that see every key (at most SPLIT_KEYS): y is not divided by `sum`, so that parts can be joined.
+  void (*attend_few)(const Attend&, float* work);
+  // Up to ATTEND_ROWS rows: y is the finished result.
+  void (*attend_many)(const Attend&, float* work);
 };
 
 // The best table for this machine, or the one chosen by use_isa.

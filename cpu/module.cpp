@@ -6,8 +6,10 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include "dense.h"
 #include "kernels.h"
 #include "mlx/version.h"
+#include "ops.h"
 #include "pool.h"
 #include "zigzag.h"
 
@@ -19,6 +21,14 @@ NB_MODULE(_cpu, m) {
         std::to_string(MLX_VERSION_PATCH);
   });
   m.def("sparse_gemv", &spqt::sparse_gemv);
+  m.def("zigzag_matmul", &spqt::zigzag_matmul, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(),
+        nb::arg(), nb::arg());
+  m.def("row_matmul", &spqt::row_matmul, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(),
+        nb::arg());
+  m.def("rms_norm", &spqt::rms_norm, nb::arg(), nb::arg().none(), nb::arg());
+  m.def("rope", &spqt::rope, nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(),
+        nb::arg().none());
+  m.def("attention", &spqt::attention);
   m.def("set_threads", &set_threads);
   m.def("threads", &threads);
   m.def("isa", [] { return kernels().name; });

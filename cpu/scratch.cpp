@@ -1,5 +1,7 @@
 #include "scratch.h"
 
+#include "kernels.h"
+
 #include <map>
 #include <mutex>
 
@@ -17,4 +19,9 @@ std::shared_ptr<float[]> scratch(int stream, size_t floats) {
     block.size = floats;
   }
   return block.data;
+}
+
+float* thread_work() {
+  alignas(64) static thread_local float work[WORK];
+  return work;
 }

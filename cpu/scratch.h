@@ -7,3 +7,6 @@
 // At least `floats` floats for a job of the stream: jobs of one stream run one after another, so they share.
 // Asked for when the graph is evaluated, where running out of memory may still raise.
 std::shared_ptr<float[]> scratch(int stream, size_t floats);
+
+// The calling thread's own floats, kernels.h says how many.
+float* thread_work();

@@ -34,9 +34,7 @@ SPQT_INLINE void store(void* p, V v) {
 }
 
 SPQT_INLINE vf splat(float x) {
-  vf v;
-  for (int l = 0; l < LANES; ++l) v[l] = x;
-  return v;
+  return x - vf{};  // exact, so the subtraction is folded away: one broadcast
 }
 SPQT_INLINE vf to_float(vu v) { return __builtin_convertvector((vi)v, vf); }
 
@@ -51,13 +49,18 @@ SPQT_INLINE V permute(V v) {
 #endif
 }
 
-SPQT_INLINE float add_lanes(vf v) {
-  float lanes[LANES];
-  store(lanes, v);
-  for (int width = LANES / 2; width > 0; width /= 2)
-    for (int l = 0; l < width; ++l) lanes[l] += lanes[l + width];
-  return lanes[0];
+template <int STEP, int... I>
+SPQT_INLINE vf rotate_lanes(vf v, std::integer_sequence<int, I...>) {
+  return permute<vf, ((I + STEP) % LANES)...>(v);
 }
+
+template <int STEP>
+SPQT_INLINE vf fold_add(vf v) {
+  if constexpr (STEP == 0) return v;
+  else return fold_add<STEP / 2>(v + rotate_lanes<STEP>(v, std::make_integer_sequence<int, LANES>()));
+}
+
+SPQT_INLINE float add_lanes(vf v) { return fold_add<LANES / 2>(v)[0]; }
 
 // Words 0 .. n-1 at p, zeros above; n < LANES. Reads nothing past word n-1.
 SPQT_INLINE vu load_words(const uint8_t* p, int n) {
@@ -139,6 +142,11 @@ SPQT_INLINE float element(const void* p, int64_t i) {
   float magnitude = bits_float((raw & 0x7fffu) << 13) * 0x1p112f;
   uint32_t special = (raw & 0x7c00u) == 0x7c00u ? 0x7f800000u : 0;
   return bits_float(float_bits(magnitude) | special | (raw & 0x8000u) << 16);
+}
+
+SPQT_INLINE float any_element(const void* p, Type type, int64_t i) {
+  if (type == FLOAT16) return element<FLOAT16>(p, i);
+  return type == BFLOAT16 ? element<BFLOAT16>(p, i) : element<FLOAT32>(p, i);
 }
 
 // IEEE half, rounded to nearest even

@@ -26,6 +26,7 @@ struct WordCodec {
   static constexpr int PASSES = 4 / BITS;  // eight codes of each word a pass
   static constexpr int COLUMN = LANES * 32 / BITS;
   static constexpr int COLUMN_BYTES = LANES * 4;
+  static constexpr int SHARED = VECTORS;  // vectors whose lanes have the same groups
   static constexpr int PER_HALF = min_of(VECTORS, 16 / BITS);  // codes in half a word
 
   static constexpr int index(int pass, int v, int lane) { return lane * (32 / BITS) + pass * VECTORS + v; }
@@ -81,6 +82,7 @@ struct ByteCodec {
   static constexpr int COLUMN = LANES * VECTORS;
   static constexpr int COLUMN_BYTES = LANES * BITS;
   static constexpr int PER_UNIT = 32 / LANES;  // vectors
+  static constexpr int SHARED = PER_UNIT;
   static constexpr int WINDOW = 8;             // bytes that eight codes lie in, kept inside the unit
 
   static constexpr int index(int, int v, int lane) { return v * LANES + lane; }
@@ -97,10 +99,11 @@ struct ByteCodec {
   template <int V, int... BYTE, int... LANE>
   SPQT_INLINE vf unpack_vector(const uint8_t* unit, std::integer_sequence<int, BYTE...>,
                                       std::integer_sequence<int, LANE...>) {
-    uint64_t low = load<uint64_t>(unit + start(V, 0)), high = low;
-    if constexpr (LANES == 16) high = load<uint64_t>(unit + start(V, LANES - 1));
-    vq window;
-    for (int q = 0; q < LANES / 2; ++q) window[q] = q % 2 ? high : low;
+    vq window = load<uint64_t>(unit + start(V, 0)) - vq{};
+    if constexpr (LANES == 16) {
+      uint64_t high = load<uint64_t>(unit + start(V, LANES - 1));
+      for (int q = 1; q < LANES / 2; q += 2) window[q] = high;
+    }
     vu codes = (vu)permute<vbytes, source(V, BYTE)...>((vbytes)window);
     constexpr uint32_t MASK = (1u << BITS) - 1;
     return to_float(codes & (vu){(MASK << shift(0, V, LANE))...});

@@ -108,7 +108,9 @@ class SparseGemv : public mx::Primitive {
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
     auto& encoder = mx::cpu::get_command_encoder(stream());
     for (auto& output : outputs) output.set_data(mx::allocator::malloc(output.nbytes()));
-    encoder.dispatch([job = plan(inputs, outputs)]() { run_job(*job); });
+    std::vector<mx::array> in{inputs[0]};  // collected by its stride
+    for (size_t i = 1; i < inputs.size(); ++i) in.push_back(in_order(inputs[i], stream()));
+    encoder.dispatch([job = plan(in, outputs)]() { run_job(*job); });
   }
 
   void eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) override {
@@ -189,28 +191,6 @@ std::shared_ptr<Job> SparseGemv::plan(const std::vector<mx::array>& in, std::vec
   return job;
 }
 
-void check(const Projection& projection, int inputs) {
-  const auto& [weight, scales, biases, threshold, bias, outputs, bits, group_size] = projection;
-  require(weight.ndim() == 3 && weight.dtype() == mx::uint32, "weight must be 3-D and uint32.");
-  require(bits >= 2 && bits <= 8 && bits != 7, "bits must be 2, 3, 4, 5, 6 or 8.");
-  require(group_size == 32 || group_size == 64 || group_size == 128, "group_size must be 32, 64 or 128.");
-  require(weight.shape(1) == inputs, "x has " + std::to_string(inputs) + " channels, the weight " +
-                                         std::to_string(weight.shape(1)) + ".");
-  mx::Shape groups{weight.shape(0), inputs, weight.shape(2) * 32 / bits / group_size};
-  require(groups[2] > 0 && groups[2] * group_size * bits == weight.shape(2) * 32,
-          "the band is not a whole number of groups.");
-  require(scales.shape() == groups && biases.shape() == groups && is_floating(scales) &&
-              biases.dtype() == scales.dtype(),
-          "scales and biases must be (bands, inputs, groups) and of one floating type.");
-  require(outputs > 0 && outputs <= groups[0] * groups[2] * group_size &&
-              outputs > (groups[0] - 1) * groups[2] * group_size,
-          "outputs do not fit the bands.");
-  require(!threshold || (threshold->dtype() == mx::float32 &&
-                         (threshold->size() == 1 || threshold->size() == (size_t)inputs)),
-          "threshold must be float32, (1,) or (inputs,).");
-  require(!bias || (is_floating(*bias) && bias->size() == (size_t)outputs), "bias must be (outputs,).");
-}
-
 }  // namespace
 
 std::pair<std::vector<mx::array>, mx::array> sparse_gemv(
@@ -225,11 +205,14 @@ std::pair<std::vector<mx::array>, mx::array> sparse_gemv(
   std::vector<Shape> shapes;
   std::vector<mx::Shape> out_shapes;
   for (const Projection& projection : projections) {
-    check(projection, inputs);
     const auto& [weight, scales, biases, threshold, bias, outputs, bits, group_size] = projection;
-    in.insert(in.end(), {in_order(weight, stream), in_order(scales, stream), in_order(biases, stream)});
-    if (threshold) in.push_back(in_order(*threshold, stream));
-    if (bias) in.push_back(in_order(*bias, stream));
+    require_zigzag(weight, scales, biases, bias, inputs, outputs, bits, group_size);
+    require(!threshold || (threshold->dtype() == mx::float32 &&
+                           (threshold->size() == 1 || threshold->size() == (size_t)inputs)),
+            "threshold must be float32, (1,) or (inputs,).");
+    in.insert(in.end(), {weight, scales, biases});
+    if (threshold) in.push_back(*threshold);
+    if (bias) in.push_back(*bias);
     shapes.push_back({outputs, bits, group_size, threshold.has_value(), bias.has_value()});
     mx::Shape shape = x.shape();
     shape.back() = outputs;

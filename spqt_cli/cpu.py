@@ -14,7 +14,6 @@ from typing import Any
 import mlx.core as mx
 import psutil
 
-from spqt_cli import stock
 from spqt_cli.errors import UsageError
 
 _REINSTALL = "reinstall spqt (`pip install --force-reinstall --no-deps .`)"
@@ -42,7 +41,56 @@ def matmul(x: mx.array, layer: Any) -> mx.array:
     """x @ W.T + bias, all channels used: x (..., inputs) -> (..., outputs); lazy."""
     if x.size == x.shape[-1]:
         return _native().sparse_gemv(x, [_packed(layer, None)])[0][0]
-    return stock.matmul(x, layer)
+    weight, scales, biases, _, bias, *form = _packed(layer, None)
+    return _native().zigzag_matmul(x, weight, scales, biases, bias, *form)
+
+
+def head_matmul(
+    x: mx.array, weight: mx.array, scales: mx.array, biases: mx.array, bits: int, group_size: int
+) -> mx.array:
+    """x @ W.T for a matrix in MLX's own layout: a head, a tied embedding, a skipped layer; lazy.
+
+    x: (..., inputs); weight: (outputs, inputs * bits / 32) uint32; scales, biases: (outputs, inputs /
+    group_size). Returns (..., outputs) in x's dtype.
+    """
+    return _native().row_matmul(x, weight, scales, biases, None, bits, group_size)
+
+
+def rms_norm(x: mx.array, weight: mx.array | None, eps: float) -> mx.array:
+    """x / sqrt(mean(x**2) + eps) * weight over the last axis; float32, lazy."""
+    return _native().rms_norm(x, weight, eps)
+
+
+def rope(  # noqa: PLR0913 - the settings of mx.fast.rope
+    x: mx.array,
+    dims: int,
+    *,
+    traditional: bool,
+    base: float | None,
+    scale: float,
+    offset: int,
+    freqs: mx.array | None = None,
+) -> mx.array:
+    """x (batch, heads, positions, width), float32, turned by its positions as `mx.fast.rope` does; lazy."""
+    if freqs is not None:
+        mx.eval(freqs)
+    return _native().rope(x, dims, traditional, base, scale, offset, freqs)
+
+
+def attends(q: mx.array, k: mx.array, v: mx.array) -> bool:
+    """Whether `attention` covers these shapes: 4-D, equally wide heads, a multiple of 16 up to 256."""
+    if not (q.ndim == k.ndim == 4 and k.shape == v.shape and k.size > 0 and q.shape[2] <= k.shape[2]):
+        return False
+    width = q.shape[3]
+    return k.shape[3] == width and width % 16 == 0 and width <= 256
+
+
+def attention(q: mx.array, k: mx.array, v: mx.array, *, scale: float, causal: bool) -> mx.array:
+    """softmax(q @ k.T * scale) @ v, float32, lazy; causal: row i sees all but the last rows - 1 - i keys.
+
+    q: (batch, heads, rows, width); k, v: (batch, key heads, keys, width), key heads divide heads.
+    """
+    return _native().attention(q, k, v, scale, causal)
 
 
 def threads() -> int:

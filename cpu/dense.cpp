@@ -1,0 +1,186 @@
+#include "dense.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "check.h"
+#include "mlx/allocator.h"
+#include "mlx/backend/cpu/encoder.h"
+#include "native.h"
+#include "pool.h"
+#include "scratch.h"
+
+namespace spqt {
+namespace mx = mlx::core;
+namespace {
+
+constexpr size_t ROW_TASK_BYTES = 64 * 1024;  // of weights: small enough to share out evenly
+
+struct GemmJob {
+  std::vector<Gemm> tasks;
+};
+
+struct RowJob {
+  std::shared_ptr<float[]> memory;
+  Input input;
+  Rows rows;  // of the whole matrix
+  int rows_per_task, tasks;
+};
+
+void run_gemm(void* context, int task) {
+  kernels().gemm(static_cast<GemmJob*>(context)->tasks[task], thread_work());
+}
+
+void run_rows(void* context, int task) {
+  static thread_local float scales[MAX_ROW_GROUPS + PADDING];
+  const RowJob& job = *static_cast<RowJob*>(context);
+  Rows part = job.rows;
+  part.first = task * job.rows_per_task;
+  part.count = std::min(job.rows_per_task, job.rows.count - part.first);
+  kernels().rows(part, scales);
+}
+
+class Dense : public Native {
+ public:
+  Dense(mx::Stream stream, Fallback fallback, int bits, int group_size, bool along_inputs)
+      : Native(stream, std::move(fallback)), bits_(bits), group_size_(group_size), along_inputs_(along_inputs) {}
+
+  // inputs: x (float32 unless it is one row and groups lie along it), weight, scales, biases, maybe bias
+  void eval_cpu(const Arrays& inputs, Arrays& outputs) override {
+    auto& encoder = mx::cpu::get_command_encoder(stream());
+    mx::array& out = outputs[0];
+    out.set_data(mx::allocator::malloc(out.nbytes()));
+    if (out.size() == 0) return;
+    Arrays in;
+    for (const mx::array& a : inputs) in.push_back(in_order(a, stream()));
+    if (along_inputs_ && in[0].size() == (size_t)in[0].shape(-1)) {
+      encoder.dispatch([job = plan_rows(in, out)]() {
+        kernels().prepare(job->input, job->rows.weights.bits, job->rows.weights.group_size,
+                          const_cast<float*>(job->rows.prepared), const_cast<float*>(job->rows.group_sums));
+        parallel(job->tasks, run_rows, job.get());
+      });
+    } else {
+      encoder.dispatch([job = plan_gemm(in, out)]() { parallel(job->tasks.size(), run_gemm, job.get()); });
+    }
+  }
+
+  const char* name() const override { return "SpqtDense"; }
+
+ private:
+  Tile weights(const std::vector<mx::array>& in, int band) {
+    const mx::array &w = in[1], &scales = in[2], &biases = in[3];
+    const size_t codes = (size_t)band * w.shape(-2) * w.shape(-1) * 4;
+    const size_t group = (size_t)band * scales.shape(-2) * scales.shape(-1) * scales.itemsize();
+    return {w.data<uint8_t>() + codes, (size_t)w.shape(-1) * 4, scales.data<uint8_t>() + group,
+            biases.data<uint8_t>() + group, (size_t)scales.shape(-1), type_of(scales), 0, group_size_, bits_};
+  }
+
+  static Output output(const std::vector<mx::array>& in, mx::array& out, size_t row, int first, int count) {
+    const mx::array* bias = in.size() > 4 ? &in[4] : nullptr;
+    return {out.data<uint8_t>() + (row * out.shape(-1) + first) * out.itemsize(), type_of(out), count,
+            bias ? bias->data<uint8_t>() + first * bias->itemsize() : nullptr,
+            bias ? type_of(*bias) : FLOAT32};
+  }
+
+  std::shared_ptr<GemmJob> plan_gemm(const Arrays& in, mx::array& out) {
+    const int inputs = in[0].shape(-1), outputs = out.shape(-1);
+    const int rows = in[0].size() / inputs;
+    const int band = along_inputs_ ? outputs : in[2].shape(2) * group_size_;
+    const int chunks = (rows + GEMM_ROWS - 1) / GEMM_ROWS;
+    const int chunk = std::min(((rows + chunks - 1) / chunks + 11) / 12 * 12, GEMM_ROWS);  // whole row tiles
+    auto job = std::make_shared<GemmJob>();
+    for (int start = 0; start < outputs; start += band)
+      for (int first = 0; first < std::min(band, outputs - start); first += GEMM_OUTPUTS)
+        for (int row = 0; row < rows; row += chunk) {
+          int count = std::min({GEMM_OUTPUTS, band - first, outputs - start - first});
+          job->tasks.push_back({in[0].data<float>() + (size_t)row * inputs, inputs, std::min(chunk, rows - row),
+                                inputs, weights(in, start / band), first, along_inputs_,
+                                output(in, out, row, start + first, count), outputs});
+        }
+    return job;
+  }
+
+  std::shared_ptr<RowJob> plan_rows(const Arrays& in, mx::array& out) {
+    const int inputs = in[0].shape(-1), outputs = out.shape(-1);
+    auto job = std::make_shared<RowJob>();
+    job->memory = scratch(stream().index, prepared_size(inputs) + inputs / group_size_);
+    float* prepared = job->memory.get();
+    job->input = {in[0].data<void>(), type_of(in[0]), in[0].strides(-1), inputs, nullptr, 0};
+    job->rows = {weights(in, 0), inputs, 0, outputs, prepared, prepared + prepared_size(inputs),
+                 output(in, out, 0, 0, outputs)};
+    job->rows_per_task = std::max<int>(1, ROW_TASK_BYTES / job->rows.weights.code_stride);
+    job->tasks = (outputs + job->rows_per_task - 1) / job->rows_per_task;
+    return job;
+  }
+
+  int bits_, group_size_;
+  bool along_inputs_;
+};
+
+mx::array add_bias(const mx::array& y, const Native::Arrays& in, mx::Stream s) {
+  return in.size() > 4 ? mx::add(y, in[4], s) : y;
+}
+
+// MLX's own way to the same product
+Native::Fallback zigzag_fallback(int outputs, int bits, int group_size, mx::Stream s) {
+  return [=](const Native::Arrays& in) -> Native::Arrays {
+    auto rows = mx::reshape(in[0], {1, -1, in[0].shape(-1)}, s);
+    auto y = mx::quantized_matmul(rows, in[1], in[2], in[3], false, group_size, bits, "affine", s);
+    y = mx::reshape(mx::swapaxes(y, 0, 1, s), {rows.shape(1), -1}, s);
+    auto shape = in[0].shape();
+    shape.back() = outputs;
+    y = mx::slice(y, {0, 0}, {y.shape(0), outputs}, s);
+    return {add_bias(mx::reshape(y, shape, s), in, s)};
+  };
+}
+
+Native::Fallback row_fallback(int bits, int group_size, mx::Stream s) {
+  return [=](const Native::Arrays& in) -> Native::Arrays {
+    return {add_bias(mx::quantized_matmul(in[0], in[1], in[2], in[3], true, group_size, bits, "affine", s), in, s)};
+  };
+}
+
+}  // namespace
+
+mx::array zigzag_matmul(
+    const mx::array& x,
+    const mx::array& weight,
+    const mx::array& scales,
+    const mx::array& biases,
+    const std::optional<mx::array>& bias,
+    int outputs,
+    int bits,
+    int group_size) {
+  require(x.ndim() > 0 && is_floating(x), "x must be float32, float16 or bfloat16.");
+  require_zigzag(weight, scales, biases, bias, x.shape(-1), outputs, bits, group_size);
+  mx::Shape shape = x.shape();
+  shape.back() = outputs;
+  auto stream = cpu_stream();
+  auto dense = std::make_shared<Dense>(
+      stream, zigzag_fallback(outputs, bits, group_size, stream), bits, group_size, false);
+  Native::Arrays in{mx::astype(x, mx::float32, stream), weight, scales, biases};
+  if (bias) in.push_back(*bias);
+  return mx::array(std::move(shape), x.dtype(), std::move(dense), std::move(in));
+}
+
+mx::array row_matmul(
+    const mx::array& x,
+    const mx::array& weight,
+    const mx::array& scales,
+    const mx::array& biases,
+    const std::optional<mx::array>& bias,
+    int bits,
+    int group_size) {
+  require(x.ndim() > 0 && is_floating(x), "x must be float32, float16 or bfloat16.");
+  require_rows(weight, scales, biases, bias, x.shape(-1), bits, group_size);
+  mx::Shape shape = x.shape();
+  shape.back() = weight.shape(0);
+  auto stream = cpu_stream();
+  auto dense = std::make_shared<Dense>(stream, row_fallback(bits, group_size, stream), bits, group_size, true);
+  const bool one_row = x.size() == (size_t)x.shape(-1);
+  Native::Arrays in{one_row ? x : mx::astype(x, mx::float32, stream), weight, scales, biases};
+  if (bias) in.push_back(*bias);
+  return mx::array(std::move(shape), x.dtype(), std::move(dense), std::move(in));
+}
+
+}  // namespace spqt

@@ -1,0 +1,87 @@
+"""The CPU backend behind MLX's own names: `install` makes mlx-lm's models use it.
+
+Wraps `mx.fast`'s rms_norm, rope and scaled_dot_product_attention and the product of quantized layers.
+Float32 on the CPU device takes our ops where they cover the case; all else goes through to MLX unchanged.
+What leans on MLX's insides for the CPU's sake stands here.
+"""
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from spqt_cli import cpu
+
+_rms_norm = mx.fast.rms_norm
+_rope = mx.fast.rope
+_attention = mx.fast.scaled_dot_product_attention
+_as_linear = nn.QuantizedEmbedding.as_linear
+_quantized_linear = nn.QuantizedLinear.__call__
+
+
+def install() -> None:
+    """Put our ops behind MLX's names; doing it twice changes nothing. Needs a usable `cpu.status()`."""
+    mx.fast.rms_norm = rms_norm
+    mx.fast.rope = rope
+    mx.fast.scaled_dot_product_attention = attention
+    nn.QuantizedEmbedding.as_linear = as_linear  # type: ignore[method-assign]
+    nn.QuantizedLinear.__call__ = quantized_linear  # type: ignore[method-assign]
+
+
+def remove() -> None:
+    """Give MLX its own functions back."""
+    mx.fast.rms_norm = _rms_norm
+    mx.fast.rope = _rope
+    mx.fast.scaled_dot_product_attention = _attention
+    nn.QuantizedEmbedding.as_linear = _as_linear  # type: ignore[method-assign]
+    nn.QuantizedLinear.__call__ = _quantized_linear  # type: ignore[method-assign]
+
+
+def rms_norm(x: mx.array, weight: mx.array | None, eps: float, **kw: Any) -> mx.array:
+    """As `mx.fast.rms_norm`."""
+    if kw or not _ours(x) or (weight is not None and weight.dtype != mx.float32):
+        return _rms_norm(x, weight, eps, **kw)
+    return cpu.rms_norm(x, weight, eps)
+
+
+def rope(x: mx.array, dims: int, **kw: Any) -> mx.array:
+    """As `mx.fast.rope`; ours for whole-number offsets of 4-D input."""
+    if _ours(x) and x.ndim == 4 and isinstance(kw.get("offset"), int) and kw.get("stream") is None:
+        freqs = kw.get("freqs")
+        if freqs is None or freqs.dtype == mx.float32:
+            return cpu.rope(x, dims, **{name: value for name, value in kw.items() if name != "stream"})
+    return _rope(x, dims, **kw)
+
+
+def attention(q: mx.array, k: mx.array, v: mx.array, *, scale: float, **kw: Any) -> mx.array:
+    """As `mx.fast.scaled_dot_product_attention`; ours without a mask or with the causal one."""
+    mask = kw.get("mask")
+    plain = (mask is None or isinstance(mask, str)) and all(
+        value is None for name, value in kw.items() if name != "mask"
+    )
+    if plain and _ours(q) and k.dtype == v.dtype == mx.float32 and cpu.attends(q, k, v):
+        return cpu.attention(q, k, v, scale=scale, causal=mask is not None)
+    return _attention(q, k, v, scale=scale, **kw)
+
+
+def as_linear(self: nn.QuantizedEmbedding, x: mx.array) -> mx.array:
+    """As `nn.QuantizedEmbedding.as_linear`."""
+    if not (_ours(x) and _affine(self)):
+        return _as_linear(self, x)
+    return cpu.head_matmul(x, self["weight"], self["scales"], self["biases"], self.bits, self.group_size)
+
+
+def quantized_linear(self: nn.QuantizedLinear, x: mx.array) -> mx.array:
+    """As `nn.QuantizedLinear.__call__`, for layers in MLX's own layout."""
+    if not (_ours(x) and _affine(self)):
+        return _quantized_linear(self, x)
+    y = cpu.head_matmul(x, self["weight"], self["scales"], self["biases"], self.bits, self.group_size)
+    return y + self["bias"] if "bias" in self else y
+
+
+def _ours(x: mx.array) -> bool:
+    return x.dtype == mx.float32 and x.size > 0 and mx.default_device().type == mx.DeviceType.cpu
+
+
+def _affine(layer: Any) -> bool:
+    return layer.mode == "affine" and layer.get("biases") is not None
