@@ -158,6 +158,7 @@ def stock_twin(zigzag: nn.Module, config: dict[str, Any]) -> nn.Module:
     nn.quantize(twin, class_predicate=lambda path, _: settings.get(path, False))
     twin.load_weights([(name.removeprefix("."), array) for name, array in weights.items()])
     evaluate(twin)
+    check_unpatched(twin)
     return twin
 
 
@@ -174,6 +175,17 @@ def _row_grouped(path: str, layer: ZigzagLinear, dtype: mx.Dtype) -> dict[str, m
     if "bias" in layer:
         packed["bias"] = layer.bias
     return {f"{path}.{key}": array for key, array in packed.items()}
+
+
+def check_unpatched(model: nn.Module) -> None:
+    """Raise RuntimeError where code of ours would run in a stock model: it would be no baseline."""
+    owners = [(type(module), name) for module in model.modules() for name in ("__call__", "as_linear")]
+    owners += [(mx.fast, name) for name in ("rms_norm", "rope", "scaled_dot_product_attention")]
+    owners += [(mx, "quantized_matmul")]
+    for owner, name in owners:
+        found = getattr(owner, name, None)
+        if (getattr(found, "__module__", None) or "").startswith("spqt_cli"):
+            raise RuntimeError(f"{owner.__name__}.{name} is spqt's, so the stock model is not stock")
 
 
 def evaluate(model: nn.Module) -> None:
