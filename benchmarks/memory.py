@@ -1,6 +1,6 @@
 """Peak memory of `spqt convert` on synthetic checkpoints of 2 and 16 layers of one width.
 
-    python benchmarks/memory.py [--hidden 4096] [--layers 2 16] [--folder DIR] [--keep]
+    python benchmarks/memory.py [--hidden 4352] [--layers 2 16] [--folder DIR] [--keep]
 
 Each conversion runs in a process of its own; the figure is that process's peak resident set size. The
 rule: at most 300 MiB + 3 x the largest tensor, and less than 5 % growth from the first to the last
@@ -114,7 +114,7 @@ def measure(folder: Path, hidden: int, layers: int, keep: bool) -> dict[str, obj
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--hidden", type=int, default=4096, help="width; a multiple of 256")
+    parser.add_argument("--hidden", type=int, default=4352, help="width; a multiple of 256")
     parser.add_argument("--layers", type=int, nargs="+", default=[2, 16])
     parser.add_argument("--folder", type=Path, help="where the checkpoints go; default: a temporary folder")
     parser.add_argument("--keep", action="store_true", help="leave the checkpoints there")

@@ -5,6 +5,7 @@ MLX's own reader accepts overlapping, holed and wrapped files, so every shard is
 """
 
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -64,10 +65,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def confined(folder: Path, name: str) -> Path:
-    """The path of a shard that an index names, if it stays inside the model's folder.
-
-    Links may lead out of a snapshot of the hub's cache into its `blobs`, and nowhere else.
-    """
+    """The path of a shard that an index names, if it stays inside the model's folder."""
     if not files.is_utf8(name):
         raise SpqtError(f"{folder / INDEX} names {name!a}, which is no text", AGAIN)
     pure = PurePosixPath(name)
@@ -76,12 +74,19 @@ def confined(folder: Path, name: str) -> Path:
     if pure.suffix != ".safetensors":
         raise SpqtError(f"{folder / INDEX} names {name!r}, which is no .safetensors file", AGAIN)
     path = folder / name
-    real, roots = path.resolve(), [folder.resolve()]
-    if folder.parent.name == "snapshots":
-        roots.append((folder.parent.parent / "blobs").resolve())
-    if not any(real.is_relative_to(root) for root in roots):
+    if not is_own(folder, path):
         raise SpqtError(f"{path} is a link that leaves the model", "don't trust this model")
     return path
+
+
+def is_own(folder: Path, path: Path) -> bool:
+    """True if a path, its links followed, lies in the model's folder.
+
+    From a snapshot of the hub's cache links may also lead into its `blobs`.
+    """
+    roots = [folder] + ([folder.parent.parent / "blobs"] if folder.parent.name == "snapshots" else [])
+    real = Path(os.path.realpath(path))  # unlike resolve, it does not mind links that lead in a circle
+    return any(real.is_relative_to(os.path.realpath(root)) for root in roots)
 
 
 def shard_names(folder: Path) -> tuple[list[str], list[str]]:

@@ -84,7 +84,7 @@ def is_finite(array: mx.array) -> bool:
     integer, magnitude, exponent = EXPONENTS[array.dtype]
     bits = array.reshape(-1).view(integer)
     steps = range(0, bits.size, CHECKED_AT_ONCE)
-    return all((bits[i : i + CHECKED_AT_ONCE] & magnitude).max().item() < exponent for i in steps)
+    return all(bool(((bits[i : i + CHECKED_AT_ONCE] & magnitude).max() < exponent).item()) for i in steps)
 
 
 def raw(array: mx.array) -> memoryview:

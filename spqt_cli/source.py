@@ -117,7 +117,7 @@ class Checkpoint:
         if self.gguf is not None:
             return []
         found = {path for path in self.folder.iterdir() for pattern in KEPT if path.match(pattern)}
-        return sorted(path for path in found if path.is_file() and _is_own(self.folder, path))
+        return sorted(path for path in found if path.is_file() and checks.is_own(self.folder, path))
 
 
 def _stamp(path: Path) -> tuple[int, int, int]:
@@ -126,13 +126,6 @@ def _stamp(path: Path) -> tuple[int, int, int]:
     except OSError as error:
         raise SpqtError(f"{path} can't be read: {error.strerror}", "check the path") from None
     return status.st_size, status.st_mtime_ns, status.st_ino
-
-
-def _is_own(folder: Path, path: Path) -> bool:
-    roots = [folder.resolve()]
-    if folder.parent.name == "snapshots":
-        roots.append((folder.parent.parent / "blobs").resolve())
-    return any(path.resolve().is_relative_to(root) for root in roots)
 
 
 def open_source(source: str, revision: str | None, trust: Trust, *, headers_only: bool = False) -> Checkpoint:
