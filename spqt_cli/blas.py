@@ -29,23 +29,6 @@ def _host(a: mx.array) -> np.ndarray:
     return np.array(a.astype(mx.float32), copy=False)
 
 
-@mx.custom_function
-def _matmul(a: mx.array, b: mx.array) -> mx.array:
-    return mx.array(np.matmul(_host(a), _host(b)))
-
-
-def matmul(a: mx.array, b: mx.array) -> mx.array:
-    """a @ b, float32: a (..., m, k), b (..., k, n) with the same leading axes."""
-    result: mx.array = _matmul(a, b)  # type: ignore[assignment]
-    return result
-
-
-@_matmul.vjp
-def _matmul_vjp(primals: Any, cotangent: mx.array, _: mx.array) -> tuple[mx.array, mx.array]:
-    a, b = primals
-    return matmul(cotangent, b.swapaxes(-1, -2)), matmul(a.swapaxes(-1, -2), cotangent)
-
-
 def linear(x: mx.array, layer: ZigzagLinear) -> mx.array:
     """x @ W.T + bias of a Zigzag layer, no channel skipped: x (..., inputs) -> (..., outputs).
 
@@ -86,9 +69,18 @@ def _banded(rows: mx.array, layer: ZigzagLinear) -> mx.array:
 
 
 def _plain(x: mx.array, w: mx.array, bias: mx.array | None) -> mx.array:
-    """x @ w.T + bias, w (outputs, inputs): what a stock layer computes."""
-    rows = x.reshape(-1, x.shape[-1])
-    y = matmul(rows, w.T).reshape(*x.shape[:-1], w.shape[0]).astype(x.dtype)
+    """x @ w.T + bias, w (outputs, inputs): what a stock layer computes; differentiable in x alone."""
+
+    @mx.custom_function
+    def forward(rows: mx.array) -> mx.array:
+        return mx.array(_host(rows) @ _host(w).T)
+
+    @forward.vjp
+    def backward(_: mx.array, cotangent: mx.array, __: mx.array) -> mx.array:
+        return mx.array(_host(cotangent) @ _host(w))
+
+    product: mx.array = forward(x.reshape(-1, x.shape[-1]))  # type: ignore[assignment]
+    y = product.reshape(*x.shape[:-1], w.shape[0]).astype(x.dtype)
     return y if bias is None else y + bias
 
 

@@ -6,22 +6,22 @@ cut off leaves the model as it was, its progress in a file beside.
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import mlx.core as mx
 import numpy as np
 
 from spqt_cli import files, format, model, observe, texts, thresholds
-from spqt_cli.calibration import Calibration, LayerRow, print_table
+from spqt_cli.calibration import Calibration, LayerRow, Tried, print_table
 from spqt_cli.errors import SpqtError, UsageError
+from spqt_cli.format import CURVE_SPARSITIES
+from spqt_cli.methods import CANDIDATES, Search, steps
 from spqt_cli.progress import Progress
+from spqt_cli.workbench import FIRST_TOKENS, Workbench
 
 __all__ = ["CalibrateOptions", "Calibration", "LayerRow", "calibrate", "print_table", "remove"]
 
-METHODS = ("uniform",)
 MIN_WINDOW = 32
-FIRST_TOKENS = 8  # of each sequence, left out: the attention sink's huge values are no guide to the rest
 
 OnProgress = Callable[[float, float, str], None]
 
@@ -31,7 +31,7 @@ class CalibrateOptions:
     """sparsity: share to skip, None for the default of the model's size. data: a text file, None for
     the shipped one. tokens: of text run in all, a quarter of them held out to check the result.
     window: tokens per sequence, the first half a prompt. seed: picks the windows.
-    restart: drop an unfinished run's progress.
+    method: a key of methods.CANDIDATES. restart: drop an unfinished run's progress.
     """
 
     sparsity: float | None = None
@@ -39,7 +39,7 @@ class CalibrateOptions:
     tokens: int = 4096
     window: int = 512
     seed: int = 0
-    method: str = "uniform"
+    method: str = "auto"
     restart: bool = False
 
 
@@ -84,8 +84,8 @@ def default_sparsity(weights: int) -> float:
 def _check_options(options: CalibrateOptions) -> None:
     if options.sparsity is not None and not 0 <= options.sparsity <= 0.95:
         raise UsageError(f"sparsity {options.sparsity} is not in 0 to 0.95", "0.25 skips a quarter")
-    if options.method not in METHODS:
-        raise UsageError(f"there is no method {options.method!r}", f"use one of: {', '.join(METHODS)}")
+    if options.method not in CANDIDATES:
+        raise UsageError(f"there is no method {options.method!r}", f"use one of: {', '.join(CANDIDATES)}")
     if min(options.tokens // 2, options.window) < MIN_WINDOW:
         raise UsageError(
             f"{options.tokens} tokens in windows of {options.window} are too few",
@@ -114,7 +114,6 @@ class _Run:
     ) -> None:
         self.loaded, self.text, self.options, self.on_progress = loaded, text, options, on_progress
         self.rows, self.held_out = self._windows()
-        self.steps = len(self.rows) + len(self.held_out)
         identity = {
             "model": format.weights_fingerprint(loaded.config),
             "text": text.sha256,
@@ -122,11 +121,13 @@ class _Run:
             "windows": [len(self.rows), self.rows.shape[1], options.seed],
         }
         self.progress = Progress(loaded.folder, identity, options.restart)
+        self.done = sum(int(self.progress.arrays.get(name, 0)) for name in ("windows", "gradients"))
+        self.steps = steps(options.method, len(self.rows), len(self.held_out))
 
     def _windows(self) -> tuple[np.ndarray, np.ndarray]:
         """The windows to calibrate on and the ones held out: (count, window) each, int32."""
         options, tokenizer = self.options, self.loaded.tokenizer
-        window = min(options.window, options.tokens // 2, self._context())
+        window = min(options.window, options.tokens // 2, self._context()) // 2 * 2
         stream = texts.tokens(self.text, tokenizer)
         rows = texts.windows(stream, window, texts.opening(tokenizer))
         count = options.tokens // window
@@ -142,73 +143,42 @@ class _Run:
     def finish(self, started: float) -> Calibration:
         """Run all of it and put the result into the config (in memory)."""
         with observe.probing(self.loaded.model) as harness:
-            layers = harness.layers
-            counts = self._histograms(harness)
-            weights = sum(layer.inputs * layer.outputs for layer in layers.values())
-            sparsity = self.options.sparsity
-            target = default_sparsity(weights) if sparsity is None else sparsity
-            dead = {path for path in layers if thresholds.is_dead(counts[path])}
-            curves = {path: [0.0] * 50 if path in dead else thresholds.curve(counts[path]) for path in layers}
-            chosen = {path: thresholds.derive(curve, target) for path, curve in curves.items()}
-            realised = self._realised(harness, chosen)
-            overall = observe.weighted(realised, layers)
+            bench = Workbench(self.loaded.model, harness, (self.rows, self.held_out), self.progress)
+            counts = bench.histograms(self._step)
+            target = self.options.sparsity
+            if target is None:
+                target = default_sparsity(sum(bench.weights.values()))
+            live = {path: seen for path, seen in counts.items() if not thresholds.is_dead(seen)}
+            search = Search(bench, live, target, self.options.seed)
+            candidates = search.run(self.options.method, self._step)
+            best = candidates[0]
+            curves = {path: search.curve(best, path) for path in live}
+            tried = [Tried(one.name, one.mean_kl, one.kl, search.overall(one)) for one in candidates]
+        shares = best.at(target)
         rows = [
-            LayerRow(path, 0.0 if path in dead else target, chosen[path], realised[path], path in dead)
-            for path in layers
+            LayerRow(path, shares[path], best.chosen[path], best.realised[path], False)
+            if path in live
+            else LayerRow(path, 0.0, 0.0, 0.0, True)
+            for path in counts
         ]
-        held_out_tokens = self.held_out.shape[0] * (self.held_out.shape[1] // 2)
         result = Calibration(
-            self.loaded.folder,
-            target,
-            overall,
-            self.options.method,
-            self.text.name,
-            self.rows.size,
-            held_out_tokens,
-            time.monotonic() - started,
-            rows,
+            folder=self.loaded.folder,
+            sparsity=target,
+            realised=tried[0].realised,
+            method=self.options.method,
+            tried=tried,
+            text=self.text.name,
+            tokens=self.rows.size,
+            held_out_tokens=self.held_out.shape[0] * (self.held_out.shape[1] // 2),
+            seconds=time.monotonic() - started,
+            layers=rows,
         )
         self._store(result, curves)
         return result
 
-    def _histograms(self, harness: observe.Harness) -> dict[str, np.ndarray]:
-        saved = self.progress.arrays
-        done = int(saved.get("windows", 0))
-        total = {path: saved[path] for path in harness.layers if path in saved}
-        harness.counting, harness.first = True, FIRST_TOKENS
-        for i in range(done, len(self.rows)):
-            self.on_progress(i, self.steps, "observing activations")
-            observe.prompt_cache(self.loaded.model, mx.array(self.rows[i : i + 1]))
-            for path, counts in harness.histograms().items():
-                total[path] = total[path] + counts if path in total else counts
-            self.progress.save(windows=np.array(i + 1), **total)
-        harness.counting = False
-        for path in harness.layers:
-            self._check_counts(path, total)
-        return total
-
-    def _check_counts(self, path: str, total: dict[str, np.ndarray]) -> None:
-        if path not in total:
-            raise SpqtError(f"layer {path} was never reached", "report the model: its layers run elsewhere")
-        if total[path][thresholds.FINITE_BINS :].any():
-            raise SpqtError(
-                f"layer {path}: infinite or undefined inputs while running the text",
-                "the weights may be damaged: spqt verify, or convert again in another dtype",
-            )
-
-    def _realised(self, harness: observe.Harness, chosen: dict[str, float]) -> dict[str, float]:
-        """Each layer's share of skipped inputs over the second halves of the held-out windows."""
-        prompt = self.held_out.shape[1] // 2
-        masking = observe.Masking(chosen)
-        for i, row in enumerate(self.held_out):
-            self.on_progress(len(self.rows) + i, self.steps, "checking on held-out text")
-            window = mx.array(row[None])
-            cache = observe.prompt_cache(self.loaded.model, window[:, :prompt])
-            harness.masking = masking
-            observe.advance(self.loaded.model, window[:, prompt:], cache)
-            masking.evaluate()
-            harness.masking = None
-        return masking.realised()
+    def _step(self, what: str) -> None:
+        self.on_progress(self.done, max(self.steps, self.done), what)
+        self.done += 1
 
     def _store(self, result: Calibration, curves: dict[str, list[float]]) -> None:
         config = self.loaded.config
@@ -216,10 +186,11 @@ class _Run:
         for row in result.layers:
             spqt = entries[row.path]["spqt"]
             spqt["threshold"] = _short(row.threshold)
-            spqt["curve"] = [_short(value) for value in curves[row.path]]
+            spqt["curve"] = [_short(value) for value in curves.get(row.path, [0.0] * len(CURVE_SPARSITIES))]
         config["spqt"]["calibration"] = {
             "fingerprint": format.weights_fingerprint(config),
             "method": result.method,
+            "tried": [asdict(tried) for tried in result.tried],
             "sparsity": result.sparsity,
             "realised": round(result.realised, 4),
             "text": {"name": Path(result.text).name, "sha256": self.text.sha256},

@@ -13,6 +13,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 from mlx import nn
+from mlx.utils import tree_unflatten
 
 from spqt_cli import format, model, observe, reference, scoring, texts, thresholds
 from spqt_cli.errors import UsageError
@@ -29,6 +30,7 @@ class EvaluateOptions:
     sparsity: None for the calibrated share, a share, a list "0.25,0.4" or a sweep "0.1:0.7:0.1".
     baseline: the unquantized source (folder, hub id or .gguf file), measured too. rows: with a
     baseline, measure MLX's row-grouped quantization of it as well, same bits and group size.
+    source_head: with a baseline, take embedding and head from it, so that only the blocks differ.
     """
 
     windows: int = 8
@@ -36,6 +38,7 @@ class EvaluateOptions:
     sparsity: str | None = None
     baseline: str | None = None
     rows: bool = False
+    source_head: bool = False
 
 
 @dataclass
@@ -87,8 +90,8 @@ def _check(options: EvaluateOptions) -> None:
         raise UsageError(
             f"{options.windows} windows of {options.window} tokens", "use at least 1 of at least 4 tokens"
         )
-    if options.rows and options.baseline is None:
-        raise UsageError("the row-grouped model is made from the source", "name it: --baseline SOURCE")
+    if (options.rows or options.source_head) and options.baseline is None:
+        raise UsageError("row-grouped layers and heads come from the source", "name it: --baseline SOURCE")
 
 
 def _shares(asked: str | None, loaded: model.Loaded) -> list[float]:
@@ -134,6 +137,9 @@ class _Evaluation:
         if options.baseline is not None and options.rows:
             entry = next(iter(format.entries(loaded.config).values()))
             self.others[ROWS] = reference.load(options.baseline, (entry["bits"], entry["group_size"]))
+        if options.source_head:
+            for quantized in (loaded.model, *(self.others[name] for name in (ROWS,) if name in self.others)):
+                _take_heads(quantized, self.others[SOURCE])
         entries = format.entries(loaded.config)
         self.shares = {
             f"{share:.0%}" if round(share, 2) == share else f"{share:.2%}": share for share in shares
@@ -189,6 +195,17 @@ class _Evaluation:
         layers = self.maskings[name].realised()
         realised = observe.weighted(layers, harness.layers)
         return Variant(name, self.shares[name], realised, ppl, se, surprise, against, layers)
+
+
+def _take_heads(model: nn.Module, source: nn.Module) -> None:
+    """Put the source's embedding and head in the place of a quantized model's."""
+    modules = dict(source.named_modules())
+    heads = [
+        (path, modules[path])
+        for path, module in model.named_modules()
+        if isinstance(module, nn.QuantizedEmbedding) or path.endswith("lm_head")
+    ]
+    model.update_modules(tree_unflatten(heads))
 
 
 def _threshold(entry: dict, share: float, loaded: model.Loaded) -> float:

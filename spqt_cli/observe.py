@@ -97,9 +97,9 @@ class Probe(nn.Module):
         harness, path = self._harness, self._path
         if harness.counting:
             harness.count(path, x)
+        if harness.inputs is not None:
+            harness.inputs[path] = x
         if harness.shifts is not None:
-            if harness.inputs is not None:
-                harness.inputs[path] = x
             x = x + harness.shifts[path]
         if harness.masking is not None:
             x = harness.masking.apply(path, x)

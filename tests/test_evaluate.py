@@ -95,6 +95,13 @@ def test_row_grouped_is_what_mlx_makes_of_the_source(checkpoint, text, quality):
     assert named(quality, "row-grouped").perplexity == pytest.approx(math.exp(nll.mean()), rel=1e-4)
 
 
+def test_source_head_leaves_only_the_blocks_different(calibrated, checkpoint, text, quality):
+    options = EvaluateOptions(windows=3, window=64, baseline=str(checkpoint), source_head=True)
+    heads = evaluate.evaluate(calibrated, text, options, quiet)
+    assert named(heads, "source").perplexity == named(quality, "source").perplexity
+    assert named(heads, "dense").against["source"].kl < named(quality, "dense").against["source"].kl
+
+
 def test_default_is_the_calibrated_share(calibrated, text):
     options = EvaluateOptions(windows=1, window=64)
     quality = evaluate.evaluate(calibrated, text, options, quiet)

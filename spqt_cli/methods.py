@@ -1,0 +1,112 @@
+"""Calibration methods: which layer skips how much, and the choice among them by measurement.
+
+uniform: the same share everywhere (TEAL's criterion, arXiv 2408.14690, without its search).
+gradient: shares by price, from gradients through the quantized model (sensitivity.py).
+blend: halfway between the two, for models whose prices mislead.
+
+`fast` takes gradient unseen; `auto` measures all three on held-out windows and keeps the one with the
+lowest KL divergence to the dense quantized model, so it never ends worse there than uniform.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from spqt_cli import allocation, observe, thresholds
+from spqt_cli.format import CURVE_SPARSITIES
+from spqt_cli.sensitivity import LEVELS
+from spqt_cli.workbench import SETTLING_ROUNDS, SETTLING_WINDOWS, OnStep, Workbench
+
+CANDIDATES = {
+    "auto": ("uniform", "blend", "gradient"),
+    "fast": ("gradient",),
+    "uniform": ("uniform",),
+}
+GRADIENT_WINDOWS = {"auto": 8, "fast": 2}  # at most; a window costs about four dense passes over it
+
+
+def steps(method: str, rows: int, held_out: int) -> int:
+    """How often a run of the method reports a step, for windows to calibrate on and held out."""
+    each = SETTLING_ROUNDS * min(SETTLING_WINDOWS, rows) + held_out
+    return rows + min(GRADIENT_WINDOWS.get(method, 0), rows) + len(CANDIDATES[method]) * each
+
+
+@dataclass
+class Candidate:
+    """One allocation and what it measured.
+
+    levels: path -> the layer's share at each total of CURVE_SPARSITIES. chosen: path -> threshold at
+    the target, settled. kl: mean per held-out window, nats, against the dense quantized model.
+    """
+
+    name: str
+    levels: dict[str, np.ndarray]
+    chosen: dict[str, float] = field(default_factory=dict)
+    kl: list[float] = field(default_factory=list)
+    realised: dict[str, float] = field(default_factory=dict)
+
+    def at(self, target: float) -> dict[str, float]:
+        """Path -> the layer's share at a total."""
+        return {
+            path: float(np.interp(target, CURVE_SPARSITIES, levels)) for path, levels in self.levels.items()
+        }
+
+    @property
+    def mean_kl(self) -> float:
+        return float(np.mean(self.kl))
+
+
+class Search:
+    """All candidates of a method on a workbench, and the winner."""
+
+    def __init__(self, bench: Workbench, counts: Mapping[str, np.ndarray], target: float, seed: int) -> None:
+        """counts: histograms of the live layers; the others stay dense."""
+        self.bench, self.counts, self.target, self.seed = bench, dict(counts), target, seed
+
+    def run(self, method: str, on_step: OnStep) -> list[Candidate]:
+        """The measured candidates of a method, the winner first."""
+        candidates = [Candidate(name, levels) for name, levels in self._levels(method, on_step).items()]
+        for candidate in candidates:
+            if self.target:
+                candidate.chosen = self.bench.settled(self.counts, candidate.at(self.target), on_step)
+            else:
+                candidate.chosen = dict.fromkeys(self.counts, 0.0)
+        scores = self.bench.score([candidate.chosen for candidate in candidates], on_step)
+        for candidate, (kl, realised) in zip(candidates, scores, strict=True):
+            candidate.kl, candidate.realised = kl, realised
+        return sorted(candidates, key=lambda candidate: candidate.mean_kl)  # stable: uniform wins a tie
+
+    def _levels(self, method: str, on_step: OnStep) -> dict[str, dict[str, np.ndarray]]:
+        uniform = {path: np.array(CURVE_SPARSITIES) for path in self.counts}
+        names = CANDIDATES[method]
+        if names == ("uniform",) or not self.target:
+            return {"uniform": uniform}
+        windows = min(GRADIENT_WINDOWS[method], len(self.bench.rows))
+        found = self.bench.sensitivity(self.counts, windows, self.seed, on_step)
+        weights = {path: self.bench.weights[path] for path in self.counts}
+        gradient = allocation.cheapest_levels(found.costs, weights, np.array(LEVELS))
+        blend = {path: (uniform[path] + gradient[path]) / 2 for path in uniform}
+        every = {"uniform": uniform, "blend": blend, "gradient": gradient}
+        return {name: every[name] for name in names}
+
+    def curve(self, candidate: Candidate, path: str) -> list[float]:
+        """The layer's thresholds at CURVE_SPARSITIES, passing through the settled one at the target.
+
+        Only the target was settled. Elsewhere the dense pass's thresholds are scaled by as much as
+        settling changed this one, in proportion to the distance from 0.
+        """
+        dense = thresholds.quantile(self.counts[path], candidate.levels[path])
+        at_target = np.interp(self.target, CURVE_SPARSITIES, dense)
+        if not at_target:
+            return dense.tolist()
+        drift = candidate.chosen[path] / at_target - 1
+        shares = np.array(CURVE_SPARSITIES)
+        scaled = dense * np.maximum(1 + drift * np.minimum(shares / self.target, 2), 0)
+        settled = candidate.chosen[path]
+        bounded = np.where(shares <= self.target, np.minimum(scaled, settled), np.maximum(scaled, settled))
+        return np.maximum.accumulate(bounded).tolist()
+
+    def overall(self, candidate: Candidate) -> float:
+        """The share of all Zigzag weights that a candidate skips on held-out text."""
+        return observe.weighted(candidate.realised, self.bench.layers)

@@ -1,0 +1,94 @@
+"""What skipping costs, layer by layer, from gradients through the quantized model.
+
+For small changes d of a layer's input the KL divergence of the model's predictions is half the
+expectation of (d . g)^2, g being the gradient of -log p(y) with y drawn from the predictions
+themselves (the Fisher information). d is what a level's threshold would set to zero, so one backward
+pass prices every level of every layer. No training, no labels, and the text's own next tokens are
+not used. It measures; who gets which level is allocation.py's business.
+
+Source: the second-order expansion of KL, as in natural gradients (Amari 1998); our measurements of
+gradient allocation are in docs/quality.md.
+"""
+
+from collections.abc import Mapping
+
+import mlx.core as mx
+import numpy as np
+from mlx import nn
+
+from spqt_cli import blas, observe, scoring
+
+# Sparsities of one layer that are priced; above the last no allocation was ever better.
+LEVELS = tuple(i / 40 for i in range(37))  # 0, 0.025, ..., 0.9
+
+
+class Sensitivity:
+    """Sums over windows of each layer's cost per level: path -> (levels,), and the positions summed."""
+
+    def __init__(self, steps: Mapping[str, np.ndarray], seed: int) -> None:
+        """steps: path -> the layer's thresholds at LEVELS, rising."""
+        self.steps = steps
+        self.costs = {path: np.zeros(len(LEVELS)) for path in steps}
+        self.positions = 0
+        self._seed = seed
+
+    def add(self, model: nn.Module, harness: observe.Harness, window: np.ndarray) -> None:
+        """Add one window (length,) of tokens, of even length: its second half, after a dense prompt."""
+        gradients, inputs = _gradients(model, harness, window, self._seed + self.positions)
+        for path, x in inputs.items():
+            g = np.array(gradients[path])
+            self.costs[path] += level_costs(_rows(np.array(x)), _rows(g), self.steps[path])
+        self.positions += len(window) // 2
+
+
+def _rows(x: np.ndarray) -> np.ndarray:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _gradients(
+    model: nn.Module, harness: observe.Harness, window: np.ndarray, seed: int
+) -> tuple[dict[str, mx.array], dict[str, mx.array]]:
+    """Path -> gradient of -log p(drawn token) with respect to that layer's input, and the input."""
+    prompt, rest = mx.split(mx.array(window[None]), 2, axis=1)
+    shapes: dict[str, mx.array] = {}
+    harness.inputs = shapes
+    cache = observe.prompt_cache(model, prompt)
+    shifts = {path: mx.zeros_like(x) for path, x in shapes.items()}
+    inputs: dict[str, mx.array] = {}
+    harness.inputs = inputs
+
+    def objective(values: dict[str, mx.array]) -> mx.array:
+        harness.shifts = values
+        logits = observe.continuation(model, rest, cache)
+        return (logits * mx.array(_surprise_gradient(logits, seed))).sum()
+
+    try:
+        with blas.many_rows():
+            gradients = mx.grad(objective)(shifts)
+            mx.eval(gradients, inputs)
+    finally:
+        harness.shifts = harness.inputs = None
+    return gradients, inputs
+
+
+def _surprise_gradient(logits: mx.array, seed: int) -> np.ndarray:
+    """d -log p(y) / d logits, y drawn from softmax(logits): p less one at y; (1, rows, vocab)."""
+    p = np.exp(scoring.log_probabilities(logits))
+    below = np.cumsum(p, axis=-1, dtype=np.float64)
+    draw = np.random.default_rng(seed).random((*p.shape[:-1], 1)) * below[..., -1:]
+    drawn = (below < draw).sum(axis=-1, keepdims=True)
+    np.put_along_axis(p, drawn, np.take_along_axis(p, drawn, -1) - 1, -1)
+    return p
+
+
+def level_costs(x: np.ndarray, g: np.ndarray, steps: np.ndarray) -> np.ndarray:
+    """Sum over rows of (what skipping at each step takes off the row's x . g)^2: (levels,), float64.
+
+    x, g: (rows, inputs); steps: (levels,), rising thresholds, the first 0.
+    """
+    rows, levels = x.shape[0], len(steps)
+    # a channel is skipped from the first step that lies above it
+    level = np.searchsorted(steps, np.abs(x).ravel(), side="right")
+    place = np.repeat(np.arange(rows) * (levels + 1), x.shape[1]) + level
+    dropped = np.bincount(place, weights=(x * g).ravel(), minlength=rows * (levels + 1))
+    return (dropped.reshape(rows, levels + 1)[:, :-1].cumsum(axis=1) ** 2).sum(axis=0)

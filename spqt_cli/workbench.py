@@ -1,0 +1,145 @@
+"""The measurements that calibration methods are made of, over one set of windows.
+
+Histograms of a dense pass, the price of each layer's levels, thresholds that hold with upstream
+skipping on, and the KL divergence of a choice on held-out windows. What the passes over the
+calibration windows found is kept in the progress file, so that a cut-off run goes on there.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx import nn
+
+from spqt_cli import observe, scoring, thresholds
+from spqt_cli.errors import SpqtError
+from spqt_cli.progress import Progress
+from spqt_cli.sensitivity import LEVELS, Sensitivity
+
+FIRST_TOKENS = 8  # of each sequence, left out: the attention sink's huge values are no guide to the rest
+SETTLING_WINDOWS = 4
+SETTLING_ROUNDS = 2  # the second changes realised sparsity by some tenths of a point, a third by none
+
+OnStep = Callable[[str], None]
+
+
+class Workbench:
+    """Measurements on a probed model. rows, held_out: (windows, window) tokens, window even."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        harness: observe.Harness,
+        windows: tuple[np.ndarray, np.ndarray],
+        progress: Progress,
+    ) -> None:
+        self.model, self.harness, self.progress = model, harness, progress
+        self.rows, self.held_out = windows
+        self.layers = harness.layers
+        self.weights = {path: layer.inputs * layer.outputs for path, layer in self.layers.items()}
+        self._caches: dict[int, list[Any]] = {}
+
+    def histograms(self, on_step: OnStep) -> dict[str, np.ndarray]:
+        """Path -> counts of |x| over a dense pass of the calibration windows."""
+        saved = self.progress.arrays
+        done = int(saved.get("windows", 0))
+        total = {path: saved[f"counts/{path}"] for path in self.layers if f"counts/{path}" in saved}
+        self.harness.counting, self.harness.first = True, FIRST_TOKENS
+        for i in range(done, len(self.rows)):
+            on_step("observing activations")
+            observe.prompt_cache(self.model, mx.array(self.rows[i : i + 1]))
+            for path, counts in self.harness.histograms().items():
+                total[path] = total[path] + counts if path in total else counts
+            self.progress.save(windows=np.array(i + 1), **{f"counts/{path}": c for path, c in total.items()})
+        self.harness.counting = False
+        for path in self.layers:
+            _check_counts(path, total)
+        return total
+
+    def sensitivity(
+        self, counts: Mapping[str, np.ndarray], windows: int, seed: int, on_step: OnStep
+    ) -> Sensitivity:
+        """Prices of all layers' LEVELS from gradients over the first `windows` calibration windows."""
+        found = Sensitivity({path: thresholds.quantile(c, LEVELS) for path, c in counts.items()}, seed)
+        saved = self.progress.arrays
+        done = int(saved.get("gradients", 0))
+        if done:
+            found.costs = {path: saved[f"costs/{path}"] for path in counts}
+            found.positions = int(saved["positions"])
+        for i in range(done, windows):
+            on_step("pricing levels by gradients")
+            found.add(self.model, self.harness, self.rows[i])
+            costs = {f"costs/{path}": cost for path, cost in found.costs.items()}
+            self.progress.save(gradients=np.array(i + 1), positions=np.array(found.positions), **costs)
+        return found
+
+    def settled(
+        self, counts: Mapping[str, np.ndarray], levels: Mapping[str, float], on_step: OnStep
+    ) -> dict[str, float]:
+        """Thresholds at which each layer skips its level while all others skip theirs.
+
+        Skipping upstream shrinks what comes later, so thresholds of a dense pass skip too much.
+        """
+        chosen = _at(counts, levels)
+        for _ in range(SETTLING_ROUNDS):
+            masking = observe.Masking(chosen)
+            self.harness.counting, self.harness.first = True, 0
+            total: dict[str, np.ndarray] = {}
+            for i in range(min(SETTLING_WINDOWS, len(self.rows))):
+                on_step("settling thresholds")
+                self._decode(self.rows[i], self._prompt(i), masking)
+                for path, seen in self.harness.histograms().items():
+                    total[path] = total[path] + seen if path in total else seen
+            self.harness.counting = False
+            chosen = _at(total, levels)
+        return chosen
+
+    def _prompt(self, index: int) -> list[Any]:
+        if index not in self._caches:
+            counting, self.harness.counting = self.harness.counting, False
+            half = self.rows.shape[1] // 2
+            self._caches[index] = observe.prompt_cache(
+                self.model, mx.array(self.rows[index : index + 1, :half])
+            )
+            self.harness.counting = counting
+        return self._caches[index]
+
+    def _decode(self, row: np.ndarray, cache: list[Any], masking: observe.Masking | None) -> mx.array:
+        self.harness.masking = masking
+        rest = mx.array(row[None, len(row) // 2 : -1])
+        logits = observe.continuation(self.model, rest, cache)
+        mx.eval(logits)
+        if masking is not None:
+            masking.evaluate()
+        self.harness.masking = None
+        return logits
+
+    def score(
+        self, choices: Sequence[Mapping[str, float]], on_step: OnStep
+    ) -> list[tuple[list[float], dict[str, float]]]:
+        """Per choice of thresholds: mean KL to dense per held-out window, and realised share per layer."""
+        maskings = [observe.Masking(choice) for choice in choices]
+        divergences: list[list[float]] = [[] for _ in choices]
+        for row in self.held_out:
+            cache = observe.prompt_cache(self.model, mx.array(row[None, : len(row) // 2]))
+            dense = scoring.Reference(scoring.log_probabilities(self._decode(row, cache, None)))
+            for masking, found in zip(maskings, divergences, strict=True):
+                on_step("scoring on held-out text")
+                log_q = scoring.log_probabilities(self._decode(row, cache, masking))
+                found.append(float(scoring.divergence(dense, log_q).mean()))
+        return [(found, masking.realised()) for found, masking in zip(divergences, maskings, strict=True)]
+
+
+def _at(counts: Mapping[str, np.ndarray], levels: Mapping[str, float]) -> dict[str, float]:
+    return {path: float(thresholds.quantile(counts[path], [level])[0]) for path, level in levels.items()}
+
+
+def _check_counts(path: str, total: Mapping[str, np.ndarray]) -> None:
+    if path not in total:
+        raise SpqtError(f"layer {path} was never reached", "report the model: its layers run elsewhere")
+    if total[path][thresholds.FINITE_BINS :].any():
+        raise SpqtError(
+            f"layer {path}: infinite or undefined inputs while running the text",
+            "the weights may be damaged: spqt verify, or convert again in another dtype",
+        )
