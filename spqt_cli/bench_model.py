@@ -179,6 +179,7 @@ def _row_grouped(path: str, layer: ZigzagLinear, dtype: mx.Dtype) -> dict[str, m
 
 def check_unpatched(model: nn.Module) -> None:
     """Raise RuntimeError where code of ours would run in a stock model: it would be no baseline."""
+    owners: list[tuple[Any, str]]
     owners = [(type(module), name) for module in model.modules() for name in ("__call__", "as_linear")]
     owners += [(mx.fast, name) for name in ("rms_norm", "rope", "scaled_dot_product_attention")]
     owners += [(mx, "quantized_matmul")]

@@ -89,7 +89,7 @@ class EmbeddingWithHead(nn.QuantizedEmbedding):
 
     def __init__(self, embedding: nn.QuantizedEmbedding, head: ZigzagHead) -> None:
         nn.Module.__init__(self)
-        self.update(embedding)
+        dict.update(self, embedding)  # its arrays, not copies
         for name in ("num_embeddings", "dims", "group_size", "bits", "mode"):
             setattr(self, name, getattr(embedding, name))
         self.head = head
