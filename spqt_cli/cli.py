@@ -13,7 +13,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from spqt_cli import __version__, cli_bench, cli_make, cli_run
+from spqt_cli import __version__, cli_bench, cli_make, cli_run, worker
 from spqt_cli.errors import BackendError, ResourceError, SpqtError
 
 INSTALL_HINT = (
@@ -92,6 +92,9 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _terminate)
     wants_json = "--json" in arguments and not passthrough
     try:
+        if worker.wanted(arguments):
+            sys.exit(worker.run(["--debug", *arguments] if debug else arguments))
+        worker.follow_parent()
         sys.exit(app(standalone_mode=False))
     except SpqtError as error:
         _fail(error, debug, wants_json)

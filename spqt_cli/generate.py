@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from spqt_cli import activity, kernels, model
+from spqt_cli import activity, bounds, kernels, model
 from spqt_cli.errors import BackendError, SpqtError, UsageError
 
 CHECK_EVERY = 32  # tokens between looks at the log-probabilities: a look waits for the device
@@ -114,7 +114,9 @@ def _encode_literally(tokenizer: Any, prompt: Prompt) -> list[int]:
 
 
 def _templated(tokenizer: Any, prompt: Prompt) -> str:
-    messages: list[dict[str, str | None]] = [{"role": "system", "content": prompt.system}] if prompt.system is not None else []
+    messages: list[dict[str, str | None]] = (
+        [{"role": "system", "content": prompt.system}] if prompt.system is not None else []
+    )
     messages.append({"role": "user", "content": prompt.text})
     prefilled = prompt.prefill is not None
     if prefilled:
@@ -126,13 +128,16 @@ def _templated(tokenizer: Any, prompt: Prompt) -> str:
     except ValueError as error:
         raise UsageError(f"--chat-template-config is not a JSON object: {error}") from None
     try:
-        return tokenizer.apply_chat_template(
-            messages,
-            tokenize=False,
-            continue_final_message=prefilled,
-            add_generation_prompt=not prefilled,
-            **config,
-        )
+        with bounds.bounded("the chat template"):
+            return tokenizer.apply_chat_template(
+                messages,
+                tokenize=False,
+                continue_final_message=prefilled,
+                add_generation_prompt=not prefilled,
+                **config,
+            )
+    except SpqtError:
+        raise
     except Exception as error:  # a template is the model's code: it may raise anything
         raise SpqtError(f"the chat template failed: {error}", "try --ignore-chat-template") from error
 

@@ -183,6 +183,16 @@ def test_fault_45_without_mlx_the_install_command_is_shown(tmp_path):
     assert_error(result, 6, "spqt[cpu]", "spqt[cuda13]")
 
 
+def test_fault_69_no_token_in_any_output():
+    """The hub's token goes to the hub alone: not into errors, not into tracebacks."""
+    secret = "hf_" + "S3cr3t" * 5
+    nobody = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_TOKEN": secret}
+    for debug in ([], ["--debug"]):
+        result = spqt(*debug, "convert", "some/model", "--json", HF_HUB_ETAG_TIMEOUT="1", **nobody)
+        assert result.returncode != 0
+        assert secret.encode() not in result.stdout + result.stderr
+
+
 def test_debug_shows_the_traceback(tmp_path):
     result = spqt("--debug", "inspect", tmp_path / "nowhere")
     assert b"Traceback" in result.stderr

@@ -1,0 +1,66 @@
+"""Limits of time and memory on work that a model's file dictates, such as its chat template.
+
+transformers renders templates in a sandbox that blocks escapes but neither endless loops nor giant
+strings (measured), and one bad template must not hang or exhaust the machine.
+"""
+
+import contextlib
+import resource
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+from spqt_cli.errors import SpqtError
+
+SECONDS = 2.0
+BYTES = 512 << 20  # of address space on top of what the process has; allocators take it in large steps
+
+
+@contextlib.contextmanager
+def bounded(what: str) -> Iterator[None]:
+    """Stop the block after SECONDS, or when it takes more than BYTES more memory (SpqtError).
+
+    Time is limited in the main thread only, where signals arrive; memory on Linux only, where the
+    kernel enforces an address-space limit.
+    """
+    limits = contextlib.ExitStack()
+    if threading.current_thread() is threading.main_thread():
+        limits.enter_context(_time_limit(what))
+    if sys.platform == "linux":
+        limits.enter_context(_memory_limit())
+    with limits:
+        try:
+            yield
+        except MemoryError:
+            raise SpqtError(f"{what} wants more than {BYTES >> 20} MB of memory") from None
+
+
+@contextlib.contextmanager
+def _time_limit(what: str) -> Iterator[None]:
+    def expire(number: int, frame: Any) -> NoReturn:
+        raise SpqtError(f"{what} took more than {SECONDS:g} s")
+
+    previous = signal.signal(signal.SIGALRM, expire)
+    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+@contextlib.contextmanager
+def _memory_limit() -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    wanted = pages * resource.getpagesize() + BYTES
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (wanted, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))

@@ -1,0 +1,59 @@
+"""Commands that run a model do so in a child process, because a GPU driver's time-out ends its process.
+
+MLX's Metal backend aborts there, and Python can't catch it (mlx issues 1438 and 3803); the system's
+out-of-memory killer can't be caught either. The parent imports nothing heavy, so it costs a tenth of a
+second, and it says in a line what happened.
+"""
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from spqt_cli.errors import BackendError, ResourceError, SpqtError
+
+MARK = "SPQT_WORKER"  # set in the child's environment
+COMMANDS = ("generate", "compare", "eval", "bench")
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def wanted(arguments: Sequence[str]) -> bool:
+    """True in the parent, for a command that runs a model."""
+    command = next((argument for argument in arguments if not argument.startswith("-")), "")
+    asks_for_help = {"-h", "--help"} & set(arguments)
+    return command in COMMANDS and not asks_for_help and MARK not in os.environ
+
+
+def run(arguments: Sequence[str]) -> int:
+    """The exit code of `spqt arguments` run in a child; SpqtError when a signal ended it."""
+    command = [sys.executable, "-m", "spqt_cli", *arguments]
+    child = subprocess.Popen(command, env={**os.environ, MARK: str(os.getpid())})
+
+    def forward(number: int, frame: Any) -> None:
+        child.send_signal(number)
+
+    signal.signal(signal.SIGTERM, forward)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to the child as well
+    code = child.wait()
+    if code >= 0:
+        return code
+    raise _cause(-code)
+
+
+def _cause(number: int) -> SpqtError:
+    if number == signal.SIGKILL:
+        return ResourceError("the run was killed: most likely the system ran out of memory")
+    name = signal.Signals(number).name
+    return BackendError(
+        f"the run was ended by {name}: the GPU or its driver gave up; no file was touched",
+        "try a shorter prompt or --prefill-step-size 512, and see spqt doctor --selftest",
+    )
+
+
+def follow_parent() -> None:
+    """In the child, on Linux: end when the parent is killed, instead of decoding for nobody."""
+    if MARK in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

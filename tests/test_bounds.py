@@ -1,0 +1,46 @@
+"""Templates are a model's code: they may not hang or exhaust the machine."""
+
+import resource
+import signal
+import sys
+
+import pytest
+
+from spqt_cli import bounds, generate, model
+from spqt_cli.errors import SpqtError
+
+NESTED = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+GIANT = "{{ 'x' * 4000000000 }}"
+ESCAPE = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
+
+
+def encode_with(calibrated, template: str) -> None:
+    loaded = model.load(calibrated)
+    loaded.tokenizer.chat_template = template
+    generate.encode(loaded, generate.Prompt("hello"))
+
+
+def test_fault_66_nested_loops_are_stopped(calibrated):
+    with pytest.raises(SpqtError, match="took more than"):
+        encode_with(calibrated, NESTED)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux enforces an address-space limit")
+def test_fault_66_giant_strings_are_stopped(calibrated):
+    with pytest.raises(SpqtError, match="memory"):
+        encode_with(calibrated, GIANT)
+
+
+def test_fault_66_escapes_are_blocked(calibrated):
+    with pytest.raises(SpqtError, match="template"):
+        encode_with(calibrated, ESCAPE)
+
+
+def test_limits_are_lifted_afterwards():
+    before = resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGALRM)
+    with bounds.bounded("nothing"):
+        pass
+    with pytest.raises(ZeroDivisionError), bounds.bounded("a mistake"):
+        print(1 / 0)
+    assert (resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGALRM)) == before
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
