@@ -138,6 +138,7 @@ def calibrate(
     tokens: Annotated[int | None, typer.Option(help="Tokens of text to run.")] = None,
     method: Annotated[str | None, typer.Option(help="How sparsity is shared out over the layers.")] = None,
     seed: Annotated[int, typer.Option(help="Which windows of the text are used.")] = 0,
+    restart: Annotated[bool, typer.Option(help="Drop the progress of an unfinished run.")] = False,
     preset: Annotated[str, typer.Option(help="default, small, fast, exact or a .toml file.")] = "default",
     remove: Annotated[bool, typer.Option("--remove", help="Take the thresholds out: dense again.")] = False,
     quiet: Quiet = False,
@@ -154,7 +155,7 @@ def calibrate(
         )
         return
     wishes = presets.merged(presets.load_preset(preset), sparsity=sparsity, tokens=tokens, method=method)
-    options = calibrator.CalibrateOptions(data=data, seed=seed)
+    options = calibrator.CalibrateOptions(data=data, seed=seed, restart=restart)
     chosen = {"sparsity": wishes.sparsity, "tokens": wishes.tokens, "method": wishes.method}
     options = dataclasses.replace(
         options, **{key: value for key, value in chosen.items() if value is not None}

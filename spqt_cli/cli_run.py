@@ -197,13 +197,17 @@ def evaluate(
     baseline: Annotated[
         str | None, typer.Option(help="The unquantized source, to compare with as well.")
     ] = None,
+    rows: Annotated[bool, typer.Option(help="Also measure MLX's row-grouped quantization of the source.")] = False,
+    source_head: Annotated[bool, typer.Option(help="Take embedding and head from the source.")] = False,
     quiet: Quiet = False,
     json_output: Json = False,
 ) -> None:
     """Measure what quantization and sparsity cost on a text."""
     from spqt_cli import evaluate as evaluator
 
-    options = evaluator.EvaluateOptions(windows=windows, sparsity=sparsity, baseline=baseline)
+    options = evaluator.EvaluateOptions(
+        windows=windows, sparsity=sparsity, baseline=baseline, rows=rows, source_head=source_head
+    )
     with progress(quiet or json_output) as on_progress:
         quality = evaluator.evaluate(model, text, options, on_progress)
     typer.echo(as_json(quality) if json_output else evaluator.report(quality))
