@@ -1,18 +1,21 @@
 """The command line: one line per error, the right exit code, stdout for results only."""
 
+import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from spqt_cli import cli, worker
 from tests.conftest import tiny_checkpoint
 
 
-def spqt(*arguments: str, stdin: bytes = b"", **environment: str) -> subprocess.CompletedProcess:
-    """Run the command as a user would, in a process of its own."""
+def process(*arguments: object, stdin: bytes = b"", **environment: str) -> subprocess.CompletedProcess:
+    """Run the command in a process of its own, as a user does."""
     return subprocess.run(
         [sys.executable, "-m", "spqt_cli", *map(str, arguments)],
         input=stdin,
@@ -20,6 +23,35 @@ def spqt(*arguments: str, stdin: bytes = b"", **environment: str) -> subprocess.
         env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
         check=False,
     )
+
+
+def spqt(*arguments: object, stdin: bytes = b"") -> subprocess.CompletedProcess:
+    """Run the command in this process, which has everything imported: the same result, sooner."""
+    streams = {name: io.TextIOWrapper(io.BytesIO(), write_through=True) for name in ("stdout", "stderr")}
+    streams["stdin"] = io.TextIOWrapper(io.BytesIO(stdin))
+    kept = {name: getattr(sys, name) for name in ("stdin", "stdout", "stderr", "argv")}
+    handler = signal.getsignal(signal.SIGTERM)
+    code: object = 0
+    try:
+        for name, stream in streams.items():
+            setattr(sys, name, stream)
+        sys.argv = ["spqt", *map(str, arguments)]
+        cli.main()
+    except SystemExit as end:
+        code = end.code
+    finally:
+        for name, value in kept.items():
+            setattr(sys, name, value)
+        signal.signal(signal.SIGTERM, handler)
+    out, err = (streams[name].buffer.getvalue() for name in ("stdout", "stderr"))
+    return subprocess.CompletedProcess(list(arguments), int(code or 0), out, err)
+
+
+@pytest.fixture(autouse=True)
+def _without_a_worker(monkeypatch):
+    """In this process there is no child to hand over to."""
+    monkeypatch.setenv(worker.MARK, str(os.getpid()))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
 def assert_error(result: subprocess.CompletedProcess, code: int, *words: str) -> None:
@@ -50,22 +82,23 @@ def test_every_command_has_help():
         assert b"Usage" in result.stdout
 
 
-def test_convert_calibrate_generate(checkpoint, tmp_path):
-    """The main job on a tiny model, as the README types it."""
+def test_convert_calibrate_generate(checkpoint, tmp_path, monkeypatch):
+    """The main job on a tiny model, in processes of its own, worker and all."""
+    monkeypatch.delenv(worker.MARK)
     output = tmp_path / "out"
-    result = spqt("convert", checkpoint, "-o", output, "--q-group-size", "32")
+    result = process("convert", checkpoint, "-o", output, "--q-group-size", "32")
     assert result.returncode == 0, result.stderr.decode()
-    result = spqt("calibrate", output, "--sparsity", "0.3", "--tokens", "1024", "--json")
+    result = process("calibrate", output, "--sparsity", "0.3", "--tokens", "1024", "--json")
     assert result.returncode == 0, result.stderr.decode()
     assert isinstance(json.loads(result.stdout), dict)
-    result = spqt("generate", "--model", output, "--prompt", "the quick", "--max-tokens", "8")
+    result = process("generate", "--model", output, "--prompt", "the quick", "--max-tokens", "8")
     assert result.returncode == 0, result.stderr.decode()
     assert b"tok/s" not in result.stdout
     for word in (b"tok/s", b"backend", b"skipped", b"MB of weights a token"):
         assert word in result.stderr
-    result = spqt("calibrate", output, "--remove")
+    result = process("calibrate", output, "--remove")
     assert result.returncode == 0, result.stderr.decode()
-    result = spqt("generate", "--model", output, "--prompt", "the quick", "--max-tokens", "4")
+    result = process("generate", "--model", output, "--prompt", "the quick", "--max-tokens", "4")
     assert b"spqt calibrate" in result.stderr
 
 
@@ -100,7 +133,7 @@ def test_inspect_and_verify(calibrated):
 
 
 def test_doctor_names_the_backend():
-    result = spqt("doctor", SPQT_BACKEND="stock")
+    result = process("doctor", SPQT_BACKEND="stock")
     assert result.returncode == 0, result.stderr.decode()
     assert b"stock (asked for by SPQT_BACKEND)" in result.stdout
 
@@ -118,7 +151,8 @@ def test_fault_42_stdin_is_not_utf8(calibrated):
     assert_error(spqt("generate", "--model", calibrated, "-p", "-", stdin=b"caf\xe9"), 3, "UTF-8", "byte 3")
 
 
-def test_fault_43_closed_pipe_is_quiet(calibrated):
+def test_fault_43_closed_pipe_is_quiet(calibrated, monkeypatch):
+    monkeypatch.delenv(worker.MARK)
     command = [
         sys.executable,
         "-m",
@@ -179,7 +213,7 @@ def test_an_error_is_a_json_object_where_json_was_asked(tmp_path):
 def test_fault_45_without_mlx_the_install_command_is_shown(tmp_path):
     (tmp_path / "mlx").mkdir()
     (tmp_path / "mlx" / "__init__.py").write_text("raise ModuleNotFoundError('mlx', name='mlx')")
-    result = spqt("doctor", PYTHONPATH=str(tmp_path))
+    result = process("doctor", PYTHONPATH=str(tmp_path))
     assert_error(result, 6, "spqt[cpu]", "spqt[cuda13]")
 
 
@@ -188,13 +222,13 @@ def test_fault_69_no_token_in_any_output():
     secret = "hf_" + "S3cr3t" * 5
     nobody = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_TOKEN": secret}
     for debug in ([], ["--debug"]):
-        result = spqt(*debug, "convert", "some/model", "--json", HF_HUB_ETAG_TIMEOUT="1", **nobody)
+        result = process(*debug, "convert", "some/model", "--json", HF_HUB_ETAG_TIMEOUT="1", **nobody)
         assert result.returncode != 0
         assert secret.encode() not in result.stdout + result.stderr
 
 
 def test_debug_shows_the_traceback(tmp_path):
-    result = spqt("--debug", "inspect", tmp_path / "nowhere")
+    result = process("--debug", "inspect", tmp_path / "nowhere")
     assert b"Traceback" in result.stderr
 
 
@@ -213,13 +247,13 @@ def test_generate_takes_every_sampling_flag_of_mlx_lm():
     theirs = {
         name for action in setup_arg_parser()._actions for name in action.option_strings if name[:2] == "--"
     }
-    help_text = spqt("generate", "--help", COLUMNS="200").stdout.decode()
+    help_text = spqt("generate", "--help").stdout.decode()
     missing = {name for name in theirs - left_out if name not in help_text}
     assert not missing
 
 
 def test_passthrough_runs_mlx_lm_on_a_converted_model(calibrated):
-    result = spqt("mlx-lm", "generate", "--model", calibrated, "--prompt", "fox", "--max-tokens", "4")
+    result = process("mlx-lm", "generate", "--model", calibrated, "--prompt", "fox", "--max-tokens", "4")
     assert result.returncode == 0, result.stderr.decode()
     assert b"tokens-per-sec" in result.stdout
 
@@ -232,14 +266,14 @@ def test_passthrough_checks_the_model_first(calibrated, tmp_path):
     config = json.loads((damaged / "config.json").read_text())
     config["spqt"]["format_version"] = 99
     (damaged / "config.json").write_text(json.dumps(config))
-    assert_error(spqt("mlx-lm", "generate", "--model", damaged, "--prompt", "x"), 4, "upgrade")
+    assert_error(process("mlx-lm", "generate", "--model", damaged, "--prompt", "x"), 4, "upgrade")
 
 
 def test_passthrough_derives_sparsity_from_the_environment(calibrated):
     command = ("mlx-lm", "generate", "--model", calibrated, "--prompt", "fox", "-m", "8")
-    dense, sparse = (spqt(*command, SPQT_SPARSITY=wish).stdout for wish in ("0", "0.9"))
+    dense, sparse = (process(*command, SPQT_SPARSITY=wish).stdout for wish in ("0", "0.9"))
     assert dense.split(b"==========")[1] != sparse.split(b"==========")[1]
-    assert_error(spqt(*command, SPQT_SPARSITY="2"), 2, "SPQT_SPARSITY")
+    assert_error(process(*command, SPQT_SPARSITY="2"), 2, "SPQT_SPARSITY")
 
 
 def test_plain_mlx_lm_refuses_a_converted_model(converted):
