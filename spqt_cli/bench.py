@@ -7,7 +7,7 @@ bench_runs.py holds the clock, bench_model.py makes the models, bench_kernel.py 
 
 import dataclasses
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -38,7 +38,8 @@ Progress = Callable[[float, float, str], None]
 class Options:
     """What to measure. model: a converted folder or hub id; or shape: a name from shapes.py.
 
-    None leaves prompt_tokens, generation_tokens and repetitions to the device: a CPU does less.
+    None leaves prompt_tokens (lengths of prompts), generation_tokens and repetitions to the device: a
+    CPU does less.
     blocks: of the shape's transformer blocks. bits, group_size, dtype: of random weights.
     delay_seconds: rest between repetitions. commit: where git can't tell it.
     """
@@ -47,7 +48,7 @@ class Options:
     shape: str | None = None
     sparsities: Sequence[float] = (0.25, 0.5)
     depths: Sequence[int] = (0,)
-    prompt_tokens: int | None = None
+    prompt_tokens: Sequence[int] | None = None
     generation_tokens: int | None = None
     repetitions: int | None = None
     blocks: int | None = None
@@ -60,8 +61,8 @@ class Options:
     def complete(self) -> "Options":
         """These options with the device's defaults filled in; raises UsageError for nonsense."""
         cpu = mx.default_device().type == mx.DeviceType.cpu
-        defaults = {"prompt_tokens": 16, "generation_tokens": 8, "repetitions": 3} if cpu else {
-            "prompt_tokens": 512, "generation_tokens": 64, "repetitions": 5}  # fmt: skip
+        defaults = {"prompt_tokens": (16,), "generation_tokens": 8, "repetitions": 3} if cpu else {
+            "prompt_tokens": (512,), "generation_tokens": 64, "repetitions": 5}  # fmt: skip
         missing = {name: value for name, value in defaults.items() if getattr(self, name) is None}
         options = dataclasses.replace(self, **missing)  # type: ignore[arg-type]
         _check(options)
@@ -75,8 +76,8 @@ def _check(options: Options) -> None:
         raise UsageError("--blocks goes with --shape", "a converted model is measured whole")
     if (options.repetitions or 0) < 2:
         raise UsageError("one sample says nothing about its spread", "use --repetitions 2 or more")
-    if (options.generation_tokens or 0) < 2 or (options.prompt_tokens or 0) < 0:
-        raise UsageError("too few tokens to time", "--generation-tokens 2 or more, --prompt-tokens 0 or more")
+    if (options.generation_tokens or 0) < 2 or any(tokens < 1 for tokens in options.prompt_tokens or ()):
+        raise UsageError("too few tokens to time", "--generation-tokens 2 or more, --prompt-tokens 1 or more")
     if any(depth < 0 for depth in options.depths):
         raise UsageError("a context depth is below 0", "for example --depth 0,4096")
     if options.dtype not in (None, "float16", "bfloat16", "float32"):
@@ -92,22 +93,22 @@ def run(options: Options, on_progress: Progress = lambda *_: None) -> Report:
     on_progress(0, 1, "making the models")
     subject = make_subject(options)
     copy = bench_machine.copy_bandwidth()
-    size = bench_runs.Size(
-        options.prompt_tokens or 0,
-        options.generation_tokens or 0,
-        options.repetitions or 0,
-        options.delay_seconds,
-    )
-    runs = bench_runs.Runs(subject, size, options.sparsities, bench_machine.Energy(), copy)
+    runs = bench_runs.Runs(subject, options.sparsities, bench_machine.Energy(), copy)
     rows: list[ModelRow] = []
-    tests = [(depth, test) for depth in options.depths for test in ("prompt", "decode")]
-    for at, (depth, test) in enumerate(tests):
-        if test == "decode" or options.prompt_tokens:
-            show = partial(_show, on_progress, at, len(tests))
-            rows += runs.test(test, depth, show)
+    tests = list(_tests(options))
+    for at, test in enumerate(tests):
+        show = partial(_show, on_progress, at, len(tests))
+        rows += runs.run(test, options.repetitions or 0, show, options.delay_seconds)
     machine = {**bench_machine.describe(options.commit), "copy_gb_per_s": round(copy / 1e9, 1)}
     machine["energy"] = runs.energy.source
     return Report(machine, _settings(options, subject), rows, [], runs.notes)
+
+
+def _tests(options: Options) -> Iterator[bench_runs.Test]:
+    for depth in options.depths:
+        for tokens in options.prompt_tokens or ():
+            yield bench_runs.Test("prompt", tokens, depth)
+        yield bench_runs.Test("decode", options.generation_tokens or 0, depth)
 
 
 def _show(on_progress: Progress, at: int, tests: int, share: float, what: str) -> None:
@@ -171,5 +172,4 @@ def _settings(options: Options, subject: Subject) -> dict[str, Any]:
     blocks = (subject.config.get("text_config") or subject.config).get("num_hidden_layers")
     return {
         "model": subject.name, "blocks": blocks, **subject.settings, "repetitions": options.repetitions,
-        "prompt_tokens": options.prompt_tokens, "generation_tokens": options.generation_tokens,
     }  # fmt: skip

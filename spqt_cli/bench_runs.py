@@ -25,13 +25,21 @@ LEAST_ENERGY_SECONDS = 1.0  # of measurement: counters step every tenth of a sec
 
 
 @dataclass(frozen=True)
-class Size:
-    """Tokens of a prompt, tokens of a decode, repetitions, seconds of rest between those."""
+class Test:
+    """What is timed: `prompt` or `decode`, of so many tokens, after `depth` tokens of context."""
 
-    prompt_tokens: int
-    generation_tokens: int
-    repetitions: int
-    delay_seconds: float
+    kind: str
+    tokens: int
+    depth: int
+
+    @property
+    def name(self) -> str:
+        """As llama-bench writes it: pp512, tg64."""
+        return f"{'tg' if self.kind == 'decode' else 'pp'}{self.tokens}"
+
+    @property
+    def decodes(self) -> bool:
+        return self.kind == "decode"
 
 
 @dataclass
@@ -67,12 +75,11 @@ class Runs:
     def __init__(
         self,
         subject: Subject,
-        size: Size,
         sparsities: Sequence[float],
         energy: bench_machine.Energy,
         copy_bandwidth: float,
     ) -> None:
-        self.subject, self.size, self.sparsities = subject, size, sparsities
+        self.subject, self.sparsities = subject, sparsities
         self.energy, self.copy_bandwidth = energy, copy_bandwidth
         self.layers = zigzag_layers(subject.zigzag)
         self.units = profile.units(subject.zigzag)
@@ -80,31 +87,32 @@ class Runs:
         self.choices, fault = profile.read()
         self.notes = [fault] if fault else []
 
-    def test(self, test: str, depth: int, on_progress: Callable[[float, str], None]) -> list[ModelRow]:
-        """The rows of one test (`prompt` or `decode`) at one depth: all variants, interleaved."""
-        on_progress(0, f"{test} at depth {depth}: filling the cache")
-        caches = bench_model.caches(self.subject, depth)
+    def run(
+        self, test: Test, repetitions: int, on_progress: Callable[[float, str], None], rest_seconds: float = 0
+    ) -> list[ModelRow]:
+        """The rows of one test: all variants, interleaved, with a rest after each repetition."""
+        what = f"{test.name} at depth {test.depth}"
+        on_progress(0, f"{what}: filling the cache")
+        caches = bench_model.caches(self.subject, test.depth)
         variants = self.variants(test, caches["zigzag"])
         trials = [Trial() for _ in variants]
-        for repetition in range(self.size.repetitions + 1):
+        for repetition in range(repetitions + 1):
             for at, (variant, trial) in enumerate(zip(variants, trials, strict=True)):
-                share = (repetition + at / len(variants)) / (self.size.repetitions + 1)
-                on_progress(share, f"{test} at depth {depth}: {variant.name}")
+                on_progress((repetition + at / len(variants)) / (repetitions + 1), f"{what}: {variant.name}")
                 counted = trial if repetition else Trial()  # the first repetition warms up
-                self.sample(test, depth, variant, caches[variant.side], counted)
-            time.sleep(self.size.delay_seconds)
+                self.sample(test, variant, caches[variant.side], counted)
+            time.sleep(rest_seconds)
         stock = Stat(trials[0].rates)
-        pairs = zip(variants, trials, strict=True)
-        return [self.row(test, depth, variant, trial, stock) for variant, trial in pairs]
+        return [
+            self.row(test, variant, trial, stock) for variant, trial in zip(variants, trials, strict=True)
+        ]
 
-    def variants(self, test: str, cache: list[Any]) -> list[Variant]:
+    def variants(self, test: Test, cache: list[Any]) -> list[Variant]:
         """Stock first. Prompts run densely whatever the thresholds, so they have no sparse variant."""
         result = [Variant("zigzag dense", "zigzag", 0.0)]
-        if test == "decode":
-            tokens = WARM_TOKENS + self.size.generation_tokens
-            for sparsity in filter(None, self.sparsities):
-                thresholds = self.subject.thresholds(sparsity, cache, tokens)
-                result.append(Variant(f"sparse {sparsity:.0%}", "zigzag", sparsity, thresholds))
+        for sparsity in filter(None, self.sparsities if test.decodes else ()):
+            thresholds = self.subject.thresholds(sparsity, cache, WARM_TOKENS + test.tokens)
+            result.append(Variant(f"sparse {sparsity:.0%}", "zigzag", sparsity, thresholds))
         followed = [self.profiled(variant) for variant in result]
         return [Variant("stock", "stock", None), *result, *(one for one in followed if one is not None)]
 
@@ -138,7 +146,7 @@ class Runs:
             layer.set_threshold(variant.thresholds.get(path))
         return self.subject.zigzag
 
-    def sample(self, test: str, depth: int, variant: Variant, cache: list[Any], trial: Trial) -> None:
+    def sample(self, test: Test, variant: Variant, cache: list[Any], trial: Trial) -> None:
         """Run once and add the results to `trial`; the cache is left as it was."""
         from mlx_lm.generate import generation_stream, wired_limit
         from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
@@ -153,12 +161,12 @@ class Runs:
         streams: list[Any] = [generation_stream]
         joules, start = self.energy.joules(), time.perf_counter()
         with wired_limit(model, streams), activity.counting() as counter:
-            if test == "prompt":
-                tokens = self.size.prompt_tokens
-                rate = _prompt_rate(model, self.subject.prompt(depth, tokens), used)
+            if test.decodes:
+                tokens = WARM_TOKENS + test.tokens
+                rate = _decode_rate(model, self.subject.prompt(test.depth, 1), used, tokens)
             else:
-                tokens = WARM_TOKENS + self.size.generation_tokens
-                rate = _decode_rate(model, self.subject.prompt(depth, 1), used, tokens)
+                tokens = test.tokens
+                rate = _prompt_rate(model, self.subject.prompt(test.depth, tokens), used)
             mx.synchronize(generation_stream)
         trial.rates.append(rate)
         trial.seconds += time.perf_counter() - start
@@ -170,7 +178,7 @@ class Runs:
         if trims:
             trim_prompt_cache(used, tokens + 1)
 
-    def row(self, test: str, depth: int, variant: Variant, trial: Trial, stock: Stat) -> ModelRow:
+    def row(self, test: Test, variant: Variant, trial: Trial, stock: Stat) -> ModelRow:
         """What the samples amount to."""
         rate = Stat(trial.rates)
         model = self.prepare(variant)
@@ -178,19 +186,17 @@ class Runs:
         density = _means(trial.densities)
         read = sum(size * density.get(key, 1.0) for key, size in zigzag.items())
         dense = sum(zigzag.values())
-        decodes = test == "decode"
-        bandwidth = (other + read) * rate.median if decodes else None
+        bandwidth = (other + read) * rate.median if test.decodes else None
         timed = trial.seconds >= LEAST_ENERGY_SECONDS and trial.joules is not None
-        count = self.size.generation_tokens if decodes else self.size.prompt_tokens
         return ModelRow(
-            test=f"{'tg' if decodes else 'pp'}{count}",
-            depth=depth,
+            test=test.name,
+            depth=test.depth,
             variant=variant.name,
             sparsity=variant.sparsity,
-            skipped=1 - read / dense if dense and decodes else None,
+            skipped=1 - read / dense if dense and test.decodes else None,
             rate=rate,
             speedup=bench_report.ratio(rate, stock, of_times=False),
-            weight_bytes=other + read if decodes else None,
+            weight_bytes=other + read if test.decodes else None,
             bandwidth=bandwidth,
             copy_share=bandwidth / self.copy_bandwidth if bandwidth else None,
             memory_bytes=sum(a.nbytes for a in bench_model.arrays(model).values()) + trial.working_bytes,

@@ -23,7 +23,8 @@ def bench(
     ] = None,
     depth: Annotated[str, typer.Option(help="Context depths, comma-separated.")] = "0",
     prompt_tokens: Annotated[
-        int | None, typer.Option("--prompt-tokens", "-p", help="Prompt length; 0: none [512; CPU 16].")
+        str | None,
+        typer.Option("--prompt-tokens", "-p", help="Prompt lengths, comma-separated; 0: none [512; CPU 16]."),
     ] = None,
     generation_tokens: Annotated[
         int | None, typer.Option("--generation-tokens", "-g", help="Tokens decoded [64; CPU 8].")
@@ -61,7 +62,7 @@ def bench(
         shape=shape,
         sparsities=_numbers("--sparsity", sparsity or ("0.25,0.5,0.75" if kernel else "0.25,0.5")),
         depths=[int(value) for value in _numbers("--depth", depth)],
-        prompt_tokens=prompt_tokens,
+        prompt_tokens=None if prompt_tokens is None else _lengths(prompt_tokens),
         generation_tokens=generation_tokens,
         repetitions=repetitions,
         blocks=blocks,
@@ -77,6 +78,10 @@ def bench(
         _write(output, bench_report.render(report, "json"))
     if write:
         typer.echo(f"profile written: {benches.write_profile(report)}", err=True)
+
+
+def _lengths(text: str) -> list[int]:
+    return [] if text == "0" else [int(value) for value in _numbers("--prompt-tokens", text)]
 
 
 def _numbers(flag: str, text: str) -> list[float]:

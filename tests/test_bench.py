@@ -9,6 +9,7 @@ from mlx import nn
 from typer.testing import CliRunner
 
 from spqt_cli import activity, bench, bench_model, bench_runs, profile
+from spqt_cli.bench_report import ModelRow
 from spqt_cli.cli import app
 from spqt_cli.errors import ResourceError, SpqtError, UsageError
 from spqt_cli.layers import ZigzagLinear
@@ -30,11 +31,12 @@ def subject() -> bench_model.Subject:
     return tiny_subject()
 
 
-def runs(subject: bench_model.Subject, **changes) -> bench_runs.Runs:
-    size = bench_runs.Size(
-        **{"prompt_tokens": 6, "generation_tokens": 4, "repetitions": 2, "delay_seconds": 0.0, **changes}
-    )
-    return bench_runs.Runs(subject, size, [0.5], bench_runs.bench_machine.Energy(), 1e9)
+def runs(subject: bench_model.Subject) -> bench_runs.Runs:
+    return bench_runs.Runs(subject, [0.5], bench_runs.bench_machine.Energy(), 1e9)
+
+
+def rows(subject: bench_model.Subject, test: bench_runs.Test, repetitions: int = 2) -> list[ModelRow]:
+    return runs(subject).run(test, repetitions, lambda *_: None)
 
 
 # --- what is compared
@@ -144,7 +146,12 @@ def test_a_sample_leaves_the_cache_as_it_was(arch, test):
     cache = bench_model.caches(subject, 80)["zigzag"]
     before = [np.array(entry.state[0]) for entry in cache]
     offsets = [entry.offset for entry in cache]
-    one.sample(test, 80, bench_runs.Variant("zigzag dense", "zigzag", 0.0), cache, bench_runs.Trial())
+    one.sample(
+        bench_runs.Test(test, 6, 80),
+        bench_runs.Variant("zigzag dense", "zigzag", 0.0),
+        cache,
+        bench_runs.Trial(),
+    )
     assert [entry.offset for entry in cache] == offsets
     for entry, old in zip(cache, before, strict=True):
         held = min(80, old.shape[2])
@@ -164,14 +171,15 @@ def test_variants_take_turns(subject, monkeypatch):
         return float(len(order))
 
     monkeypatch.setattr(bench_runs, "_decode_rate", rate)
-    rows = runs(subject, repetitions=3).test("decode", 0, lambda *_: None)
+    found = rows(subject, bench_runs.Test("decode", 4, 0), 3)
     assert order == ["stock", "zigzag", "sparse"] * 4  # the first round warms up
-    assert [row.rate.samples for row in rows] == [[4, 7, 10], [5, 8, 11], [6, 9, 12]]
-    assert rows[1].speedup.samples == pytest.approx([5 / 4, 8 / 7, 11 / 10])
+    assert [row.rate.samples for row in found] == [[4, 7, 10], [5, 8, 11], [6, 9, 12]]
+    assert found[1].speedup.samples == pytest.approx([5 / 4, 8 / 7, 11 / 10])
 
 
 def test_a_row_tells_what_was_really_skipped_and_read(subject):
-    stock, dense, sparse = runs(subject, generation_tokens=12).test("decode", 3, lambda *_: None)
+    stock, dense, sparse = rows(subject, bench_runs.Test("decode", 12, 3))
+    assert (stock.test, stock.depth) == ("tg12", 3)
     assert (stock.variant, dense.variant, sparse.variant) == ("stock", "zigzag dense", "sparse 50%")
     assert stock.skipped is None
     assert dense.skipped == 0
@@ -188,17 +196,17 @@ def test_a_row_tells_what_was_really_skipped_and_read(subject):
 
 
 def test_prompts_have_no_sparse_variant(subject):
-    rows = runs(subject).test("prompt", 0, lambda *_: None)
-    assert [row.variant for row in rows] == ["stock", "zigzag dense"]
-    assert all(row.skipped is None and row.weight_bytes is None for row in rows)
+    found = rows(subject, bench_runs.Test("prompt", 6, 0))
+    assert [(row.test, row.variant) for row in found] == [("pp6", "stock"), ("pp6", "zigzag dense")]
+    assert all(row.skipped is None and row.weight_bytes is None for row in found)
 
 
 def test_a_profile_adds_rows_that_follow_it(subject):
     choices = {unit.key: profile.Choice(0.0, profile.ROWS) for unit in profile.units(subject.zigzag)}
     profile.write(choices, {})
     one = runs(subject)
-    rows = one.test("decode", 0, lambda *_: None)
-    assert [row.variant for row in rows][3:] == ["zigzag dense, profile", "sparse 50%, profile"]
+    found = rows(subject, bench_runs.Test("decode", 4, 0))
+    assert [row.variant for row in found][3:] == ["zigzag dense, profile", "sparse 50%, profile"]
     model = one.prepare(one.profiled(bench_runs.Variant("sparse 50%", "zigzag", 0.5)))
     assert not zigzag_layers(model)
     assert len(zigzag_layers(one.prepare(bench_runs.Variant("zigzag dense", "zigzag", 0.0)))) == 14
@@ -214,10 +222,10 @@ def test_decode_rate_counts_what_lies_between_the_tokens(monkeypatch):
 
 def test_a_converted_model_is_measured_with_its_own_thresholds(calibrated):
     options = bench.Options(
-        model=str(calibrated), sparsities=[0.4], prompt_tokens=4, generation_tokens=4, repetitions=2
+        model=str(calibrated), sparsities=[0.4], prompt_tokens=[4, 3], generation_tokens=4, repetitions=2
     )
     report = bench.run(options)
-    assert [row.test for row in report.rows] == ["pp4"] * 2 + ["tg4"] * 3
+    assert [row.test for row in report.rows] == ["pp4"] * 2 + ["pp3"] * 2 + ["tg4"] * 3
     assert report.rows[-1].skipped == pytest.approx(0.4, abs=0.15)
     assert report.settings["calibrated"] == 0.4
     assert {"device", "mlx", "mlx_lm", "spqt", "commit", "copy_gb_per_s"} <= set(report.machine)
@@ -239,7 +247,7 @@ def test_a_model_without_thresholds_is_refused(converted):
         {"model": "a", "blocks": 2},
         {"shape": "llama-3-8b", "repetitions": 1},
         {"shape": "llama-3-8b", "generation_tokens": 1},
-        {"shape": "llama-3-8b", "prompt_tokens": -1},
+        {"shape": "llama-3-8b", "prompt_tokens": [8, -1]},
         {"shape": "llama-3-8b", "depths": [0, -1]},
         {"shape": "llama-3-8b", "sparsities": [1.0]},
         {"shape": "llama-3-8b", "dtype": "int8"},
