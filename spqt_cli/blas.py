@@ -14,10 +14,10 @@ import mlx.core as mx
 import numpy as np
 from mlx import nn
 
-from spqt_cli import layout
+from spqt_cli import cpu_patch, layout
 from spqt_cli.layers import ZigzagLinear
 
-_attention = mx.fast.scaled_dot_product_attention
+_attention = cpu_patch.STOCK["scaled_dot_product_attention"]
 
 
 def on_cpu() -> bool:
@@ -160,6 +160,8 @@ def many_rows(heads: bool = True) -> Iterator[None]:
         return
     replaced: list[tuple[Any, str, Any]] = [
         (mx.fast, "scaled_dot_product_attention", attention),
+        (mx.fast, "rms_norm", cpu_patch.STOCK["rms_norm"]),  # ours have no gradient
+        (mx.fast, "rope", cpu_patch.STOCK["rope"]),
         (nn.Linear, "__call__", lambda self, x: _plain(x, self.weight, self.get("bias"))),
         (nn.QuantizedLinear, "__call__", lambda self, x: _plain(x, _dequantized(self), self.get("bias"))),
     ]

@@ -12,9 +12,7 @@ import mlx.nn as nn
 
 from spqt_cli import cpu
 
-_rms_norm = mx.fast.rms_norm
-_rope = mx.fast.rope
-_attention = mx.fast.scaled_dot_product_attention
+STOCK = {name: getattr(mx.fast, name) for name in ("rms_norm", "rope", "scaled_dot_product_attention")}
 _as_linear = nn.QuantizedEmbedding.as_linear
 _quantized_linear = nn.QuantizedLinear.__call__
 
@@ -30,9 +28,8 @@ def install() -> None:
 
 def remove() -> None:
     """Give MLX its own functions back."""
-    mx.fast.rms_norm = _rms_norm
-    mx.fast.rope = _rope
-    mx.fast.scaled_dot_product_attention = _attention
+    for name, function in STOCK.items():
+        setattr(mx.fast, name, function)
     nn.QuantizedEmbedding.as_linear = _as_linear  # type: ignore[method-assign]
     nn.QuantizedLinear.__call__ = _quantized_linear  # type: ignore[method-assign]
 
@@ -40,7 +37,7 @@ def remove() -> None:
 def rms_norm(x: mx.array, weight: mx.array | None, eps: float, **kw: Any) -> mx.array:
     """As `mx.fast.rms_norm`."""
     if kw or not _ours(x) or (weight is not None and weight.dtype != mx.float32):
-        return _rms_norm(x, weight, eps, **kw)
+        return STOCK["rms_norm"](x, weight, eps, **kw)
     return cpu.rms_norm(x, weight, eps)
 
 
@@ -50,7 +47,7 @@ def rope(x: mx.array, dims: int, **kw: Any) -> mx.array:
         freqs = kw.get("freqs")
         if freqs is None or freqs.dtype == mx.float32:
             return cpu.rope(x, dims, **{name: value for name, value in kw.items() if name != "stream"})
-    return _rope(x, dims, **kw)
+    return STOCK["rope"](x, dims, **kw)
 
 
 def attention(q: mx.array, k: mx.array, v: mx.array, *, scale: float, **kw: Any) -> mx.array:
@@ -61,7 +58,7 @@ def attention(q: mx.array, k: mx.array, v: mx.array, *, scale: float, **kw: Any)
     )
     if plain and _ours(q) and k.dtype == v.dtype == mx.float32 and cpu.attends(q, k, v):
         return cpu.attention(q, k, v, scale=scale, causal=mask is not None)
-    return _attention(q, k, v, scale=scale, **kw)
+    return STOCK["scaled_dot_product_attention"](q, k, v, scale=scale, **kw)
 
 
 def as_linear(self: nn.QuantizedEmbedding, x: mx.array) -> mx.array:

@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from spqt_cli import kernels, thresholds
+from spqt_cli import cpu_patch, kernels, thresholds
 from spqt_cli.errors import UsageError
 from spqt_cli.layers import SharedInput, ZigzagLinear
 
@@ -54,6 +54,8 @@ def _load_weights_and_prepare(self: nn.Module, *args: Any, **kw: Any) -> nn.Modu
         _share_inputs(self)
         if mx.default_device().type == mx.DeviceType.cpu:
             _compute_in_float32(self)
+        if kernels.backend().name == "cpu":
+            cpu_patch.install()
     return result
 
 
@@ -76,14 +78,13 @@ def _compute_in_float32(model: nn.Module) -> None:
     kernels read 16-bit scales as they are, which is less to read.
     """
     native = kernels.backend().name == "cpu"
-    kept = {id(layer) for layer in zigzag_layers(model).values()} if native else set()
     for module in model.modules():
+        packed = native and isinstance(module, nn.QuantizedLinear)
         for name, value in module.items():
             if not isinstance(value, mx.array) or not mx.issubdtype(value.dtype, mx.floating):
                 continue
-            if id(module) in kept and name in ("scales", "biases"):
-                continue
-            module[name] = value.astype(mx.float32)
+            if not (packed and name in ("scales", "biases")):
+                module[name] = value.astype(mx.float32)
 
 
 def zigzag_layers(model: nn.Module) -> dict[str, ZigzagLinear]:
