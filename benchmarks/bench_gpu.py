@@ -162,7 +162,7 @@ def check(decodes: tuple[int, ...]) -> list[dict]:
     for bits, group, dtype, decode in itertools.product(
         layout.BITS, layout.GROUP_SIZES, (mx.float16, mx.bfloat16, mx.float32), decodes
     ):
-        if (group != 64 or dtype != mx.float16) and (bits not in (3, 4) or decode != decodes[0]):
+        if (group != 64 or dtype != mx.float16) and (bits != 4 or decode != decodes[0]):
             continue
         geometry.choose = lambda *a, d=decode: rule(*a)._replace(decode=d)
         for outputs, inputs in ((1000, 777), (2752 * 2, 300)):
@@ -217,35 +217,38 @@ def sweep(outputs: int, inputs: int, cuts: list[geometry.Geometry], density: tup
                 break
         rows.append(row)
     done = [row for row in rows[1:] if "error" not in row]
-    for row in sorted(done, key=lambda r: r[str(density[0])])[:12]:
+    for row in sorted(done, key=lambda r: r[str(density[0])])[:14]:
         cut = geometry.Geometry(**row["cut"])
         times = "  ".join(f"{d}: {row[str(d)]:7.2f} ({base['us'] / row[str(d)]:.2f}x)" for d in density)
         print(
-            f"  lanes {cut.lanes:3} rows {cut.rows:3} unroll {cut.unroll} decode {cut.decode} list {cut.list:4}"
-            f" slice {cut.slice} stripe {cut.stripe:5}  {times}"
+            f"  {cut.outputs} x {cut.lanes:2} x {cut.rows:3} unroll {cut.unroll} decode {cut.decode} list {cut.list:4}"
+            f" stripe {cut.stripe:5}  {times}"
         )
     return rows
 
 
-def cut_of(lanes: int, threads: int, unroll: int, inputs: int, stripes: int, **more: int) -> geometry.Geometry:
-    stripe = -(-inputs // stripes)
-    most = min(32, more.pop("most", 8192) // threads)
-    collected = threads * max(1, min(most, -(-stripe // threads)))
-    settings = {"slice": 8, "decode": 2, **more}
-    return geometry.Geometry(lanes, threads // lanes, unroll, collected, stripe=stripe, **settings)
-
-
 def candidates(outputs: int, inputs: int) -> list[geometry.Geometry]:
-    """Cuts in one launch (narrow tiles) and in stripes (wide tiles)."""
+    """Cuts around the rule's: rows, channels in flight, threadgroups, wider lanes, decoders."""
+    units = -(-layout.band_of(outputs, 64) // 32)
+    lanes = -(-units // -(-units // 32))
     cuts = []
-    for lanes, threads, unroll in itertools.product((1, 2, 4, 8, 16), (256, 512, 1024), (1, 2, 4)):
-        if 32 <= -(-outputs // (lanes * 32)) <= 500 and not (threads == 1024 and unroll == 4):
-            cuts.append(cut_of(lanes, threads, unroll, inputs, 1))
-    for lanes, threads, unroll, groups in itertools.product((16, 32), (256, 512), (2, 4), (264, 528)):
-        stripes = min(inputs // 64, max(1, round(groups / -(-outputs // (lanes * 32)))))
-        if stripes > 1:
-            cuts.append(cut_of(lanes, threads, unroll, inputs, stripes))
+    for rows, unroll, groups in itertools.product((8, 16), (2, 4, 6), (128, 264)):
+        if rows * unroll <= 64:
+            cuts.append(cut_of(lanes, rows, unroll, (outputs, inputs), groups))
+    cuts += [cut_of(lanes, 8, 4, (outputs, inputs), 128, decode=decode) for decode in (0, 1)]
+    cuts += [cut_of(-(-lanes // 2), 16, unroll, (outputs, inputs), 128, outputs=64) for unroll in (1, 2)]
     return list(dict.fromkeys(cuts))
+
+
+def cut_of(lanes: int, rows: int, unroll: int, shape: tuple[int, int], groups: int, **more: int) -> geometry.Geometry:
+    outputs, inputs = shape
+    settings = {"outputs": 32, "slice": 8, "decode": 2, **more}
+    band = layout.band_of(outputs, 64)
+    tiles = -(-band // (lanes * settings["outputs"])) * -(-outputs // band)
+    stripe = -(-inputs // max(1, groups // tiles))
+    threads = -(-lanes * rows // 32) * 32
+    collected = threads * max(1, min(8192 // threads, 32, -(-stripe // threads)))
+    return geometry.Geometry(lanes=lanes, rows=rows, unroll=unroll, list=collected, stripe=stripe, **settings)
 
 
 def overhead() -> list[dict]:
@@ -254,22 +257,84 @@ def overhead() -> list[dict]:
     make = mx.fast.metal_kernel if mx.metal.is_available() else mx.fast.cuda_kernel
     x = mx.zeros((64,))
     mx.eval(x)
-    for padding in (0, 4000, 16000):
-        text = "y[threadIdx.x] = x[threadIdx.x];" if not mx.metal.is_available() else "y[thread_position_in_grid.x] = 0;"
+    index = "thread_position_in_grid.x" if mx.metal.is_available() else "threadIdx.x"
+    for inputs, outputs, padding in ((1, 1, 0), (5, 1, 0), (1, 2, 0), (5, 2, 0), (5, 2, 8000)):
         kernel = make(
-            name=f"nothing_{padding}", input_names=["x"], output_names=["y"], source="/*" + "." * padding + "*/" + text
+            name=f"nothing_{inputs}_{outputs}_{padding}",
+            input_names=[f"x{i}" for i in range(inputs)],
+            output_names=[f"y{i}" for i in range(outputs)],
+            source="/*" + "." * padding + "*/" + "".join(f"y{i}[{index}] = 0;" for i in range(outputs)),
         )
-        call = {"grid": (32, 1, 1), "threadgroup": (32, 1, 1), "output_shapes": [(32,)], "output_dtypes": [mx.float32]}
-        rows.append({"padding": padding, **timed(lambda i, k=kernel, c=call: k(inputs=[x], **c)[0])})
+        call = {
+            "inputs": [x] * inputs, "grid": (32, 1, 1), "threadgroup": (32, 1, 1),
+            "output_shapes": [(32,)] * outputs, "output_dtypes": [mx.float32] * outputs,
+        }  # fmt: skip
+        costs = timed(lambda i, k=kernel, c=call: k(**c)[0])
+        rows.append({"inputs": inputs, "outputs": outputs, "padding": padding, **costs})
     for outputs, inputs in ((64, 128), (64, 4096)):
         layers = layers_of(outputs, inputs, 0.5)[:8]
         for stripes in (1, 2):
-            use(cut_of(2, 256, 2, inputs, stripes))
+            use(cut_of(2, 128, 2, (outputs, inputs), stripes))
             for one in layers:
                 one.__dict__.pop("_gpu_plans", None)
             rows.append({"shape": [outputs, inputs], "stripes": stripes, **sparse(layers, inputs)})
         rows.append({"shape": [outputs, inputs], "stock": stock(outputs, inputs)})
     for row in rows:
+        print(row)
+    return rows
+
+
+def bands(outputs: int, inputs: int) -> list[dict]:
+    """The stored band from 64 outputs to all of them: decode, and 512 rows of prefill."""
+    rows = []
+    widths = [b for b in (64, 128, 256, 512, 1024, 2048, 4096, 8192) if outputs % b == 0]
+    widths += [outputs // n for n in range(1, 9) if outputs % n == 0 and outputs // n % 64 == 0]
+    for band in sorted(set(widths)):
+        layers = layers_of(outputs, inputs, 0.5, band)
+        row = {"shape": [outputs, inputs], "band": band, "half": sparse(layers, inputs)}
+        set_density(layers, 1.0)
+        row["all"] = sparse(layers, inputs)
+        prompt = mx.random.normal((1, 512, inputs)).astype(mx.float16)
+        row["prefill"] = once(lambda p=prompt, one=layers[0]: gpu.matmul(p, one))
+        rows.append(row)
+        print(f"{outputs}x{inputs} band {band:5}: half {row['half']['us']} all {row['all']['us']} prefill {row['prefill']}")
+    return rows
+
+
+def once(call: Callable[[], mx.array]) -> float:
+    """Microseconds of one evaluation, the median of a few."""
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        mx.eval(call())
+        times.append((time.perf_counter() - start) * 1e6)
+    return round(statistics.median(times), 1)
+
+
+def prefill(outputs: int, inputs: int) -> list[dict]:
+    """Many rows: MLX's own matmul on the Zigzag layout, dequantize and matmul, and the row-grouped one."""
+    (layer,) = layers_of(outputs, inputs, 0.5)[:1]
+    base = (
+        mx.random.randint(0, 2**31 - 1, (outputs, inputs // 8)).view(mx.uint32),
+        mx.random.uniform(shape=(outputs, inputs // 64)).astype(mx.float16),
+        mx.random.uniform(shape=(outputs, inputs // 64)).astype(mx.float16),
+    )
+    packed = (layer.weight, layer.scales, layer.biases)
+    how = {"outputs": outputs, "bits": 4, "group_size": 64}
+    rows = []
+    for count in (1, 2, 4, 8, 16, 32, 64, 128, 512, 2048):
+        x = mx.random.normal((1, count, inputs)).astype(mx.float16)
+        ones = mx.split(x, count, axis=1) if count <= 16 else []
+        mx.eval(x, ones, base)
+        row = {
+            "shape": [outputs, inputs],
+            "rows": count,
+            "stock": once(lambda x=x: mx.quantized_matmul(x, *base, transpose=True, group_size=64, bits=4)),
+            "zigzag": once(lambda x=x: layout.matmul(x, *packed, **how)),
+            "dequantize": once(lambda x=x: x @ layout.dequantize(*packed, **how).T),
+            "gemvs": once(lambda o=ones: mx.concatenate([gpu.sparse_gemv(i, [layer])[0][0] for i in o], 1)) if ones else None,
+        }
+        rows.append(row)
         print(row)
     return rows
 
@@ -288,22 +353,24 @@ def about() -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["check", "sweep", "overhead", "profile"])
+    parser.add_argument("what", choices=["check", "sweep", "bands", "prefill", "overhead", "profile"])
     parser.add_argument("shape", type=int, nargs="*")
-    parser.add_argument("--cut", type=int, nargs=7, help="the fields of geometry.Geometry")
+    parser.add_argument("--cut", type=int, nargs=8, help="the fields of geometry.Geometry")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     mx.random.seed(0)
     if args.what == "check":
-        rows = check((2, 0, 1))
+        rows = check((2, 0))
     elif args.what == "overhead":
         rows = overhead()
+    elif args.what in ("bands", "prefill"):
+        rows = {"bands": bands, "prefill": prefill}[args.what](*args.shape)
     elif args.what == "profile":
         use(geometry.Geometry(*args.cut))
         rows = [sparse(layers_of(*args.shape, 0.5), args.shape[1])]
         print(rows)
     else:
-        rows = sweep(*args.shape, candidates(*args.shape), (0.5, 1.0, 0.0))
+        rows = sweep(*args.shape, candidates(*args.shape), (0.5, 1.0))
     document = {"about": about(), "rows": rows}
     if args.out:
         args.out.write_text(json.dumps(document, indent=1))

@@ -7,6 +7,19 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 SIMD = 32  # lanes of a simdgroup (warp)
+OUTPUTS = 32  # of one lane: 64 were no faster, and halve the lanes that fit
+SLICE = 8  # sums per lane in threadgroup memory at one time: 12 KB at 384 threads
+LEAST_STRIPE = 64  # channels: below, collecting costs more than multiplying
+LEAST_WEIGHTS = 1 << 20  # below, one launch takes less time than two, however few cores it fills
+MOST_LISTED = 2048  # channels: 8 KB of list
+
+# Metal: a tile is a whole band up to 8,192 outputs, so that no line of codes, scales or biases is
+# read by two threadgroups. 384 threads run at any register count that Metal's compiler may choose.
+METAL_LANES, METAL_THREADS = 256, 384
+# CUDA: a warp on 1,024 outputs reads whole 32-byte sectors of scales; more lanes gained nothing.
+MOST_LANES, MOST_THREADS = {"cuda": 32}, {"cuda": 256}
+# Enough threadgroups for the GPU's cores; each stripe costs a write and a read of all sums.
+THREADGROUPS = {"cuda": 128, "p": 32, "g": 64, "s": 96, "d": 192}
 
 
 class Geometry(NamedTuple):
@@ -39,16 +52,23 @@ class Geometry(NamedTuple):
 def choose(kind: str, bands: Sequence[tuple[int, int]], inputs: int) -> Geometry:
     """The geometry for projections with these (band, number of bands) and `inputs` channels.
 
-    kind: "metal" or "cuda".
+    kind: "cuda", or Metal's GPU class: "p", "g", "s" or "d" for phone, base and Pro, Max, Ultra.
     """
-    widest = max(band for band, _ in bands)
-    lanes = min(32, widest // 32)
-    rows = max(1, 256 // lanes)
-    if lanes < SIMD and SIMD % lanes == 0:
-        rows = max(rows, SIMD // lanes)
-    tiles = sum(-(-band // (lanes * 32)) * number for band, number in bands)
-    stripes = max(1, min(inputs // 128, 528 // tiles))
-    stripe = -(-inputs // stripes)
+    widest = _units(max(band for band, _ in bands))
+    parts = -(-widest // MOST_LANES.get(kind, METAL_LANES))
+    lanes = -(-widest // parts)
+    rows = max(1, MOST_THREADS.get(kind, METAL_THREADS) // lanes)
     threads = -(-lanes * rows // SIMD) * SIMD
-    collected = threads * max(1, min(4, -(-stripe // threads)))
-    return Geometry(32, lanes, rows, 2, collected, 8, 0 if kind == "metal" else 2, stripe)
+    tiles = sum(-(-_units(band) // lanes) * number for band, number in bands)
+    stripes = max(1, min(inputs // LEAST_STRIPE, THREADGROUPS[kind] // tiles))
+    if tiles * lanes * OUTPUTS * inputs <= LEAST_WEIGHTS:
+        stripes = 1
+    stripe = -(-inputs // stripes)
+    passes = -(-stripe // MOST_LISTED)
+    listed = -(-(-(-stripe // passes)) // threads) * threads
+    unroll, decode = (4, 2) if kind == "cuda" else (2, 0)
+    return Geometry(OUTPUTS, lanes, rows, unroll, listed, SLICE, decode, stripe)
+
+
+def _units(band: int) -> int:
+    return -(-band // OUTPUTS)

@@ -62,6 +62,15 @@ def status() -> tuple[str | None, str]:
     return None, "MLX has no GPU here"
 
 
+@cache
+def device_class() -> str:
+    """The kind of device that `geometry.choose` tells apart."""
+    if mx.cuda.is_available():
+        return "cuda"
+    letter = str(mx.device_info().get("architecture", ""))[-1:]  # applegpu_g13s: a Max
+    return letter if letter in geometry.THREADGROUPS else "g"
+
+
 def sparse_gemv(x: mx.array, layers: Sequence["Projection"]) -> tuple[list[mx.array], mx.array]:
     """One token through several projections of one input, inactive channels skipped; lazy.
 
@@ -132,9 +141,8 @@ def _plan(x: mx.array, layers: Sequence["Projection"]) -> Plan:
 
 def make_plan(shape: tuple[int, ...], dtype: mx.Dtype, layers: Sequence["Projection"]) -> Plan:
     """The launches and the settings array for these layers and an x of this shape and dtype."""
-    kind, _ = status()
     bands = [(_band(layer), layer.weight.shape[0]) for layer in layers]
-    cut = geometry.choose(kind or "metal", bands, shape[-1])
+    cut = geometry.choose(device_class(), bands, shape[-1])
     stripes = cut.stripes(shape[-1])
     tiles = sum(cut.tiles(band) * number for band, number in bands)
     settings = _settings(layers, bands, cut, tiles)
