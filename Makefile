@@ -17,11 +17,12 @@ GGUF := $(MODELS)/SmolLM2-135M-Instruct.Q4_1.gguf
 CONVERTED := $(MODELS)/SmolLM2-135M-Instruct-spqt-4bit
 PROMPT ?= Explain in a few sentences why the sky is blue.
 
-.PHONY: help run test test-newest unit lint format clean
+.PHONY: help run torture test test-newest unit lint format clean
 help:
 	@echo "make run     convert, calibrate and run a real small model (BACKEND=cpu|cuda12|cuda13)"
 	@echo "make test    lint, types and all tests"
 	@echo "make lint    ruff and mypy alone;  make format  mends what ruff can"
+	@echo "make torture MINUTES=n   damaged models and killed runs, summed up over calls"
 	@echo "make clean   remove the environment and build output"
 
 $(STAMP): pyproject.toml $(wildcard cpu/*)
@@ -51,6 +52,10 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	@echo "lines of Python: $$(cat spqt_cli/*.py | wc -l) in spqt_cli, $$(cat tests/*.py tests/*/*.py | wc -l) in tests"
+
+MINUTES ?= 30
+torture: $(STAMP)
+	$(BIN)/python -m tests.torture --minutes $(MINUTES)
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -6,13 +6,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from spqt_cli import convert, files, identity
+from spqt_cli import convert, files, identity, journal
 from spqt_cli.convert import ConvertOptions
 from spqt_cli.errors import BusyError, ResourceError, SpqtError
 from tests.conftest import tiny_checkpoint
@@ -88,6 +89,39 @@ def test_fault_53_sigkill(tmp_path: Path, checkpoint: Path, lines: int) -> None:
     if not output.exists():
         convert.convert(str(checkpoint), output, OPTIONS)
     assert contents(output) == whole
+
+
+SLOWLY = """
+import sys, time
+from spqt_cli import conversion
+from spqt_cli.cli import main
+write = conversion.Conversion._write_unit
+def slow(*args):
+    time.sleep(0.2)
+    return write(*args)
+conversion.Conversion._write_unit = slow
+sys.argv = ["spqt", "convert", *sys.argv[1:], "--q-group-size", "32"]
+main()
+"""
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_fault_54_signals_keep_the_progress(tmp_path: Path, checkpoint: Path, sent: int, code: int) -> None:
+    output = tmp_path / "out"
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOWLY, checkpoint, "-o", output], stderr=subprocess.PIPE, text=True
+    )
+    while process.poll() is None:
+        if any(len(journal._lines(folder / journal.NAME)) > 3 for folder in files.work_folders(output)):
+            break
+        time.sleep(0.05)
+    process.send_signal(sent)
+    _, stderr = process.communicate()
+    assert process.returncode == code
+    assert "Traceback" not in stderr
+    assert not output.exists()
+    assert convert.convert(str(checkpoint), output, OPTIONS).resumed > 0
+    assert leftovers(tmp_path) == []
 
 
 def test_fault_16_shard_changes_while_it_is_read(tmp_path: Path) -> None:
