@@ -22,6 +22,7 @@ MOST_CALLS = 512  # of one sample
 ASYNC_EVERY = 8  # calls between hand-overs to the device, so that it works while Python builds
 HOST_CALLS = 32
 LINK = "link"  # the chain without a product: what every time holds beside it
+ROWS = "row-grouped"  # stock's layout by spqt's own kernel; without one, a row-grouped layer runs as stock
 CLEARLY_FASTER = 0.97  # of the other's time, or less: more than noise
 
 Call = Callable[[mx.array, Copy], list[mx.array]]
@@ -44,7 +45,10 @@ def measure(
     copies = make_copies(work)
     x = mx.random.normal((1, 1, work.inputs)).astype(work.dtype)
     mx.eval(x)
-    variants = [Variant("stock", None, _stock(work), copies), Variant("zigzag dense", 0.0, _dense, copies)]
+    variants = [Variant("stock", None, _stock(work), copies)]
+    if kernels.backend().name == "cpu" and len(copies[0].rows[0]) == 3:
+        variants.append(Variant(ROWS, None, _rows_on_cpu(work), copies))
+    variants.append(Variant("zigzag dense", 0.0, _dense, copies))
     for sparsity in [] if work.is_head else sorted({0.0, *sparsities}):
         skipping = with_threshold(copies, exact_threshold(x, sparsity))
         variants.append(Variant(f"sparse {sparsity:.0%}", sparsity, _sparse, skipping))
@@ -98,7 +102,7 @@ def crossover(work: Work, rows: Sequence[KernelRow]) -> Crossover:
     Compared repetition by repetition, so that the machine's drift cancels.
     """
     times = {row.variant: row.time for row in rows}
-    stock, zigzag = times["stock"], times["zigzag dense"]
+    stock, zigzag = times.get(ROWS, times["stock"]), times["zigzag dense"]
     # A change of layout costs a second rounding, so it must win clearly: heads come row-grouped.
     gain = bench_report.ratio(zigzag, stock, of_times=True).median  # above 1: Zigzag is faster
     rows_win = gain * CLEARLY_FASTER <= 1 if work.is_head else gain < CLEARLY_FASTER
@@ -141,6 +145,15 @@ def _stock(work: Work) -> Call:
             else x @ packed[0].T
             for packed in copy.rows
         ]
+
+    return call
+
+
+def _rows_on_cpu(work: Work) -> Call:
+    from spqt_cli import cpu
+
+    def call(x: mx.array, copy: Copy) -> list[mx.array]:
+        return [cpu.head_matmul(x, w, s, b, work.bits, work.group_size) for w, s, b in copy.rows]
 
     return call
 

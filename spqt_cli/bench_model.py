@@ -4,7 +4,8 @@ It builds them, brings caches to a depth and sets thresholds; it times nothing.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ import psutil
 from mlx import nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from spqt_cli import blas, layout, observe, plan
+from spqt_cli import blas, cpu_patch, kernels, layout, observe, plan
 from spqt_cli.errors import ResourceError, SpqtError
 from spqt_cli.layers import ZigzagLinear
 from spqt_cli.patch import zigzag_layers
@@ -158,7 +159,6 @@ def stock_twin(zigzag: nn.Module, config: dict[str, Any]) -> nn.Module:
     nn.quantize(twin, class_predicate=lambda path, _: settings.get(path, False))
     twin.load_weights([(name.removeprefix("."), array) for name, array in weights.items()])
     evaluate(twin)
-    check_unpatched(twin)
     return twin
 
 
@@ -175,6 +175,19 @@ def _row_grouped(path: str, layer: ZigzagLinear, dtype: mx.Dtype) -> dict[str, m
     if "bias" in layer:
         packed["bias"] = layer.bias
     return {f"{path}.{key}": array for key, array in packed.items()}
+
+
+@contextmanager
+def only_mlx() -> Iterator[None]:
+    """In this block MLX's own functions run, also where the CPU backend stands behind their names."""
+    native = kernels.backend().name == "cpu"
+    if native:
+        cpu_patch.remove()
+    try:
+        yield
+    finally:
+        if native:
+            cpu_patch.install()
 
 
 def check_unpatched(model: nn.Module) -> None:

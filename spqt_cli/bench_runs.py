@@ -6,7 +6,8 @@ It knows models, thresholds and meters; it knows nothing of options, tables or t
 import copy
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +15,7 @@ import mlx.core as mx
 from mlx import nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from spqt_cli import activity, bench_machine, bench_model, bench_report, profile
+from spqt_cli import activity, bench_machine, bench_model, bench_report, heads, profile
 from spqt_cli.bench_model import Subject
 from spqt_cli.bench_report import ModelRow, Stat
 from spqt_cli.model import weight_bytes
@@ -47,7 +48,7 @@ class Variant:
     """A way to run the subject.
 
     side: whose model, `stock` or `zigzag`. thresholds: by path, of the layers that skip. rows: paths of
-    the layers that the stock model's row-grouped ones stand in for.
+    the layers that the stock model's row-grouped ones stand in for. zigzag_head: the head in that layout.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Variant:
     sparsity: float | None
     thresholds: dict[str, mx.array] = field(default_factory=dict)
     rows: frozenset[str] = frozenset()
+    zigzag_head: bool = False
 
 
 @dataclass
@@ -85,6 +87,11 @@ class Runs:
         self.units = profile.units(subject.zigzag)
         self.stock_layers = dict(subject.stock.named_modules())
         self.choices, fault = profile.read()
+        self.head = heads.find(subject.zigzag)
+        self.other_head: nn.Module | None = None
+        choice = self.choices.get(self.head.key) if self.head is not None else None
+        if self.head is not None and choice is not None and choice.otherwise == profile.ZIGZAG:
+            self.other_head = heads.build(self.head)
         self.notes = [fault] if fault else []
 
     def run(
@@ -129,22 +136,37 @@ class Runs:
             if what != profile.SPARSE:
                 for path in unit.layers:
                     thresholds.pop(path, None)
-        if not rows and len(thresholds) == len(variant.thresholds):
+        other_head = self.other_head is not None
+        if not rows and not other_head and len(thresholds) == len(variant.thresholds):
             return None
-        return Variant(f"{variant.name}, profile", "zigzag", variant.sparsity, thresholds, frozenset(rows))
+        name = f"{variant.name}, profile"
+        return Variant(name, "zigzag", variant.sparsity, thresholds, frozenset(rows), other_head)
 
     def prepare(self, variant: Variant) -> nn.Module:
         """The variant's model, in the variant's state."""
         if variant.side == "stock":
             return self.subject.stock
-        places = [
+        places: list[tuple[str, nn.Module]] = [
             (path, self.stock_layers[path] if path in variant.rows else layer)
             for path, layer in self.layers.items()
         ]
+        if self.head is not None and self.other_head is not None:
+            head = self.other_head if variant.zigzag_head else self.head.module
+            places.append((self.head.path, head))
         self.subject.zigzag.update_modules(tree_unflatten(places))
         for path, layer in self.layers.items():
             layer.set_threshold(variant.thresholds.get(path))
         return self.subject.zigzag
+
+    @contextmanager
+    def surroundings(self, variant: Variant, model: nn.Module) -> Iterator[None]:
+        """Nothing of ours where the stock model runs, and that is checked."""
+        if variant.side != "stock":
+            yield
+            return
+        with bench_model.only_mlx():
+            bench_model.check_unpatched(model)
+            yield
 
     def sample(self, test: Test, variant: Variant, cache: list[Any], trial: Trial) -> None:
         """Run once and add the results to `trial`; the cache is left as it was."""
@@ -160,7 +182,7 @@ class Runs:
         mx.reset_peak_memory()
         streams: list[Any] = [generation_stream]
         joules, start = self.energy.joules(), time.perf_counter()
-        with wired_limit(model, streams), activity.counting() as counter:
+        with self.surroundings(variant, model), wired_limit(model, streams), activity.counting() as counter:
             if test.decodes:
                 tokens = WARM_TOKENS + test.tokens
                 rate = _decode_rate(model, self.subject.prompt(test.depth, 1), used, tokens)

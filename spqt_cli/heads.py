@@ -99,11 +99,16 @@ class EmbeddingWithHead(nn.QuantizedEmbedding):
         return self.head(x)
 
 
+def build(head: Head) -> "ZigzagHead | EmbeddingWithHead":
+    """What takes the place of the head's module to have it in the Zigzag layout; evaluated."""
+    zigzag = ZigzagHead(head.module)
+    return EmbeddingWithHead(head.module, zigzag) if head.tied else zigzag  # type: ignore[arg-type]
+
+
 def to_zigzag(model: nn.Module, head: Head) -> float:
     """Put the head into the Zigzag layout; the relative L2 error that quantizing it anew cost."""
-    zigzag = ZigzagHead(head.module)
-    error = zigzag.error_against(head.module)
-    new = EmbeddingWithHead(head.module, zigzag) if head.tied else zigzag  # type: ignore[arg-type]
+    new = build(head)
+    zigzag = new if isinstance(new, ZigzagHead) else new.head
     model.update_modules(tree_unflatten([(head.path, new)]))
     mx.clear_cache()
-    return error
+    return zigzag.error_against(head.module)

@@ -8,7 +8,7 @@ import pytest
 from mlx import nn
 from typer.testing import CliRunner
 
-from spqt_cli import activity, bench, bench_model, bench_runs, profile
+from spqt_cli import activity, bench, bench_model, bench_runs, cpu_patch, kernels, profile
 from spqt_cli.bench_report import ModelRow
 from spqt_cli.cli import app
 from spqt_cli.errors import ResourceError, SpqtError, UsageError
@@ -43,11 +43,12 @@ def rows(subject: bench_model.Subject, test: bench_runs.Test, repetitions: int =
 
 
 def test_stock_layers_are_mlx_s_own(subject):
-    for module in subject.stock.modules():
-        assert not isinstance(module, ZigzagLinear)
-        for method in ("__call__", "as_linear"):
-            owner = getattr(type(module), method, None)
-            assert owner is None or owner.__module__.startswith("mlx")
+    with bench_model.only_mlx():
+        for module in subject.stock.modules():
+            assert not isinstance(module, ZigzagLinear)
+            for method in ("__call__", "as_linear"):
+                owner = getattr(type(module), method, None)
+                assert owner is None or owner.__module__.startswith("mlx")
     layers = [one for one in subject.stock.modules() if isinstance(one, nn.QuantizedLinear)]
     assert len(layers) == len(zigzag_layers(subject.zigzag))
 
@@ -57,9 +58,32 @@ def test_a_patched_stock_layer_is_refused(subject, monkeypatch):
         return x
 
     fast.__module__ = "spqt_cli.somewhere"
-    monkeypatch.setattr(nn.QuantizedEmbedding, "as_linear", fast)
-    with pytest.raises(RuntimeError, match="as_linear"):
+    with bench_model.only_mlx(), monkeypatch.context() as patched:
         bench_model.check_unpatched(subject.stock)
+        patched.setattr(nn.QuantizedEmbedding, "as_linear", fast)
+        with pytest.raises(RuntimeError, match="as_linear"):
+            bench_model.check_unpatched(subject.stock)
+
+
+def test_the_cpu_backend_is_out_of_the_way_while_stock_runs(subject, monkeypatch):
+    during = []
+
+    def rate(model, prompt, cache, tokens):
+        during.append((bool(zigzag_layers(model)), nn.QuantizedLinear.__call__.__module__))
+        return 1.0
+
+    monkeypatch.setattr(bench_runs, "_decode_rate", rate)
+    native = kernels.backend().name == "cpu"
+    cpu_patch.install()
+    monkeypatch.setattr(kernels, "backend", lambda: kernels.Backend("cpu", "for this test"))
+    try:
+        rows(subject, bench_runs.Test("decode", 4, 0))
+        assert nn.QuantizedLinear.__call__.__module__ == "spqt_cli.cpu_patch"
+    finally:
+        if not native:
+            cpu_patch.remove()
+    assert {module for zigzag, module in during if not zigzag} == {"mlx.nn.layers.quantized"}
+    assert {module for zigzag, module in during if zigzag} == {"spqt_cli.cpu_patch"}
 
 
 def test_stock_weights_are_the_zigzag_ones_requantized_by_rows(subject):

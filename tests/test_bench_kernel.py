@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from spqt_cli import bench, bench_kernel, bench_model, bench_units, profile, shapes, traffic
+from spqt_cli import bench, bench_kernel, bench_model, bench_units, kernels, profile, shapes, traffic
 from spqt_cli.bench_report import KernelRow, Stat
 from spqt_cli.bench_units import Work
 from tests.conftest import tiny_config
@@ -81,6 +81,7 @@ def test_thresholds_skip_exactly_the_share(sparsity):
     assert int((mx.abs(x) < threshold).sum().item()) == round(1000 * sparsity)
 
 
+@pytest.mark.usefixtures("_no_backend")
 def test_rows_of_a_unit_and_bytes_read():
     rows, crossing, link = bench_kernel.measure(work((96, 32)), [0.5], 3, 1e9)
     names = ["stock", "zigzag dense", "sparse 0%", "sparse 50%"]
@@ -97,6 +98,7 @@ def test_rows_of_a_unit_and_bytes_read():
     assert link > 0
 
 
+@pytest.mark.usefixtures("_no_backend")
 def test_a_head_is_never_sparse():
     rows, crossing, _ = bench_kernel.measure(work(is_head=True), [0.5], 2, 1e9)
     assert [row.variant for row in rows] == ["stock", "zigzag dense"]
@@ -119,6 +121,12 @@ def test_each_call_waits_for_the_one_before():
 
 
 # --- where sparse stops paying
+
+
+@pytest.fixture
+def _no_backend(monkeypatch):
+    """The variants that every backend has."""
+    monkeypatch.setattr(kernels, "backend", lambda: kernels.Backend("stock", "asked for"))
 
 
 def rows_with(times: dict[str, list[float]]) -> list[KernelRow]:
@@ -158,6 +166,12 @@ def test_row_grouped_must_win_by_more_than_noise():
         work(is_head=True), rows_with({"stock": [100, 100], "zigzag dense": [99, 99]})
     )
     assert head.otherwise == profile.ROWS
+
+
+def test_row_grouped_means_our_own_kernel_where_there_is_one():
+    times = {"stock": [90, 90], "row-grouped": [10, 10], "zigzag dense": [20, 20], "sparse 50%": [12, 12]}
+    found = bench_kernel.crossover(work(), rows_with(times))
+    assert (found.sparse_below, found.otherwise) == (0.0, profile.ROWS)
 
 
 def test_drift_of_the_machine_does_not_move_the_crossover():
