@@ -17,7 +17,7 @@ from spqt_cli.errors import SpqtError, UsageError
 from spqt_cli.format import CURVE_SPARSITIES
 from spqt_cli.methods import CANDIDATES, Search, steps
 from spqt_cli.progress import Progress
-from spqt_cli.workbench import FIRST_TOKENS, Workbench
+from spqt_cli.workbench import COUNTED, FIRST_TOKENS, Workbench
 
 __all__ = ["CalibrateOptions", "Calibration", "LayerRow", "calibrate", "print_table", "remove"]
 
@@ -121,7 +121,7 @@ class _Run:
             "windows": [len(self.rows), self.rows.shape[1], options.seed],
         }
         self.progress = Progress(loaded.folder, identity, options.restart)
-        self.done = sum(int(self.progress.arrays.get(name, 0)) for name in ("windows", "gradients"))
+        self.done = sum(int(self.progress.arrays.get(name, 0)) for name in COUNTED)
         self.steps = steps(options.method, len(self.rows), len(self.held_out))
 
     def _windows(self) -> tuple[np.ndarray, np.ndarray]:
@@ -149,7 +149,7 @@ class _Run:
             if target is None:
                 target = default_sparsity(sum(bench.weights.values()))
             live = {path: seen for path, seen in counts.items() if not thresholds.is_dead(seen)}
-            search = Search(bench, live, target, self.options.seed)
+            search = Search(bench, live, target)
             candidates = search.run(self.options.method, self._step)
             best = candidates[0]
             curves = {path: search.curve(best, path) for path in live}

@@ -197,7 +197,7 @@ def evaluate(
     baseline: Annotated[
         str | None, typer.Option(help="The unquantized source, to compare with as well.")
     ] = None,
-    rows: Annotated[bool, typer.Option(help="Also measure MLX's row-grouped quantization of the source.")] = False,
+    rows: Annotated[bool, typer.Option(help="Also measure MLX's row-grouped form of the source.")] = False,
     source_head: Annotated[bool, typer.Option(help="Take embedding and head from the source.")] = False,
     quiet: Quiet = False,
     json_output: Json = False,

@@ -7,7 +7,7 @@ writes nothing.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
@@ -17,10 +17,12 @@ from mlx.utils import tree_unflatten
 
 from spqt_cli import format, model, observe, reference, scoring, texts, thresholds
 from spqt_cli.errors import UsageError
+from spqt_cli.quality import DENSE, ROWS, SOURCE, Quality, Variant, report
+
+__all__ = ["EvaluateOptions", "Quality", "Variant", "evaluate", "parse_shares", "report"]
 
 OnProgress = Callable[[float, float, str], None]
 BATCH = 2  # windows at once: logits of large vocabularies are what fills memory
-SOURCE, DENSE, ROWS = "source", "dense", "row-grouped"
 
 
 @dataclass(frozen=True)
@@ -39,35 +41,6 @@ class EvaluateOptions:
     baseline: str | None = None
     rows: bool = False
     source_head: bool = False
-
-
-@dataclass
-class Variant:
-    """One way to run the model. sparsity: asked for; realised: share of Zigzag weights skipped over
-    the scored positions, 0 to 1. against: reference -> KL and agreement. layers: realised per layer.
-    """
-
-    name: str
-    sparsity: float | None
-    realised: float
-    perplexity: float
-    perplexity_se: float
-    window_surprise: list[float] = field(repr=False)
-    against: dict[str, scoring.Against]
-    layers: dict[str, float] = field(repr=False, default_factory=dict)
-
-
-@dataclass
-class Quality:
-    """Results on one text: `scored` positions in `windows` windows of `window` tokens."""
-
-    model: str
-    text: str
-    text_sha256: str
-    windows: int
-    window: int
-    scored: int
-    variants: list[Variant]
 
 
 def evaluate(path: str | Path, text: Path, options: EvaluateOptions, on_progress: OnProgress) -> Quality:
@@ -213,26 +186,3 @@ def _threshold(entry: dict, share: float, loaded: model.Loaded) -> float:
     if share == loaded.config["spqt"]["calibration"]["sparsity"]:
         return float(entry["spqt"]["threshold"])
     return thresholds.derive(entry["spqt"]["curve"], share)
-
-
-def report(quality: Quality) -> str:
-    """The table for people."""
-    lines = [
-        f"{quality.text}: {quality.scored} positions scored in {quality.windows} windows "
-        f"of {quality.window}, the first half of each a dense prompt",
-        f"{'':<12}{'skipped':>8}{'perplexity':>18}{'KL source':>18}{'KL dense':>18}{'p99':>8}{'top-1':>8}",
-    ]
-    for row in quality.variants:
-        dense, source = row.against.get(DENSE), row.against.get(SOURCE)
-        last = source or dense
-        cells = [f"{one.kl:.4f} ± {one.se:.4f}" if one else "" for one in (source, dense)]
-        tail = f"{last.p99:>8.3f}{last.top1:>8.1%}" if last else ""
-        skipped = f"{row.realised:.1%}" if row.sparsity else ""
-        ppl = f"{row.perplexity:.2f} ± {row.perplexity_se:.2f}"
-        lines.append(f"{row.name:<12}{skipped:>8}{ppl:>18}{cells[0]:>18}{cells[1]:>18}{tail}")
-    lines.append(f"p99 and top-1 are against {'the source' if SOURCE in _names(quality) else 'dense'}")
-    return "\n".join(lines)
-
-
-def _names(quality: Quality) -> list[str]:
-    return [row.name for row in quality.variants]

@@ -60,16 +60,16 @@ class Candidate:
 class Search:
     """All candidates of a method on a workbench, and the winner."""
 
-    def __init__(self, bench: Workbench, counts: Mapping[str, np.ndarray], target: float, seed: int) -> None:
+    def __init__(self, bench: Workbench, counts: Mapping[str, np.ndarray], target: float) -> None:
         """counts: histograms of the live layers; the others stay dense."""
-        self.bench, self.counts, self.target, self.seed = bench, dict(counts), target, seed
+        self.bench, self.counts, self.target = bench, dict(counts), target
 
     def run(self, method: str, on_step: OnStep) -> list[Candidate]:
         """The measured candidates of a method, the winner first."""
         candidates = [Candidate(name, levels) for name, levels in self._levels(method, on_step).items()]
         for candidate in candidates:
             if self.target:
-                candidate.chosen = self.bench.settled(self.counts, candidate.at(self.target), on_step)
+                candidate.chosen, _ = self.bench.settled(self.counts, candidate.at(self.target), on_step)
             else:
                 candidate.chosen = dict.fromkeys(self.counts, 0.0)
         scores = self.bench.score([candidate.chosen for candidate in candidates], on_step)
@@ -83,9 +83,9 @@ class Search:
         if names == ("uniform",) or not self.target:
             return {"uniform": uniform}
         windows = min(GRADIENT_WINDOWS[method], len(self.bench.rows))
-        found = self.bench.sensitivity(self.counts, windows, self.seed, on_step)
+        costs = self.bench.sensitivity(self.counts, windows, on_step)
         weights = {path: self.bench.weights[path] for path in self.counts}
-        gradient = allocation.cheapest_levels(found.costs, weights, np.array(LEVELS))
+        gradient = allocation.cheapest_levels(costs, weights, np.array(LEVELS))
         blend = {path: (uniform[path] + gradient[path]) / 2 for path in uniform}
         every = {"uniform": uniform, "blend": blend, "gradient": gradient}
         return {name: every[name] for name in names}

@@ -55,8 +55,8 @@ class Harness:
     """What all probes of a model share: switches to set, sums to read.
 
     masking: what to mask by, None to run dense. counting: add every input to the histograms, but for
-    the `first` positions of a pass. shifts: path -> an array added to that layer's input, to
-    differentiate by; inputs: filled with each layer's input while it is a dict.
+    the `first` positions of a pass. shifts: path -> an array added to that layer's masked input, to
+    differentiate by; inputs: filled with each layer's unmasked input while it is a dict.
     """
 
     def __init__(self, layers: dict[str, ZigzagLinear]) -> None:
@@ -99,10 +99,10 @@ class Probe(nn.Module):
             harness.count(path, x)
         if harness.inputs is not None:
             harness.inputs[path] = x
-        if harness.shifts is not None:
-            x = x + harness.shifts[path]
         if harness.masking is not None:
             x = harness.masking.apply(path, x)
+        if harness.shifts is not None:
+            x = x + harness.shifts[path]
         return blas.linear(x, self.layer)
 
 

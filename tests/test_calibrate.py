@@ -248,7 +248,7 @@ def test_killed_among_gradients_resumes_to_the_same_result(auto, converted, tmp_
         calibrate.calibrate(again, options, killed_after(9))  # 6 windows of histograms, 3 of gradients
     seen = []
     calibrate.calibrate(again, options, lambda done, total, what: seen.append((done, what)))
-    assert seen[0] == (9, "pricing levels by gradients")
+    assert seen[0] == (9, "pricing levels by gradients (dense)")
     assert without_mirror(again) == without_mirror(folder)
 
 

@@ -1,5 +1,6 @@
 """`spqt eval` on tiny models: masked rows are decode steps, and the report says what was measured."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -115,6 +116,14 @@ def test_report_and_json(quality):
     lines = evaluate.report(quality).splitlines()
     assert [line.split()[0] for line in lines[2:-1]] == ["source", "row-grouped", "dense", "40%", "70%"]
     assert json.loads(json.dumps(asdict(quality)))["variants"][3]["against"]["dense"]["windows"]
+
+
+def test_sweep_has_a_picture(quality):
+    assert "#" not in evaluate.report(quality)
+    rows = quality.variants[-2:]
+    longer = dataclasses.replace(quality, variants=[*quality.variants[:-2], rows[0], rows[0], rows[1]])
+    bars = [line.count("#") for line in evaluate.report(longer).splitlines()[-3:]]
+    assert 0 < bars[0] == bars[1] < bars[2] == 40
 
 
 def test_not_calibrated(converted, text):

@@ -1,0 +1,141 @@
+"""The tables of docs/quality.md: what quantization costs, and what each calibration method keeps.
+
+    python benchmarks/quality.py rows SOURCE --test FILE
+    python benchmarks/quality.py methods SOURCE --calibration FILE --test FILE --sparsity 0.4,0.5
+
+SOURCE is an unquantized folder, a hub id or a .gguf file. `rows` holds Zigzag against MLX's
+row-grouped layout, once whole and once with the source's embedding and head in both. `methods`
+calibrates by each method at each sparsity and scores all on the same windows; differences from the
+first method are paired by window. Converted models are kept in the work folder. The last line of
+stdout is one JSON document.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from spqt_cli import calibrate, convert, evaluate, kernels, scoring
+
+
+def main() -> None:
+    options = parse()
+    work = Path(options.work)
+    folder = converted(options, work)
+    variants = (
+        rows_table(options, folder) if options.table == "rows" else methods_table(options, folder, work)
+    )
+    print(json.dumps({"table": options.table, "setting": setting(options), "variants": variants}))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("table", choices=("rows", "methods"))
+    parser.add_argument("source")
+    parser.add_argument("--test", type=Path, required=True, help="text to score, never calibrated on")
+    parser.add_argument("--calibration", type=Path, help="text to calibrate on; default: the shipped one")
+    parser.add_argument("--work", default="quality-work", help="folder for the converted models")
+    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--windows", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=8192, help="of calibration text")
+    parser.add_argument("--sparsity", default="0.4,0.5")
+    parser.add_argument("--methods", default="uniform,auto")
+    return parser.parse_args()
+
+
+def converted(options: argparse.Namespace, work: Path) -> Path:
+    """The source in the Zigzag layout, converted at the first run."""
+    folder = work / f"dense-{options.bits}bit-g{options.group_size}"
+    if not folder.exists():
+        wishes = convert.ConvertOptions(bits=options.bits, group_size=options.group_size)
+        convert.convert(options.source, folder, wishes, progress)
+    return folder
+
+
+def rows_table(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+    results = []
+    for source_head in (False, True):
+        wishes = evaluate.EvaluateOptions(
+            windows=options.windows, baseline=options.source, rows=True, source_head=source_head
+        )
+        quality = evaluate.evaluate(folder, options.test, wishes, progress)
+        print(f"\nembedding and head {'of the source' if source_head else 'quantized too'}")
+        print(evaluate.report(quality), flush=True)
+        results += [{"source_head": source_head, **asdict(row)} for row in quality.variants]
+    return results
+
+
+def methods_table(options: argparse.Namespace, folder: Path, work: Path) -> list[dict[str, Any]]:
+    """Each method at each sparsity, calibrated in a copy of the converted folder."""
+    results: list[dict[str, Any]] = []
+    print("sparsity  method      realised   KL source          less than first     seconds  levels from")
+    for share in map(float, options.sparsity.split(",")):
+        first: dict[str, Any] | None = None
+        for method in options.methods.split(","):
+            row = measured(options, folder, work, (share, method))
+            first = first or row
+            gain = paired(first, row)
+            results.append({**row, "less_than_first": gain})
+            kl, (gained, error) = row["against"]["source"], gain
+            cells = f"{kl['kl']:.4f} ± {kl['se']:.4f}    {gained:.4f} ± {error:.4f}    {row['seconds']:7.0f}"
+            print(f"{share:<9.0%} {method:<11} {row['realised']:<10.2%} {cells}  {row['tried'][0]['name']}")
+    return results
+
+
+def measured(
+    options: argparse.Namespace, folder: Path, work: Path, cell: tuple[float, str]
+) -> dict[str, Any]:
+    share, method = cell
+    copy = work / f"{folder.name}-{method}-{share}"
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(folder, copy)
+    wishes = calibrate.CalibrateOptions(
+        sparsity=share, data=options.calibration, tokens=options.tokens, method=method
+    )
+    found = calibrate.calibrate(copy, wishes, progress)
+    scored = evaluate.evaluate(
+        copy,
+        options.test,
+        evaluate.EvaluateOptions(windows=options.windows, baseline=options.source, source_head=True),
+        progress,
+    )
+    tried = [asdict(one) for one in found.tried]
+    return {"method": method, "seconds": found.seconds, "tried": tried, **asdict(scored.variants[-1])}
+
+
+def paired(first: dict[str, Any], row: dict[str, Any]) -> tuple[float, float]:
+    """How much lower the row's KL is than the first's: mean and standard error over windows."""
+    windows = [np.array(one["against"]["source"]["windows"]) for one in (first, row)]
+    gained = windows[0] - windows[1]
+    return float(gained.mean()), scoring.standard_error(gained)
+
+
+def setting(options: argparse.Namespace) -> dict[str, Any]:
+    """What the figures belong to: versions, backend, commit and the options."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return {
+        "options": {key: str(value) for key, value in vars(options).items()},
+        "backend": kernels.backend().name,
+        "versions": {name: version(name) for name in ("spqt", "mlx", "mlx-lm", "numpy")},
+        "commit": commit.stdout.strip(),
+    }
+
+
+def progress(done: float, total: float, what: str) -> None:
+    print(f"{done:.0f}/{total:.0f} {what}", end="\r", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
