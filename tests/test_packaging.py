@@ -1,7 +1,9 @@
 """Wheel, sdist and editable install: each carries the kernels and presets, and one MLX pin rules all."""
 
+import os
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import tomllib
 import zipfile
@@ -76,12 +78,12 @@ def test_wheel_installs_and_finds_its_data(built, tmp_path):
         "sorted(p.name for p in resources.files('spqt_cli.metal').iterdir() if p.name.endswith('.metal')))"
     )
     result = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-S", "-c", code],  # no .pth files: else this editable install would be found
         capture_output=True,
         text=True,
         check=True,
         cwd=tmp_path,
-        env={"PYTHONPATH": str(target), "PATH": ""},
+        env={"PYTHONPATH": os.pathsep.join([str(target), sysconfig.get_path("purelib")]), "PATH": ""},
     )
     assert str(target) in result.stdout
     assert "default" in result.stdout
