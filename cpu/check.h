@@ -27,13 +27,20 @@ inline Type type_of(const mlx::core::array& a) {
   return a.dtype() == mlx::core::bfloat16 ? BFLOAT16 : FLOAT32;
 }
 
-inline void require(bool met, const std::string& what) {
-  if (!met) throw std::invalid_argument("[spqt] " + what);
+// `what` is no string yet: this runs for every product of every token
+inline void require(bool met, const char* what) {
+  if (!met) throw std::invalid_argument(std::string("[spqt] ") + what);
+}
+
+inline void require_inputs(int found, int wanted) {
+  if (found != wanted)
+    throw std::invalid_argument("[spqt] x has " + std::to_string(found) + " channels, the weight " +
+                                std::to_string(wanted) + ".");
 }
 
 inline void require_format(const mlx::core::array& weight, int ndim, int bits, int group_size) {
   require((int)weight.ndim() == ndim && weight.dtype() == mlx::core::uint32,
-          "weight must be " + std::to_string(ndim) + "-D and uint32.");
+          ndim == 3 ? "weight must be 3-D and uint32." : "weight must be 2-D and uint32.");
   require(bits >= 2 && bits <= 8 && bits != 7, "bits must be 2, 3, 4, 5, 6 or 8.");
   require(group_size == 32 || group_size == 64 || group_size == 128, "group_size must be 32, 64 or 128.");
   require(weight.shape(-1) > 0 && (int64_t)weight.shape(-1) * 32 % (bits * group_size) == 0,
@@ -64,8 +71,7 @@ inline void require_zigzag(
     int bits,
     int group_size) {
   require_format(weight, 3, bits, group_size);
-  require(weight.shape(1) == inputs, "x has " + std::to_string(inputs) + " channels, the weight " +
-                                         std::to_string(weight.shape(1)) + ".");
+  require_inputs(inputs, weight.shape(1));
   const int64_t bands = weight.shape(0), band = (int64_t)weight.shape(2) * 32 / bits;
   require_scales(scales, biases, {(int)bands, inputs, (int)(band / group_size)});
   require(outputs > (bands - 1) * band && outputs <= bands * band && outputs > 0, "outputs do not fit the bands.");
@@ -82,8 +88,7 @@ inline void require_rows(
     int bits,
     int group_size) {
   require_format(weight, 2, bits, group_size);
-  require((int64_t)weight.shape(1) * 32 / bits == inputs,
-          "x has " + std::to_string(inputs) + " channels, which the weight's rows do not hold.");
+  require_inputs(inputs, (int64_t)weight.shape(1) * 32 / bits);
   require(inputs / group_size <= MAX_ROW_GROUPS, "the rows are too long.");
   require_scales(scales, biases, {weight.shape(0), inputs / group_size});
   require_bias(bias, weight.shape(0));

@@ -12,14 +12,6 @@ constexpr int ROW_TILE = 6;  // 12 of 16
 #endif
 constexpr int SLAB = 2 * LANES;
 
-template <Type T>
-SPQT_INLINE float scalar(const void* p, int64_t i) {
-#if defined(__F16C__)
-  if constexpr (T == FLOAT16) return _cvtsh_ss(((const uint16_t*)p)[i]);
-#endif
-  return element<T>(p, i);
-}
-
 // what brings codes down that were masked in place
 template <int BITS, int... I>
 SPQT_INLINE vf unshift(int v, std::integer_sequence<int, I...>) {

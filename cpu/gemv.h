@@ -22,10 +22,17 @@ SPQT_INLINE void scale_channel(const Tile& tile, int64_t first, float x, float* 
     store(u + g, wide * load_as_float<T>(tile.scales, first + g));
     store(bias_sums + g, load<vf>(bias_sums + g) + wide * load_as_float<T>(tile.biases, first + g));
   }
+#if SPQT_MASKED_LOADS
   if (int rest = tile.groups - g) {
     store(u + g, wide * load_as_float<T>(tile.scales, first + g, rest));
     store(bias_sums + g, load<vf>(bias_sums + g) + wide * load_as_float<T>(tile.biases, first + g, rest));
   }
+#else
+  for (; g < tile.groups; ++g) {
+    u[g] = x * scalar<T>(tile.scales, first + g);
+    bias_sums[g] += x * scalar<T>(tile.biases, first + g);
+  }
+#endif
 }
 
 template <Type T>

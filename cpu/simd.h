@@ -125,14 +125,18 @@ SPQT_INLINE vf load_as_float(const void* p, int64_t first) {
   return bfloat_to_float(raw);
 }
 
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#define SPQT_MASKED_LOADS 1
 // the same for n < LANES elements, zeros above
 template <Type T>
 SPQT_INLINE vf load_as_float(const void* p, int64_t first, int n) {
-  constexpr int BYTES = T == FLOAT32 ? 4 : 2;
-  alignas(64) uint8_t part[LANES * 4] = {};
-  for (int i = 0; i < n * BYTES; ++i) part[i] = ((const uint8_t*)p)[first * BYTES + i];
-  return load_as_float<T>(part, 0);
+  const __mmask16 some = (__mmask16)((1u << n) - 1);
+  if constexpr (T == FLOAT32) return (vf)_mm512_maskz_loadu_ps(some, (const float*)p + first);
+  vh raw = (vh)_mm256_maskz_loadu_epi16(some, (const uint16_t*)p + first);
+  if constexpr (T == FLOAT16) return half_to_float(raw);
+  return bfloat_to_float(raw);
 }
+#endif
 
 template <Type T>
 SPQT_INLINE float element(const void* p, int64_t i) {
@@ -142,6 +146,14 @@ SPQT_INLINE float element(const void* p, int64_t i) {
   float magnitude = bits_float((raw & 0x7fffu) << 13) * 0x1p112f;
   uint32_t special = (raw & 0x7c00u) == 0x7c00u ? 0x7f800000u : 0;
   return bits_float(float_bits(magnitude) | special | (raw & 0x8000u) << 16);
+}
+
+template <Type T>
+SPQT_INLINE float scalar(const void* p, int64_t i) {
+#if defined(__F16C__)
+  if constexpr (T == FLOAT16) return _cvtsh_ss(((const uint16_t*)p)[i]);
+#endif
+  return element<T>(p, i);
 }
 
 SPQT_INLINE float any_element(const void* p, Type type, int64_t i) {

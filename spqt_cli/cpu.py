@@ -1,7 +1,7 @@
 """The CPU backend: the C++ extension `spqt_cli._cpu`, or the reason why it can't be used.
 
 It owns the choice of threads and the check that the extension fits the MLX that runs; it knows layers
-only as `kernels.Projection`. Sources and design: cpu/.
+only as `kernels.Projection`s that are modules. Sources and design: cpu/.
 """
 
 import importlib
@@ -121,10 +121,11 @@ def default_threads() -> int:
 
 
 def _packed(layer: Any, threshold: mx.array | None) -> tuple[Any, ...]:
+    # by key: reading an attribute of an nn.Module is a Python call, and this runs 200 times a token
     return (
-        layer.weight,
-        layer.scales,
-        layer.biases,
+        layer["weight"],
+        layer["scales"],
+        layer["biases"],
         threshold,
         layer.get("bias"),
         layer.outputs,

@@ -25,15 +25,16 @@ class Layer(dict):
         w = mx.array(rng.normal(size=shape).astype(np.float32)).astype(dtype)
         self.outputs, self.bits, self.group_size = outputs, bits, group_size
         band = band or layout.band_of(outputs, group_size)
-        self.weight, self.scales, self.biases = layout.quantize(w, bits, group_size, band)
+        packed = layout.quantize(w, bits, group_size, band)
+        self.update(zip(("weight", "scales", "biases"), packed, strict=True))
         self.threshold = None if threshold is None else mx.array(np.atleast_1d(np.float32(threshold)))
-        mx.eval(self.weight, self.scales, self.biases)
+        mx.eval(packed)
 
     @property
     def matrix(self):
-        wide = (self.scales.astype(mx.float32), self.biases.astype(mx.float32))
+        wide = (self["scales"].astype(mx.float32), self["biases"].astype(mx.float32))
         w = layout.dequantize(
-            self.weight, *wide, outputs=self.outputs, bits=self.bits, group_size=self.group_size
+            self["weight"], *wide, outputs=self.outputs, bits=self.bits, group_size=self.group_size
         )
         return np.array(w).astype(np.float64)
 
@@ -159,8 +160,8 @@ def test_bitwise_equal_for_any_thread_count(threads, shape):
 def test_strided_input_and_weights():
     layer = Layer((64, 50), threshold=0.5)
     x = mx.array(np.random.default_rng(1).normal(size=(50, 4)).astype(np.float32))[:, 1:2].T
-    layer.weight = mx.swapaxes(mx.contiguous(mx.swapaxes(layer.weight, 1, 2)), 1, 2)
-    mx.eval(layer.weight)
+    layer["weight"] = mx.swapaxes(mx.contiguous(mx.swapaxes(layer["weight"], 1, 2)), 1, 2)
+    mx.eval(layer["weight"])
     check(x, [layer])
 
 
@@ -188,8 +189,8 @@ def test_compiled_graph():
         lambda layer: setattr(layer, "group_size", 48),
         lambda layer: setattr(layer, "outputs", 65),
         lambda layer: setattr(layer, "threshold", mx.zeros((3,))),
-        lambda layer: setattr(layer, "scales", layer.scales[:, :10]),
-        lambda layer: setattr(layer, "weight", layer.weight[:, :10]),
+        lambda layer: layer.update(scales=layer["scales"][:, :10]),
+        lambda layer: layer.update(weight=layer["weight"][:, :10]),
         lambda layer: layer.update(bias=mx.zeros((3,))),
     ],
 )
