@@ -89,7 +89,7 @@ def calibrate(source: Path, output: Path) -> None:
     """Likewise; the converted folder is copied first, outside the race."""
     from spqt_cli import calibrate as command
 
-    options = command.CalibrateOptions(sparsity=0.3, tokens=512, window=64)
+    options = command.CalibrateOptions(sparsity=0.3, tokens=256, window=64, method="uniform")
     command.calibrate(output, options, lambda *_: None)
 
 
