@@ -9,14 +9,12 @@ number of layers. The last line of stdout is one JSON document; the exit code is
 
 import argparse
 import json
-import platform
 import resource
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -113,6 +111,8 @@ def measure(folder: Path, hidden: int, layers: int, keep: bool) -> dict[str, obj
 
 
 def main() -> int:
+    import machine  # lies beside this script
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--hidden", type=int, default=4352, help="width; a multiple of 256")
     parser.add_argument("--layers", type=int, nargs="+", default=[2, 16])
@@ -124,8 +124,7 @@ def main() -> int:
         rows = [measure(folder, options.hidden, layers, options.keep) for layers in options.layers]
     growth = rows[-1]["peak_bytes"] / rows[0]["peak_bytes"] - 1
     holds = growth < 0.05 and all(row["peak_bytes"] <= row["limit_bytes"] for row in rows)
-    versions = {"spqt": version("spqt"), "mlx": version("mlx"), "python": platform.python_version()}
-    print(json.dumps({"rows": rows, "growth": growth, "holds": holds, "versions": versions}))
+    print(json.dumps({"rows": rows, "growth": growth, "holds": holds, "machine": machine.facts()}))
     return 0 if holds else 1
 
 
