@@ -3,6 +3,7 @@
 uniform: the same share everywhere (TEAL's criterion, arXiv 2408.14690, without its search).
 gradient: shares by price, from gradients through the quantized model (sensitivity.py).
 blend: halfway between the two, for models whose prices mislead.
+paper: TEAL's block-wise greedy search (blockwise.py).
 
 `fast` takes gradient unseen; `auto` measures all three on held-out windows and keeps the one with the
 lowest KL divergence to the dense quantized model, so it never ends worse there than uniform.
@@ -13,7 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from spqt_cli import allocation, observe, thresholds
+from spqt_cli import allocation, blockwise, observe, thresholds
 from spqt_cli.format import CURVE_SPARSITIES
 from spqt_cli.sensitivity import LEVELS
 from spqt_cli.workbench import SETTLING_ROUNDS, SETTLING_WINDOWS, OnStep, Workbench
@@ -21,6 +22,7 @@ from spqt_cli.workbench import SETTLING_ROUNDS, SETTLING_WINDOWS, OnStep, Workbe
 CANDIDATES = {
     "auto": ("uniform", "blend", "gradient"),
     "fast": ("gradient",),
+    "paper": ("paper",),
     "uniform": ("uniform",),
 }
 GRADIENT_WINDOWS = {"auto": 8, "fast": 2}  # at most; a window costs about four dense passes over it
@@ -82,6 +84,11 @@ class Search:
         names = CANDIDATES[method]
         if names == ("uniform",) or not self.target:
             return {"uniform": uniform}
+        if names == ("paper",):
+            bench = self.bench
+            return {
+                "paper": blockwise.levels(bench.model, bench.harness, bench.rows[0], self.counts, on_step)
+            }
         windows = min(GRADIENT_WINDOWS[method], len(self.bench.rows))
         costs = self.bench.sensitivity(self.counts, windows, on_step)
         weights = {path: self.bench.weights[path] for path in self.counts}
