@@ -6,7 +6,8 @@ It reads and writes `config.json` and never opens weights.
     "quantization": {"group_size": 64, "bits": 4, "mode": "affine",
         "model.layers.0.mlp.up_proj": {"group_size": 64, "bits": 4, "mode": "zigzag",
             "spqt": {"band": 3584, "threshold": 0.012, "curve": [0.0, ...]}}}
-    "spqt": {"format_version": 1, "fingerprint": "...", "shards": {"model.safetensors": "sha256"},
+    "spqt": {"format_version": 1, "fingerprint": "...", "content": "...", "source": {...},
+             "versions": {...}, "shards": {"model.safetensors": "sha256"},
              "calibration": {"fingerprint": "...", "sparsity": 0.25, "method": "uniform", ...}}
 """
 
