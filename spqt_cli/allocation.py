@@ -21,8 +21,9 @@ def cheapest_levels(
     can't reach are met by raising all layers alike towards 1.
     """
     segments = []
-    for path, cost in costs.items():
-        corners = lower_hull(levels, np.maximum.accumulate(cost))
+    for path, price in costs.items():
+        cost = np.maximum.accumulate(price)  # a price that falls is noise
+        corners = lower_hull(levels, cost)
         for a, b in pairwise(corners):
             gained = (levels[b] - levels[a]) * weights[path]
             segments.append(((cost[b] - cost[a]) / gained, gained, path, levels[b]))
