@@ -15,14 +15,13 @@ from safetensors import SafetensorError, safe_open
 
 from spqt_cli import files
 from spqt_cli.errors import SpqtError, UnsupportedError
-from spqt_cli.format import INDEX
+from spqt_cli.format import INDEX, LONGEST_JSON
 
 FLOATING = {"BF16": 2, "F16": 2, "F32": 4}  # bytes per element
 INTEGER = {"BOOL": 1, "U8": 1, "I8": 1, "U16": 2, "I16": 2, "U32": 4, "I32": 4, "U64": 8, "I64": 8}
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 MOST_NAMED = 10  # tensors named in one message
-LONGEST_HEADER = 100_000_000  # bytes, as the safetensors library allows
-LONGEST_JSON = 256 << 20  # bytes of an index or config; the largest known index has 20 MB
+LONGEST_HEADER = 32 << 20  # bytes; safetensors allows 100 MB, which takes Python 1 GB to read
 AGAIN = "download it again"
 
 
@@ -140,7 +139,7 @@ def read_shard(path: Path, name: str) -> tuple[dict[str, Tensor], dict[str, str]
     """
     if not path.is_file():
         raise SpqtError(f"{path} is missing", AGAIN)
-    _refuse_text(path)
+    _refuse_start(path)
     try:
         with safe_open(path, framework="np") as shard:
             metadata = shard.metadata() or {}
@@ -185,13 +184,16 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _refuse_text(path: Path) -> None:
-    """Name the two texts that often stand where a shard should."""
+def _refuse_start(path: Path) -> None:
+    """Refuse, by its first bytes, a header of absurd length and the two texts that often stand for a shard."""
     try:
         with path.open("rb") as file:
-            start = file.read(256).lstrip().lower()
+            start = file.read(256)
     except OSError as error:
         raise SpqtError(f"{path} can't be read: {error}", AGAIN) from None
+    if (length := int.from_bytes(start[:8], "little")) > LONGEST_HEADER and path.stat().st_size > length:
+        raise SpqtError(f"{path} has a header of {length} bytes, too long to be sound", AGAIN)
+    start = start.lstrip().lower()
     if start.startswith(b"version https://git-lfs"):
         raise SpqtError(f"{path} is a Git LFS pointer, not weights", f"{AGAIN}: git lfs pull, or hf download")
     if start.startswith((b"<!doctype", b"<html", b"<?xml")):

@@ -25,6 +25,7 @@ from spqt_cli.errors import SpqtError, UnsupportedError
 FORMAT_VERSION = 1
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
+LONGEST_JSON = 64 << 20  # bytes of a config or an index; the largest index seen has 20 MB
 MODE = "zigzag"  # the `mode` of a Zigzag layer's entry
 METADATA_KEY = "spqt_fingerprint"  # in every shard's safetensors metadata
 METADATA_CONTENT = "spqt_content"  # likewise: a hash of all weights, the same in every shard of one model
@@ -37,6 +38,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if path.exists() and not path.is_file():  # reading a pipe would wait for ever
         raise SpqtError(f"{path} is no file", "download or convert the model again")
+    if path.is_file() and path.stat().st_size > LONGEST_JSON:
+        raise SpqtError(f"{path} is too long to be a config", "download or convert the model again")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -89,6 +89,20 @@ def test_fault_03_header_length(folder: Path, length: int) -> None:
     refused(folder, SHARD)
 
 
+def test_fault_03_header_that_fills_the_memory(folder: Path) -> None:
+    with (folder / SHARD).open("wb") as file:  # sparse: takes no disk
+        file.write(struct.pack("<Q", 90_000_000) + b"{")
+        file.truncate(90_000_100)
+    refused(folder, SHARD, "too long")
+
+
+@pytest.mark.parametrize("name", ["config.json", INDEX])
+def test_json_that_fills_the_memory(folder: Path, name: str) -> None:
+    with (folder / name).open("wb") as file:
+        file.truncate(1 << 33)
+    refused(folder, name, "too l")
+
+
 @pytest.mark.parametrize(
     "header", [b'{"a\xff": 1}', b"[1, 2]", b'"text"', b"[" * 100_000, b'{"a":' * 100_000, b"{}}"]
 )
