@@ -49,7 +49,8 @@ class Counter:
         rows: list[tuple[Any, float]] = []
         for key, layers in self._layers.items():
             self._fold(key)
-            for layer, total in zip(layers, self._totals[key].tolist(), strict=True):
+            totals: Any = self._totals[key].tolist()
+            for layer, total in zip(layers, totals, strict=True):
                 rows.append((layer, total / self._steps[key] / layer.inputs))
         return rows
 

@@ -115,11 +115,13 @@ def convert(
         skip=wishes.skip,
     )
     target = output or converter.default_output(source, options)
+    if upload_repo:
+        from spqt_cli import card
+
+        card.check_upload(upload_repo)
     with progress(quiet or json_output) as on_progress:
         result = converter.convert(source, target, options, on_progress)
     if upload_repo and not dry_run:
-        from spqt_cli import card
-
         card.upload(target, upload_repo)
     if json_output:
         typer.echo(as_json(result))
@@ -156,7 +158,7 @@ def calibrate(
         return
     wishes = presets.merged(presets.load_preset(preset), sparsity=sparsity, tokens=tokens, method=method)
     options = calibrator.CalibrateOptions(data=data, seed=seed, restart=restart)
-    chosen = {"sparsity": wishes.sparsity, "tokens": wishes.tokens, "method": wishes.method}
+    chosen: dict[str, Any] = {"sparsity": wishes.sparsity, "tokens": wishes.tokens, "method": wishes.method}
     options = dataclasses.replace(
         options, **{key: value for key, value in chosen.items() if value is not None}
     )

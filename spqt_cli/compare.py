@@ -56,7 +56,7 @@ def perplexity(loaded: model.Loaded, prompt_tokens: list[int], text: str) -> flo
     ids = mx.array([prompt_tokens + answer])
     logits = loaded.model(ids[:, :-1])[0, len(prompt_tokens) - 1 :]
     losses = nn.losses.cross_entropy(logits.astype(mx.float32), mx.array(answer))
-    return math.exp(float(losses.mean().item()))
+    return float(mx.exp(losses.mean()))
 
 
 def as_dict(row: Row) -> dict[str, object]:

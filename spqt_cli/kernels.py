@@ -24,11 +24,13 @@ class Projection(Protocol):
 
     weight: mx.array
     scales: mx.array
-    biases: mx.array
-    threshold: mx.array
+    biases: Any  # mx.array; MLX declares it optional, which it is in other quantization modes
     outputs: int
     bits: int
     group_size: int
+
+    @property
+    def threshold(self) -> Any: ...
 
     def get(self, key: str, default: Any = None) -> Any: ...
 

@@ -81,7 +81,7 @@ class ZigzagLinear(nn.QuantizedLinear):
         return layout.dequantize(
             self.weight,
             self.scales,
-            self.biases,
+            self["biases"],
             outputs=self.outputs,
             bits=self.bits,
             group_size=self.group_size,

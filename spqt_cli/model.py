@@ -53,7 +53,7 @@ def load(
     folder = source.local_folder(str(path), revision=revision)
     config = identity.check_model(folder, trust_remote_code=trust_remote_code)
     with plain_path(folder) as readable:
-        model, tokenizer = mlx_lm.load(
+        model, tokenizer, *_ = mlx_lm.load(
             str(readable),
             tokenizer_config={"trust_remote_code": trust_remote_code},
             adapter_path=adapter_path,
@@ -115,7 +115,7 @@ def load_draft(path: str, target: Loaded) -> nn.Module:
     if "spqt" in format.read_config(folder):
         identity.check_model(folder)
     with plain_path(folder) as readable:
-        draft, tokenizer = mlx_lm.load(str(readable))
+        draft, tokenizer, *_ = mlx_lm.load(str(readable))
     if tokenizer.vocab_size != target.tokenizer.vocab_size:
         raise SpqtError(
             f"{path} has {tokenizer.vocab_size} tokens, {target.folder} {target.tokenizer.vocab_size}",
@@ -143,7 +143,7 @@ def weight_bytes(model: nn.Module, config: dict[str, Any]) -> tuple[float, dict[
     nothing (one row).
     """
     zigzag = {
-        id(layer): layer.weight.nbytes + layer.scales.nbytes + layer.biases.nbytes
+        id(layer): sum(layer[name].nbytes for name in ("weight", "scales", "biases"))
         for layer in zigzag_layers(model).values()
     }
     other = 0.0

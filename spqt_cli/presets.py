@@ -26,7 +26,7 @@ class Preset:
     skip: tuple[str, ...] = ()
 
 
-SECTIONS = {
+SECTIONS: dict[str, dict[str, type]] = {
     "quantization": {"bits": int, "group_size": int},
     "calibration": {"sparsity": float, "method": str, "tokens": int},
     "layers": {"skip": list},
@@ -68,7 +68,7 @@ def _parse(document: dict[str, Any], name: str) -> Preset:
                 raise SpqtError(
                     f"preset {name}: unknown key {key!r} in [{section}]", f"keys: {', '.join(known)}"
                 )
-            wanted = (int, float) if known[key] is float else known[key]
+            wanted: Any = (int, float) if known[key] is float else known[key]
             if not isinstance(value, wanted) or isinstance(value, bool):
                 raise SpqtError(f"preset {name}: {key} = {value!r} is not a {known[key].__name__}", "mend it")
             values[key] = tuple(value) if isinstance(value, list) else value
