@@ -217,6 +217,11 @@ def test_fault_45_without_mlx_the_install_command_is_shown(tmp_path):
     assert_error(result, 6, "spqt[cpu]", "spqt[cuda13]")
 
 
+def test_fault_50_a_data_set_name_is_no_text(converted):
+    """Texts are files: nothing is fetched, and the message says which text would do."""
+    assert_error(spqt("calibrate", converted, "--data", "wikitext"), 3, "wikitext", "hint")
+
+
 def test_fault_69_no_token_in_any_output():
     """The hub's token goes to the hub alone: not into errors, not into tracebacks."""
     secret = "hf_" + "S3cr3t" * 5

@@ -39,20 +39,20 @@ def decoded(ids: list[int]) -> str:
 
 
 @pytest.mark.parametrize(("data", "cause"), [(b"", "empty"), (b" \n\n", "empty"), (b"\xff\xfe", "not UTF-8")])
-def test_row_48_empty_or_not_utf8(tmp_path, data, cause):
+def test_fault_48_empty_or_not_utf8(tmp_path, data, cause):
     with pytest.raises(SpqtError, match=cause) as caught:
         texts.read(written(tmp_path, data))
     assert caught.value.exit_code == 3
 
 
-def test_row_48_missing(tmp_path):
+def test_fault_48_missing(tmp_path):
     with pytest.raises(SpqtError, match="can't be read"):
         texts.read(tmp_path / "none.txt")
     with pytest.raises(SpqtError, match="can't be read"):
         texts.read(tmp_path)  # a folder
 
 
-def test_row_49_too_short_names_both_counts(tmp_path):
+def test_fault_49_too_short_names_both_counts(tmp_path):
     text = texts.read(written(tmp_path, b"x" * 100))
     rows = texts.windows(texts.tokens(text, Words()), 32)
     with pytest.raises(SpqtError, match="128 tokens needed, 96 found") as caught:
