@@ -71,6 +71,13 @@ def _licence(path: Path) -> dict[str, Any]:
     return {key: found[key] for key in LICENCE_KEYS if isinstance(found.get(key), (str, list))}
 
 
+def check_upload(repo: str) -> None:
+    """Refuse an upload that is bound to fail, before the work."""
+    from spqt_cli import hub
+
+    hub.check_upload(repo)
+
+
 def upload(folder: Path, repo: str) -> None:
     """Put a converted folder on the hub, once its parts are known to belong together."""
     from spqt_cli import hub, identity

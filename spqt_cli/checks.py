@@ -185,7 +185,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _refuse_start(path: Path) -> None:
-    """Refuse, by its first bytes, a header of absurd length and the two texts that often stand for a shard."""
+    """Refuse, by its first bytes, a header of absurd length and two texts that often stand for a shard."""
     try:
         with path.open("rb") as file:
             start = file.read(256)

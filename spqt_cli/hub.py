@@ -16,6 +16,7 @@ from typing import Any
 
 import huggingface_hub
 from huggingface_hub import constants, errors
+from huggingface_hub.utils import validate_repo_id
 
 from spqt_cli import checks
 from spqt_cli.errors import ResourceError, SpqtError, UnsupportedError
@@ -61,12 +62,18 @@ def hub_errors(repo: str) -> Iterator[None]:
         raise SpqtError(f"{repo} is no name the hub allows", "give org/name") from None
     except (errors.SafetensorsParsingError, errors.NotASafetensorsRepoError):
         raise SpqtError(f"{repo}: a shard is no sound safetensors file", "use another revision") from None
+    except errors.LocalTokenNotFoundError:
+        raise SpqtError(f"{repo} needs a login", "hf auth login, or set HF_TOKEN") from None
     except (errors.HTTPError, OSError) as error:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise ResourceError(
                 f"the disk of the hub's cache is full, fetching {repo}", "free space"
             ) from None
         response = getattr(error, "response", None)
+        if response is not None and response.status_code in (401, 403):
+            raise SpqtError(
+                f"the hub refuses {repo} for this login", "hf auth login, or set HF_TOKEN"
+            ) from None
         what = f"status {response.status_code}" if response is not None else type(error).__name__
         raise SpqtError(
             f"fetching {repo} failed ({what})", "run again: it goes on where it stopped"
@@ -158,6 +165,13 @@ def download(repo: str, revision: str | None) -> Path:
 def _marker(repo: str, commit: str) -> Path:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return cache / "spqt" / "verified" / f"{repo.replace('/', '--')}-{commit}"
+
+
+def check_upload(repo: str) -> None:
+    """Refuse to begin work whose result can't be uploaded, for want of a name, a login or a line."""
+    with hub_errors(repo):
+        validate_repo_id(repo)
+        huggingface_hub.HfApi().whoami()
 
 
 def upload(folder: Path, repo: str) -> None:

@@ -30,6 +30,7 @@ class Hub:
     uploads: dict[str, dict[str, bytes]] = field(default_factory=dict)
     drop: dict[str, int] = field(default_factory=dict)
     endpoint: str = ""
+    token: str = "hf_thisIsASecretToken"
 
     def sent(self, name: str) -> int:
         """Bytes of a file that were sent."""
@@ -54,6 +55,8 @@ class Handler(BaseHTTPRequestHandler):
         path = urlparse(self.path).path
         if path == "/api/repos/create":
             name = json.loads(body)["name"]
+            if name == "broken":
+                return self.error(500, "")
             repo = f"{json.loads(body).get('organization') or 'me'}/{name}"
             self.hub.uploads.setdefault(repo, {})
             self.json({"url": f"{self.hub.endpoint}/{repo}", "name": repo, "id": repo})
@@ -70,6 +73,7 @@ class Handler(BaseHTTPRequestHandler):
             self.json({"commitUrl": f"{self.hub.endpoint}/{match[1]}/commit/{COMMIT}", "commitOid": COMMIT})
         else:
             self.json({"errors": [], "warnings": []})
+        return None
 
     def answer(self) -> None:
         path = urlparse(self.path).path
@@ -77,6 +81,8 @@ class Handler(BaseHTTPRequestHandler):
             self.api(match[1], match[2], match[3])
         elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             self.resolve(match[1], match[3])
+        elif path == "/api/whoami-v2" and self.headers.get("Authorization") != f"Bearer {self.hub.token}":
+            self.error(401, "")
         else:
             self.json({})
 

@@ -14,7 +14,7 @@ from tests.conftest import tiny_checkpoint
 from tests.converting import config_of, contents
 from tests.hub_server import COMMIT, Hub, serve
 
-SECRET = "hf_thisIsASecretToken"
+SECRET = Hub.token
 
 
 @pytest.fixture
@@ -171,10 +171,19 @@ def test_upload(hub: Hub, tmp_path: Path, checkpoint: Path) -> None:
 
 
 def test_upload_fails_after_the_work(hub: Hub, tmp_path: Path, checkpoint: Path) -> None:
-    endpoint = "http://127.0.0.1:9"
-    done = spqt(
-        hub, tmp_path, "convert", checkpoint, "-o", "out", "--upload-repo", "me/mine", HF_ENDPOINT=endpoint
-    )
+    done = spqt(hub, tmp_path, "convert", checkpoint, "-o", "out", "--upload-repo", "me/broken")
     assert done.returncode == 3
     assert "the converted folder is complete" in done.stderr
     assert (tmp_path / "out" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("repo", "token"), [("me/mine", "hf_wrong"), ("me/mine", ""), ("no/such/name", SECRET)], ids=str
+)
+def test_upload_that_must_fail_is_refused_before_the_work(
+    hub: Hub, tmp_path: Path, checkpoint: Path, repo: str, token: str
+) -> None:
+    done = spqt(hub, tmp_path, "convert", checkpoint, "-o", "out", "--upload-repo", repo, HF_TOKEN=token)
+    assert done.returncode == 3
+    assert "hint:" in done.stderr
+    assert not (tmp_path / "out").exists()
