@@ -137,14 +137,24 @@ def sync(path: Path) -> None:
     with disk_errors(path):
         handle = os.open(path, os.O_RDONLY)
         try:
-            if sys.platform == "darwin":
-                import fcntl
-
-                fcntl.fcntl(handle, fcntl.F_FULLFSYNC)
-            else:
-                os.fsync(handle)
+            _full_sync(handle)
         finally:
             os.close(handle)
+
+
+def _full_sync(handle: int) -> None:
+    """The strongest sync that the file system of an open file has."""
+    if sys.platform == "darwin":
+        import fcntl
+
+        with contextlib.suppress(OSError):  # network and FAT disks have only fsync
+            fcntl.fcntl(handle, fcntl.F_FULLFSYNC)
+            return
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some file systems can't sync a folder
+            raise
 
 
 def publish(folder: Path, output: Path) -> None:

@@ -134,6 +134,30 @@ def test_fullfsync_on_macos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert calls == [51]
 
 
+def test_fullfsync_that_the_disk_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fcntl
+
+    def refusing(handle: int, command: int) -> None:
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    calls: list[int] = []
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(fcntl, "F_FULLFSYNC", 51, raising=False)
+    monkeypatch.setattr(fcntl, "fcntl", refusing)
+    monkeypatch.setattr(os, "fsync", calls.append)
+    files.sync(tmp_path)
+    assert len(calls) == 1
+
+
+def test_sync_errors_are_not_swallowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(handle: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", failing)
+    with pytest.raises(ResourceError):
+        files.sync(tmp_path)
+
+
 def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pwrite = os.pwrite
     monkeypatch.setattr(os, "pwrite", lambda file, data, offset: pwrite(file, data[:3], offset))
