@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from spqt_cli import layout
+from spqt_cli import files, layout
 from spqt_cli.errors import SpqtError, UnsupportedError
 
 FORMAT_VERSION = 1
@@ -158,10 +158,10 @@ def write_config(folder: Path, config: dict[str, Any]) -> None:
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
+        files.sync(Path(temporary))
         os.replace(temporary, folder / CONFIG)
+        files.sync(folder)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
