@@ -5,14 +5,13 @@
 
 SOURCE is an unquantized folder, a hub id or a .gguf file. `rows` holds Zigzag against MLX's
 row-grouped layout, once whole and once with the source's embedding and head in both. `methods`
-calibrates by each method at each sparsity and scores all on the same windows; differences from the
-first method are paired by window. Converted models are kept in the work folder. The last line of
-stdout is one JSON document.
+calibrates by each method at each sparsity and scores all that they tried on the same windows, with
+the source's embedding and head; differences from uniform are paired by window. Converted models and
+progress are kept in the work folder. The last line of stdout is one JSON document.
 """
 
 import argparse
 import json
-import shutil
 import subprocess
 import sys
 from dataclasses import asdict
@@ -22,7 +21,21 @@ from typing import Any
 
 import numpy as np
 
-from spqt_cli import calibrate, convert, evaluate, kernels, scoring
+from spqt_cli import (
+    calibrate,
+    convert,
+    evaluate,
+    format,
+    kernels,
+    methods,
+    model,
+    observe,
+    scoring,
+    texts,
+    thresholds,
+)  # fmt: skip
+from spqt_cli.progress import Progress
+from spqt_cli.workbench import Workbench
 
 
 def main() -> None:
@@ -49,7 +62,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=8192, help="of calibration text")
     parser.add_argument("--sparsity", default="0.4,0.5")
-    parser.add_argument("--methods", default="uniform,auto")
+    parser.add_argument("--methods", default="auto", help="auto tries uniform too; paper is apart")
     return parser.parse_args()
 
 
@@ -76,41 +89,45 @@ def rows_table(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]
 
 
 def methods_table(options: argparse.Namespace, folder: Path, work: Path) -> list[dict[str, Any]]:
-    """Each method at each sparsity, calibrated in a copy of the converted folder."""
-    results: list[dict[str, Any]] = []
-    print("sparsity  method      realised   KL source          less than first     seconds  levels from")
-    for share in map(float, options.sparsity.split(",")):
-        first: dict[str, Any] | None = None
-        for method in options.methods.split(","):
-            row = measured(options, folder, work, (share, method))
-            first = first or row
-            gain = paired(first, row)
-            results.append({**row, "less_than_first": gain})
-            kl, (gained, error) = row["against"]["source"], gain
-            cells = f"{kl['kl']:.4f} ± {kl['se']:.4f}    {gained:.4f} ± {error:.4f}    {row['seconds']:7.0f}"
-            print(f"{share:<9.0%} {method:<11} {row['realised']:<10.2%} {cells}  {row['tried'][0]['name']}")
-    return results
+    """Every method's candidates at each sparsity, all scored in one pass over the test windows."""
+    loaded = model.load(folder, dense=True)
+    candidates = search(options, loaded, work)
+    choices = {name: evaluate.Choice(share, one.chosen) for name, (share, one) in candidates.items()}
+    wishes = evaluate.EvaluateOptions(windows=options.windows, baseline=options.source, source_head=True)
+    quality = evaluate.evaluate_choices(loaded, options.test, wishes, choices, progress)
+    print(f"\n{evaluate.report(quality)}\n\nKL to the source below uniform's, paired by window")
+    rows = {row.name: asdict(row) for row in quality.variants}
+    for name, (share, one) in candidates.items():
+        gained, error = paired(rows[f"uniform {share:.0%}"], rows[name])
+        rows[name] |= {"held_out_kl": one.mean_kl, "below_uniform": gained, "below_uniform_se": error}
+        print(
+            f"{name:<16} {gained:.4f} ± {error:.4f}; on held-out calibration text {one.mean_kl:.4f} to dense"
+        )
+    return list(rows.values())
 
 
-def measured(
-    options: argparse.Namespace, folder: Path, work: Path, cell: tuple[float, str]
-) -> dict[str, Any]:
-    share, method = cell
-    copy = work / f"{folder.name}-{method}-{share}"
-    shutil.rmtree(copy, ignore_errors=True)
-    shutil.copytree(folder, copy)
-    wishes = calibrate.CalibrateOptions(
-        sparsity=share, data=options.calibration, tokens=options.tokens, method=method
-    )
-    found = calibrate.calibrate(copy, wishes, progress)
-    scored = evaluate.evaluate(
-        copy,
-        options.test,
-        evaluate.EvaluateOptions(windows=options.windows, baseline=options.source, source_head=True),
-        progress,
-    )
-    tried = [asdict(one) for one in found.tried]
-    return {"method": method, "seconds": found.seconds, "tried": tried, **asdict(scored.variants[-1])}
+def search(
+    options: argparse.Namespace, loaded: model.Loaded, work: Path
+) -> dict[str, tuple[float, methods.Candidate]]:
+    """ "METHOD SHARE" -> the share and the candidate; passes over the text are shared and resumable."""
+    wishes = calibrate.CalibrateOptions(data=options.calibration, tokens=options.tokens)
+    text = texts.read(options.calibration)
+    windows = calibrate.choose_windows(loaded, text, wishes)
+    identity = {
+        "model": format.weights_fingerprint(loaded.config),
+        "text": text.sha256,
+        "tokens": options.tokens,
+    }
+    found = {}
+    with observe.probing(loaded.model) as harness:
+        bench = Workbench(loaded.model, harness, windows, Progress(work, identity, restart=False))
+        counts = bench.histograms(step)
+        live = {path: seen for path, seen in counts.items() if not thresholds.is_dead(seen)}
+        for share in map(float, options.sparsity.split(",")):
+            for method in options.methods.split(","):
+                for one in methods.Search(bench, live, share).run(method, step):
+                    found[f"{one.name} {share:.0%}"] = (share, one)
+    return found
 
 
 def paired(first: dict[str, Any], row: dict[str, Any]) -> tuple[float, float]:
@@ -131,6 +148,10 @@ def setting(options: argparse.Namespace) -> dict[str, Any]:
         "versions": {name: version(name) for name in ("spqt", "mlx", "mlx-lm", "numpy")},
         "commit": commit.stdout.strip(),
     }
+
+
+def step(what: str) -> None:
+    print(what.ljust(60), end="\r", file=sys.stderr)
 
 
 def progress(done: float, total: float, what: str) -> None:

@@ -17,7 +17,7 @@ from spqt_cli.errors import SpqtError, UsageError
 from spqt_cli.format import CURVE_SPARSITIES
 from spqt_cli.methods import CANDIDATES, Search, steps
 from spqt_cli.progress import Progress
-from spqt_cli.workbench import COUNTED, FIRST_TOKENS, Workbench
+from spqt_cli.workbench import FIRST_TOKENS, Workbench, windows_done
 
 __all__ = ["CalibrateOptions", "Calibration", "LayerRow", "calibrate", "print_table", "remove"]
 
@@ -106,6 +106,21 @@ def _drop_foreign_thresholds(path: Path) -> None:
         remove(path)
 
 
+def choose_windows(
+    loaded: model.Loaded, text: texts.Text, options: CalibrateOptions
+) -> tuple[np.ndarray, np.ndarray]:
+    """The windows to calibrate on and the ones held out: (count, window) each, int32."""
+    config = {**loaded.config, **(loaded.config.get("text_config") or {})}
+    context = int(config.get("max_position_embeddings") or options.window)
+    window = min(options.window, options.tokens // 2, context) // 2 * 2
+    rows = texts.windows(texts.tokens(text, loaded.tokenizer), window, texts.opening(loaded.tokenizer))
+    count = options.tokens // window
+    texts.need(rows, count, text)
+    chosen = np.random.default_rng(options.seed).permutation(len(rows))[:count]
+    held_out = max(1, count // 4)
+    return rows[np.sort(chosen[held_out:])], rows[np.sort(chosen[:held_out])]
+
+
 class _Run:
     """One calibration: histograms, thresholds, the check on held-out windows."""
 
@@ -113,32 +128,17 @@ class _Run:
         self, loaded: model.Loaded, text: texts.Text, options: CalibrateOptions, on_progress: OnProgress
     ) -> None:
         self.loaded, self.text, self.options, self.on_progress = loaded, text, options, on_progress
-        self.rows, self.held_out = self._windows()
+        self.rows, self.held_out = choose_windows(loaded, text, options)
         identity = {
             "model": format.weights_fingerprint(loaded.config),
             "text": text.sha256,
             "first": FIRST_TOKENS,
+            "goal": [options.method, options.sparsity],
             "windows": [len(self.rows), self.rows.shape[1], options.seed],
         }
         self.progress = Progress(loaded.folder, identity, options.restart)
-        self.done = sum(int(self.progress.arrays.get(name, 0)) for name in COUNTED)
+        self.done = windows_done(self.progress)
         self.steps = steps(options.method, len(self.rows), len(self.held_out))
-
-    def _windows(self) -> tuple[np.ndarray, np.ndarray]:
-        """The windows to calibrate on and the ones held out: (count, window) each, int32."""
-        options, tokenizer = self.options, self.loaded.tokenizer
-        window = min(options.window, options.tokens // 2, self._context()) // 2 * 2
-        stream = texts.tokens(self.text, tokenizer)
-        rows = texts.windows(stream, window, texts.opening(tokenizer))
-        count = options.tokens // window
-        texts.need(rows, count, self.text)
-        chosen = np.random.default_rng(options.seed).permutation(len(rows))[:count]
-        held_out = max(1, count // 4)
-        return rows[np.sort(chosen[held_out:])], rows[np.sort(chosen[:held_out])]
-
-    def _context(self) -> int:
-        config = {**self.loaded.config, **(self.loaded.config.get("text_config") or {})}
-        return int(config.get("max_position_embeddings") or self.options.window)
 
     def finish(self, started: float) -> Calibration:
         """Run all of it and put the result into the config (in memory)."""

@@ -6,7 +6,7 @@ writes nothing.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,19 +43,44 @@ class EvaluateOptions:
     source_head: bool = False
 
 
+@dataclass(frozen=True)
+class Choice:
+    """Thresholds to measure, by layer path, and the sparsity they are meant to reach."""
+
+    sparsity: float
+    thresholds: Mapping[str, float]
+
+
 def evaluate(path: str | Path, text: Path, options: EvaluateOptions, on_progress: OnProgress) -> Quality:
     """Score a converted model on a text: dense and at each sparsity, against dense and its source.
 
     Raises SpqtError for a text that can't be read or is too short, UsageError for bad options.
     """
     _check(options)
-    document = texts.read(text)
     loaded = model.load(path, dense=True)
+    entries = format.entries(loaded.config)
+    choices = {
+        f"{share:.0%}" if round(share, 2) == share else f"{share:.2%}": Choice(
+            share, {layer: _threshold(entry, share, loaded) for layer, entry in entries.items()}
+        )
+        for share in _shares(options.sparsity, loaded)
+    }
+    return evaluate_choices(loaded, text, options, choices, on_progress)
+
+
+def evaluate_choices(
+    loaded: model.Loaded,
+    text: Path,
+    options: EvaluateOptions,
+    choices: Mapping[str, Choice],
+    on_progress: OnProgress,
+) -> Quality:
+    """As `evaluate`, for thresholds that need not be stored: name -> Choice, beside dense."""
+    document = texts.read(text)
     stream = texts.tokens(document, loaded.tokenizer)
     rows = texts.windows(stream, options.window, texts.opening(loaded.tokenizer))
     texts.need(rows, options.windows, document)
-    shares = _shares(options.sparsity, loaded)
-    return _Evaluation(loaded, options, shares, on_progress).run(rows[: options.windows], document)
+    return _Evaluation(loaded, options, choices, on_progress).run(rows[: options.windows], document)
 
 
 def _check(options: EvaluateOptions) -> None:
@@ -100,7 +125,11 @@ class _Evaluation:
     """The models of one evaluation and what was measured so far."""
 
     def __init__(
-        self, loaded: model.Loaded, options: EvaluateOptions, shares: list[float], on_progress: OnProgress
+        self,
+        loaded: model.Loaded,
+        options: EvaluateOptions,
+        choices: Mapping[str, Choice],
+        on_progress: OnProgress,
     ) -> None:
         self.loaded, self.options, self.on_progress = loaded, options, on_progress
         self.others: dict[str, nn.Module] = {}
@@ -113,14 +142,8 @@ class _Evaluation:
         if options.source_head:
             for quantized in (loaded.model, *(self.others[name] for name in (ROWS,) if name in self.others)):
                 _take_heads(quantized, self.others[SOURCE])
-        entries = format.entries(loaded.config)
-        self.shares = {
-            f"{share:.0%}" if round(share, 2) == share else f"{share:.2%}": share for share in shares
-        }
-        self.maskings = {
-            name: observe.Masking({path: _threshold(entries[path], share, loaded) for path in entries})
-            for name, share in self.shares.items()
-        }
+        self.choices = choices
+        self.maskings = {name: observe.Masking(choice.thresholds) for name, choice in choices.items()}
         self.scores: dict[str, scoring.Scores] = {}
 
     def run(self, rows: np.ndarray, document: texts.Text) -> Quality:
@@ -167,7 +190,7 @@ class _Evaluation:
             return Variant(name, None, 0.0, ppl, se, surprise, against)
         layers = self.maskings[name].realised()
         realised = observe.weighted(layers, harness.layers)
-        return Variant(name, self.shares[name], realised, ppl, se, surprise, against, layers)
+        return Variant(name, self.choices[name].sparsity, realised, ppl, se, surprise, against, layers)
 
 
 def _take_heads(model: nn.Module, source: nn.Module) -> None:

@@ -10,8 +10,7 @@ Source: the second-order expansion of KL, as in natural gradients (Amari 1998); 
 gradient allocation are in docs/quality.md.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import mlx.core as mx
 import numpy as np
@@ -24,11 +23,8 @@ LEVELS = tuple(i / 40 for i in range(37))  # 0, 0.025, ..., 0.9
 
 
 class Sensitivity:
-    """Prices of every layer's LEVELS, summed over windows: path -> (levels,), in nats times positions.
-
-    From a dense model a level's price is the KL divergence that it alone would cause. From a sparse
-    one (`masking`, `current`) it is the change of the divergence from dense if this layer went to that
-    level while the others stay: the slope there, which holds all interactions, plus the curvature.
+    """Prices of every layer's LEVELS: path -> (levels,), the KL divergence that a level of this layer
+    alone would cause, in nats, summed over `positions`.
     """
 
     def __init__(self, steps: Mapping[str, np.ndarray], seed: int) -> None:
@@ -38,78 +34,41 @@ class Sensitivity:
         self.positions = 0
         self._seed = seed
 
-    def add(
-        self,
-        model: nn.Module,
-        harness: observe.Harness,
-        window: np.ndarray,
-        current: Mapping[str, float] | None = None,
-    ) -> None:
-        """Add one window (length,) of tokens, of even length: its second half, after a dense prompt.
-
-        current: thresholds of the sparse model to price from; None for the dense one.
-        """
-        prompt, rest = mx.split(mx.array(window[None]), 2, axis=1)
-        shapes: dict[str, mx.array] = {}
-        harness.inputs = shapes
-        cache = observe.prompt_cache(model, prompt)
-        harness.inputs = None
-        continued = _Continuation(model, harness, rest, cache, {path: x.shape for path, x in shapes.items()})
+    def add(self, model: nn.Module, harness: observe.Harness, window: np.ndarray) -> None:
+        """Add one window (length,) of tokens, of even length: its second half, after a dense prompt."""
         draw = np.random.default_rng(self._seed + self.positions)
-        if current is not None:
-            dense = np.exp(scoring.log_probabilities(observe.continuation(model, rest, cache)))
-            harness.masking = observe.Masking(current)
-            for path, x, g in continued.gradients(lambda p: p - dense):
-                self.costs[path] += (self._moved(path, x, g, current[path])).sum(axis=0)
-        for path, x, g in continued.gradients(lambda p: less_drawn(p, draw)):
-            moved = self._moved(path, x, g, 0.0 if current is None else current[path])
-            self.costs[path] += (moved**2).sum(axis=0) / 2
-        harness.masking = None
-        self.positions += rest.shape[1]
-
-    def _moved(self, path: str, x: np.ndarray, g: np.ndarray, current: float) -> np.ndarray:
-        """Each row's first-order change of the loss from `current` to each step: (rows, levels)."""
-        now = (x * g * (np.abs(x) < current)).sum(axis=1, keepdims=True)
-        return now - dropped(x, g, self.steps[path])
-
-
-class _Continuation:
-    """A window's second half, to be differentiated."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        harness: observe.Harness,
-        rest: mx.array,
-        cache: list[Any],
-        shapes: dict[str, Any],
-    ) -> None:
-        self.model, self.harness, self.rest, self.cache, self.shapes = model, harness, rest, cache, shapes
-
-    def gradients(
-        self, slope: Callable[[np.ndarray], np.ndarray]
-    ) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-        """Each layer's path, input and the gradient there: (rows, inputs) each.
-
-        slope: the loss's derivative with respect to the logits, given softmax(logits).
-        """
-        inputs: dict[str, mx.array] = {}
-
-        def objective(shifts: dict[str, mx.array]) -> mx.array:
-            self.harness.shifts = shifts
-            logits = observe.continuation(self.model, self.rest, self.cache)
-            p = np.exp(scoring.log_probabilities(logits))
-            return (logits * mx.array(slope(p))).sum()
-
-        self.harness.inputs = inputs
-        try:
-            with blas.many_rows():
-                found = mx.grad(objective)({path: mx.zeros(shape) for path, shape in self.shapes.items()})
-                mx.eval(found, inputs)
-        finally:
-            self.harness.shifts = self.harness.inputs = None
+        gradients, inputs = _gradients(model, harness, window, draw)
         for path, x in inputs.items():
-            yield path, _rows(x), _rows(found[path])
+            change = dropped(_rows(x), _rows(gradients[path]), self.steps[path])
+            self.costs[path] += (change**2).sum(axis=0) / 2
+        self.positions += len(window) // 2
+
+
+def _gradients(
+    model: nn.Module, harness: observe.Harness, window: np.ndarray, draw: np.random.Generator
+) -> tuple[dict[str, mx.array], dict[str, mx.array]]:
+    """Path -> gradient of -log p(drawn token) with respect to that layer's input, and the input."""
+    prompt, rest = mx.split(mx.array(window[None]), 2, axis=1)
+    shapes: dict[str, mx.array] = {}
+    harness.inputs = shapes
+    cache = observe.prompt_cache(model, prompt)
+    shifts = {path: mx.zeros_like(x) for path, x in shapes.items()}
+    inputs: dict[str, mx.array] = {}
+    harness.inputs = inputs
+
+    def objective(values: dict[str, mx.array]) -> mx.array:
+        harness.shifts = values
+        logits = observe.continuation(model, rest, cache)
+        slope = less_drawn(np.exp(scoring.log_probabilities(logits)), draw)
+        return (logits * mx.array(slope)).sum()
+
+    try:
+        with blas.many_rows():
+            gradients = mx.grad(objective)(shifts)
+            mx.eval(gradients, inputs)
+    finally:
+        harness.shifts = harness.inputs = None
+    return gradients, inputs
 
 
 def _rows(x: mx.array) -> np.ndarray:

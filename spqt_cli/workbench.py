@@ -20,9 +20,12 @@ from spqt_cli.sensitivity import LEVELS, Sensitivity
 FIRST_TOKENS = 8  # of each sequence, left out: the attention sink's huge values are no guide to the rest
 SETTLING_WINDOWS = 4
 SETTLING_ROUNDS = 2  # the second changes realised sparsity by some tenths of a point, a third by none
-COUNTED = ("windows", "gradients/dense", "gradients/sparse")  # windows done, in the progress file
-
 OnStep = Callable[[str], None]
+
+
+def windows_done(progress: Progress) -> int:
+    """How many passes over windows a progress file holds."""
+    return sum(int(progress.arrays.get(name, 0)) for name in ("windows", "gradients"))
 
 
 class Workbench:
@@ -59,37 +62,29 @@ class Workbench:
         return total
 
     def sensitivity(
-        self,
-        counts: Mapping[str, np.ndarray],
-        windows: int,
-        on_step: OnStep,
-        current: Mapping[str, float] | None = None,
+        self, counts: Mapping[str, np.ndarray], windows: int, on_step: OnStep
     ) -> dict[str, np.ndarray]:
         """Path -> price of each of LEVELS, from gradients over the first `windows` calibration windows.
 
-        counts: histograms whose quantiles the levels are. current: the thresholds of the sparse model
-        to price from; None for the dense one.
+        counts: histograms whose quantiles the levels are.
         """
-        kind = "dense" if current is None else "sparse"
         found = Sensitivity({path: thresholds.quantile(c, LEVELS) for path, c in counts.items()}, seed=0)
         saved = self.progress.arrays
-        done = int(saved.get(f"gradients/{kind}", 0))
+        done = int(saved.get("gradients", 0))
         if done:
-            found.costs = {path: saved[f"{kind}/{path}"] for path in counts}
-            found.positions = int(saved[f"positions/{kind}"])
+            found.costs = {path: saved[f"costs/{path}"] for path in counts}
+            found.positions = int(saved["positions"])
         for i in range(done, windows):
-            on_step(f"pricing levels by gradients ({kind})")
-            found.add(self.model, self.harness, self.rows[i], current)
-            arrays = {f"{kind}/{path}": cost for path, cost in found.costs.items()}
-            arrays |= {f"gradients/{kind}": np.array(i + 1), f"positions/{kind}": np.array(found.positions)}
-            self.progress.save(**arrays)
+            on_step("pricing levels by gradients")
+            found.add(self.model, self.harness, self.rows[i])
+            costs = {f"costs/{path}": cost for path, cost in found.costs.items()}
+            self.progress.save(gradients=np.array(i + 1), positions=np.array(found.positions), **costs)
         return found.costs
 
     def settled(
         self, counts: Mapping[str, np.ndarray], levels: Mapping[str, float], on_step: OnStep
-    ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-        """Thresholds at which each layer skips its level while all others skip theirs, and the counts
-        of |x| then.
+    ) -> dict[str, float]:
+        """Thresholds at which each layer skips its level while all others skip theirs.
 
         Skipping upstream shrinks what comes later, so thresholds of a dense pass skip too much.
         """
@@ -105,7 +100,7 @@ class Workbench:
                     total[path] = total[path] + seen if path in total else seen
             self.harness.counting = False
             chosen = _at(total, levels)
-        return chosen, total
+        return chosen
 
     def _prompt(self, index: int) -> list[Any]:
         if index not in self._caches:
