@@ -121,25 +121,18 @@ static void gemv(const Tile& tile, const Active& active, float* partial) {
   }
 }
 
-// y of one column from the sums of all stripes, in the order of the outputs
-template <int BITS>
-SPQT_INLINE void finish_column(const Tile& tile, const float* partials, int stripes, int column,
-                               const float* bias_sums, float* y) {
-  using C = Codec<BITS>;
-  const size_t size = partial_size(tile.groups, tile.group_size);
-  for (int pass = 0; pass < C::PASSES; ++pass)
-    for (int v = 0; v < VECTORS; ++v) {
-      const float* from = partials + (size_t)((column * C::PASSES + pass) * VECTORS + v) * LANES;
-      vf sum = load<vf>(from);
-      for (int s = 1; s < stripes; ++s) sum += load<vf>(from + s * size);
-      float lanes[LANES];
-      store(lanes, sum);
-      for (int l = 0; l < LANES; ++l) {
-        int index = C::index(pass, v, l), output = column * C::COLUMN + index;
+// y of one column from its sums, in the order of the outputs
+template <class Order>
+SPQT_INLINE void finish_column(const Tile& tile, const float* sums, int column, const float* bias_sums,
+                               float* y) {
+  const float* from = sums + (size_t)column * Order::COLUMN;
+  for (int pass = 0; pass < Order::PASSES; ++pass)
+    for (int v = 0; v < VECTORS; ++v)
+      for (int l = 0; l < Order::WIDTH; ++l, ++from) {
+        int index = Order::index(pass, v, l), output = column * Order::COLUMN + index;
         int group = min_of(output / tile.group_size, tile.groups - 1);
-        y[index] = lanes[l] * (1.0f / (1 << C::shift(pass, v, l))) + bias_sums[group];
+        y[index] = *from * (1.0f / (1 << Order::shift(pass, v, l))) + bias_sums[group];
       }
-    }
 }
 
 template <Type T>
@@ -156,31 +149,28 @@ static void put_row(const Output& out, int first, int count, const float* y) {
   if (out.type == BFLOAT16) put_outputs<BFLOAT16>(out, first, count, y);
 }
 
-template <int BITS>
-static void finish_bits(const Tile& tile, const float* partials, int stripes, const Output& out) {
-  using C = Codec<BITS>;
+template <class Order>
+static void finish_order(const Tile& tile, float* partials, int stripes, const Output& out) {
   const size_t size = partial_size(tile.groups, tile.group_size);
-  float bias_sums[TILE / 32 + PADDING];
-  for (int g = 0; g < tile.groups; ++g) {
-    bias_sums[g] = 0;
-    for (int s = 0; s < stripes; ++s)
-      bias_sums[g] += partials[s * size + partial_sums(tile.groups, tile.group_size) + g];
-  }
-  float y[C::COLUMN];
-  for (int first = 0; first < out.outputs; first += C::COLUMN) {
-    finish_column<BITS>(tile, partials, stripes, first / C::COLUMN, bias_sums, y);
-    put_row(out, first, min_of(C::COLUMN, out.outputs - first), y);
+  for (int s = 1; s < stripes; ++s)
+    for (size_t i = 0; i < size; i += LANES)
+      store(partials + i, load<vf>(partials + i) + load<vf>(partials + s * size + i));
+  const float* bias_sums = partials + partial_sums(tile.groups, tile.group_size);
+  float y[Order::COLUMN];
+  for (int first = 0; first < out.outputs; first += Order::COLUMN) {
+    finish_column<Order>(tile, partials, first / Order::COLUMN, bias_sums, y);
+    put_row(out, first, min_of(Order::COLUMN, out.outputs - first), y);
   }
 }
 
-static void finish(const Tile& tile, const float* partials, int stripes, const Output& out) {
+static void finish(const Tile& tile, float* partials, int stripes, const Output& out) {
   switch (tile.bits) {
-    case 2: return finish_bits<2>(tile, partials, stripes, out);
-    case 3: return finish_bits<3>(tile, partials, stripes, out);
-    case 4: return finish_bits<4>(tile, partials, stripes, out);
-    case 5: return finish_bits<5>(tile, partials, stripes, out);
-    case 6: return finish_bits<6>(tile, partials, stripes, out);
-    case 8: return finish_bits<8>(tile, partials, stripes, out);
+    case 2: return finish_order<Codec<2>>(tile, partials, stripes, out);
+    case 3: return finish_order<Codec<3>>(tile, partials, stripes, out);
+    case 4: return finish_order<Codec<4>>(tile, partials, stripes, out);
+    case 5: return finish_order<Codec<5>>(tile, partials, stripes, out);
+    case 6: return finish_order<Codec<6>>(tile, partials, stripes, out);
+    case 8: return finish_order<Codec<8>>(tile, partials, stripes, out);
   }
 }
 

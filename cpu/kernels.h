@@ -127,8 +127,11 @@ struct Kernels {
   int (*collect)(const Input&, int32_t* channel, float* x);
   // partial: the sums over `Active`, in the kernel's own order.
   void (*gemv)(const Tile&, const Active&, float* partial);
-  // y from `stripes` partial results that lie partial_size apart.
-  void (*finish)(const Tile&, const float* partials, int stripes, const Output&);
+  // y from `stripes` partial results that lie partial_size apart; adds them up in the first.
+  void (*finish)(const Tile&, float* partials, int stripes, const Output&);
+  // The same for 4 bits with x * scale rounded to 8 bits; nullptr where the machine gains nothing by it.
+  void (*gemv_int8)(const Tile&, const Active&, float* partial);
+  void (*finish_int8)(const Tile&, float* partials, int stripes, const Output&);
   // work: WORK floats, here and below
   void (*gemm)(const Gemm&, float* work);
   // x in the order in which `rows` unpacks codes, and its sums by group.
@@ -145,5 +148,8 @@ struct Kernels {
 
 // The best table for this machine, or the one chosen by use_isa.
 const Kernels& kernels();
+// Whether 4-bit products round x * scale to 8 bits from now on.
+bool int8_wanted();
+void want_int8(bool wanted);
 // Chooses a table by name; false if this machine or build lacks it.
 bool use_isa(const char* name);

@@ -23,6 +23,7 @@ constexpr auto word_masks = word_masks_of<BITS>(std::make_integer_sequence<int, 
 // 2 and 4 bits: a vector of words, code j of every word in one vector.
 template <int BITS>
 struct WordCodec {
+  static constexpr int WIDTH = LANES;
   static constexpr int PASSES = 4 / BITS;  // eight codes of each word a pass
   static constexpr int COLUMN = LANES * 32 / BITS;
   static constexpr int COLUMN_BYTES = LANES * 4;
@@ -78,6 +79,7 @@ struct WordCodec {
 // 3, 5, 6 and 8 bits: units of 32 codes; each lane fetches the two bytes its code lies in.
 template <int BITS>
 struct ByteCodec {
+  static constexpr int WIDTH = LANES;
   static constexpr int PASSES = 1;
   static constexpr int COLUMN = LANES * VECTORS;
   static constexpr int COLUMN_BYTES = LANES * BITS;

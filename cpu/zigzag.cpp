@@ -48,6 +48,7 @@ struct Job {
   std::vector<TileOf> tiles;
   std::vector<Task> tasks;      // room for all stripes is reserved when the job is made
   uint32_t* active;             // per projection
+  bool int8;
 };
 
 void run_task(void* context, int index) {
@@ -58,10 +59,12 @@ void run_task(void* context, int index) {
   int first = (int64_t)list.count * task.stripe / t.stripes;
   int last = (int64_t)list.count * (task.stripe + 1) / t.stripes;
   size_t size = partial_size(t.tile.groups, t.tile.group_size);
-  kernels().gemv(t.tile, {list.channel + first, list.x + first, last - first},
-                 t.partials + task.stripe * size);
+  const Kernels& k = kernels();
+  const bool int8 = job.int8 && t.tile.bits == 4 && k.gemv_int8;
+  (int8 ? k.gemv_int8 : k.gemv)(t.tile, {list.channel + first, list.x + first, last - first},
+                                t.partials + task.stripe * size);
   if (t.missing.fetch_sub(1, std::memory_order_acq_rel) == 1)
-    kernels().finish(t.tile, t.partials, t.stripes, t.out);
+    (int8 ? k.finish_int8 : k.finish)(t.tile, t.partials, t.stripes, t.out);
 }
 
 void run_job(Job& job) {
@@ -130,6 +133,7 @@ std::shared_ptr<Job> SparseGemv::plan(const std::vector<mx::array>& in, std::vec
   const int channels = in[1].shape(1);
   auto job = std::make_shared<Job>();
   job->active = out.back().data<uint32_t>();
+  job->int8 = int8_wanted();
   size_t used = 0;  // floats; lists first, then partial sums
   std::vector<std::vector<Cut>> cuts;
   size_t tiles = 0;
