@@ -85,7 +85,9 @@ def convert(
     allow_requantize: Annotated[
         bool, typer.Option(help="Accept a source that is quantized already.")
     ] = False,
-    trust_remote_code: Trust = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option(help="Accept a model that asks for its own code; mlx-lm's is used instead.")
+    ] = False,
     upload_repo: Annotated[str | None, typer.Option(help="Hub repository to upload the result to.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")
