@@ -57,7 +57,10 @@ def choose(kind: str, bands: Sequence[tuple[int, int]], inputs: int) -> Geometry
     widest = _units(max(band for band, _ in bands))
     parts = -(-widest // MOST_LANES.get(kind, METAL_LANES))
     lanes = -(-widest // parts)
-    rows = max(1, MOST_THREADS.get(kind, METAL_THREADS) // lanes)
+    # Narrow tiles share a simdgroup; else the rows are those of a tile of whole simdgroups.
+    rows = max(
+        1, MOST_THREADS.get(kind, METAL_THREADS) // (lanes if lanes <= 16 else -(-lanes // SIMD) * SIMD)
+    )
     threads = -(-lanes * rows // SIMD) * SIMD
     tiles = sum(-(-_units(band) // lanes) * number for band, number in bands)
     stripes = max(1, min(inputs // LEAST_STRIPE, THREADGROUPS[kind] // tiles))
@@ -65,7 +68,7 @@ def choose(kind: str, bands: Sequence[tuple[int, int]], inputs: int) -> Geometry
         stripes = 1
     stripe = -(-inputs // stripes)
     passes = -(-stripe // MOST_LISTED)
-    listed = -(-(-(-stripe // passes)) // threads) * threads
+    listed = -(-stripe // (passes * threads)) * threads
     unroll, decode = (4, 2) if kind == "cuda" else (2, 0)
     return Geometry(OUTPUTS, lanes, rows, unroll, listed, SLICE, decode, stripe)
 

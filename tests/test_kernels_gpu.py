@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tests.emulator import emulate
 
-from spqt_cli import geometry, gpu, layers, layout
+from spqt_cli import geometry, gpu, gpu_text, layers, layout
 
 ALL, HALF, NONE = 0.0, 0.6745, 99.0  # thresholds for x ~ N(0, 1)
 
@@ -18,7 +18,7 @@ def emulated(monkeypatch):
     traffic = []
 
     def run(launch, inputs):
-        emulation = emulate(launch, inputs, gpu.header())
+        emulation = emulate(launch, inputs, gpu_text.header())
         assert emulation.reports == []
         traffic.append(emulation.traffic)
         return emulation.outputs

@@ -1,0 +1,119 @@
+"""The texts of the GPU kernels: bodies from `metal/`, with their constants and the lines that pick a
+threadgroup's own projection. It knows no arrays.
+"""
+
+import re
+from functools import cache
+from importlib import resources
+from typing import NamedTuple
+
+from spqt_cli import geometry
+
+Constants = tuple[tuple[str, int | str], ...]
+REDUCE_PARTS = 8  # simdgroups that share the stripes of 32 outputs: short loops, 256 threads
+COUNTS = 32  # entries after the partial sums of a stripe: a whole 128-byte line
+
+
+class Kernel(NamedTuple):
+    """What MLX needs to build a kernel. Its template integers are constants in the text."""
+
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    source: str
+    threads: int
+
+
+def header() -> str:
+    """The helper functions of the bodies."""
+    return body("lane_order.h")
+
+
+@cache
+def body(name: str) -> str:
+    """The text of a file in `metal/` without comments: MLX copies and hashes it in every call."""
+    text = resources.files("spqt_cli.metal").joinpath(name).read_text()
+    return re.sub(r"\n\s*\n+", "\n", re.sub(r"[ \t]*//[^\n]*", "", text)).lstrip()
+
+
+@cache
+def gemv_kernel(constants: Constants, threads: int) -> Kernel:
+    """sparse_gemv.metal with its constants; with PARTIAL it writes partial sums, not y."""
+    named = dict(constants)
+    count, partial = int(named["P"]), "PARTIAL" in named
+    lines = _declared({**named, "Y": "float" if partial else named["T"], "THREADS": threads})
+    lines += [
+        f"constexpr int PARTIAL = {int(partial)};" if not partial else "",
+        f"constexpr int COUNTS = {COUNTS if partial else 'P'};",
+        "const uint tile = threadgroup_position_in_grid.x;",
+        *_projection_of_tile(count),
+    ]
+    for name, kind in (("weight", "uint32_t"), ("scales", "S"), ("biases", "S")):
+        lines.append(f"const device {kind}* {name} = {_pick(name, count)};")
+    if partial:
+        lines += [
+            "device float* stripe_partials = partials + ulong(threadgroup_position_in_grid.y) * settings[2];",
+            "device float* y = stripe_partials + tile * (LANES * OUTPUTS);",
+            f"device uint32_t* counts = (device uint32_t*)(stripe_partials + settings[2] - {COUNTS});",
+        ]
+    else:
+        lines += [f"device Y* y = {_pick('y', count)};", "device uint32_t* counts = active;"]
+    packed = [f"{name}_{p}" for p in range(count) for name in ("weight", "scales", "biases")]
+    ys = ["partials"] if partial else [*(f"y_{p}" for p in range(count)), "active"]
+    return Kernel(
+        _name("gemv", named),
+        ("x", "settings", *packed),
+        tuple(ys),
+        "\n".join(filter(None, lines)) + "\n" + body("sparse_gemv.metal"),
+        threads,
+    )
+
+
+@cache
+def reduce_kernel(constants: Constants) -> Kernel:
+    """reduce_stripes.metal with its constants."""
+    named = {k: v for k, v in constants if k in ("T", "P", "PER_CHANNEL", "HAS_BIAS", "OUTPUTS", "LANES")}
+    count = int(named["P"])
+    lines = [
+        *_declared({**named, "Y": named["T"], "PARTS": REDUCE_PARTS}),
+        "constexpr uint THRESHOLDS = 3 + 4 * P;",
+        f"const uint tile = threadgroup_position_in_grid.x * {geometry.SIMD} / (LANES * OUTPUTS);",
+        *_projection_of_tile(count),
+        f"device Y* y = {_pick('y', count)};",
+    ]
+    return Kernel(
+        _name("reduce", named),
+        ("partials", "settings"),
+        (*(f"y_{p}" for p in range(count)), "active"),
+        "\n".join(lines) + "\n" + body("reduce_stripes.metal"),
+        REDUCE_PARTS * geometry.SIMD,
+    )
+
+
+def _declared(named: dict[str, int | str]) -> list[str]:
+    return [
+        f"typedef {value} {name};" if isinstance(value, str) else f"constexpr int {name} = {value};"
+        for name, value in named.items()
+    ]
+
+
+def _name(kernel: str, named: dict[str, int | str]) -> str:
+    return f"spqt_{kernel}_" + "_".join(str(value) for value in named.values())
+
+
+def _projection_of_tile(count: int) -> list[str]:
+    """Lines that find a tile's projection, by how many later ones have begun, and its bias."""
+    begun = [f"uint(tile >= settings[{3 + 4 * p}])" for p in range(1, count)]
+    before = [f"(projection > {p} ? settings[{6 + 4 * p}] : 0)" for p in range(count - 1)]
+    thresholds = "(PER_CHANNEL ? P * settings[0] : P)"
+    return [
+        f"const uint projection = {' + '.join(begun) or '0'};",
+        f"const uint bias_first = {' + '.join(['3 + 4 * P', thresholds, *before])};",
+    ]
+
+
+def _pick(name: str, count: int) -> str:
+    chain = f"{name}_{count - 1}"
+    for p in reversed(range(count - 1)):
+        chain = f"projection == {p} ? {name}_{p} : {chain}"
+    return chain

@@ -1,0 +1,213 @@
+"""Runs a backend's kernels on random problems against the definition in float64: `spqt doctor --selftest`.
+
+It owns the problems, the reference and the error bound (derived in metal/README.md).
+"""
+
+import itertools
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import numpy as np
+
+from spqt_cli import layout
+from spqt_cli.layers import ZigzagLinear
+
+if TYPE_CHECKING:
+    from spqt_cli.kernels import Projection
+
+Result = tuple[list[mx.array], mx.array]  # as kernels.sparse_gemv returns
+
+ROUNDING = {mx.float16: 2.0**-11, mx.bfloat16: 2.0**-8, mx.float32: 2.0**-24}  # half a unit in the last place
+SMALLEST = {mx.float16: 2.0**-25, mx.bfloat16: 0.0, mx.float32: 0.0}  # half of the smallest subnormal
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem: projections of one input."""
+
+    outputs: tuple[int, ...]
+    inputs: int
+    bits: int = 4
+    group_size: int = 64
+    dtype: mx.Dtype = mx.float16
+    scales: mx.Dtype | None = None  # of scales and biases; x's unless said
+    band: int | None = None
+    bias: bool = False
+    per_channel: bool = False
+    active: float | int = 0.5  # a share, or so many channels
+
+
+@dataclass
+class Judgement:
+    """How far outputs lie from float64, as a share of the bound, and what else must hold."""
+
+    error: float
+    counts: bool
+    repeated: bool
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= 1.0 and self.counts and self.repeated
+
+    def words(self) -> str:
+        faults = [] if self.error <= 1.0 else [f"error {self.error:.3g} times the bound"]
+        faults += [] if self.counts else ["wrong number of active channels"]
+        faults += [] if self.repeated else ["two runs differ"]
+        return ", ".join(faults) or "right"
+
+
+def run() -> list[dict[str, Any]]:
+    """Rows for people: kernel, shape, bits, group, dtype, worst error as a share of the bound, pass."""
+    from spqt_cli import kernels
+
+    rows = []
+    for name, case in _cases():
+        try:
+            worst = _worst(case, kernels.sparse_gemv)
+        except RuntimeError as error:  # MLX's word for a kernel that does not compile or start
+            rows.append(_row(name, case, str(error).strip().splitlines()[0][:60], False))
+            continue
+        rows.append(_row(name, case, f"{worst.error:.3f}" if worst.error < 1e3 else "inf", worst.passed))
+    return rows
+
+
+def _row(name: str, case: Case, error: str, passed: bool) -> dict[str, Any]:
+    shape = f"{'+'.join(map(str, case.outputs))}x{case.inputs}"
+    dtype = str(case.dtype).rsplit(".", maxsplit=1)[-1]
+    return {
+        "kernel": name,
+        "shape": shape,
+        "bits": case.bits,
+        "group": case.group_size,
+        "dtype": dtype,
+        "worst error": error,
+        "pass": passed,
+    }
+
+
+def _cases() -> list[tuple[str, Case]]:
+    dtypes = (mx.float16, mx.bfloat16, mx.float32)
+    one = [Case((1000,), 777, bits, group, dtype) for bits, group, dtype in _variants(dtypes)]
+    cases = [("one launch", case) for case in one]
+    cases += [
+        ("stripes", Case((2100,), 1111, bits, 64, dtype))
+        for bits, dtype in itertools.product((3, 4, 8), dtypes)
+    ]
+    hazards = [((4095,), 300), ((576,), 576), ((11008,), 257), ((64,), 1), ((1,), 4096), ((1024,), 11008)]
+    cases += [("shape", Case(outputs, inputs)) for outputs, inputs in hazards]
+    cases += [
+        ("fused", Case((4096, 1024, 1024), 512)),
+        ("fused", Case((2752, 2752), 600, bits=3)),
+        ("bias", Case((960,), 2000, bias=True)),
+        ("fused bias", Case((320, 64), 4000, bias=True)),
+        ("channel thresholds", Case((960,), 2000, per_channel=True)),
+    ]
+    return cases
+
+
+def _variants(dtypes: Sequence[mx.Dtype]) -> list[tuple[int, int, mx.Dtype]]:
+    every_width = [(bits, 64, mx.float16) for bits in layout.BITS]
+    rest = list(itertools.product((4,), layout.GROUP_SIZES, dtypes))
+    return list(dict.fromkeys(every_width + rest))
+
+
+def _worst(case: Case, sparse_gemv: Any) -> Judgement:
+    """The worst over none, one, a quarter, half, three quarters and all of the channels active."""
+    some = matrices(case)
+    found = []
+    for active in (0, 1, 0.25, 0.5, 0.75, 1.0):
+        x = vector(case, active)
+        found.append(judge(x, some, sparse_gemv(x, some), sparse_gemv(x, some)))
+    return Judgement(
+        max(one.error for one in found), all(one.counts for one in found), all(one.repeated for one in found)
+    )
+
+
+def matrices(case: Case) -> list[ZigzagLinear]:
+    """Random matrices of a case, and thresholds near 1: see `vector`."""
+    made = []
+    for p, outputs in enumerate(case.outputs):
+        keys = mx.random.split(mx.random.key(17 + p), 3)
+        w = (mx.random.normal((outputs, case.inputs), key=keys[0]) * 0.1).astype(case.scales or case.dtype)
+        band = case.band or layout.band_of(outputs, case.group_size)
+        packed = layout.quantize(w, case.bits, case.group_size, band)
+        spread = mx.random.uniform(0.9, 1.1, (case.inputs if case.per_channel else 1,), key=keys[1])
+        matrix = ZigzagLinear(outputs, case.bits, case.group_size, band)
+        matrix.weight, matrix.scales, matrix.biases = packed
+        matrix.set_threshold(spread)
+        if case.bias:
+            matrix.bias = mx.random.normal((outputs,), key=keys[2]).astype(case.dtype)
+        mx.eval(matrix.parameters())
+        made.append(matrix)
+    return made
+
+
+def vector(case: Case, active: float | int | None = None) -> mx.array:
+    """An x of (1, 1, inputs) with a share, or a number, of its channels above every threshold."""
+    wanted = case.active if active is None else active
+    count = wanted if isinstance(wanted, int) else round(wanted * case.inputs)
+    random = np.random.default_rng(23)
+    sizes = random.uniform(0.0, 0.85, case.inputs)
+    sizes[random.permutation(case.inputs)[:count]] = random.uniform(1.15, 3.0, count)
+    signed = sizes * random.choice((-1.0, 1.0), case.inputs)
+    return mx.array(signed.astype(np.float32)).astype(case.dtype).reshape(1, 1, case.inputs)
+
+
+def judge(x: mx.array, some: Sequence["Projection"], first: Result, second: Result) -> Judgement:
+    """Outputs and counts of two runs against float64."""
+    mx.eval(first, second)
+    errors, counts = [], True
+    for y, matrix, active in zip(first[0], some, np.array(first[1]), strict=True):
+        error, kept = _error(x, matrix, y)
+        errors.append(error)
+        counts = counts and int(active) == kept
+    repeated = all(
+        np.array_equal(_bits(a), _bits(b))
+        for a, b in zip([*first[0], first[1]], [*second[0], second[1]], strict=True)
+    )
+    return Judgement(max(errors), counts, repeated)
+
+
+def _error(x: mx.array, matrix: "Projection", y: mx.array) -> tuple[float, int]:
+    """The largest error as a share of the bound, and the number of active channels."""
+    kept = ~np.array(layout.inactive(x, matrix.threshold)).ravel()
+    values = np.where(kept, _wide(x).ravel(), 0.0)
+    scales, biases = matrix.scales.astype(mx.float32), matrix.biases.astype(mx.float32)
+    how = {"outputs": matrix.outputs, "bits": matrix.bits, "group_size": matrix.group_size}
+    top = 2**matrix.bits - 1
+    # In float32 the code times the scale is off by one rounding, its sum with the bias by another.
+    w = _wide(layout.dequantize(matrix.weight, scales, biases, **how))
+    sizes = _wide(_spread(mx.abs(scales) * top + mx.abs(biases), matrix))
+    bias = matrix.get("bias")
+    extra = 0.0 if bias is None else _wide(bias)
+    exact = w @ values + extra
+    size = sizes @ np.abs(values) + np.abs(extra)
+    sums = (int(kept.sum()) + 64) * 2.0**-24 * size
+    bound = sums + ROUNDING[x.dtype] * (np.abs(exact) + sums) + SMALLEST[x.dtype] + 1e-37
+    share = np.abs(_wide(y).ravel() - exact) / bound
+    return float(np.max(np.where(np.isfinite(share), share, np.inf))), int(kept.sum())
+
+
+def _spread(per_group: mx.array, matrix: "Projection") -> mx.array:
+    """(bands, inputs, groups) -> (outputs, inputs)."""
+    every = mx.repeat(per_group, matrix.group_size, axis=2)
+    return every.swapaxes(1, 2).reshape(-1, every.shape[1])[: matrix.outputs]
+
+
+def _wide(array: mx.array) -> np.ndarray:
+    return np.array(array.astype(mx.float32)).astype(np.float64)
+
+
+def _bits(array: mx.array) -> np.ndarray:
+    return np.array(array.view(mx.uint16) if array.dtype == mx.bfloat16 else array)
+
+
+def cache_folder() -> Path:
+    """Where spqt keeps what it can measure again."""
+    home = Path("~/Library/Caches" if platform.system() == "Darwin" else "~/.cache").expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or home) / "spqt"

@@ -1,0 +1,129 @@
+"""No GPU kernel is trusted because it compiles: each variant runs once against the definition.
+
+A variant is a kernel's text with its constants; shapes are no part of it, so a small problem checks it.
+Passes are remembered per chip, system, MLX and spqt version; failures are tried again by each process.
+"""
+
+import hashlib
+import json
+import platform
+import sys
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+
+from spqt_cli import __version__, geometry, gpu, gpu_text, selftest
+
+if TYPE_CHECKING:
+    from spqt_cli.kernels import Projection
+
+INPUTS = 300  # channels of the problem: several rows and stripes, no multiple of anything
+_broken: list[str] = []
+
+
+def broken() -> list[str]:
+    """Why GPU kernels are not used in this process, the first reason first; empty while they are."""
+    return _broken
+
+
+def verdict(dtype: mx.Dtype, layers: Sequence["Projection"], cut: geometry.Geometry, *, dense: bool) -> str:
+    """Why the kernels that these layers need must not be used; empty where they are right.
+
+    The first failure of a process is told in one line, and turns all its later layers to MLX's matmul.
+    """
+    if _broken:
+        return _broken[0]
+    key = _key(gpu.make_plan((1, 1, layers[0].weight.shape[1]), dtype, layers, cut, dense=dense))
+    if key in _passed():
+        return ""
+    try:
+        reason = _checked(dtype, layers, cut, dense=dense)
+    except RuntimeError as error:  # MLX's word for a kernel that does not compile or start
+        reason = f"a kernel does not run: {str(error).strip().splitlines()[0][:200]}"
+    if reason:
+        _broken.append(reason)
+        print(f"spqt: {reason}; using MLX's own matmul; see spqt doctor --selftest", file=sys.stderr)
+        _forget_backend()
+    else:
+        _remember(key)
+    return reason
+
+
+def _forget_backend() -> None:
+    from spqt_cli import kernels
+
+    kernels.backend.cache_clear()
+    kernels._implementation.cache_clear()
+
+
+def _checked(dtype: mx.Dtype, layers: Sequence["Projection"], cut: geometry.Geometry, *, dense: bool) -> str:
+    """The same kernels on a small random problem, twice: equal, and within the bound."""
+    one_stripe = cut.stripes(layers[0].weight.shape[1]) == 1
+    small = cut._replace(stripe=INPUTS if one_stripe else INPUTS // 2)
+    group = layers[0].group_size
+    band = -(-cut.tile // group) * group
+    per_channel = any(not dense and layer.threshold.size > 1 for layer in layers)
+    case = selftest.Case(
+        tuple(band - 3 - p for p in range(len(layers))),
+        INPUTS,
+        layers[0].bits,
+        group,
+        dtype,
+        scales=layers[0].scales.dtype,
+        band=band,
+        bias=any(layer.get("bias") is not None for layer in layers),
+        per_channel=per_channel,
+    )
+    matrices = selftest.matrices(case)
+    x = selftest.vector(case)
+    if dense:
+        for matrix in matrices:
+            matrix.set_threshold(0.0)
+    plan = gpu.make_plan(x.shape, dtype, matrices, small, dense=dense)
+    first, second = gpu.launch(x, plan), gpu.launch(x, plan)
+    found = selftest.judge(x, matrices, first, second)
+    return "" if found.passed else f"a GPU kernel is wrong on this machine ({found.words()})"
+
+
+def _key(plan: gpu.Plan) -> str:
+    kernels = [launch.kernel for launch in (plan.gemv, plan.reduce) if launch is not None]
+    words = [
+        _machine(),
+        gpu_text.header(),
+        gpu_text.body("shim_cuda.h"),
+        *(f"{one.name}{one.source}" for one in kernels),
+    ]
+    return hashlib.sha256("\n".join(words).encode()).hexdigest()
+
+
+@cache
+def _machine() -> str:
+    device = mx.device_info()
+    chip = f"{device.get('device_name')} {device.get('architecture')}"
+    return f"{chip} {platform.platform()} {mx.__version__} {__version__}"
+
+
+def _file() -> Path:
+    return selftest.cache_folder() / "kernels.json"
+
+
+@cache
+def _passed() -> set[str]:
+    try:
+        return set(json.loads(_file().read_text()))
+    except (OSError, ValueError):
+        return set()
+
+
+def _remember(key: str) -> None:
+    _passed().add(key)
+    try:
+        _file().parent.mkdir(parents=True, exist_ok=True)
+        fresh = _file().with_suffix(".new")
+        fresh.write_text(json.dumps(sorted(_passed())[-1000:]))
+        fresh.replace(_file())
+    except OSError:
+        pass  # a folder that can't be written costs the next process a second, no more
