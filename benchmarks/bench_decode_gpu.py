@@ -1,6 +1,8 @@
 """Decode and prompt speed at the shapes of large models, random weights, stock mlx-lm beside.
 
-    python benchmarks/bench_decode_gpu.py --output benchmarks/results/decode.json
+    python benchmarks/bench_decode_gpu.py --output decode.json
+    python benchmarks/bench_decode_gpu.py --output prompts.json --shapes llama-3-8b --depth 0 \\
+        --prompt-tokens 512,2048,8192
 
 Runs from a checkout without an installed spqt. For each shape: with --profile first the kernels, whose
 crossovers become this device's profile; then 0 %, 25 % and 50 % at every depth. Tables go to stdout;
@@ -79,7 +81,7 @@ def main() -> int:
     parser.add_argument("--shapes", default="llama-3-8b,llama-3-70b")
     parser.add_argument("--sparsity", default="0.25,0.5", help="beside 0, which is always measured")
     parser.add_argument("--depth", type=numbers, default=[0, 8192])
-    parser.add_argument("--prompt-tokens", type=numbers, default=[512, 2048, 8192])
+    parser.add_argument("--prompt-tokens", type=numbers, default=[512], help="'' for none")
     parser.add_argument("--generation-tokens", type=int, default=64)
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--blocks", type=int, help="only so many transformer blocks")

@@ -3,11 +3,12 @@
 It knows models, thresholds and meters; it knows nothing of options, tables or the command line.
 """
 
+import contextlib
 import copy
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -158,7 +159,7 @@ class Runs:
             layer.set_threshold(variant.thresholds.get(path))
         return self.subject.zigzag
 
-    @contextmanager
+    @contextlib.contextmanager
     def surroundings(self, variant: Variant, model: nn.Module) -> Iterator[None]:
         """Nothing of ours where the stock model runs, and that is checked."""
         if variant.side != "stock":
@@ -182,7 +183,9 @@ class Runs:
         mx.reset_peak_memory()
         streams: list[Any] = [generation_stream]
         joules, start = self.energy.joules(), time.perf_counter()
-        with self.surroundings(variant, model), wired_limit(model, streams), activity.counting() as counter:
+        quietly = contextlib.redirect_stdout(sys.stderr)  # mlx-lm prints a warning about large models
+        limit = wired_limit(model, streams)
+        with quietly, self.surroundings(variant, model), limit, activity.counting() as counter:
             if test.decodes:
                 tokens = WARM_TOKENS + test.tokens
                 rate = _decode_rate(model, self.subject.prompt(test.depth, 1), used, tokens)
@@ -193,8 +196,8 @@ class Runs:
         trial.rates.append(rate)
         trial.seconds += time.perf_counter() - start
         trial.tokens += tokens + 1  # mlx-lm's loop runs one step ahead of what it yields
-        after = self.energy.joules()
-        trial.joules = None if None in (joules, after, trial.joules) else trial.joules + after - joules  # type: ignore[operator]
+        spent = _spent(joules, self.energy.joules())
+        trial.joules = None if spent is None or trial.joules is None else trial.joules + spent
         trial.working_bytes = max(trial.working_bytes, held + mx.get_peak_memory() - before)
         trial.densities += counter.densities()
         if trims:
@@ -224,6 +227,11 @@ class Runs:
             memory_bytes=sum(a.nbytes for a in bench_model.arrays(model).values()) + trial.working_bytes,
             joules=trial.joules / trial.tokens if timed and trial.joules is not None else None,
         )
+
+
+def _spent(before: float | None, after: float | None) -> float | None:
+    """Joules between two readings; None where there are none, or the counter began anew."""
+    return None if before is None or after is None or after < before else after - before
 
 
 def _cache_bytes(cache: list[Any]) -> int:

@@ -69,7 +69,7 @@ class ZigzagHead(nn.Module):
         return None
 
     def __call__(self, x: mx.array) -> mx.array:
-        return kernels.matmul(x, self)  # type: ignore[arg-type]
+        return kernels.matmul(x, self)
 
     def error_against(self, module: nn.QuantizedLinear | nn.QuantizedEmbedding) -> float:
         """The relative L2 distance of these weights from a module's."""

@@ -191,6 +191,11 @@ def test_a_kernel_run_is_written_as_a_profile(monkeypatch):
     assert {unit.key for unit in profile.units(model)} <= set(choices)
 
 
+def test_a_converted_model_lends_its_shapes(calibrated):
+    report = bench.run_kernels(bench.Options(model=str(calibrated), repetitions=2))
+    assert {one.unit for one in report.crossovers} >= {"q_proj+k_proj+v_proj", "down_proj", "head"}
+
+
 # --- memory lines
 
 

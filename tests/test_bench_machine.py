@@ -1,0 +1,57 @@
+"""Facts of the machine: versions, commit, copy bandwidth, energy."""
+
+import mlx.core as mx
+import pytest
+
+from spqt_cli import __version__, bench_machine, bench_runs
+
+
+def test_versions_and_device_are_named():
+    facts = bench_machine.describe()
+    assert facts["mlx"] == mx.__version__
+    assert facts["spqt"] == __version__
+    assert all(facts[name] for name in ("device", "system", "backend", "mlx_lm", "commit", "python"))
+
+
+def test_the_commit_can_be_told():
+    assert bench_machine.describe("abc1234")["commit"] == "abc1234"
+
+
+def test_outside_a_checkout_the_version_stands_for_the_commit(monkeypatch, tmp_path):
+    monkeypatch.setattr(bench_machine, "__file__", str(tmp_path / "spqt_cli" / "bench_machine.py"))
+    assert bench_machine._commit() == f"v{__version__}"
+
+
+def test_a_copy_counts_what_is_read_and_written(monkeypatch):
+    """1 MiB copied in a second by every thread together: 2 MiB/s, whatever the number of threads."""
+    monkeypatch.setattr(bench_machine, "COPY_BYTES", {"cpu": 1 << 20, "gpu": 1 << 20})
+    clock = iter(range(100))
+    monkeypatch.setattr(bench_machine.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(bench_machine.os, "cpu_count", lambda: 2)
+    assert bench_machine._cpu_copy() == [2 << 20] * bench_machine.COPY_SAMPLES
+    assert bench_machine._gpu_copy() == [2 << 20] * bench_machine.COPY_SAMPLES
+
+
+def test_energy_is_read_where_the_system_lets_us(monkeypatch, tmp_path):
+    counter = tmp_path / "energy_uj"
+    counter.write_text("1500000\n")
+    monkeypatch.setattr(bench_machine, "RAPL", counter)
+    monkeypatch.setattr(bench_machine.mx, "default_device", lambda: mx.Device(mx.cpu))
+    energy = bench_machine.Energy()
+    assert energy.joules() == 1.5
+    assert "RAPL" in energy.source
+
+
+def test_energy_is_not_guessed(monkeypatch, tmp_path):
+    monkeypatch.setattr(bench_machine, "RAPL", tmp_path / "missing")
+    monkeypatch.setattr(bench_machine.mx, "default_device", lambda: mx.Device(mx.cpu))
+    energy = bench_machine.Energy()
+    assert energy.joules() is None
+    assert energy.source.startswith("n/a")
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "spent"), [(1.0, 3.5, 2.5), (None, 1.0, None), (1.0, None, None), (9.0, 1.0, None)]
+)
+def test_a_counter_that_began_anew_tells_nothing(before, after, spent):
+    assert bench_runs._spent(before, after) == spent
