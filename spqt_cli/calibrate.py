@@ -4,6 +4,7 @@ It rewrites config.json once, at the end, and nothing else: weights stay untouch
 cut off leaves the model as it was, its progress in a file beside.
 """
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from spqt_cli import files, format, model, observe, texts, thresholds
+from spqt_cli import files, format, model, observe, targets, texts, thresholds
 from spqt_cli.calibration import Calibration, LayerRow, Tried, print_table
 from spqt_cli.errors import SpqtError, UsageError
 from spqt_cli.format import CURVE_SPARSITIES
@@ -32,6 +33,8 @@ class CalibrateOptions:
     the shipped one. tokens: of text run in all, a quarter of them held out to check the result.
     window: tokens per sequence, the first half a prompt. seed: picks the windows.
     method: a key of methods.CANDIDATES. restart: drop an unfinished run's progress.
+    max_kl, max_ppl_increase: instead of a sparsity, the highest one whose KL to dense (nats) or rise of
+    perplexity (percent) on held-out text stays under this.
     """
 
     sparsity: float | None = None
@@ -41,6 +44,16 @@ class CalibrateOptions:
     seed: int = 0
     method: str = "auto"
     restart: bool = False
+    max_kl: float | None = None
+    max_ppl_increase: float | None = None
+
+    def goal(self) -> targets.Goal | None:
+        """The limit on the cost, if one was given."""
+        if self.max_kl is not None:
+            return targets.Goal(self.max_kl, kl=True)
+        if self.max_ppl_increase is not None:
+            return targets.Goal(self.max_ppl_increase, kl=False)
+        return None
 
 
 def calibrate(path: Path, options: CalibrateOptions, on_progress: OnProgress) -> Calibration:
@@ -82,6 +95,11 @@ def default_sparsity(weights: int) -> float:
 
 
 def _check_options(options: CalibrateOptions) -> None:
+    goals = (options.sparsity, options.max_kl, options.max_ppl_increase)
+    if sum(goal is not None for goal in goals) > 1:
+        raise UsageError("a sparsity, a KL and a rise of perplexity exclude one another", "give one of them")
+    if any(goal is not None and not (goal > 0 and math.isfinite(goal)) for goal in goals[1:]):
+        raise UsageError("a limit on KL or perplexity must be a positive number", "--max-kl 0.1")
     if options.sparsity is not None and not 0 <= options.sparsity <= 0.95:
         raise UsageError(f"sparsity {options.sparsity} is not in 0 to 0.95", "0.25 skips a quarter")
     if options.method not in CANDIDATES:
@@ -133,7 +151,7 @@ class _Run:
             "model": format.weights_fingerprint(loaded.config),
             "text": text.sha256,
             "first": FIRST_TOKENS,
-            "goal": [options.method, options.sparsity],
+            "goal": [options.method, options.sparsity, options.max_kl, options.max_ppl_increase],
             "windows": [len(self.rows), self.rows.shape[1], options.seed],
         }
         self.progress = Progress(loaded.folder, identity, options.restart)
@@ -145,10 +163,8 @@ class _Run:
         with observe.probing(self.loaded.model) as harness:
             bench = Workbench(self.loaded.model, harness, (self.rows, self.held_out), self.progress)
             counts = bench.histograms(self._step)
-            target = self.options.sparsity
-            if target is None:
-                target = default_sparsity(sum(bench.weights.values()))
             live = {path: seen for path, seen in counts.items() if not thresholds.is_dead(seen)}
+            target = self._target(bench, live)
             search = Search(bench, live, target)
             candidates = search.run(self.options.method, self._step)
             best = candidates[0]
@@ -175,6 +191,17 @@ class _Run:
         )
         self._store(result, curves)
         return result
+
+    def _target(self, bench: Workbench, live: dict[str, np.ndarray]) -> float:
+        """The share to skip: as asked, as the goal allows, or by the model's size."""
+        options = self.options
+        if options.sparsity is not None:
+            return options.sparsity
+        default = default_sparsity(sum(bench.weights.values()))
+        goal = options.goal()
+        if goal is None:
+            return default
+        return targets.highest_share(Search(bench, live, default), options.method, goal, self._step)
 
     def _step(self, what: str) -> None:
         self.on_progress(self.done, max(self.steps, self.done), what)

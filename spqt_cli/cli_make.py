@@ -142,6 +142,10 @@ def calibrate(
     tokens: Annotated[int | None, typer.Option(help="Tokens of text to run.")] = None,
     method: Annotated[str | None, typer.Option(help="How sparsity is shared out over the layers.")] = None,
     seed: Annotated[int, typer.Option(help="Which windows of the text are used.")] = 0,
+    max_kl: Annotated[float | None, typer.Option(help="Instead of a sparsity: KL to dense, in nats.")] = None,
+    max_ppl_increase: Annotated[
+        float | None, typer.Option(help="Instead of a sparsity: rise of perplexity, in percent.")
+    ] = None,
     restart: Annotated[bool, typer.Option(help="Drop the progress of an unfinished run.")] = False,
     preset: Annotated[str, typer.Option(help="default, small, fast, exact or a .toml file.")] = "default",
     remove: Annotated[bool, typer.Option("--remove", help="Take the thresholds out: dense again.")] = False,
@@ -159,8 +163,12 @@ def calibrate(
         )
         return
     wishes = presets.merged(presets.load_preset(preset), sparsity=sparsity, tokens=tokens, method=method)
-    options = calibrator.CalibrateOptions(data=data, seed=seed, restart=restart)
-    chosen: dict[str, Any] = {"sparsity": wishes.sparsity, "tokens": wishes.tokens, "method": wishes.method}
+    options = calibrator.CalibrateOptions(
+        data=data, seed=seed, restart=restart, max_kl=max_kl, max_ppl_increase=max_ppl_increase
+    )
+    limited = max_kl is not None or max_ppl_increase is not None  # a goal stands above the preset's share
+    share = sparsity if limited else wishes.sparsity
+    chosen: dict[str, Any] = {"sparsity": share, "tokens": wishes.tokens, "method": wishes.method}
     options = dataclasses.replace(
         options, **{key: value for key, value in chosen.items() if value is not None}
     )

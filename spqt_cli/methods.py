@@ -69,12 +69,12 @@ class Search:
 
     def run(self, method: str, on_step: OnStep) -> list[Candidate]:
         """The measured candidates of a method, the winner first."""
-        candidates = self._candidates(method, on_step)
+        candidates = self.candidates(method, on_step)
         for candidate in candidates:
             self._settle(candidate, on_step)
         scores = self.bench.score([candidate.chosen for candidate in candidates], on_step)
-        for candidate, (kl, realised) in zip(candidates, scores, strict=True):
-            candidate.kl, candidate.realised = kl, realised
+        for candidate, score in zip(candidates, scores, strict=True):
+            candidate.kl, candidate.realised = score.kl, score.masking.realised()
         return sorted(candidates, key=lambda candidate: candidate.mean_kl)  # stable: uniform wins a tie
 
     def _settle(self, candidate: Candidate, on_step: OnStep) -> None:
@@ -83,7 +83,8 @@ class Search:
         else:
             candidate.chosen = self.bench.settled(self.counts, candidate.at(self.target), on_step)
 
-    def _candidates(self, method: str, on_step: OnStep) -> list[Candidate]:
+    def candidates(self, method: str, on_step: OnStep) -> list[Candidate]:
+        """The method's allocations, unmeasured; the most elaborate last."""
         uniform = Candidate("uniform", {path: np.array(CURVE_SPARSITIES) for path in self.counts})
         if method == "uniform" or not self.target:
             return [uniform]

@@ -6,6 +6,7 @@ calibration windows found is kept in the progress file, so that a cut-off run go
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
@@ -26,6 +27,25 @@ OnStep = Callable[[str], None]
 def windows_done(progress: Progress) -> int:
     """How many passes over windows a progress file holds."""
     return sum(int(progress.arrays.get(name, 0)) for name in ("windows", "gradients"))
+
+
+@dataclass
+class Score:
+    """One choice of thresholds on held-out windows: per window, KL to dense and the rise of the
+    text's surprise, in nats; `masking` knows the realised shares.
+    """
+
+    masking: observe.Masking
+    kl: list[float] = field(default_factory=list)
+    rise: list[float] = field(default_factory=list)
+
+    @property
+    def mean_kl(self) -> float:
+        return float(np.mean(self.kl))
+
+    @property
+    def mean_rise(self) -> float:
+        return float(np.mean(self.rise))
 
 
 class Workbench:
@@ -122,20 +142,21 @@ class Workbench:
         self.harness.masking = None
         return logits
 
-    def score(
-        self, choices: Sequence[Mapping[str, float]], on_step: OnStep
-    ) -> list[tuple[list[float], dict[str, float]]]:
-        """Per choice of thresholds: mean KL to dense per held-out window, and realised share per layer."""
-        maskings = [observe.Masking(choice) for choice in choices]
-        divergences: list[list[float]] = [[] for _ in choices]
+    def score(self, choices: Sequence[Mapping[str, float]], on_step: OnStep) -> list[Score]:
+        """What each choice of thresholds costs on the held-out windows, against dense."""
+        found = [Score(observe.Masking(choice)) for choice in choices]
         for row in self.held_out:
-            cache = observe.prompt_cache(self.model, mx.array(row[None, : len(row) // 2]))
+            half = len(row) // 2
+            targets = row[None, half + 1 :]
+            cache = observe.prompt_cache(self.model, mx.array(row[None, :half]))
             dense = scoring.Reference(scoring.log_probabilities(self._decode(row, cache, None)))
-            for masking, found in zip(maskings, divergences, strict=True):
+            expected = scoring.surprise(dense.log_p, targets).mean()
+            for score in found:
                 on_step("scoring on held-out text")
-                log_q = scoring.log_probabilities(self._decode(row, cache, masking))
-                found.append(float(scoring.divergence(dense, log_q).mean()))
-        return [(found, masking.realised()) for found, masking in zip(divergences, maskings, strict=True)]
+                log_q = scoring.log_probabilities(self._decode(row, cache, score.masking))
+                score.kl.append(float(scoring.divergence(dense, log_q).mean()))
+                score.rise.append(float(scoring.surprise(log_q, targets).mean() - expected))
+        return found
 
 
 def _at(counts: Mapping[str, np.ndarray], levels: Mapping[str, float]) -> dict[str, float]:

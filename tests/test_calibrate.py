@@ -255,3 +255,25 @@ def test_killed_among_gradients_resumes_to_the_same_result(auto, converted, tmp_
 def test_fast_takes_the_gradient_unseen(folder):
     result = calibrate.calibrate(folder, dataclasses.replace(OPTIONS, method="fast"), quiet)
     assert [one.name for one in result.tried] == ["gradient"]
+
+
+@pytest.mark.parametrize("limit", [{"max_kl": 0.05}, {"max_ppl_increase": 3.0}])
+def test_goal_is_met_and_nearly_used_up(folder, limit):
+    options = dataclasses.replace(OPTIONS, sparsity=None, **limit)
+    result = calibrate.calibrate(folder, options, lambda *_: None)
+    assert 0.02 < result.sparsity < 0.9
+    if "max_kl" in limit:
+        assert 0.5 * 0.05 < result.tried[0].kl <= 0.05
+
+
+def test_goal_out_of_reach_writes_nothing(folder, converted):
+    with pytest.raises(SpqtError, match="can't be met") as caught:
+        calibrate.calibrate(folder, dataclasses.replace(OPTIONS, sparsity=None, max_kl=1e-9), lambda *_: None)
+    assert caught.value.exit_code == 3
+    assert (folder / "config.json").read_bytes() == (converted / "config.json").read_bytes()
+
+
+@pytest.mark.parametrize("bad", [{"max_kl": 0.1}, {"sparsity": None, "max_kl": 0.1, "max_ppl_increase": 2.0}])
+def test_goals_exclude_one_another(folder, bad):
+    with pytest.raises(UsageError, match="exclude"):
+        calibrate.calibrate(folder, dataclasses.replace(OPTIONS, **bad), quiet)
