@@ -10,6 +10,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -118,7 +119,7 @@ def _show(on_progress: Progress, at: int, tests: int, share: float, what: str) -
 def run_kernels(options: Options, on_progress: Progress = lambda *_: None) -> Report:
     """Measure every kind of projection alone, and find the densities where sparse stops paying."""
     options = options.complete()
-    model, name, settings = _lazy_model(options)
+    model, name = _lazy_model(options)
     found = bench_units.works(model, bench_model.compute_dtype(model))
     copy = bench_machine.copy_bandwidth()
     repetitions = KERNEL_REPETITIONS * (options.repetitions or 0)
@@ -133,12 +134,18 @@ def run_kernels(options: Options, on_progress: Progress = lambda *_: None) -> Re
         links.append(link)
         mx.clear_cache()
     machine = {**bench_machine.describe(options.commit), "copy_gb_per_s": round(copy / 1e9, 1)}
-    settings = {"model": name, **settings, "repetitions": repetitions}
+    settings = {"model": name, "weights": "random", **bench_model.packing(model), "repetitions": repetitions}
     notes = [f"every time holds the link of the chain, {min(links):.1f} to {max(links):.1f} us when alone"]
-    unsteady = statistics.median(row.time.spread / row.time.mean for row in rows)
-    if unsteady > UNSTEADY:
-        notes.append(f"times spread by {unsteady:.0%}: the machine was busy, measure again when it is idle")
-    return Report(machine, settings, rows, crossovers, notes)
+    report = Report(machine, settings, rows, crossovers, notes)
+    if (busy := unsteadiness(report)) > UNSTEADY:
+        notes.append(f"times spread by {busy:.0%}: the machine was busy, measure again when it is idle")
+    return report
+
+
+def unsteadiness(report: Report) -> float:
+    """The typical standard deviation of a kernel report's times, as a share of their mean."""
+    rows = [row for row in report.rows if isinstance(row, KernelRow)]
+    return statistics.median(row.time.spread / row.time.mean for row in rows)
 
 
 def write_profile(report: Report) -> str:
@@ -147,15 +154,14 @@ def write_profile(report: Report) -> str:
     return str(profile.write(choices, {**report.machine, **report.settings}))
 
 
-def _lazy_model(options: Options) -> tuple[nn.Module, str, dict[str, Any]]:
-    """(a model whose weights are not computed, its name, how it was made)."""
+def _lazy_model(options: Options) -> tuple[nn.Module, str]:
+    """(a model whose weights are not computed, its name)."""
     if options.model is not None:
-        return bench_model.lazy_model(options.model), options.model, {"weights": "random, in its shapes"}
+        return bench_model.lazy_model(options.model), Path(options.model).name
     assert options.shape is not None
     config = shapes.config(options.shape, blocks=1)
     dtype = bench_model.stored_dtype(config, options.dtype)
-    model = bench_model.random_model(config, options.bits, options.group_size, dtype)
-    return model, options.shape, {"weights": "random", "bits": options.bits, "group_size": options.group_size}
+    return bench_model.random_model(config, options.bits, options.group_size, dtype), options.shape
 
 
 def make_subject(options: Options) -> Subject:

@@ -55,6 +55,13 @@ def compute_dtype(model: nn.Module) -> mx.Dtype:
     return next(array.dtype for name, array in arrays(model).items() if "norm" in name)
 
 
+def packing(model: nn.Module) -> dict[str, Any]:
+    """Bits and group size of a model's first Zigzag layer, and the dtype it computes in, for people."""
+    first = next(iter(zigzag_layers(model).values()))
+    computed_in = str(compute_dtype(model)).rpartition(".")[2]
+    return {"bits": first.bits, "group_size": first.group_size, "computed_in": computed_in}
+
+
 def arrays(model: nn.Module) -> dict[str, mx.array]:
     """Every array of a model by its name."""
     return dict(tree_flatten(model.parameters()))
@@ -74,9 +81,7 @@ def random_subject(name: str, config: dict[str, Any], bits: int, group_size: int
 
     settings = {
         "weights": "random",
-        "bits": bits,
-        "group_size": group_size,
-        "computed_in": str(compute_dtype(zigzag)).rpartition(".")[2],
+        **packing(zigzag),
     }
     return Subject(name, config, zigzag, stock_twin(zigzag, config), tokens, settings, thresholds)
 
@@ -96,9 +101,9 @@ def loaded_subject(path: str) -> Subject:
         return {name: one.threshold for name, one in layers if one.threshold is not None}
 
     tokens = texts.tokens(texts.read(None), loaded.tokenizer)
-    settings = {"weights": path, "calibrated": calibration["sparsity"]}
+    settings = {**packing(loaded.model), "calibrated": calibration["sparsity"]}
     twin = stock_twin(loaded.model, loaded.config)
-    return Subject(path, loaded.config, loaded.model, twin, tokens, settings, stored)
+    return Subject(loaded.folder.name, loaded.config, loaded.model, twin, tokens, settings, stored)
 
 
 def lazy_model(path: str) -> nn.Module:

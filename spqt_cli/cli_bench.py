@@ -77,6 +77,11 @@ def bench(
     if output is not None:
         _write(output, bench_report.render(report, "json"))
     if write:
+        if (busy := benches.unsteadiness(report)) > benches.UNSTEADY:
+            raise ResourceError(
+                f"times spread by {busy:.0%}, so no profile is written",
+                "measure again when the machine is idle",
+            )
         typer.echo(f"profile written: {benches.write_profile(report)}", err=True)
 
 

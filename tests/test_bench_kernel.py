@@ -3,10 +3,13 @@
 import mlx.core as mx
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from spqt_cli import bench, bench_kernel, bench_model, bench_units, kernels, profile, shapes, traffic
 from spqt_cli.bench_report import KernelRow, Stat
 from spqt_cli.bench_units import Work
+from spqt_cli.cli import app
+from spqt_cli.errors import ResourceError
 from tests.conftest import tiny_config
 
 
@@ -189,6 +192,28 @@ def test_a_kernel_run_is_written_as_a_profile(monkeypatch):
     assert where == str(profile.path())
     model = bench_model.random_model(tiny_config("llama"), 4, 32, mx.float32)
     assert {unit.key for unit in profile.units(model)} <= set(choices)
+
+
+@pytest.mark.parametrize(("limit", "written"), [(1e9, True), (-1.0, False)])
+def test_a_busy_machine_writes_no_profile(limit, written, monkeypatch):
+    monkeypatch.setattr(shapes, "config", lambda name, blocks: tiny_config("llama"))
+    monkeypatch.setattr(bench, "UNSTEADY", limit)
+    arguments = [
+        "bench",
+        "--kernel",
+        "--write",
+        "--shape",
+        "smollm2-135m",
+        "--group-size",
+        "32",
+        "-r",
+        "2",
+        "-q",
+    ]
+    result = CliRunner().invoke(app, arguments)
+    assert "sparse pays below density" in result.output  # the tables are printed either way
+    assert profile.path().exists() is written
+    assert isinstance(result.exception, ResourceError) is not written
 
 
 def test_a_converted_model_lends_its_shapes(calibrated):
