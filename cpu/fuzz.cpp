@@ -59,13 +59,22 @@ std::vector<float> values(Random& random, int n) {
   return x;
 }
 
-bool close(const char* what, const std::vector<float>& y, const std::vector<double>& want, const Packed* p) {
-  double error = 0, size = 1e-30;
-  for (size_t i = 0; i < want.size(); ++i) {
-    error += (y[i] - want[i]) * (y[i] - want[i]);
-    size += want[i] * want[i];
+// Sums in double, with the squares of their terms: where terms cancel, their size is what rounding goes by.
+struct Sums {
+  std::vector<double> want;
+  double squares = 1e-30;
+  explicit Sums(size_t n) : want(n) {}
+  void add(size_t i, double term) {
+    want[i] += term;
+    squares += term * term;
   }
-  if (error <= 1e-10 * size) return true;  // 1e-5 relative, squared
+};
+
+bool close(const char* what, const std::vector<float>& y, const Sums& sums, const Packed* p,
+           double tolerance = 1e-5) {
+  double error = 0, size = sums.squares;
+  for (size_t i = 0; i < sums.want.size(); ++i) error += (y[i] - sums.want[i]) * (y[i] - sums.want[i]);
+  if (error <= tolerance * tolerance * size) return true;
   std::printf("%s %s: error %g", kernels().name, what, std::sqrt(error / size));
   if (p) std::printf(" rows %d width %d bits %d group %d", p->rows, p->width, p->bits, p->group_size);
   std::printf("\n");
@@ -77,19 +86,22 @@ struct Stripes {
   Active active;
   int stripes;
   std::vector<float>* partials;
+  bool int8;
 };
 
 void run_stripe(void* context, int s) {
   const Stripes& job = *static_cast<Stripes*>(context);
   const int first = job.active.count * s / job.stripes, last = job.active.count * (s + 1) / job.stripes;
-  kernels().gemv(job.tile, {job.active.channel + first, job.active.x + first, last - first},
-                 job.partials->data() + s * partial_size(job.tile.groups, job.tile.group_size));
+  float* partial = job.partials->data() + s * partial_size(job.tile.groups, job.tile.group_size);
+  auto gemv = job.int8 ? kernels().gemv_int8 : kernels().gemv;
+  gemv(job.tile, {job.active.channel + first, job.active.x + first, last - first}, partial);
 }
 
 bool sparse_gemv(Random& random) {
   const int group_size = one_of(random, {32, 64, 128}), bits = one_of(random, {2, 3, 4, 5, 6, 8});
   const Packed w(random, 1 + below(random, 70), 1 + below(random, 640 / group_size), bits, group_size);
   const auto x = values(random, w.rows);
+  const bool int8 = bits == 4 && kernels().gemv_int8 && below(random, 2);
   const float threshold = one_of(random, {0.0f, 0.5f, 1.5f, 9.0f});
   std::vector<int32_t> channel(w.rows);
   std::vector<float> kept(w.rows);
@@ -97,14 +109,14 @@ bool sparse_gemv(Random& random) {
   const int count = kernels().collect(input, channel.data(), kept.data());
   const int stripes = 1 + below(random, 4), outputs = w.width - below(random, group_size);
   std::vector<float> partials(stripes * partial_size(w.width / group_size, group_size)), y(outputs);
-  Stripes job{w.tile(), {channel.data(), kept.data(), count}, stripes, &partials};
+  Stripes job{w.tile(), {channel.data(), kept.data(), count}, stripes, &partials, int8};
   parallel(stripes, run_stripe, &job);
-  kernels().finish(job.tile, partials.data(), stripes, {y.data(), FLOAT32, outputs, nullptr, FLOAT32});
-  std::vector<double> want(outputs);
+  (int8 ? kernels().finish_int8 : kernels().finish)(job.tile, partials.data(), stripes, {y.data(), FLOAT32, outputs, nullptr, FLOAT32});
+  Sums want(outputs);
   for (int k = 0; k < w.rows; ++k)
     if (!(std::fabs(x[k]) < threshold))
-      for (int j = 0; j < outputs; ++j) want[j] += x[k] * w.value(k, j);
-  return close("gemv", y, want, &w);
+      for (int j = 0; j < outputs; ++j) want.add(j, x[k] * w.value(k, j));
+  return close(int8 ? "gemv_int8" : "gemv", y, want, &w, int8 ? 3e-2 : 1e-5);
 }
 
 bool many_rows(Random& random) {
@@ -119,12 +131,12 @@ bool many_rows(Random& random) {
   kernels().gemm({x.data(), inputs, rows, inputs, w.tile(), first, along_inputs,
                   {y.data(), FLOAT32, outputs, nullptr, FLOAT32}, outputs},
                  work.data());
-  std::vector<double> want(y.size());
+  Sums want(y.size());
   for (int r = 0; r < rows; ++r)
     for (int k = 0; k < inputs; ++k)
       for (int j = 0; j < outputs; ++j)
-        want[r * outputs + j] +=
-            x[r * inputs + k] * (along_inputs ? w.value(first + j, k) : w.value(k, first + j));
+        want.add(r * outputs + j,
+                 x[r * inputs + k] * (along_inputs ? w.value(first + j, k) : w.value(k, first + j)));
   return close(along_inputs ? "gemm of rows" : "gemm", y, want, &w);
 }
 
@@ -138,9 +150,9 @@ bool one_row(Random& random) {
   kernels().rows({w.tile(), w.width, 0, w.rows, prepared.data(), sums.data(),
                   {y.data(), FLOAT32, w.rows, nullptr, FLOAT32}},
                  scales.data());
-  std::vector<double> want(w.rows);
+  Sums want(w.rows);
   for (int m = 0; m < w.rows; ++m)
-    for (int k = 0; k < w.width; ++k) want[m] += x[k] * w.value(m, k);
+    for (int k = 0; k < w.width; ++k) want.add(m, x[k] * w.value(m, k));
   return close("rows", y, want, &w);
 }
 
@@ -153,7 +165,7 @@ bool attention(Random& random) {
   Attend a{q.data(), k.data(), v.data(), width, width, width, rows, keys, width, 0.2f,
            many ? keys - rows + 1 : keys, many, y.data(), width, top.data(), sum.data()};
   (many ? kernels().attend_many : kernels().attend_few)(a, work.data());
-  std::vector<double> want(y.size());
+  Sums want(y.size());
   for (int r = 0; r < rows; ++r) {
     const int seen = many ? keys - rows + 1 + r : keys;
     std::vector<double> p(seen);
@@ -164,7 +176,7 @@ bool attention(Random& random) {
     }
     for (double& one : p) total += one = std::exp(one - highest);
     for (int j = 0; j < seen; ++j)
-      for (int d = 0; d < width; ++d) want[r * width + d] += p[j] / total * v[j * width + d];
+      for (int d = 0; d < width; ++d) want.add(r * width + d, p[j] / total * v[j * width + d]);
     if (!many)
       for (int d = 0; d < width; ++d) y[r * width + d] /= sum[r];
   }

@@ -156,7 +156,7 @@ def _extension() -> tuple[Any, str]:
     try:
         module = importlib.import_module("spqt_cli._cpu")
     except ModuleNotFoundError:
-        return None, f"it was not built: install a C++ compiler (apt: g++), then {_REINSTALL}"
+        return None, f"it was not built: install a C++ compiler (apt: g++ python3-dev), then {_REINSTALL}"
     except ImportError as error:
         return None, f"it does not load ({error}): {_REINSTALL}"
     if module.mlx_version() != mx.__version__:

@@ -1,0 +1,59 @@
+"""llama.cpp as the peer of a benchmark: built from local sources, asked for one sample at a time."""
+
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+BUILD = HERE.parent / "build" / "peer"
+
+
+def sources(path: Path) -> Path:
+    """The llama.cpp source folder of a checkout, of an unpacked llama-cpp-python, or of its .tar.gz."""
+    if path.suffix == ".gz":
+        unpacked = BUILD / "sources"
+        with tarfile.open(path) as archive:
+            archive.extractall(unpacked, filter="data")
+        (path,) = unpacked.iterdir()
+    for folder in (path, path / "vendor" / "llama.cpp"):
+        if (folder / "include" / "llama.h").is_file():
+            return folder.resolve()
+    sys.exit(f"{path}: no include/llama.h; give a llama.cpp checkout or llama-cpp-python's sources")
+
+
+class Peer:
+    """A running peer program; `ask` sends one of its commands and returns the number it answers."""
+
+    def __init__(self, path: Path) -> None:
+        folder = sources(path)
+        settings = [f"-DLLAMA_CPP={folder}", "-DCMAKE_BUILD_TYPE=Release", "-DGGML_NATIVE=ON"]
+        with (HERE.parent / "build" / "peer.log").open("w") as log:
+            for command in (
+                ["cmake", "-S", str(HERE / "peer"), "-B", str(BUILD / "cmake"), *settings],
+                ["cmake", "--build", str(BUILD / "cmake"), "--target", "peer", "-j"],
+            ):
+                if subprocess.run(command, stdout=log, stderr=log, check=False).returncode:
+                    sys.exit("llama.cpp did not build: see build/peer.log")
+        self._process = subprocess.Popen(
+            [str(BUILD / "cmake" / "peer")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def ask(self, command: str) -> float:
+        """The number that the program answers to a command of peer.cpp."""
+        return float(self._line(command))
+
+    def load(self, model: Path) -> None:
+        """Make `decode` and `prompt` run a GGUF file."""
+        if self._line(f"load {model}") != "ok":
+            sys.exit(f"{model}: llama.cpp can't load it")
+
+    def _line(self, command: str) -> str:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(command + "\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline().strip()
+        if not answer:
+            sys.exit(f"the llama.cpp program ended at {command!r}")
+        return answer
