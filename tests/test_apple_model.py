@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from spqt_cli import gpu, layout, traffic
+from spqt_cli import gpu, gpu_text, layout, traffic
 from spqt_cli.layers import ZigzagLinear, nn
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -140,7 +140,7 @@ def test_the_emulated_kernel_touches_the_lines_that_are_worked_out(density, monk
     seen = []
 
     def run(launch, arrays):
-        emulation = emulate(launch, arrays, gpu.header())
+        emulation = emulate(launch, arrays, gpu_text.header())
         seen.append(emulation.traffic)
         return emulation.outputs
 
