@@ -6,7 +6,7 @@ layers only through `kernels.Projection` and decides nothing about thresholds or
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import mlx.core as mx
 
@@ -26,7 +26,7 @@ class Launch(NamedTuple):
 
     kernel: Kernel
     threadgroups: tuple[int, int]
-    shapes: list[tuple[int, ...]]
+    shapes: Sequence[tuple[int, ...]]
     dtypes: list[mx.Dtype]
 
 
@@ -84,8 +84,8 @@ def matmul(x: mx.array, layer: "Projection") -> mx.array:
         return stock.matmul(x, layer) if plan.gemv is None else launch(x, plan)[0][0]
     if rows < DEQUANTIZE_ROWS or device_class() != "cuda":
         return stock.matmul(x, layer)
-    how = {"group_size": layer.group_size, "bits": layer.bits}
-    w = mx.dequantize(layer.weight, layer.scales, layer.biases, **how)  # (bands, inputs, band)
+    packed = (layer.weight, layer.scales, layer.biases)
+    w = mx.dequantize(*packed, group_size=layer.group_size, bits=layer.bits)  # (bands, inputs, band)
     y = (x.reshape(1, rows, -1) @ w.astype(x.dtype)).swapaxes(0, 1)  # (rows, bands, band)
     y = y.reshape(rows, -1)[:, : layer.outputs].reshape(*x.shape[:-1], layer.outputs)
     bias = layer.get("bias")
@@ -116,11 +116,18 @@ def run(launch: Launch, inputs: list[mx.array]) -> list[mx.array]:
 
 @cache
 def _built(kernel: Kernel) -> Callable[..., list[mx.array]]:
-    names = {"input_names": list(kernel.inputs), "output_names": list(kernel.outputs)}
-    if mx.metal.is_available():
-        return mx.fast.metal_kernel(name=kernel.name, source=kernel.source, header=gpu_text.header(), **names)
-    shim = f"#define SPQT_THREADS {kernel.threads}\n{gpu_text.body('shim_cuda.h')}{gpu_text.header()}"
-    return mx.fast.cuda_kernel(name=kernel.name, source=kernel.source, header=shim, **names)
+    head = gpu_text.header()
+    make: Any = mx.fast.metal_kernel
+    if not mx.metal.is_available():
+        make = mx.fast.cuda_kernel
+        head = f"#define SPQT_THREADS {kernel.threads}\n{gpu_text.body('shim_cuda.h')}{head}"
+    return make(
+        name=kernel.name,
+        input_names=list(kernel.inputs),
+        output_names=list(kernel.outputs),
+        source=kernel.source,
+        header=head,
+    )
 
 
 def one_launch(layers: Sequence["Projection"]) -> bool:
@@ -155,7 +162,7 @@ def choose(layers: Sequence["Projection"]) -> geometry.Geometry:
 def make_plan(
     shape: tuple[int, ...],
     dtype: mx.Dtype,
-    layers: Sequence["Projection"],
+    layers: Sequence[Any],
     cut: geometry.Geometry,
     *,
     dense: bool,

@@ -10,15 +10,13 @@ import platform
 import sys
 from collections.abc import Sequence
 from functools import cache
+from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import mlx.core as mx
 
 from spqt_cli import __version__, geometry, gpu, gpu_text, selftest
-
-if TYPE_CHECKING:
-    from spqt_cli.kernels import Projection
 
 INPUTS = 300  # channels of the problem: several rows and stripes, no multiple of anything
 _broken: list[str] = []
@@ -29,7 +27,7 @@ def broken() -> list[str]:
     return _broken
 
 
-def verdict(dtype: mx.Dtype, layers: Sequence["Projection"], cut: geometry.Geometry, *, dense: bool) -> str:
+def verdict(dtype: mx.Dtype, layers: Sequence[Any], cut: geometry.Geometry, *, dense: bool) -> str:
     """Why the kernels that these layers need must not be used; empty where they are right.
 
     The first failure of a process is told in one line, and turns all its later layers to MLX's matmul.
@@ -59,7 +57,7 @@ def _forget_backend() -> None:
     kernels._implementation.cache_clear()
 
 
-def _checked(dtype: mx.Dtype, layers: Sequence["Projection"], cut: geometry.Geometry, *, dense: bool) -> str:
+def _checked(dtype: mx.Dtype, layers: Sequence[Any], cut: geometry.Geometry, *, dense: bool) -> str:
     """The same kernels on a small random problem, twice: equal, and within the bound."""
     one_stripe = cut.stripes(layers[0].weight.shape[1]) == 1
     small = cut._replace(stripe=INPUTS if one_stripe else INPUTS // 2)
@@ -103,7 +101,7 @@ def _key(plan: gpu.Plan) -> str:
 def _machine() -> str:
     device = mx.device_info()
     chip = f"{device.get('device_name')} {device.get('architecture')}"
-    return f"{chip} {platform.platform()} {mx.__version__} {__version__}"
+    return f"{chip} {platform.platform()} {metadata.version('mlx')} {__version__}"
 
 
 def _file() -> Path:

@@ -5,85 +5,39 @@ import itertools
 import mlx.core as mx
 import numpy as np
 import pytest
+
+from spqt_cli import geometry, gpu, gpu_text, layout, selftest, stock, trust
+from spqt_cli.selftest import Case
 from tests.emulator import emulate
-
-from spqt_cli import geometry, gpu, gpu_text, layers, layout
-
-ALL, HALF, NONE = 0.0, 0.6745, 99.0  # thresholds for x ~ N(0, 1)
 
 
 @pytest.fixture
 def emulated(monkeypatch):
-    """Every launch goes through the emulator; a fault it sees fails the test. Returns the traffic."""
-    traffic = []
+    """Every launch goes through the emulator; a fault it sees fails the test. Returns the launches."""
+    launches = []
 
     def run(launch, inputs):
         emulation = emulate(launch, inputs, gpu_text.header())
         assert emulation.reports == []
-        traffic.append(emulation.traffic)
+        launches.append(launch)
         return emulation.outputs
 
     monkeypatch.setattr(gpu, "run", run)
-    return traffic
+    monkeypatch.setattr(trust, "verdict", lambda *_, **__: "")
+    return launches
 
 
 def use(monkeypatch, cut):
     monkeypatch.setattr(geometry, "choose", lambda *_: cut)
 
 
-def make_layer(outputs, inputs, *, bits=4, group=64, dtype=mx.float16, threshold=HALF, bias=False, band=None):
-    linear = layers.nn.Linear(inputs, outputs, bias=bias)
-    linear.set_dtype(dtype)
-    entry = {"band": band or layout.band_of(outputs, group), "threshold": threshold}
-    layer = layers.ZigzagLinear.from_linear(linear, group, bits, spqt=entry)
-    mx.eval(layer.parameters())
-    return layer
-
-
-def wide(array):
-    return np.array(array.astype(mx.float32)).astype(np.float64)
-
-
-def weights(layer):
-    """The float64 matrix that codes, scales and biases stand for, not rounded to their dtype."""
-    packed = (layer.weight, layer.scales.astype(mx.float32), layer.biases.astype(mx.float32))
-    w = layout.dequantize(*packed, outputs=layer.outputs, bits=layer.bits, group_size=layer.group_size)
-    return wide(w)
-
-
-def check(x, layer, y, active):
-    """y against float64 within the bound that metal/README.md derives, and the count exactly."""
-    kept = ~np.array(layout.inactive(x, layer.threshold)).ravel()
-    values = np.where(kept, wide(x).ravel(), 0.0)
-    bias = wide(layer.bias) if "bias" in layer else 0.0
-    w = weights(layer)
-    exact = w @ values + bias
-    groups = (layer.weight.shape[0] * layer.weight.shape[2] * 32 // layer.bits) // layer.group_size
-    size = np.repeat(
-        np.abs(wide(layer.scales)).swapaxes(1, 2).reshape(groups, -1) * (2**layer.bits - 1)
-        + np.abs(wide(layer.biases)).swapaxes(1, 2).reshape(groups, -1),
-        layer.group_size,
-        axis=0,
-    )[: layer.outputs] @ np.abs(values) + np.abs(bias)
-    roundings = kept.sum() + 64  # the longest chain of additions, generously, and the products
-    unit = {mx.float16: 2**-11, mx.bfloat16: 2**-8, mx.float32: 2**-24}[x.dtype]
-    # w itself was made in float32: one product and one sum more.
-    bound = (roundings + 2) * 2**-24 * size + unit * np.abs(exact) + 2**-24 * (x.dtype == mx.float16)
-    error = np.abs(wide(y).ravel() - exact)
-    assert (error <= bound).all(), f"error {error.max()}, bound {bound[error.argmax()]}"
-    assert active == kept.sum()
-
-
-def run_and_check(x, some):
-    ys, active = gpu.sparse_gemv(x, some)
-    for y, layer, count in zip(ys, some, np.array(active), strict=True):
-        assert y.dtype == x.dtype
-        assert y.shape == (*x.shape[:-1], layer.outputs)
-        check(x, layer, y, count)
-
-
-def normal(inputs, dtype=mx.float16, seed=0):
-    return mx.random.normal((1, 1, inputs), key=mx.random.key(seed)).astype(dtype)
+def assert_right(case, actives=(0.5,)):
+    """Outputs within the bound of float32 sums (metal/README.md), exact counts, equal when run again."""
+    some = selftest.matrices(case)
+    for active in actives:
+        x = selftest.vector(case, active)
+        found = selftest.judge(x, some, gpu.sparse_gemv(x, some), gpu.sparse_gemv(x, some))
+        assert found.passed, (active, found.words())
 
 
 CUTS = {
@@ -96,22 +50,215 @@ CUTS = {
 }
 
 
+DTYPES = (mx.float16, mx.bfloat16, mx.float32)
+
+
 @pytest.mark.parametrize("decode", [0, 1, 2])
 @pytest.mark.parametrize("bits", layout.BITS)
 def test_every_width_of_code(emulated, monkeypatch, bits, decode):
     use(monkeypatch, CUTS["wide"]._replace(decode=decode))
-    run_and_check(normal(333), [make_layer(1000, 333, bits=bits)])
+    assert_right(Case((1000,), 333, bits))
 
 
-@pytest.mark.parametrize("cut", CUTS, ids=str)
+@pytest.mark.parametrize("cut", CUTS)
 def test_every_cut(emulated, monkeypatch, cut):
     use(monkeypatch, CUTS[cut])
-    run_and_check(normal(257), [make_layer(1100, 257, bits=3, bias=True)])
+    assert_right(Case((1100,), 257, bits=3, bias=True))
+
+
+@pytest.mark.parametrize(("group", "dtype"), list(itertools.product(layout.GROUP_SIZES, DTYPES)), ids=str)
+@pytest.mark.parametrize("bits", [2, 5])
+def test_groups_and_dtypes(emulated, monkeypatch, bits, group, dtype):
+    use(monkeypatch, CUTS["wider"])
+    assert_right(Case((500,), 130, bits, group, dtype))
+
+
+@pytest.mark.parametrize("cut", ["wide", "narrow"])
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_any_number_of_active_channels(emulated, monkeypatch, bits, cut):
+    use(monkeypatch, CUTS[cut])
+    assert_right(Case((576,), 301, bits), actives=(0, 1, 2, 0.25, 0.5, 0.75, 300, 1.0))
 
 
 @pytest.mark.parametrize(
-    ("group", "dtype"), itertools.product(layout.GROUP_SIZES, (mx.float16, mx.bfloat16, mx.float32)), ids=str
+    ("outputs", "inputs"), [(4095, 60), (1, 70), (64, 1), (2752, 64), (11008, 40), (100, 11008), (65, 4095)]
 )
-def test_groups_and_dtypes(emulated, monkeypatch, group, dtype):
-    use(monkeypatch, CUTS["wider"])
-    run_and_check(normal(130, dtype), [make_layer(500, 130, group=group, dtype=dtype)])
+@pytest.mark.parametrize("kind", ["cuda", "g", "d"])
+def test_ragged_shapes_with_the_rule_of_a_device(emulated, monkeypatch, kind, outputs, inputs):
+    monkeypatch.setattr(gpu, "device_class", lambda: kind)
+    assert_right(Case((outputs,), inputs))
+
+
+@pytest.mark.parametrize("cut", ["wide", "narrow"])
+def test_shared_launch_with_unequal_bands_and_thresholds(emulated, monkeypatch, cut):
+    use(monkeypatch, CUTS[cut])
+    case = Case((1024, 192, 300), 260, bias=True)
+    some = selftest.matrices(case)
+    some[1].set_threshold(0.5)
+    some[2].set_threshold(2.0)
+    del some[1]["bias"]
+    x = selftest.vector(case)
+    ys, active = gpu.sparse_gemv(x, some)
+    assert selftest.judge(x, some, (ys, active), (ys, active)).passed
+    assert len(emulated) == (1 if cut == "narrow" else 2)
+    assert len(set(np.array(active).tolist())) == 3
+
+
+def test_thresholds_per_channel(emulated, monkeypatch):
+    use(monkeypatch, CUTS["wide"])
+    assert_right(Case((500, 128), 260, per_channel=True))
+
+
+def test_unlike_projections_take_launches_of_their_own(emulated, monkeypatch):
+    use(monkeypatch, CUTS["narrow"])
+    some = [*selftest.matrices(Case((128,), 96, bits=4)), *selftest.matrices(Case((128,), 96, bits=8))]
+    x = selftest.vector(Case((128,), 96))
+    ys, active = gpu.sparse_gemv(x, some)
+    assert selftest.judge(x, some, (ys, active), (ys, active)).passed
+    assert active.shape == (2,)
+    assert len(emulated) == 2
+
+
+def test_nan_is_active_and_minus_zero_is_not(emulated, monkeypatch):
+    use(monkeypatch, CUTS["wide"])
+    (matrix,) = selftest.matrices(Case((64,), 200))
+    x = mx.zeros((1, 1, 200), dtype=mx.float16)
+    assert gpu.sparse_gemv(-x, [matrix])[1].item() == 0
+    x[..., 150] = float("nan")
+    (y,), active = gpu.sparse_gemv(x, [matrix])
+    assert active.item() == 1
+    assert mx.isnan(y).all().item()
+
+
+def test_one_dense_row_ignores_thresholds(emulated, monkeypatch):
+    use(monkeypatch, CUTS["wide"])
+    case = Case((500,), 300, dtype=mx.float32)
+    (matrix,) = selftest.matrices(case)
+    x = selftest.vector(case)
+    y = gpu.matmul(x, matrix)
+    matrix.set_threshold(0.0)
+    assert selftest.judge(x, [matrix], ([y], mx.array([300])), ([y], mx.array([300]))).passed
+
+
+def test_a_layer_without_threshold_runs_dense(emulated, monkeypatch):
+    use(monkeypatch, CUTS["wide"])
+    (matrix,) = selftest.matrices(Case((128,), 96))
+    matrix.set_threshold(None)
+    x = selftest.vector(Case((128,), 96))
+    assert mx.allclose(gpu.matmul(x, matrix), stock.matmul(x, matrix), atol=1e-2).item()
+
+
+@pytest.mark.parametrize("outputs", [250, 256])
+def test_many_rows_on_cuda_are_dequantized_once(monkeypatch, outputs):
+    monkeypatch.setattr(gpu, "device_class", lambda: "cuda")
+    (matrix,) = selftest.matrices(Case((outputs,), 96, dtype=mx.float32, band=64, bias=True))
+    x = mx.random.normal((2, 20, 96), key=mx.random.key(1))
+    # Two float32 sums of 96 terms below 1 in size: 96 * 2^-24 * 96 < 1e-3.
+    assert mx.allclose(gpu.matmul(x, matrix), stock.matmul(x, matrix), atol=1e-3).item()
+
+
+def test_a_new_threshold_is_not_missed_by_the_plan(emulated, monkeypatch):
+    use(monkeypatch, CUTS["narrow"])
+    (matrix,) = selftest.matrices(Case((128,), 96))
+    x = selftest.vector(Case((128,), 96))
+    assert gpu.sparse_gemv(x, [matrix])[1].item() == 48
+    matrix.set_threshold(99.0)
+    assert gpu.sparse_gemv(x, [matrix])[1].item() == 0
+
+
+@pytest.mark.parametrize("kind", geometry.THREADGROUPS)
+@pytest.mark.parametrize("outputs", [1, 64, 576, 1024, 2752 * 4, 4288, 14336, 27392, 32064, 151936])
+def test_rule_keeps_within_what_devices_offer(kind, outputs):
+    for inputs, group in itertools.product((1, 64, 4095, 28672), layout.GROUP_SIZES):
+        band = layout.band_of(outputs, group)
+        cut = geometry.choose(kind, [(band, -(-outputs // band))], inputs)
+        assert cut.threads <= 384  # runs at any register count of an Apple GPU
+        assert cut.list % cut.threads == 0
+        assert cut.list // cut.threads <= 32
+        summands = cut.threads // 32 if cut.lanes < 32 and 32 % cut.lanes == 0 else cut.rows
+        columns = 32 if cut.lanes < 32 and 32 % cut.lanes == 0 else cut.lanes
+        held = cut.outputs * cut.lanes // 32 if columns == 32 and cut.lanes < 32 else cut.outputs
+        memory = cut.list * 6 + 4 * summands * columns * min(cut.slice, held) + cut.threads // 8
+        assert memory <= 32768  # bytes of threadgroup memory
+        assert cut.stripes(inputs) * cut.stripe >= inputs
+        assert cut.tiles(band) * cut.tile >= band
+
+
+@pytest.fixture
+def fresh_trust(monkeypatch, tmp_path):
+    """No verdicts, kept or remembered, and a cache of its own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(trust, "_broken", [])
+    trust._passed.cache_clear()
+    yield
+    trust._passed.cache_clear()
+
+
+def run_emulated(launch, inputs):
+    return emulate(launch, inputs, gpu_text.header()).outputs
+
+
+def planted(monkeypatch, old, new):
+    """The kernel body with one change."""
+    real = gpu_text.body
+    assert old in real("sparse_gemv.metal")
+    monkeypatch.setattr(gpu_text, "body", lambda name: real(name).replace(old, new))
+    gpu_text.gemv_kernel.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        ("sums[c] = fma(code,", "sums[c] = 2.0f * fma(code,", "a GPU kernel is wrong"),
+        ("kept |= 1u << e;", "kept |= no_such_name;", "a kernel does not run"),
+    ],
+)
+def test_wrong_kernel_leads_to_the_stock_path(monkeypatch, fresh_trust, capfd, old, new, reason):
+    monkeypatch.setattr(gpu, "run", run_emulated)
+    use(monkeypatch, CUTS["narrow"])
+    planted(monkeypatch, old, new)
+    case = Case((128,), 96)
+    some = selftest.matrices(case)
+    x = selftest.vector(case)
+    for _ in range(2):
+        (y,), active = gpu.sparse_gemv(x, some)
+        (expected,), _ = stock.sparse_gemv(x, some)
+        assert mx.array_equal(y, expected).item()
+        assert active.item() == 48
+    told = capfd.readouterr().err
+    assert told.count("\n") == 1
+    assert reason in told
+    assert "spqt doctor --selftest" in told
+    gpu_text.gemv_kernel.cache_clear()
+
+
+def test_right_kernel_is_checked_once_per_machine(monkeypatch, fresh_trust):
+    launches = []
+
+    def run(launch, inputs):
+        launches.append(launch)
+        return run_emulated(launch, inputs)
+
+    monkeypatch.setattr(gpu, "run", run)
+    use(monkeypatch, CUTS["narrow"])
+    case = Case((128,), 96)
+    x = selftest.vector(case)
+    gpu.sparse_gemv(x, selftest.matrices(case))
+    assert len(launches) == 3  # twice to check, once for the caller
+    trust._passed.cache_clear()  # as a new process would
+    gpu.sparse_gemv(x, selftest.matrices(case))
+    assert len(launches) == 4
+
+
+def test_selftest_table_sees_a_wrong_backend(monkeypatch):
+    cases = [("one launch", Case((64,), 40, dtype=mx.float32)), ("fused", Case((64, 64), 40, dtype=mx.float32))]
+    monkeypatch.setattr(selftest, "_cases", lambda: cases)
+    monkeypatch.setattr("spqt_cli.kernels.sparse_gemv", stock.sparse_gemv)
+    assert all(row["pass"] for row in selftest.run())
+
+    def wrong(x, some):
+        ys, active = stock.sparse_gemv(x, some)
+        return [y + 1 for y in ys], active
+
+    monkeypatch.setattr("spqt_cli.kernels.sparse_gemv", wrong)
+    assert not any(row["pass"] for row in selftest.run())

@@ -90,8 +90,8 @@ def emulate(launch, inputs: Sequence[mx.array], header: str = "") -> Emulation:
         for (at, size), shape, dtype in zip(addresses, launch.shapes, launch.dtypes, strict=True)
     ]
     names = [*launch.kernel.inputs, *launch.kernel.outputs]
-    traffic = {n: Traffic(*(runtime.emulator_traffic(i, what) for what in range(3))) for i, n in enumerate(names)}
-    return Emulation(outputs, reports, traffic)
+    counts = [Traffic(*(runtime.emulator_traffic(i, what) for what in range(3))) for i in range(len(names))]
+    return Emulation(outputs, reports, dict(zip(names, counts, strict=True)))
 
 
 def _cpu_source(text: str) -> str:
@@ -152,7 +152,8 @@ def _compiled(source: str, flags: Sequence[str] = ("-fsanitize=thread",)) -> Pat
 
 @cache
 def _runtime() -> ctypes.CDLL:
-    source = f'#include "{HERE}/runtime.cpp"\n// {hashlib.sha256((HERE / "runtime.cpp").read_bytes()).hexdigest()}\n'
+    version = hashlib.sha256((HERE / "runtime.cpp").read_bytes()).hexdigest()
+    source = f'#include "{HERE}/runtime.cpp"\n// {version}\n'
     runtime = ctypes.CDLL(str(_compiled(source, ("-O2", f"-I{HERE}"))), mode=ctypes.RTLD_GLOBAL)
     runtime.emulator_buffer.argtypes = [ctypes.c_char_p, ctypes.c_uint64, ctypes.c_int]
     runtime.emulator_buffer.restype = ctypes.c_void_p
@@ -168,6 +169,6 @@ def _bytes(array: mx.array) -> bytes:
 
 
 def _array(data: bytes, shape: Sequence[int], dtype: mx.Dtype) -> mx.array:
-    kind = {mx.bfloat16: np.uint16, mx.float16: np.float16, mx.float32: np.float32, mx.uint32: np.uint32}[dtype]
-    array = mx.array(np.frombuffer(data, dtype=kind).reshape(shape).copy())
+    kinds = {mx.bfloat16: np.uint16, mx.float16: np.float16, mx.float32: np.float32, mx.uint32: np.uint32}
+    array = mx.array(np.frombuffer(data, dtype=kinds[dtype]).reshape(shape).copy())
     return array.view(mx.bfloat16) if dtype == mx.bfloat16 else array

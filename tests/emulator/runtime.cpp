@@ -24,6 +24,7 @@ constexpr uint64_t ARENA = 1ull << 34; // address space, not memory
 constexpr uint64_t STACK = 96 << 10;   // bytes of a lane
 constexpr uint SIMD = 32;
 constexpr size_t REPORTS = 20;
+constexpr size_t ALIKE = 12, REPORTS_ALIKE = 4;  // leading characters that make reports alike
 
 struct Buffer {
   std::string name;
@@ -87,9 +88,12 @@ __attribute__((format(printf, 1, 2))) void report(const char* format, ...) {
              lane.threadgroup_position_in_grid.x, lane.threadgroup_position_in_grid.y);
     line += text;
   }
+  size_t alike = 0;  // one fault met by every lane must not hide the others
   for (const std::string& known : reports) {
     if (known == line) return;
+    alike += known.compare(0, ALIKE, line, 0, ALIKE) == 0;
   }
+  if (alike >= REPORTS_ALIKE) return;
   reports.push_back(line);
 }
 

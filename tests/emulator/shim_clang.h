@@ -1,0 +1,37 @@
+// The Metal words that the kernel bodies use, declared for clang: only types matter, nothing runs.
+// Address spaces are real, so that a pointer into the wrong one is an error.
+#pragma once
+typedef unsigned char uint8_t;
+typedef unsigned short uint16_t;
+typedef unsigned int uint32_t;
+typedef unsigned long uint64_t;
+typedef unsigned int uint;
+typedef unsigned short ushort;
+typedef unsigned long ulong;
+
+#define device __attribute__((address_space(1)))
+#define constant __attribute__((address_space(2)))
+#define threadgroup static __attribute__((address_space(3)))
+#define double static_assert(false, "Metal has no double");
+
+typedef uint uint2 __attribute__((ext_vector_type(2)));
+typedef uint uint3 __attribute__((ext_vector_type(3)));
+typedef uint uint4 __attribute__((ext_vector_type(4)));
+typedef _Float16 half;
+typedef _Float16 float16_t;
+
+namespace mem_flags {
+enum { mem_none, mem_device, mem_threadgroup };
+}
+void threadgroup_barrier(int);
+uint simd_prefix_exclusive_sum(uint);
+float simd_shuffle_xor(float, ushort);
+float fma(float, float, float);
+float fabs(float);
+uint min(uint, uint);
+
+template <typename To, typename From>
+To as_type(From from) {
+  static_assert(sizeof(To) == sizeof(From), "as_type keeps the bits");
+  return __builtin_bit_cast(To, from);
+}

@@ -1,0 +1,118 @@
+"""Metal's address spaces made real: clang gives `device`, `constant` and `threadgroup` types of their own.
+
+It compiles, in C++14, the whole text that MLX would hand to Metal. Where CI says so (CI=true) a missing
+clang fails; elsewhere it skips.
+"""
+
+import itertools
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from spqt_cli import geometry, gpu, gpu_text, selftest, trust
+from tests.emulator import metal_text
+
+CLANGS = ("clang-14", "clang-15", "clang-16", "clang-17", "clang-18", "clang-19", "clang")
+WARNINGS = (
+    "-Wall",
+    "-Wdouble-promotion",
+    "-Wc++17-extensions",
+    "-Wno-unknown-attributes",
+    "-Wno-unused",
+    "-Werror",
+)
+SHIM = Path(__file__).parent / "emulator" / "shim_clang.h"
+
+
+@pytest.fixture(scope="module")
+def clang():
+    found = next(filter(None, map(shutil.which, CLANGS)), None)
+    if found is None:
+        if os.environ.get("CI") == "true":
+            pytest.fail("no clang: the address-space check did not run (Debian's package is clang-14)")
+        pytest.skip("no clang (Debian's package is clang-14)")
+    return found
+
+
+def refusals(clang, text, tmp_path):
+    """clang's errors on a kernel's text; empty when it is accepted."""
+    unit = tmp_path / "kernel.cpp"
+    unit.write_text(f'#include "{SHIM}"\n{text}')
+    # 64-bit Arm, whose `_Float16` every clang knows; nothing is linked or run.
+    command = [
+        clang,
+        "--target=aarch64-linux-gnu",
+        "-std=c++14",
+        "-ffreestanding",
+        "-fsyntax-only",
+        *WARNINGS,
+    ]
+    done = subprocess.run([*command, str(unit)], capture_output=True, text=True, check=False)
+    return done.stderr if done.returncode else ""
+
+
+def texts(monkeypatch, case, cut):
+    """What MLX would compile for a call."""
+    seen = []
+
+    def run(launch, inputs):
+        seen.append(metal_text(launch, inputs, gpu_text.header()))
+        return [
+            mx.zeros(shape, dtype=dtype) for shape, dtype in zip(launch.shapes, launch.dtypes, strict=True)
+        ]
+
+    monkeypatch.setattr(gpu, "run", run)
+    monkeypatch.setattr(trust, "verdict", lambda *_, **__: "")
+    monkeypatch.setattr(geometry, "choose", lambda *_: cut)
+    gpu.sparse_gemv(selftest.vector(case), selftest.matrices(case))
+    return seen
+
+
+def case_of(count, bits):
+    return selftest.Case((128,) * count, 100, bits, bias=True, per_channel=count > 1)
+
+
+WIDE = geometry.Geometry(32, 32, 4, 2, 128, 8, 0, 50)
+NARROW = geometry.Geometry(32, 4, 32, 2, 128, 4, 1, 1000)
+
+
+@pytest.mark.parametrize(("cut", "count"), list(itertools.product((WIDE, NARROW), (1, 3))))
+@pytest.mark.parametrize("bits", [3, 4, 6])
+def test_bodies_keep_to_their_address_spaces(clang, monkeypatch, tmp_path, bits, cut, count):
+    found = texts(monkeypatch, case_of(count, bits), cut)
+    assert len(found) == (2 if cut is WIDE else 1)
+    for text in found:
+        assert refusals(clang, text, tmp_path) == ""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        # a threadgroup pointer where a device pointer is wanted, and the other way round
+        (
+            "const uint inputs =",
+            "const device uint* wrong = channel_sums;\nconst uint inputs =",
+            "channel_sums",
+        ),
+        ("const device uint32_t* codes = weight", "threadgroup const uint32_t* codes = weight", ""),
+        # losing the address space, which Metal does not allow for a pointer
+        ("const device uint32_t* codes = weight", "const uint32_t* codes = weight", ""),
+        # a constant pointer passed as device
+        ("const uint inputs = settings[0];", "const uint inputs = takes_constant(settings);", ""),
+        # C++17
+        ("if (BITS % 4 == 0)", "if constexpr (BITS % 4 == 0)", "C++17"),
+        # double is no type of Metal's
+        ("constant_part[g] = 0.0f;", "constant_part[g] = double(0.0f);", "double"),
+    ],
+)
+def test_planted_wrong_address_space_is_refused(clang, monkeypatch, tmp_path, old, new, reason):
+    (text,) = texts(monkeypatch, case_of(1, 4), NARROW)
+    head = "inline uint takes_constant(const constant uint32_t* values) { return values[0]; }\n"
+    declared = text.replace("const uint lane =", "threadgroup uint channel_sums[4];\nconst uint lane =", 1)
+    assert old in declared
+    assert refusals(clang, head + declared, tmp_path) == ""
+    assert reason in refusals(clang, head + declared.replace(old, new), tmp_path) != ""
