@@ -70,12 +70,12 @@ class Harness:
         self._last: tuple[str, mx.array] | None = None
 
     def count(self, path: str, x: mx.array) -> None:
-        """Add x (B, rows, inputs) to the histogram of the layer, once for siblings that share it."""
+        """Add x (..., rows, inputs) to the histogram of the layer, once for siblings that share it."""
         if self._last is not None and self._last[1] is x:
             self._owner[path] = self._last[0]
             return
         self._last = (path, x)
-        added = thresholds.histogram(x[:, self.first :])
+        added = thresholds.histogram(x[..., self.first :, :])
         self._counts[path] = self._counts[path] + added if path in self._counts else added
 
     def histograms(self) -> dict[str, np.ndarray]:
