@@ -149,8 +149,8 @@ def weight_bytes(model: nn.Module, config: dict[str, Any]) -> tuple[float, dict[
     other = 0.0
     tied = config.get("tie_word_embeddings", False) or not hasattr(model, "lm_head")
     for path, module in model.named_modules():
-        if isinstance(module, (nn.Embedding, nn.QuantizedEmbedding)) and not tied:
-            continue
+        if isinstance(module, (nn.Embedding, nn.QuantizedEmbedding)) and (not tied or "head" in module):
+            continue  # one row is read; a head of its own (heads.py) comes as a module
         arrays = [value for value in module.values() if hasattr(value, "nbytes")]
         size = sum(array.nbytes for array in arrays)
         if id(module) in zigzag:

@@ -7,7 +7,7 @@ import mlx.core as mx
 import pytest
 from mlx import nn
 
-from spqt_cli import bench_model, format, heads, profile
+from spqt_cli import bench_model, format, heads, model, profile
 from spqt_cli.layers import ZigzagLinear
 from spqt_cli.patch import zigzag_layers
 from spqt_cli.profile import ROWS, SPARSE, ZIGZAG, Choice
@@ -200,6 +200,15 @@ def test_a_head_moves_to_zigzag_when_the_profile_says_so(arch, tied):
     assert mx.array_equal(one.model.model.embed_tokens(ids), rows)
     assert len(zigzag_layers(one.model)) == 14  # a head is never sparse, so it is none of them
     assert one.model(ids).shape == (1, 3, 512)
+
+
+def test_an_embedding_with_its_own_head_is_not_read_whole():
+    one = loaded("llama")
+    before, _ = model.weight_bytes(one.model, one.config)
+    profile.write({heads.find(one.model).key: Choice(0.0, ZIGZAG)}, {})
+    profile.apply(one)
+    after, _ = model.weight_bytes(one.model, one.config)
+    assert after == before  # the same number of bytes in the other layout, the band being full
 
 
 def test_a_head_stays_where_stock_is_faster():
