@@ -53,7 +53,8 @@ threadgroup uint simdgroup_count[THREADS / 32];
 constexpr uint MASK = (1u << BITS) - 1u;
 constexpr int ROOM = DECODE == 1 ? 32 : 23;  // bits of a word where a code keeps its value
 constexpr uint TWO_TO_23 = 0x4B000000u;      // the bits of 2^23, whose mantissa counts ones
-constexpr float LIFT = 1.98070406e28f;       // 2^94: subnormal code times this times x stays normal
+constexpr float LIFT = 18446744073709551616.0f;  // 2^64: a subnormal code times this is in normal range
+constexpr bool TOP_UNMASKED = DECODE == 1 && 32 % BITS == 0;  // one instruction less; undone below
 constexpr int WORDS = OUTPUTS / 32 * BITS;   // of a lane's part of a chunk
 constexpr int SCALES = OUTPUTS > GROUP ? OUTPUTS / GROUP : 1;
 
@@ -165,7 +166,7 @@ for (uint pass = stripe_first; pass < stripe_last; pass += LIST) {
         if (DECODE == 0) {
           code = as_type<float>((view | TWO_TO_23) & (TWO_TO_23 | MASK << shift)) - 8388608.0f;
         } else if (DECODE == 1) {
-          code = float(view & MASK << shift);
+          code = float(TOP_UNMASKED && start + BITS == 32 ? here : view & MASK << shift);
         } else {
           code = as_type<float>(view & MASK << shift);
         }
@@ -176,13 +177,27 @@ for (uint pass = stripe_first; pass < stripe_last; pass += LIST) {
   threadgroup_barrier(mem_flags::mem_threadgroup);  // before the next pass writes the list
 }
 
+// The top code of a word was taken with all codes below it: their sums, on the same scale, go out again.
+#pragma unroll
+for (int c = 0; c < OUTPUTS; ++c) {
+  const int codes_below = (c * BITS % 32) / BITS;
+  if (TOP_UNMASKED && (c + 1) * BITS % 32 == 0) {
+    float below = 0.0f;
+#pragma unroll
+    for (int other = c - codes_below; other < c; ++other) {
+      below += sums[other];
+    }
+    sums[c] -= below;
+  }
+}
+
 // Undo the shifts; add what is the same for the whole group.
 #pragma unroll
 for (int c = 0; c < OUTPUTS; ++c) {
   const int start = c * BITS % 32;
   const int shift = start + BITS <= ROOM ? start : start - 16;
-  const float unit_of_code = 1.0f / float(1u << shift) * (DECODE == 2 ? 36028797018963968.0f : 1.0f);
-  sums[c] = fma(sums[c], unit_of_code, constant_part[c * SCALES / OUTPUTS]);  // 2^55 = 2^149 / LIFT
+  const float unit_of_code = 1.0f / float(1u << shift) * (DECODE == 2 ? 38685626227668133590597632.0f : 1.0f);
+  sums[c] = fma(sums[c], unit_of_code, constant_part[c * SCALES / OUTPUTS]);  // 2^85 = 2^149 / LIFT
 }
 
 // Sum over the rows. Where a simdgroup holds several, its lanes first trade halves of their sums until

@@ -69,7 +69,8 @@ def choose(kind: str, bands: Sequence[tuple[int, int]], inputs: int) -> Geometry
     stripe = -(-inputs // stripes)
     passes = -(-stripe // MOST_LISTED)
     listed = -(-stripe // (passes * threads)) * threads
-    unroll, decode = (4, 2) if kind == "cuda" else (2, 0)
+    # Subnormal codes need no conversion, but Apple GPUs flush them to zero.
+    unroll, decode = (4, 2) if kind == "cuda" else (2, 1)
     return Geometry(OUTPUTS, lanes, rows, unroll, listed, SLICE, decode, stripe)
 
 

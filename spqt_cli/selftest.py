@@ -180,7 +180,9 @@ def _error(x: mx.array, matrix: Any, y: mx.array) -> tuple[float, int]:
     values = np.where(kept, _wide(x).ravel(), 0.0)
     scales, biases = matrix.scales.astype(mx.float32), matrix.biases.astype(mx.float32)
     how = {"outputs": matrix.outputs, "bits": matrix.bits, "group_size": matrix.group_size}
-    top = 2**matrix.bits - 1
+    top = (
+        2**matrix.bits + 1
+    )  # the largest code, and 2 for a word's top code, which is summed with those below
     # In float32 the code times the scale is off by one rounding, its sum with the bias by another.
     w = _wide(layout.dequantize(matrix.weight, scales, biases, **how))
     sizes = _wide(_spread(mx.abs(scales) * top + mx.abs(biases), matrix))

@@ -98,11 +98,11 @@ def test_bodies_keep_to_their_address_spaces(clang, monkeypatch, tmp_path, bits,
             "const device uint* wrong = channel_sums;\nconst uint inputs =",
             "channel_sums",
         ),
-        ("const device uint32_t* codes = weight", "threadgroup const uint32_t* codes = weight", ""),
+        ("const device uint32_t* codes = weight", "threadgroup const uint32_t* codes = weight", "address_space(3)"),
         # losing the address space, which Metal does not allow for a pointer
-        ("const device uint32_t* codes = weight", "const uint32_t* codes = weight", ""),
+        ("const device uint32_t* codes = weight", "const uint32_t* codes = weight", "address_space(1)"),
         # a constant pointer passed as device
-        ("const uint inputs = settings[0];", "const uint inputs = takes_constant(settings);", ""),
+        ("const uint inputs = settings[0];", "const uint inputs = takes_constant(settings);", "takes_constant"),
         # C++17
         ("if (BITS % 4 == 0)", "if constexpr (BITS % 4 == 0)", "C++17"),
         # double is no type of Metal's

@@ -26,9 +26,10 @@ enum { mem_none, mem_device, mem_threadgroup };
 void threadgroup_barrier(int);
 uint simd_prefix_exclusive_sum(uint);
 float simd_shuffle_xor(float, ushort);
+__attribute__((const))
 float fma(float, float, float);
-float fabs(float);
-uint min(uint, uint);
+__attribute__((const)) float fabs(float);
+__attribute__((const)) uint min(uint, uint);
 
 template <typename To, typename From>
 To as_type(From from) {

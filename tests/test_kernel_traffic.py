@@ -1,0 +1,46 @@
+"""Skipped channels must be skipped lines: the emulator counts what the kernels read."""
+
+import pytest
+
+from spqt_cli import layout
+from tests.count_instructions import block, clang_path, per_weight
+from tests.count_traffic import activity, count
+
+
+def checked(shape, bits, band, active):
+    found = count(shape, bits, band, active)
+    assert found.faults == []
+    allowed = found.density + 0.05 if found.density < 1 else 1.03
+    assert found.distinct <= allowed
+    assert found.summed <= 1.10
+    return found
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize("clustered", [False, True])
+@pytest.mark.parametrize("density", [0.25, 0.5, 0.75, 1.0])
+def test_lines_follow_density(bits, clustered, density):
+    checked((4096, 2048), bits, layout.band_of(4096, 64), activity(2048, density, clustered))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("band", [3584, 5504, 7168, 11008])
+def test_bands_of_no_whole_lines(bits, band):
+    outputs = band if band == 11008 else 2 * band
+    checked((outputs, 1024), bits, band, activity(1024, 0.5, False))
+
+
+def test_narrow_chunks_are_hardly_skipped():
+    found = count((4096, 1024), 4, 64, activity(1024, 0.5, False))
+    assert found.distinct > 0.9
+
+
+@pytest.mark.parametrize("decode", [1, 2])
+def test_three_instructions_a_weight(decode):
+    clang = clang_path()
+    if clang is None:
+        pytest.skip("no clang (Debian's package is clang-14)")
+    total, _, opcodes = per_weight(4, decode, clang)
+    assert opcodes["call"] >= 64  # the loop was found: 64 fused multiply-adds
+    assert total <= 3.0
+    assert len(block(4, decode, clang)) == sum(opcodes.values())
