@@ -143,7 +143,7 @@ def setting(options: argparse.Namespace) -> dict[str, Any]:
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
     )
     return {
-        "options": {key: str(value) for key, value in vars(options).items()},
+        "options": {key: Path(str(value)).name for key, value in vars(options).items()},  # no machine's paths
         "backend": kernels.backend().name,
         "versions": {name: version(name) for name in ("spqt", "mlx", "mlx-lm", "numpy")},
         "commit": commit.stdout.strip(),
