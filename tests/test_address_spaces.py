@@ -77,6 +77,7 @@ def case_of(count, bits):
 
 
 WIDE = geometry.Geometry(32, 32, 4, 2, 128, 8, 0, 50)
+CODES = "const device uint32_t* codes = weight"
 NARROW = geometry.Geometry(32, 4, 32, 2, 128, 4, 1, 1000)
 
 
@@ -98,11 +99,13 @@ def test_bodies_keep_to_their_address_spaces(clang, monkeypatch, tmp_path, bits,
             "const device uint* wrong = channel_sums;\nconst uint inputs =",
             "channel_sums",
         ),
-        ("const device uint32_t* codes = weight", "threadgroup const uint32_t* codes = weight", "address_space(3)"),
+        (CODES, "threadgroup const uint32_t* codes = weight", "address_space(3)"),
         # losing the address space, which Metal does not allow for a pointer
-        ("const device uint32_t* codes = weight", "const uint32_t* codes = weight", "address_space(1)"),
+        (CODES, "const uint32_t* codes = weight", "address_space(1)"),
         # a constant pointer passed as device
-        ("const uint inputs = settings[0];", "const uint inputs = takes_constant(settings);", "takes_constant"),
+        ("inputs = settings[0];", "inputs = takes_constant(settings);", "takes_constant"),
+        # min of a signed and an unsigned number is ambiguous in Metal
+        ("min(stripe_first + settings[1], inputs)", "min(stripe_first + settings[1], 5)", "ambiguous"),
         # C++17
         ("if (BITS % 4 == 0)", "if constexpr (BITS % 4 == 0)", "C++17"),
         # double is no type of Metal's

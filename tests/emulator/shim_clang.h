@@ -24,12 +24,21 @@ namespace mem_flags {
 enum { mem_none, mem_device, mem_threadgroup };
 }
 void threadgroup_barrier(int);
+// Overloads as in Metal, so that a call which is ambiguous there is ambiguous here.
 uint simd_prefix_exclusive_sum(uint);
+int simd_prefix_exclusive_sum(int);
+float simd_prefix_exclusive_sum(float);
 float simd_shuffle_xor(float, ushort);
+uint simd_shuffle_xor(uint, ushort);
+int simd_shuffle_xor(int, ushort);
 __attribute__((const))
 float fma(float, float, float);
 __attribute__((const)) float fabs(float);
 __attribute__((const)) uint min(uint, uint);
+__attribute__((const)) int min(int, int);
+__attribute__((const)) float min(float, float);
+__attribute__((const)) half fabs(half);
+__attribute__((const)) half fma(half, half, half);
 
 template <typename To, typename From>
 To as_type(From from) {
