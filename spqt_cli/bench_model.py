@@ -122,7 +122,7 @@ def random_model(config: dict[str, Any], bits: int, group_size: int, dtype: mx.D
     """mlx-lm's model of a config, its layers quantized as `spqt convert` would; nothing is evaluated."""
     model = _build(config)
     model.set_dtype(dtype)
-    decisions = plan._Decisions(model, plan.Wishes(bits, group_size))
+    decisions = plan.Decisions(model, plan.Wishes(bits, group_size))
 
     def settings(path: str, _: nn.Module) -> dict[str, Any] | bool:
         kind, layer_bits, layer_group = decisions.kind(path)

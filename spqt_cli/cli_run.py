@@ -69,6 +69,7 @@ def generate(
     _check_sparsity(sparsity)
     from spqt_cli import generate as generator
     from spqt_cli import model as models
+    from spqt_cli import profile
 
     loaded = models.load(
         model,
@@ -94,6 +95,8 @@ def generate(
     )
     cache = {"max_kv_size": max_kv_size, "prefill_step_size": prefill_step_size, "kv_bits": kv_bits}
     cache.update({"kv_group_size": kv_group_size, "quantized_kv_start": quantized_kv_start})
+    if not dense and (chosen := profile.apply(loaded)):
+        loaded.note = "; ".join(filter(None, [loaded.note, chosen]))
     draft = models.load_draft(draft_model, loaded) if draft_model else None
     if draft is not None:
         cache = {**cache, "num_draft_tokens": num_draft_tokens}

@@ -20,7 +20,7 @@ _quantized_linear = nn.QuantizedLinear.__call__
 def install() -> None:
     """Put our ops behind MLX's names; doing it twice changes nothing. Needs a usable `cpu.status()`."""
     mx.fast.rms_norm = rms_norm
-    mx.fast.rope = rope
+    mx.fast.rope = rope  # type: ignore[assignment]
     mx.fast.scaled_dot_product_attention = attention
     nn.QuantizedEmbedding.as_linear = as_linear  # type: ignore[method-assign]
     nn.QuantizedLinear.__call__ = quantized_linear  # type: ignore[method-assign]

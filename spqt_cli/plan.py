@@ -118,7 +118,7 @@ def make(checkpoint: Checkpoint, wishes: Wishes) -> tuple[Plan, dict[str, mx.arr
     """The plan for a checkpoint, and its lazy tensors under the names of the model's parameters."""
     model, weights, sources = parameters.load(checkpoint)
     dtype = wishes.dtype or _stored_dtype(checkpoint.config)
-    decide = _Decisions(model, wishes)
+    decide = Decisions(model, wishes)
     units = [
         decide.unit(name, weights[name], dtype, sources.get(name)) for name in sorted(weights, key=_natural)
     ]
@@ -147,7 +147,7 @@ def _stored_dtype(config: dict[str, Any]) -> str | None:
 MIN_SIZE = layout.GROUP_SIZES[0]  # a layer narrower than a group (gemma3n's 4-wide mixers) gains nothing
 
 
-class _Decisions:
+class Decisions:
     """What becomes of each tensor, and what config.json must say about it."""
 
     def __init__(self, model: nn.Module, wishes: Wishes) -> None:

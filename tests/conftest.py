@@ -1,6 +1,7 @@
 """Tiny seeded models for tests: an HF checkpoint with a tokenizer, and the same converted."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,14 @@ def tiny_checkpoint(
     mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "pt"})
     write_tokenizer(folder)
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_cache_of_the_developer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A profile or verdict from this machine's own cache must not leak into tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -114,7 +114,7 @@ def test_router_under_an_unknown_name_is_known_by_its_width(tmp_path: Path) -> N
     block.other = nn.Linear(64, 64, bias=False)
     block.experts = SwitchLinear(64, 64, 4, bias=False)
     model.layers = [block, nn.Module()]
-    decide = plan._Decisions(model, Wishes(group_size=32))
+    decide = plan.Decisions(model, Wishes(group_size=32))
     assert decide.kind("layers.0.chooser")[0] == ROWS
     assert decide.kind("layers.0.other")[0] == ZIGZAG
 
