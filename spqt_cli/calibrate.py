@@ -5,10 +5,12 @@ cut off leaves the model as it was, its progress in a file beside.
 """
 
 import math
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -65,7 +67,8 @@ def calibrate(path: Path, options: CalibrateOptions, on_progress: OnProgress) ->
     started = time.monotonic()
     _check_options(options)
     text = texts.read(options.data)
-    _drop_foreign_thresholds(path)
+    _drop_bad_thresholds(path)
+    _check_writable(path)
     with files.claim(path):
         loaded = model.load(path, dense=True)
         run = _Run(loaded, text, options, on_progress)
@@ -81,12 +84,16 @@ def remove(path: Path) -> None:
     config = format.read_config(path)
     if not format.entries(config) or not isinstance(config.get("spqt"), dict):
         raise SpqtError(f"{path} is not a converted model", f"convert it first: spqt convert {path}")
+    _strip(config)
+    with files.claim(path), files.disk_errors(path):
+        format.write_config(path, config)
+
+
+def _strip(config: dict[str, Any]) -> None:
     config["spqt"].pop("calibration", None)
     for entry in format.entries(config).values():
         for key in ("threshold", "curve"):
             (entry.get("spqt") or {}).pop(key, None)
-    with files.claim(path), files.disk_errors(path):
-        format.write_config(path, config)
 
 
 def default_sparsity(weights: int) -> float:
@@ -111,17 +118,25 @@ def _check_options(options: CalibrateOptions) -> None:
         )
 
 
-def _drop_foreign_thresholds(path: Path) -> None:
-    """Thresholds of other weights keep a model from loading; they are what calibration replaces."""
+def _drop_bad_thresholds(path: Path) -> None:
+    """Thresholds that are damaged or of other weights keep a model from loading, and are what calibration
+    replaces: they go first. Anything else that is wrong is left for loading to report.
+    """
     config = format.read_config(path)
-    section = config.get("spqt")
-    calibration = section.get("calibration") if isinstance(section, dict) else None
-    if calibration is None:
-        return
-    if not isinstance(calibration, dict) or calibration.get("fingerprint") != format.weights_fingerprint(
-        config
-    ):
+    try:
+        format.check(config, path)
+    except SpqtError:
+        if not isinstance(config.get("spqt"), dict):
+            raise
+        _strip(config)
+        format.check(config, path)
         remove(path)
+
+
+def _check_writable(path: Path) -> None:
+    """Refuse a folder that can't be written before hours of work."""
+    with files.disk_errors(path), tempfile.TemporaryFile(dir=path, prefix=".spqt-"):
+        pass
 
 
 def choose_windows(

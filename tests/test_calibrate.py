@@ -1,9 +1,11 @@
 """Calibration of a tiny converted model: what is written, what is refused, what survives a kill."""
 
 import dataclasses
+import errno
 import io
 import json
 import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ import pytest
 
 from spqt_cli import calibrate, format, model, observe, thresholds
 from spqt_cli.calibrate import CalibrateOptions
-from spqt_cli.errors import BusyError, SpqtError, UsageError
+from spqt_cli.errors import BusyError, ResourceError, SpqtError, UsageError
 from spqt_cli.progress import NAME
 
 OPTIONS = CalibrateOptions(sparsity=0.4, tokens=512, window=64, method="uniform")
@@ -103,6 +105,33 @@ def test_fault_32_thresholds_of_other_weights_are_replaced(folder):
         model.load(folder)
     calibrate.calibrate(folder, OPTIONS, quiet)
     assert model.load(folder).sparsity == 0.4
+
+
+@pytest.mark.parametrize("bad", [float("nan"), -1.0, "much"])
+def test_fault_33_damaged_thresholds_are_replaced(folder, bad):
+    calibrate.calibrate(folder, OPTIONS, quiet)
+    config = format.read_config(folder)
+    next(iter(format.entries(config).values()))["spqt"]["threshold"] = bad
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SpqtError, match="threshold"):
+        model.load(folder)
+    calibrate.calibrate(folder, OPTIONS, quiet)
+    assert model.load(folder).sparsity == 0.4
+
+
+def test_fault_56_read_only_folder_is_refused_before_work(folder, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    with pytest.raises(ResourceError):
+        calibrate.calibrate(folder, OPTIONS, lambda *_: pytest.fail("work was begun"))
+
+
+def test_not_a_converted_model(checkpoint, tmp_path):
+    for path in (checkpoint, tmp_path / "none"):
+        with pytest.raises(SpqtError):
+            calibrate.calibrate(path, OPTIONS, quiet)
 
 
 def test_fault_49_text_too_short(folder, tmp_path):
@@ -255,25 +284,3 @@ def test_killed_among_gradients_resumes_to_the_same_result(auto, converted, tmp_
 def test_fast_takes_the_gradient_unseen(folder):
     result = calibrate.calibrate(folder, dataclasses.replace(OPTIONS, method="fast"), quiet)
     assert [one.name for one in result.tried] == ["gradient"]
-
-
-@pytest.mark.parametrize("limit", [{"max_kl": 0.05}, {"max_ppl_increase": 3.0}])
-def test_goal_is_met_and_nearly_used_up(folder, limit):
-    options = dataclasses.replace(OPTIONS, sparsity=None, **limit)
-    result = calibrate.calibrate(folder, options, lambda *_: None)
-    assert 0.02 < result.sparsity < 0.9
-    if "max_kl" in limit:
-        assert 0.5 * 0.05 < result.tried[0].kl <= 0.05
-
-
-def test_goal_out_of_reach_writes_nothing(folder, converted):
-    with pytest.raises(SpqtError, match="can't be met") as caught:
-        calibrate.calibrate(folder, dataclasses.replace(OPTIONS, sparsity=None, max_kl=1e-9), lambda *_: None)
-    assert caught.value.exit_code == 3
-    assert (folder / "config.json").read_bytes() == (converted / "config.json").read_bytes()
-
-
-@pytest.mark.parametrize("bad", [{"max_kl": 0.1}, {"sparsity": None, "max_kl": 0.1, "max_ppl_increase": 2.0}])
-def test_goals_exclude_one_another(folder, bad):
-    with pytest.raises(UsageError, match="exclude"):
-        calibrate.calibrate(folder, dataclasses.replace(OPTIONS, **bad), quiet)
