@@ -46,12 +46,6 @@ def _strictly_rising(below: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return below[keep], np.flatnonzero(keep).astype(np.float64)
 
 
-def share_below(counts: np.ndarray, threshold: float) -> float:
-    """The share of a histogram's values under `threshold`: the inverse of `quantile`."""
-    below = np.concatenate([[0], np.cumsum(counts[:FINITE_BINS], dtype=np.float64)])
-    return float(np.interp(threshold, EDGES, below) / below[-1]) if below[-1] and threshold > 0 else 0.0
-
-
 def curve(counts: np.ndarray) -> list[float]:
     """The thresholds at CURVE_SPARSITIES, as stored in a layer's entry."""
     return quantile(counts, CURVE_SPARSITIES).tolist()

@@ -29,13 +29,6 @@ def test_quantile_skips_the_share(share):
     assert abs((np.abs(values) < threshold).mean() - share) < 0.002
 
 
-def test_share_below_inverts_quantile():
-    counts = counts_of(heavy_tailed())
-    for share in (0.1, 0.4, 0.8):
-        threshold = float(thresholds.quantile(counts, [share])[0])
-        assert thresholds.share_below(counts, threshold) == pytest.approx(share, abs=1e-6)
-
-
 def test_zeros_are_skipped_first():
     values = np.concatenate([np.zeros(600, np.float32), np.ones(400, np.float32) * 3])
     threshold = thresholds.quantile(counts_of(values), [0.3])[0]
