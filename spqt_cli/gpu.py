@@ -5,6 +5,7 @@ layers only through `kernels.Projection` and decides nothing about thresholds or
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,13 +22,15 @@ DEQUANTIZE_ROWS = 16  # from here dequantizing once and a plain matmul is faster
 TYPES = {mx.float16: "float16_t", mx.bfloat16: "bfloat16_t", mx.float32: "float"}
 
 
-class Launch(NamedTuple):
+@dataclass(eq=False)
+class Launch:
     """One call of a kernel, all but its inputs; depends on shapes only."""
 
     kernel: Kernel
     threadgroups: tuple[int, int]
     shapes: Sequence[tuple[int, ...]]
     dtypes: list[mx.Dtype]
+    built: Callable[..., list[mx.array]] | None = None
 
 
 class Plan(NamedTuple):
@@ -35,7 +38,7 @@ class Plan(NamedTuple):
 
     known: tuple[mx.array, ...]  # weights and thresholds, to see that they are still the same
     inputs: list[mx.array]  # of the first launch, after x
-    gemv: Launch | None  # None where the check of the kernels failed: MLX's own matmul then
+    gemv: Launch | None  # None where MLX's own matmul is to run: see `_usable`
     reduce: Launch | None
 
 
@@ -69,10 +72,10 @@ def sparse_gemv(x: mx.array, layers: Sequence["Projection"]) -> tuple[list[mx.ar
     x: (..., inputs) with exactly one row, float16, bfloat16 or float32.
     Returns y per layer, (..., outputs) in x's dtype, and the active channels per layer, (n,) uint32.
     """
-    if len(layers) > 1 and not one_launch(layers):
+    plan = _plan(x, layers, dense=False)
+    if plan is None:
         parts = [sparse_gemv(x, [layer]) for layer in layers]
         return [ys[0] for ys, _ in parts], mx.concatenate([active for _, active in parts])
-    plan = _plan(x, layers, dense=False)
     return stock.sparse_gemv(x, layers) if plan.gemv is None else launch(x, plan)
 
 
@@ -81,7 +84,9 @@ def matmul(x: mx.array, layer: "Projection") -> mx.array:
     rows = x.size // x.shape[-1]
     if rows == 1:
         plan = _plan(x, [layer], dense=True)
-        return stock.matmul(x, layer) if plan.gemv is None else launch(x, plan)[0][0]
+        if plan is None or plan.gemv is None:
+            return stock.matmul(x, layer)
+        return launch(x, plan)[0][0]
     if rows < DEQUANTIZE_ROWS or device_class() != "cuda":
         return stock.matmul(x, layer)
     packed = (layer.weight, layer.scales, layer.biases)
@@ -103,9 +108,11 @@ def launch(x: mx.array, plan: Plan) -> tuple[list[mx.array], mx.array]:
 
 def run(launch: Launch, inputs: list[mx.array]) -> list[mx.array]:
     """The outputs of one kernel call; lazy."""
+    if launch.built is None:
+        launch.built = _built(launch.kernel)
     x, y = launch.threadgroups
     threads = launch.kernel.threads
-    return _built(launch.kernel)(
+    return launch.built(
         inputs=inputs,
         grid=(x * threads, y, 1),
         threadgroup=(threads, 1, 1),
@@ -136,21 +143,29 @@ def one_launch(layers: Sequence["Projection"]) -> bool:
     return len(kinds) == 1 and len(layers) <= MAX_SHARED
 
 
-def _plan(x: mx.array, layers: Sequence["Projection"], *, dense: bool) -> Plan:
+def _plan(x: mx.array, layers: Sequence["Projection"], *, dense: bool) -> Plan | None:
+    """The plan of a call, made once; None where the layers can't share a launch."""
     plans = layers[0].__dict__.setdefault("_gpu_plans", {})
     key = (x.shape, x.dtype, dense, *map(id, layers))
-    plan = plans.get(key)
-    if plan is not None:
-        known = iter(plan.known)
-        if all(one.weight is next(known) and one.threshold is next(known) for one in layers):
+    if key in plans:
+        plan = plans[key]
+        known = iter(plan.known if plan else ())
+        if all(one.get("weight") is next(known) and one.threshold is next(known) for one in layers if plan):
             return plan
+    plan = plans[key] = _usable(x, layers, dense=dense) if one_launch(layers) else None
+    return plan
+
+
+def _usable(x: mx.array, layers: Sequence["Projection"], *, dense: bool) -> Plan:
+    """A plan whose kernels were checked; without launches where they failed or can't take the arrays."""
     from spqt_cli import trust
 
     cut = choose(layers)
     plan = make_plan(x.shape, x.dtype, layers, cut, dense=dense)
-    if trust.verdict(x.dtype, layers, cut, dense=dense):
-        plan = plan._replace(gemv=None)
-    plans[key] = plan
+    # MLX passes arrays under eight elements in another address space: not worth a kernel of their own.
+    tiny = min(array.size for array in plan.inputs) < 8
+    if tiny or trust.verdict(x.dtype, layers, cut, dense=dense):
+        return plan._replace(gemv=None)
     return plan
 
 

@@ -178,14 +178,7 @@ def _error(x: mx.array, matrix: Any, y: mx.array) -> tuple[float, int]:
     """The largest error as a share of the bound, and the number of active channels."""
     kept = ~np.array(layout.inactive(x, matrix.threshold)).ravel()
     values = np.where(kept, _wide(x).ravel(), 0.0)
-    scales, biases = matrix.scales.astype(mx.float32), matrix.biases.astype(mx.float32)
-    how = {"outputs": matrix.outputs, "bits": matrix.bits, "group_size": matrix.group_size}
-    top = (
-        2**matrix.bits + 1
-    )  # the largest code, and 2 for a word's top code, which is summed with those below
-    # In float32 the code times the scale is off by one rounding, its sum with the bias by another.
-    w = _wide(layout.dequantize(matrix.weight, scales, biases, **how))
-    sizes = _wide(_spread(mx.abs(scales) * top + mx.abs(biases), matrix))
+    w, sizes = _reference(matrix)
     bias = matrix.get("bias")
     extra = 0.0 if bias is None else _wide(bias)
     exact = w @ values + extra
@@ -194,6 +187,20 @@ def _error(x: mx.array, matrix: Any, y: mx.array) -> tuple[float, int]:
     bound = sums + ROUNDING[x.dtype] * (np.abs(exact) + sums) + SMALLEST[x.dtype] + 1e-37
     share = np.abs(_wide(y).ravel() - exact) / bound
     return float(np.max(np.where(np.isfinite(share), share, np.inf))), int(kept.sum())
+
+
+def _reference(matrix: Any) -> tuple[np.ndarray, np.ndarray]:
+    """The weights, and how large a term of each can be, both (outputs, inputs) float64; made once."""
+    made: dict[str, Any] = matrix.__dict__
+    if "_reference" not in made:
+        scales, biases = matrix.scales.astype(mx.float32), matrix.biases.astype(mx.float32)
+        how = {"outputs": matrix.outputs, "bits": matrix.bits, "group_size": matrix.group_size}
+        top = 2**matrix.bits + 1  # the largest code, and 2 for a word's top code, summed with those below
+        # In float32 the code times the scale is off by one rounding, its sum with the bias by another.
+        w = _wide(layout.dequantize(matrix.weight, scales, biases, **how))
+        made["_reference"] = w, _wide(_spread(mx.abs(scales) * top + mx.abs(biases), matrix))
+    w, sizes = made["_reference"]
+    return w, sizes
 
 
 def _spread(per_group: mx.array, matrix: Any) -> mx.array:

@@ -1,5 +1,7 @@
 """The emulator must catch what it exists for: faults are planted in small kernels and in the real body."""
 
+from dataclasses import replace
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -132,7 +134,7 @@ def test_fault_planted_in_the_real_body_is_reported(monkeypatch, old, new, repor
         source = launch.kernel.source
         assert old in source
         kernel = launch.kernel._replace(source=source.replace(old, new))
-        emulation = emulate(launch._replace(kernel=kernel), inputs, gpu_text.header())
+        emulation = emulate(replace(launch, kernel=kernel), inputs, gpu_text.header())
         reports.extend(emulation.reports)
         return emulation.outputs
 
