@@ -4,6 +4,11 @@
 
 #include <map>
 #include <mutex>
+#include <new>
+
+namespace {
+constexpr std::align_val_t LINE{64};  // bytes of a cache line
+}
 
 std::shared_ptr<float[]> scratch(int stream, size_t floats) {
   struct Block {
@@ -15,13 +20,13 @@ std::shared_ptr<float[]> scratch(int stream, size_t floats) {
   std::lock_guard guard(*lock);
   Block& block = (*blocks)[stream];
   if (block.size < floats) {  // jobs that wait still hold the smaller one
-    block.data = std::shared_ptr<float[]>(new float[floats]);
+    block.data = {new (LINE) float[floats], [](float* p) { operator delete[](p, LINE); }};
     block.size = floats;
   }
   return block.data;
 }
 
 float* thread_work() {
-  alignas(64) static thread_local float work[WORK];
+  alignas((size_t)LINE) static thread_local float work[WORK];
   return work;
 }

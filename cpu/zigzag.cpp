@@ -28,7 +28,6 @@ struct TileOf {
   int projection;
   float* partials;
   int stripes;
-  std::atomic<int> missing;  // stripes not yet summed; the last one finishes the tile
 };
 
 struct List {
@@ -46,6 +45,7 @@ struct Job {
   std::shared_ptr<float[]> memory;
   std::vector<List> lists;      // per projection
   std::vector<TileOf> tiles;
+  std::vector<std::atomic<int>> missing;  // by tile, stripes not yet summed: the last one finishes the tile
   std::vector<Task> tasks;      // room for all stripes is reserved when the job is made
   uint32_t* active;             // per projection
   bool int8;
@@ -63,7 +63,7 @@ void run_task(void* context, int index) {
   const bool int8 = job.int8 && t.tile.bits == 4 && k.gemv_int8;
   (int8 ? k.gemv_int8 : k.gemv)(t.tile, {list.channel + first, list.x + first, last - first},
                                 t.partials + task.stripe * size);
-  if (t.missing.fetch_sub(1, std::memory_order_acq_rel) == 1)
+  if (job.missing[task.tile].fetch_sub(1, std::memory_order_acq_rel) == 1)
     (int8 ? k.finish_int8 : k.finish)(t.tile, t.partials, t.stripes, t.out);
 }
 
@@ -77,7 +77,7 @@ void run_job(Job& job) {
     TileOf& t = job.tiles[i];
     size_t chunk = (size_t)t.tile.groups * t.tile.group_size * t.tile.bits / 8;
     t.stripes = std::clamp<size_t>(chunk * job.lists[t.projection].count / STRIPE_BYTES, 1, MAX_STRIPES);
-    t.missing = t.stripes;
+    job.missing[i] = t.stripes;
     for (int s = 0; s < t.stripes; ++s) job.tasks.push_back({(int)i, s});
   }
   parallel(job.tasks.size(), run_task, &job);
@@ -123,75 +123,71 @@ class SparseGemv : public mx::Primitive {
   const char* name() const override { return "SpqtSparseGemv"; }
 
  private:
-  std::shared_ptr<Job> plan(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs);
+  using Arrays = std::vector<mx::array>;
+
+  std::shared_ptr<Job> plan(const Arrays& inputs, Arrays& outputs);
+  List list_of(const Shape& shape, const Arrays& in, size_t at) const;
+  TileOf tile_of(const Shape& shape, const Cut& cut, const Arrays& in, size_t at, mx::array& out) const;
 
   std::vector<Shape> shapes_;
 };
 
-std::shared_ptr<Job> SparseGemv::plan(const std::vector<mx::array>& in, std::vector<mx::array>& out) {
+// where the arrays of the projection after the one at `at` begin
+size_t after(const Shape& s, size_t at) { return at + 3 + s.has_threshold + s.has_bias; }
+
+List SparseGemv::list_of(const Shape& s, const Arrays& in, size_t at) const {
   const mx::array& x = in[0];
-  const int channels = in[1].shape(1);
+  const mx::array* threshold = s.has_threshold ? &in[at + 3] : nullptr;
+  Input input{x.data<void>(), type_of(x), x.strides(-1), in[at].shape(1),
+              threshold ? threshold->data<float>() : nullptr, threshold && threshold->size() > 1};
+  return {input, nullptr, nullptr, 0};
+}
+
+TileOf SparseGemv::tile_of(const Shape& s, const Cut& c, const Arrays& in, size_t at, mx::array& out) const {
+  const mx::array &weight = in[at], &scales = in[at + 1], &biases = in[at + 2];
+  const mx::array* bias = s.has_bias ? &in[at + 3 + s.has_threshold] : nullptr;
+  const size_t code_stride = weight.shape(2) * 4, scale_stride = scales.shape(2);
+  const size_t row = (size_t)c.band * weight.shape(1);
+  const size_t codes = row * code_stride + (size_t)c.first_group * s.group_size * s.bits / 8;
+  const size_t group = (row * scale_stride + c.first_group) * scales.itemsize();
+  const int first = (c.band * (int)scale_stride + c.first_group) * s.group_size;
+  TileOf t;
+  t.tile = {weight.data<uint8_t>() + codes, code_stride, scales.data<uint8_t>() + group,
+            biases.data<uint8_t>() + group, scale_stride, type_of(scales), c.groups, s.group_size, s.bits};
+  t.out = {out.data<uint8_t>() + first * out.itemsize(), type_of(out), c.outputs,
+           bias ? bias->data<uint8_t>() + first * bias->itemsize() : nullptr, bias ? type_of(*bias) : FLOAT32};
+  return t;
+}
+
+std::shared_ptr<Job> SparseGemv::plan(const Arrays& in, Arrays& out) {
+  const size_t room = ((size_t)in[1].shape(1) + PADDING - 1) / PADDING * PADDING;  // keeps sums on cache lines
   auto job = std::make_shared<Job>();
   job->active = out.back().data<uint32_t>();
   job->int8 = int8_wanted();
-  size_t used = 0;  // floats; lists first, then partial sums
-  std::vector<std::vector<Cut>> cuts;
-  size_t tiles = 0;
-  for (size_t p = 0, i = 1; p < shapes_.size(); ++p) {
+  size_t used = 0;  // floats: lists first, then partial sums
+  for (size_t p = 0, at = 1; p < shapes_.size(); at = after(shapes_[p++], at)) {
     const Shape& s = shapes_[p];
-    const mx::array& scales = in[i + 1];
-    const mx::array* threshold = s.has_threshold ? &in[i + 3] : nullptr;
-    job->lists.push_back(
-        {{x.data<void>(), type_of(x), x.strides(-1), channels, threshold ? threshold->data<float>() : nullptr,
-          threshold && threshold->size() > 1 ? 1 : 0},
-         nullptr,
-         nullptr,
-         0});
-    used += 2 * channels;
-    cuts.push_back(cut(s.outputs, scales.shape(2) * s.group_size, s.group_size));
-    for (const Cut& c : cuts.back()) used += MAX_STRIPES * partial_size(c.groups, s.group_size);
-    tiles += cuts.back().size();
-    i += 3 + s.has_threshold + s.has_bias;
+    job->lists.push_back(list_of(s, in, at));
+    used += 2 * room;
+    for (const Cut& c : cut(s.outputs, in[at + 1].shape(2) * s.group_size, s.group_size)) {
+      job->tiles.push_back(tile_of(s, c, in, at, out[p]));
+      job->tiles.back().projection = p;
+      used += MAX_STRIPES * partial_size(c.groups, s.group_size);
+    }
   }
   job->memory = scratch(stream().index, used);
   float* free = job->memory.get();
   for (List& list : job->lists) {
     list.channel = reinterpret_cast<int32_t*>(free);
-    list.x = free + channels;
-    free += 2 * channels;
+    list.x = free + room;
+    free += 2 * room;
   }
-  job->tiles = std::vector<TileOf>(tiles);
-  job->tasks.reserve(tiles * MAX_STRIPES);
-  size_t tile = 0;
-  for (size_t p = 0, i = 1; p < shapes_.size(); ++p) {
-    const Shape& s = shapes_[p];
-    const mx::array &weight = in[i], &scales = in[i + 1], &biases = in[i + 2];
-    const mx::array* bias = s.has_bias ? &in[i + 3 + s.has_threshold] : nullptr;
-    const size_t code_stride = weight.shape(2) * 4, scale_stride = scales.shape(2);
-    const size_t scale_bytes = scales.itemsize(), item = out[p].itemsize();
-    for (const Cut& c : cuts[p]) {
-      TileOf& t = job->tiles[tile++];
-      const size_t row = (size_t)c.band * channels;
-      const size_t group = row * scale_stride + c.first_group;
-      const int first = c.band * (int)scale_stride * s.group_size + c.first_group * s.group_size;
-      t.tile = {weight.data<uint8_t>() + row * code_stride + (size_t)c.first_group * s.group_size * s.bits / 8,
-                code_stride,
-                scales.data<uint8_t>() + group * scale_bytes,
-                biases.data<uint8_t>() + group * scale_bytes,
-                scale_stride,
-                type_of(scales),
-                c.groups,
-                s.group_size,
-                s.bits};
-      t.out = {out[p].data<uint8_t>() + first * item, type_of(out[p]), c.outputs,
-               bias ? bias->data<uint8_t>() + first * bias->itemsize() : nullptr,
-               bias ? type_of(*bias) : FLOAT32};
-      t.projection = p;
-      t.partials = free;
-      free += MAX_STRIPES * partial_size(c.groups, s.group_size);
-    }
-    i += 3 + s.has_threshold + s.has_bias;
+  for (TileOf& t : job->tiles) {
+    t.partials = free;
+    free += MAX_STRIPES * partial_size(t.tile.groups, t.tile.group_size);
   }
+  job->tasks.reserve(job->tiles.size() * MAX_STRIPES);
+  job->missing = std::vector<std::atomic<int>>(job->tiles.size());
   return job;
 }
 

@@ -1,5 +1,7 @@
 """The CPU extension against the definition in float64, over the full matrix of formats."""
 
+import threading
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -239,3 +241,25 @@ def test_int8_with_a_silent_block_and_an_outlier(int8):
     check(mx.array(x), [layer], 1.5e-2)
     x[0, 3] = 300.0
     check(mx.array(x), [layer], 1.5e-2)
+
+
+def test_two_streams_at_once(threads):
+    threads(2)
+    layers = [Layer((600, 300), threshold=0.4, seed=s) for s in range(2)]
+    x = vector(300)
+    wanted = [np.array(cpu.sparse_gemv(x, [layer])[0][0]) for layer in layers]
+    found = [[], []]
+
+    def work(which):
+        with mx.stream(mx.new_stream(mx.cpu)):
+            for _ in range(50):
+                found[which].append(np.array(cpu.sparse_gemv(x, [layers[which]])[0][0]))
+
+    both = [threading.Thread(target=work, args=(which,)) for which in range(2)]
+    for one in both:
+        one.start()
+    for one in both:
+        one.join()
+    for results, want in zip(found, wanted, strict=True):
+        assert len(results) == 50
+        assert all((one == want).all() for one in results)
