@@ -66,11 +66,14 @@ def test_every_cut(emulated, monkeypatch, cut):
     assert_right(Case((1100,), 257, bits=3, bias=True))
 
 
-@pytest.mark.parametrize(("group", "dtype"), list(itertools.product(layout.GROUP_SIZES, DTYPES)), ids=str)
-@pytest.mark.parametrize("bits", [2, 5])
-def test_groups_and_dtypes(emulated, monkeypatch, bits, group, dtype):
-    use(monkeypatch, CUTS["wider"])
-    assert_right(Case((500,), 130, bits, group, dtype))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("group", layout.GROUP_SIZES)
+@pytest.mark.parametrize("bits", layout.BITS)
+def test_full_matrix(emulated, monkeypatch, bits, group, dtype):
+    """Bits, group and dtype by shape (one launch; stripes; a band not full) and density."""
+    use(monkeypatch, CUTS["wider"]._replace(stripe=100))
+    for outputs, inputs in ((256, 64), (1030, 130), (95, 257)):
+        assert_right(Case((outputs,), inputs, bits, group, dtype), actives=(0, 1, 0.25, 0.5, 0.75, 1.0))
 
 
 @pytest.mark.parametrize("cut", ["wide", "narrow"])
@@ -206,13 +209,13 @@ def planted(monkeypatch, old, new):
     gpu_text.gemv_kernel.cache_clear()
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "reason"),
-    [
-        ("sums[c] = fma(code,", "sums[c] = 2.0f * fma(code,", "a GPU kernel is wrong"),
-        ("kept |= 1u << e;", "kept |= no_such_name;", "a kernel does not run"),
-    ],
-)
+WRONG_BODIES = [
+    ("sums[c] = fma(code,", "sums[c] = 2.0f * fma(code,", "a GPU kernel is wrong"),
+    ("kept |= 1u << e;", "kept |= no_such_name;", "a kernel does not run"),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "reason"), WRONG_BODIES)
 def test_wrong_kernel_leads_to_the_stock_path(monkeypatch, fresh_trust, capfd, old, new, reason):
     monkeypatch.setattr(gpu, "run", run_emulated)
     use(monkeypatch, CUTS["narrow"])
@@ -251,7 +254,10 @@ def test_right_kernel_is_checked_once_per_machine(monkeypatch, fresh_trust):
 
 
 def test_selftest_table_sees_a_wrong_backend(monkeypatch):
-    cases = [("one launch", Case((64,), 40, dtype=mx.float32)), ("fused", Case((64, 64), 40, dtype=mx.float32))]
+    cases = [
+        ("one launch", Case((64,), 40, dtype=mx.float32)),
+        ("fused", Case((64, 64), 40, dtype=mx.float32)),
+    ]
     monkeypatch.setattr(selftest, "_cases", lambda: cases)
     monkeypatch.setattr("spqt_cli.kernels.sparse_gemv", stock.sparse_gemv)
     assert all(row["pass"] for row in selftest.run())
@@ -261,4 +267,18 @@ def test_selftest_table_sees_a_wrong_backend(monkeypatch):
         return [y + 1 for y in ys], active
 
     monkeypatch.setattr("spqt_cli.kernels.sparse_gemv", wrong)
-    assert not any(row["pass"] for row in selftest.run())
+    assert not any(row["pass"] for row in selftest.run() if "dense" not in row["kernel"])
+
+
+@pytest.mark.parametrize(("old", "new"), [(fault[0], fault[1]) for fault in WRONG_BODIES])
+def test_selftest_table_shows_a_kernel_that_was_given_up(monkeypatch, fresh_trust, old, new):
+    monkeypatch.setattr(trust, "_broken", ["found wrong before"])
+    monkeypatch.setattr(gpu, "run", run_emulated)
+    monkeypatch.setattr("spqt_cli.kernels._implementation", lambda: gpu)
+    monkeypatch.setattr(selftest, "_cases", lambda: [("one launch", Case((128,), 96))])
+    monkeypatch.setattr(selftest, "_dense_rows", list)
+    use(monkeypatch, CUTS["narrow"])
+    planted(monkeypatch, old, new)
+    (row,) = selftest.run()
+    assert not row["pass"]
+    gpu_text.gemv_kernel.cache_clear()
