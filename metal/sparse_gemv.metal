@@ -12,7 +12,7 @@
 //   counts    (COUNTS,) uint32: active channels met in this stripe, entry i for projection i % P
 // Template integers
 //   BITS, GROUP  the format
-//   OUTPUTS      outputs of one lane, 32 or 64
+//   OUTPUTS      outputs of one lane: 32, or 64 where 64 divides every band
 //   LANES        lanes side by side on one channel; a tile is LANES * OUTPUTS outputs
 //   ROWS         channels in work at one time; THREADS = LANES * ROWS rounded up to whole simdgroups
 //   UNROLL       channels a lane loads before it multiplies: bytes in flight

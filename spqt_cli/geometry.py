@@ -25,7 +25,7 @@ THREADGROUPS = {"cuda": 128, "p": 32, "g": 64, "s": 96, "d": 192}
 class Geometry(NamedTuple):
     """One cut of sparse_gemv.metal; the fields are its template integers, and `stripe`."""
 
-    outputs: int  # of one lane, 32 or 64
+    outputs: int  # of one lane: 32, or 64 where 64 divides every band
     lanes: int  # side by side on one channel
     rows: int  # channels in work at one time
     unroll: int  # channels that a lane loads before it multiplies

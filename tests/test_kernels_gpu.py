@@ -45,6 +45,7 @@ CUTS = {
     "narrow": geometry.Geometry(32, 4, 32, 2, 256, 4, 0, 1000),
     "narrowest": geometry.Geometry(32, 1, 64, 1, 128, 1, 0, 150),
     "ragged": geometry.Geometry(32, 9, 11, 3, 128, 8, 0, 130),
+    "eight lanes": geometry.Geometry(32, 8, 16, 2, 128, 4, 0, 100),
     "wider": geometry.Geometry(64, 16, 8, 2, 256, 8, 0, 1000),
     "across simdgroups": geometry.Geometry(64, 40, 3, 1, 128, 16, 0, 90),
 }
@@ -71,7 +72,7 @@ def test_every_cut(emulated, monkeypatch, cut):
 @pytest.mark.parametrize("bits", layout.BITS)
 def test_full_matrix(emulated, monkeypatch, bits, group, dtype):
     """Bits, group and dtype by shape (one launch; stripes; a band not full) and density."""
-    use(monkeypatch, CUTS["wider"]._replace(stripe=100))
+    use(monkeypatch, CUTS["eight lanes"])
     for outputs, inputs in ((256, 64), (1030, 130), (95, 257)):
         assert_right(Case((outputs,), inputs, bits, group, dtype), actives=(0, 1, 0.25, 0.5, 0.75, 1.0))
 
