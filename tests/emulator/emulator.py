@@ -96,9 +96,7 @@ def emulate(launch, inputs: Sequence[mx.array], header: str = "") -> Emulation:
 
 def _cpu_source(text: str) -> str:
     """The same text with threadgroup arrays checked, and an entry that calls the kernel."""
-    text = re.sub(
-        r"\bthreadgroup\s+(\w+)\s+(\w+)\[(.*?)\];", r"static Threadgroup<\1, (\3)> \2;", text
-    )
+    text = re.sub(r"\bthreadgroup\s+(\w+)\s+(\w+)\[(.*?)\];", r"static Threadgroup<\1, (\3)> \2;", text)
     head = re.search(r"\[\[kernel\]\] void (\w+)\((.*?)\) \{", text, re.S)
     arguments = []
     for parameter in head[2].split(",\n"):
