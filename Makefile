@@ -17,11 +17,12 @@ GGUF := $(MODELS)/SmolLM2-135M-Instruct.Q4_1.gguf
 CONVERTED := $(MODELS)/SmolLM2-135M-Instruct-spqt-4bit
 PROMPT ?= Explain in a few sentences why the sky is blue.
 
-.PHONY: help run torture test test-newest unit lint format clean
+.PHONY: help run test test-newest unit lint format bench-cpu sanitize torture clean
 help:
 	@echo "make run     convert, calibrate and run a real small model (BACKEND=cpu|cuda12|cuda13)"
 	@echo "make test    lint, types and all tests"
 	@echo "make lint    ruff and mypy alone;  make format  mends what ruff can"
+	@echo "make bench-cpu   the CPU kernels against stock MLX (and llama.cpp);  make sanitize  its sanitizers"
 	@echo "make torture MINUTES=n   damaged models and killed runs, summed up over calls"
 	@echo "make clean   remove the environment and build output"
 
@@ -70,6 +71,16 @@ test-newest:
 
 unit: $(STAMP)
 	$(BIN)/pytest -m "not real"
+
+# LLAMA_CPP: a llama.cpp checkout or the source package of llama-cpp-python, to measure beside; GGUF: a model.
+bench-cpu: $(STAMP)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python benchmarks/bench_cpu.py $(if $(LLAMA_CPP),--llama-cpp $(LLAMA_CPP)) \
+	  $(if $(SMOL_GGUF),--gguf $(SMOL_GGUF)) --output benchmarks/results/cpu.json
+	$(BIN)/python benchmarks/table_cpu.py benchmarks/results/cpu.json
+
+# The CPU extension under the address, undefined-behaviour and thread sanitizers.
+sanitize: $(STAMP)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python cpu/sanitize.py
 
 clean:
 	rm -rf $(VENV) .venv-newest build dist .pytest_cache .ruff_cache .mypy_cache

@@ -57,14 +57,17 @@ def describe(path: str, revision: str | None = None) -> Summary:
     kinds = Counter(f"{entry['bits']} bits, group {entry['group_size']}" for entry in entries.values())
     calibration = config["spqt"].get("calibration")
     if calibration is not None:
-        calibration = {key: value for key, value in calibration.items() if not isinstance(value, (dict, list))}
+        calibration = {
+            key: value for key, value in calibration.items() if not isinstance(value, (dict, list))
+        }
     return Summary(
         folder, str(config.get("model_type")), len(entries), dict(kinds), zigzag, other, calibration
     )
 
 
 def _bytes(dtype: str, shape: list[int]) -> int:
-    size = int("".join(character for character in dtype.split("_")[0] if character.isdigit()) or 8) // 8
+    digits = "".join(filter(str.isdigit, dtype.partition("_")[0]))
+    size = int(digits or 8) // 8
     for length in shape:
         size *= length
     return size

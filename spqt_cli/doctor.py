@@ -22,11 +22,12 @@ class Report:
         lines = [f"{name:<12} {value}" for name, value in self.machine.items()]
         lines.append(f"{'backend':<12} {self.backend} ({self.reason})")
         if self.kernels:
+            lines.append("")
             columns = list(self.kernels[0])
             rows = [columns, *([str(row[column]) for column in columns] for row in self.kernels)]
             widths = [max(len(row[at]) for row in rows) for at in range(len(columns))]
-            table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-            lines += ["", *table, ""]
+            for row in rows:
+                lines.append("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)))
             lines.append("all kernels agree with the definition" if self.healthy else "A KERNEL IS WRONG")
         return "\n".join(lines)
 

@@ -11,7 +11,7 @@ import mlx.core as mx
 
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
-MAX_BAND = 4096  # outputs: as wide as paid on CPU and GPU (metal/README.md has the sweep)
+MAX_BAND = 8192  # outputs: as wide as paid on CPU and GPU (metal/README.md has the sweep)
 MIN_BAND = 1024  # outputs: below this the lines of scales are hardly ever skipped
 
 

@@ -23,11 +23,11 @@ def test_lines_follow_density(bits, clustered, density):
     checked((4096, 2048), bits, layout.band_of(4096, 64), activity(2048, density, clustered))
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("band", [3584, 5504, 7168, 11008])
-def test_bands_of_no_whole_lines(bits, band):
-    outputs = band if band == 11008 else 2 * band
-    checked((outputs, 1024), bits, band, activity(1024, 0.5, False))
+@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize("clustered", [False, True])
+@pytest.mark.parametrize("outputs", [14336, 11008])
+def test_bands_of_no_whole_lines(outputs, clustered, bits):
+    checked((outputs, 1024), bits, layout.band_of(outputs, 64), activity(1024, 0.5, clustered))
 
 
 def test_narrow_chunks_are_hardly_skipped():
