@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def facts() -> str:
-    """For example: `AMD EPYC, 2 cores, Linux x86_64, Python 3.11.7, mlx 0.32.4, mlx-lm 0.32.2, spqt 1a2b3c4`."""
+    """Device, cores, system and versions, such as `AMD EPYC, 2 cores, Linux x86_64, ..., spqt 1a2b3c4`."""
     import mlx.core as mx
     import psutil
 

@@ -8,7 +8,7 @@ import os
 import pytest
 
 from spqt_cli import format
-from spqt_cli.errors import SpqtError, UnsupportedError
+from spqt_cli.errors import ResourceError, SpqtError, UnsupportedError
 
 
 @pytest.fixture
@@ -107,7 +107,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="space"):
+    with pytest.raises(ResourceError, match="full"):
         format.write_config(tmp_path, {"a": 2})
     assert (tmp_path / "config.json").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
