@@ -217,7 +217,7 @@ WRONG_BODIES = [
 
 
 @pytest.mark.parametrize(("old", "new", "reason"), WRONG_BODIES)
-def test_wrong_kernel_leads_to_the_stock_path(monkeypatch, fresh_trust, capfd, old, new, reason):
+def test_fault_46_wrong_kernel_leads_to_the_stock_path(monkeypatch, fresh_trust, capfd, old, new, reason):
     monkeypatch.setattr(gpu, "run", run_emulated)
     use(monkeypatch, CUTS["narrow"])
     planted(monkeypatch, old, new)
