@@ -16,10 +16,12 @@ from machine import facts
 
 from spqt_cli import compare, generate, kernels, model
 
+# Prompts whose dense greedy text does not loop by itself at 96 tokens, so that a loop is the doing of sparsity.
+# Left out for looping densely: "What are the main differences between a cat and a dog as pets?"
 PROMPTS = (
     "Explain in a few sentences why the sky is blue.",
     "Write a short story about a lighthouse keeper who finds a bottle on the beach.",
-    "What are the main differences between a cat and a dog as pets?",
+    "Give three tips for a good night's sleep.",
     "Give me a simple recipe for vegetable soup, step by step.",
     "Write a polite email to a colleague asking to move a meeting to Thursday.",
 )
@@ -74,14 +76,15 @@ def main() -> None:
     )
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--sparsity", type=float, default=0.25)
-    parser.add_argument("--max-tokens", type=int, default=128)
+    parser.add_argument("--max-tokens", type=int, default=96)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     arguments = parser.parse_args()
     loaded = model.load(arguments.model)
     name = arguments.model.name
     result: dict = {
         "model": name,
-        "command": f"python benchmarks/texts.py --model {name} --sparsity {arguments.sparsity:g}",
+        "command": f"python benchmarks/texts.py --model {name} --sparsity {arguments.sparsity:g} "
+        f"--max-tokens {arguments.max_tokens}",
         "machine": f"{facts()}, backend {kernels.backend().name}",
     }
     for label, share in (("dense", 0.0), ("sparse", arguments.sparsity)):
