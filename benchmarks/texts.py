@@ -16,7 +16,7 @@ from machine import facts
 
 from spqt_cli import compare, generate, kernels, model
 
-# Prompts whose dense greedy text does not loop by itself at 96 tokens, so that a loop is the doing of sparsity.
+# Prompts whose dense greedy text does not loop by itself at 96 tokens, so that a loop is sparsity's doing.
 # Left out for looping densely: "What are the main differences between a cat and a dog as pets?"
 PROMPTS = (
     "Explain in a few sentences why the sky is blue.",
