@@ -257,46 +257,6 @@ def test_generate_takes_every_sampling_flag_of_mlx_lm():
     assert not missing
 
 
-def test_passthrough_runs_mlx_lm_on_a_converted_model(calibrated):
-    result = process("mlx-lm", "generate", "--model", calibrated, "--prompt", "fox", "--max-tokens", "4")
-    assert result.returncode == 0, result.stderr.decode()
-    assert b"tokens-per-sec" in result.stdout
-
-
-def test_passthrough_checks_the_model_first(calibrated, tmp_path):
-    import shutil
-
-    damaged = tmp_path / "damaged"
-    shutil.copytree(calibrated, damaged)
-    config = json.loads((damaged / "config.json").read_text())
-    config["spqt"]["format_version"] = 99
-    (damaged / "config.json").write_text(json.dumps(config))
-    assert_error(process("mlx-lm", "generate", "--model", damaged, "--prompt", "x"), 4, "upgrade")
-
-
-def test_passthrough_derives_sparsity_from_the_environment(calibrated):
-    command = ("mlx-lm", "generate", "--model", calibrated, "--prompt", "fox", "-m", "8")
-    dense, sparse = (process(*command, SPQT_SPARSITY=wish).stdout for wish in ("0", "0.9"))
-    assert dense.split(b"==========")[1] != sparse.split(b"==========")[1]
-    assert_error(process(*command, SPQT_SPARSITY="2"), 2, "SPQT_SPARSITY")
-
-
-def test_plain_mlx_lm_refuses_a_converted_model(converted):
-    code = f"import mlx_lm; mlx_lm.load({str(converted)!r})"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert result.returncode != 0
-    assert "spqt" in result.stderr or "zigzag" in result.stderr
-
-
-def test_python_code_needs_one_import(converted):
-    code = (
-        "import spqt_cli.patch, mlx_lm;"
-        f"model, tokenizer = mlx_lm.load({str(converted)!r});"
-        "print(mlx_lm.generate(model, tokenizer, 'fox', max_tokens=4))"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
-
-
 def test_readme_commands_exist():
     readme = (Path(__file__).parent.parent / "README.md").read_text()
     assert "make run" in readme
