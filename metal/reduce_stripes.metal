@@ -1,4 +1,5 @@
-// y = the sum of the stripes' partial sums, plus the bias, in x's dtype; with GLU silu(gate) * up of two.
+// y = the sum of the stripes' partial sums, plus the bias, in x's dtype; with GLU silu(gate) * up of two,
+// with RESIDUAL plus the residual stream.
 // Used after sparse_gemv.metal when K was cut into stripes.
 //
 // Arrays (P projections; gpu_text.py writes the lines that pick this threadgroup's own)
@@ -6,10 +7,12 @@
 //   settings  as there
 //   counted   (P,) uint32: active channels that earlier steps met;  active (P,): with this step's
 //   y         (outputs,) Y of the projection; with GLU there is one, of the two projections' size
+//   residual  (outputs,) Y, added to what y would be without it; read only with RESIDUAL, which takes P = 1
 // Template integers
 //   LANES, OUTPUTS, P, HAS_BIAS  as there
 //   PARTS     simdgroups that share the stripes of the same 32 positions
 //   GLU       0 or 1; 1 takes two projections of equal outputs and bands, gate first
+//   RESIDUAL  0 or 1
 // Grid: positions of all tiles (with GLU of the first projection's) / 32 threadgroups of PARTS * 32.
 
 const uint in_group = thread_index_in_simdgroup;
@@ -59,7 +62,8 @@ if (part == 0) {
       const float gate = float(value);
       y[at] = Y(gate / (1.0f + exp(-gate)) * up);
     } else {
-      y[at] = value;
+      // The product is rounded to x's dtype first, as it is where the sum is an operation of its own.
+      y[at] = RESIDUAL ? Y(float(value) + float(residual[at])) : value;
     }
   }
 }

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from spqt_cli import geometry, gpu_plan, gpu_text, stock
-from spqt_cli.gpu_plan import Launch, Plan
+from spqt_cli.gpu_plan import Launch, Plan, Then
 from spqt_cli.gpu_text import Kernel
 
 if TYPE_CHECKING:
-    from spqt_cli.kernels import GatedStep, Projection, Step
+    from spqt_cli.kernels import GatedStep, HeadStep, Norm, Projection, Step, Tail, TailStep
 
 DEQUANTIZE_ROWS = 16  # from here dequantizing once and a plain matmul is faster on CUDA (docs/kernel-log.md)
 MOST_UNFREED = 512 << 20  # bytes of dequantized matrices that wait to be freed
@@ -82,12 +82,8 @@ def prepare_gated(x: mx.array, pair: Sequence["Projection"], down: "Projection")
 
     x: such an input as the steps will get. None where the kernels can't: for layers that differ or are small.
     """
-    dense = all(layer.threshold is None for layer in pair)
-    same = (
-        len({(layer.outputs, *bands) for layer, bands in zip(pair, gpu_plan.bands(pair), strict=True)}) == 1
-    )
-    plan = _plan(x, pair, dense=dense, glu=True) if same else None
-    if plan is None or plan.gemv is None or plan.reduce is None:
+    plan = _gated_plan(x, pair)
+    if plan is None:
         return None
     last = prepare([down])
 
@@ -98,6 +94,61 @@ def prepare_gated(x: mx.array, pair: Sequence["Projection"], down: "Projection")
         (h,), counted = launch(x, plan, counted)
         (y,), counted_down = last(h, counted_down)
         return y, counted, counted_down
+
+    return step
+
+
+def prepare_head(norm: "Norm", layers: Sequence["Projection"]) -> "HeadStep":
+    """As `kernels.prepare_head`, in one traced call."""
+    products = prepare(layers)
+
+    @mx.compile
+    def step(x: mx.array, counted: mx.array | None) -> tuple[mx.array, list[mx.array], mx.array]:
+        normed = mx.fast.rms_norm(x, norm.weight, norm.eps)
+        return normed, *products(normed, counted)
+
+    return step
+
+
+def prepare_tail(x: mx.array, tail: "Tail") -> "TailStep | None":
+    """As `kernels.prepare_tail`: one traced call; the residual stream is added in the reductions."""
+    plan = _gated_plan(x, tail.pair)
+    if plan is None:
+        return None
+    out, down = _residual(tail.out), _residual(tail.down)
+
+    @mx.compile
+    def step(
+        attended: mx.array, x: mx.array, counted: Sequence[mx.array | None]
+    ) -> tuple[mx.array, list[mx.array]]:
+        h, count = out(attended, x, counted[0])
+        normed = mx.fast.rms_norm(h, tail.norm.weight, tail.norm.eps)
+        (gated,), count_pair = launch(normed, plan, counted[1])
+        y, count_down = down(gated, h, counted[2])
+        return y, [count, count_pair, count_down]
+
+    return step
+
+
+def _gated_plan(x: mx.array, pair: Sequence["Projection"]) -> Plan | None:
+    """The plan for silu(gate) * up; None where the kernels can't."""
+    dense = all(layer.threshold is None for layer in pair)
+    shapes = {(layer.outputs, *bands) for layer, bands in zip(pair, gpu_plan.bands(pair), strict=True)}
+    plan = _plan(x, pair, dense=dense, then="glu") if len(shapes) == 1 else None
+    return None if plan is None or plan.gemv is None or plan.reduce is None else plan
+
+
+def _residual(layer: "Projection") -> Callable[..., tuple[mx.array, mx.array]]:
+    """layer(x) + residual, and the count, as one call of a trace."""
+    products = prepare([layer])
+
+    def step(x: mx.array, residual: mx.array, counted: mx.array | None) -> tuple[mx.array, mx.array]:
+        plan = _plan(x, [layer], dense=layer.threshold is None, then="residual")
+        if plan is None or plan.gemv is None or plan.reduce is None:
+            (y,), counted = products(x, counted)
+            return y + residual, counted
+        (y,), counted = launch(x, plan, counted, residual)
+        return y, counted
 
     return step
 
@@ -133,13 +184,16 @@ def _free_in_time(y: mx.array, size: int) -> None:
             mx.eval(y)
 
 
-def launch(x: mx.array, plan: Plan, counted: mx.array | None = None) -> tuple[list[mx.array], mx.array]:
+def launch(
+    x: mx.array, plan: Plan, counted: mx.array | None = None, residual: mx.array | None = None
+) -> tuple[list[mx.array], mx.array]:
     """The outputs of a plan's one or two kernel calls, and `counted` plus the active channels; lazy."""
     assert plan.gemv is not None
     *outputs, active = results = run(plan.gemv, plan.first_inputs(x, counted))
     if plan.reduce is not None:
         before = plan.nothing if counted is None else counted
-        *outputs, active = run(plan.reduce, [*results, plan.inputs[0], before])
+        more = [] if residual is None else [residual]
+        *outputs, active = run(plan.reduce, [*results, plan.inputs[0], before, *more])
     return outputs, active
 
 
@@ -175,29 +229,29 @@ def _built(kernel: Kernel) -> Callable[..., list[mx.array]]:
     )
 
 
-def _plan(x: mx.array, layers: Sequence["Projection"], *, dense: bool, glu: bool = False) -> Plan | None:
+def _plan(x: mx.array, layers: Sequence["Projection"], *, dense: bool, then: Then = "") -> Plan | None:
     """The plan of a call, made once; None where the layers can't share a launch."""
     plans = layers[0].__dict__.setdefault("_gpu_plans", {})
-    key = (x.shape, x.dtype, dense, glu, *map(id, layers))
+    key = (x.shape, x.dtype, dense, then, *map(id, layers))
     if key in plans:
         plan = plans[key]
         known = iter(plan.known if plan else ())
         if all(one.get("weight") is next(known) and one.threshold is next(known) for one in layers if plan):
             return plan
     shared = gpu_plan.one_launch(layers)
-    plan = plans[key] = _usable(x, layers, dense=dense, glu=glu) if shared else None
+    plan = plans[key] = _usable(x, layers, dense=dense, then=then) if shared else None
     return plan
 
 
-def _usable(x: mx.array, layers: Sequence["Projection"], *, dense: bool, glu: bool) -> Plan:
+def _usable(x: mx.array, layers: Sequence["Projection"], *, dense: bool, then: Then) -> Plan:
     """A plan whose kernels were checked; without launches where they failed or can't take the arrays."""
     from spqt_cli import trust
 
     cut = choose(layers)
-    plan = gpu_plan.make_plan(x.shape, x.dtype, layers, cut, dense=dense, glu=glu)
+    plan = gpu_plan.make_plan(x.shape, x.dtype, layers, cut, dense=dense, then=then)
     # MLX passes arrays under eight elements in another address space: not worth a kernel of their own.
     tiny = min(array.size for array in plan.inputs) < 8
-    if tiny or trust.verdict(x.dtype, layers, cut, dense=dense, glu=glu):
+    if tiny or trust.verdict(x.dtype, layers, cut, dense=dense, then=then):
         return plan._replace(gemv=None)
     return plan
 

@@ -5,7 +5,7 @@ From layers, shapes and a geometry; it runs nothing and does not know the device
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import mlx.core as mx
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from spqt_cli.kernels import Projection
 
 MAX_SHARED = 6  # projections in one launch: Metal binds at most 31 buffers, this takes 4 P + 4
+Then = Literal["", "glu", "residual"]  # what the reduction does besides adding up
 TYPES = {mx.float16: "float16_t", mx.bfloat16: "bfloat16_t", mx.float32: "float"}
 
 
@@ -58,12 +59,12 @@ def make_plan(
     cut: geometry.Geometry,
     *,
     dense: bool,
-    glu: bool = False,
+    then: Then = "",
 ) -> Plan:
     """The launches and the settings array for these layers and an x of this shape and dtype.
 
-    dense: all channels are used, whatever the thresholds. glu: y is silu(first) * second of two layers; only
-    where there are stripes to add up.
+    dense: all channels are used, whatever the thresholds. then: only where there are stripes to add up; "glu"
+    gives silu(first) * second of two layers, "residual" y plus another array.
     """
     stripes = cut.stripes(shape[-1])
     tiles = sum(cut.tiles(band) * number for band, number in bands(layers))
@@ -75,7 +76,7 @@ def make_plan(
     known = tuple(array for layer in layers for array in (layer.weight, layer.threshold))
     plan = Plan(known, [settings, *packed], nothing, None, None)
     mx.eval(nothing)
-    results = y_shapes[:1] if glu else y_shapes
+    results = y_shapes[:1] if then == "glu" else y_shapes
     outputs = [*results, (len(layers),)]
     dtypes = [*[dtype] * len(results), mx.uint32]
     if stripes == 1:
@@ -85,8 +86,8 @@ def make_plan(
     partials = (stripes, positions + COUNTS)
     kernel = gpu_text.gemv_kernel((*constants, ("PARTIAL", 1)), cut.threads)
     gemv = Launch(kernel, (tiles, stripes), [partials], [mx.float32])
-    kernel = gpu_text.reduce_kernel(constants, glu=glu)
-    grid = (positions // geometry.SIMD // (2 if glu else 1), 1)
+    kernel = gpu_text.reduce_kernel(constants, glu=then == "glu", residual=then == "residual")
+    grid = (positions // geometry.SIMD // (2 if then == "glu" else 1), 1)
     return plan._replace(gemv=gemv, reduce=Launch(kernel, grid, outputs, dtypes))
 
 

@@ -95,10 +95,12 @@ def gemv_kernel(constants: Constants, threads: int) -> Kernel:
 
 
 @cache
-def reduce_kernel(constants: Constants, *, glu: bool = False) -> Kernel:
-    """reduce_stripes.metal with its constants; with `glu` it gives silu(gate) * up of two projections."""
+def reduce_kernel(constants: Constants, *, glu: bool = False, residual: bool = False) -> Kernel:
+    """reduce_stripes.metal with its constants: `glu` for silu(gate) * up of two projections, `residual` for
+    one whose y the residual stream is added to.
+    """
     named = {k: v for k, v in constants if k in ("T", "P", "PER_CHANNEL", "HAS_BIAS", "OUTPUTS", "LANES")}
-    named["GLU"] = int(glu)
+    named |= {"GLU": int(glu), "RESIDUAL": int(residual)}
     count = int(named["P"])
     results = 1 if glu else count
     lines = [
@@ -106,12 +108,13 @@ def reduce_kernel(constants: Constants, *, glu: bool = False) -> Kernel:
         f"const uint tile = threadgroup_position_in_grid.x * {geometry.SIMD} / (LANES * OUTPUTS);",
         *_projection_of_tile(count),
         f"device Y* y = {_pick('y', results)};",
+        "" if residual else "const device Y* residual = y;",
     ]
     return Kernel(
         _name("reduce", named),
-        ("partials", "settings", "counted"),
+        ("partials", "settings", "counted", *(("residual",) if residual else ())),
         (*(f"y_{p}" for p in range(results)), "active"),
-        "\n".join(lines) + "\n" + body("reduce_stripes.metal"),
+        "\n".join(filter(None, lines)) + "\n" + body("reduce_stripes.metal"),
         REDUCE_PARTS * geometry.SIMD,
     )
 

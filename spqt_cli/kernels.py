@@ -58,6 +58,41 @@ class GatedStep(Protocol):
     ) -> tuple[mx.array, mx.array, mx.array]: ...  # pragma: no cover
 
 
+class Norm(NamedTuple):
+    """An RMS normalization. weight: (inputs,)."""
+
+    weight: mx.array
+    eps: float
+
+
+class Tail(NamedTuple):
+    """What follows attention in a block: h = x + out(attended), y = h + down(silu(gate) * up of norm(h))."""
+
+    out: Projection
+    norm: Norm
+    pair: Sequence[Projection]  # gate and up
+    down: Projection
+
+
+class HeadStep(Protocol):
+    """One token through a norm and projections of its result: x -> norm(x), y of each, and counts."""
+
+    def __call__(
+        self, x: mx.array, counted: mx.array | None, /
+    ) -> tuple[mx.array, list[mx.array], mx.array]: ...  # pragma: no cover
+
+
+class TailStep(Protocol):
+    """One token through a `Tail`: attended and x, one row each -> y, and counts.
+
+    Counts, as in `Step`, are a list: of out, of gate and up, of down.
+    """
+
+    def __call__(
+        self, attended: mx.array, x: mx.array, counted: Sequence[mx.array | None], /
+    ) -> tuple[mx.array, list[mx.array]]: ...  # pragma: no cover
+
+
 class Backend(NamedTuple):
     name: str  # metal, cuda, cpu or stock
     reason: str  # why this one, for people
@@ -121,6 +156,21 @@ def prepare_gated(x: mx.array, pair: Sequence[Projection], down: Projection) -> 
     """
     implementation = _implementation()
     return implementation.prepare_gated(x, pair, down) if backend().name != "stock" else None
+
+
+def prepare_head(norm: Norm, layers: Sequence[Projection]) -> HeadStep | None:
+    """norm(x) and its products for these layers as they are now, in one call; None as for `prepare_tail`."""
+    implementation = _implementation()
+    return implementation.prepare_head(norm, layers) if backend().name in ("metal", "cuda") else None
+
+
+def prepare_tail(x: mx.array, tail: Tail) -> TailStep | None:
+    """All that follows attention in a block, for its layers as they are now, in one call.
+
+    x: such an input as the steps will get. None where the backend has no such step.
+    """
+    implementation = _implementation()
+    return implementation.prepare_tail(x, tail) if backend().name in ("metal", "cuda") else None
 
 
 def matmul(x: mx.array, layer: Projection) -> mx.array:

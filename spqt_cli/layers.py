@@ -96,11 +96,13 @@ class SharedInput:
     """Projections that read the same input (q/k/v; gate/up; or one alone) and so run in one launch.
 
     The first one called computes all; the others fetch theirs, recognised by the identity of x, and
-    the results are dropped once fetched.
+    the results are dropped once fetched. postponed: the caller of the module around computes this product
+    itself, so x is handed back as it is (see blocks.py).
     """
 
     def __init__(self, layers: list[ZigzagLinear]) -> None:
         self.layers = layers
+        self.postponed = False
         self._x: mx.array | None = None
         self._outputs: dict[int, mx.array] = {}
         self.forget()
@@ -113,16 +115,22 @@ class SharedInput:
 
     def output(self, x: mx.array, layer: ZigzagLinear) -> mx.array:
         """layer's y for x, one row; computes its siblings' as well."""
+        if self.postponed:
+            return x
         if x is not self._x or id(layer) not in self._outputs:
             outputs = self._products(x)
             if len(outputs) == 1:
                 return outputs[0]
-            self._x = x
-            self._outputs = {id(one): y for one, y in zip(self.layers, outputs, strict=True)}
+            self.offer(x, outputs)
         y = self._outputs.pop(id(layer))
         if not self._outputs:
             self._x = None
         return y
+
+    def offer(self, x: mx.array, outputs: list[mx.array]) -> None:
+        """Products of x that were computed elsewhere, for the layers to fetch."""
+        self._x = x
+        self._outputs = {id(one): y for one, y in zip(self.layers, outputs, strict=True)}
 
     def _products(self, x: mx.array) -> list[mx.array]:
         step = self._step

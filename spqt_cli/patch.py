@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from spqt_cli import cpu_patch, gated, kernels, thresholds
+from spqt_cli import blocks, cpu_patch, gated, kernels, thresholds
 from spqt_cli.errors import UsageError
 from spqt_cli.layers import SharedInput, ZigzagLinear
 
@@ -59,6 +59,9 @@ def _load_weights_and_prepare(self: nn.Module, *args: Any, **kw: Any) -> nn.Modu
         if kernels.backend().name != "stock":
             for module in self.modules():
                 gated.install(module)
+        if kernels.backend().name in ("metal", "cuda"):
+            for module in self.modules():
+                blocks.install(module)
     return result
 
 

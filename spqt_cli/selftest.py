@@ -220,6 +220,15 @@ def judge_gated(apart: Result, gated: Result) -> str:
     return "" if bool(np.all(np.abs(_wide(h) - exact) <= bound)) else "silu(gate) * up is off"
 
 
+def judge_residual(apart: Result, residual: mx.array, added: Result) -> str:
+    """What is wrong with y + residual, from y as it stands alone; empty where nothing is."""
+    ((y,), counts), ((found,), counted) = apart, added
+    if not np.array_equal(np.array(counts), np.array(counted)):
+        return "wrong number of active channels behind y + residual"
+    right = (y.astype(mx.float32) + residual.astype(mx.float32)).astype(y.dtype)
+    return "" if np.array_equal(_bits(found), _bits(right)) else "y + residual is off"
+
+
 def _many_rows(case: Case, count: int) -> float:
     """The largest error of a matmul of many rows, as a share of its bound.
 

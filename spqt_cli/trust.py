@@ -40,7 +40,7 @@ def suspended() -> Iterator[None]:
 
 
 def verdict(
-    dtype: mx.Dtype, layers: Sequence[Any], cut: geometry.Geometry, *, dense: bool, glu: bool = False
+    dtype: mx.Dtype, layers: Sequence[Any], cut: geometry.Geometry, *, dense: bool, then: gpu_plan.Then = ""
 ) -> str:
     """Why the kernels that these layers need must not be used; empty where they are right.
 
@@ -51,11 +51,11 @@ def verdict(
     if _broken:
         return _broken[0]
     shape = (1, 1, layers[0].weight.shape[1])
-    key = _key(gpu_plan.make_plan(shape, dtype, layers, cut, dense=dense, glu=glu))
+    key = _key(gpu_plan.make_plan(shape, dtype, layers, cut, dense=dense, then=then))
     if key in _passed():
         return ""
     try:
-        reason = _checked(dtype, layers, cut, dense=dense, glu=glu)
+        reason = _checked(dtype, layers, cut, dense=dense, then=then)
     except RuntimeError as error:  # MLX's word for a kernel that does not compile or start
         reason = f"a kernel does not run: {str(error).strip().splitlines()[0][:200]}"
     if reason:
@@ -75,7 +75,7 @@ def _forget_backend() -> None:
 
 
 def _checked(
-    dtype: mx.Dtype, layers: Sequence[Any], cut: geometry.Geometry, *, dense: bool, glu: bool
+    dtype: mx.Dtype, layers: Sequence[Any], cut: geometry.Geometry, *, dense: bool, then: gpu_plan.Then
 ) -> str:
     """The same kernels on a small random problem, twice: equal, and within the bound."""
     one_stripe = cut.stripes(layers[0].weight.shape[1]) == 1
@@ -84,7 +84,7 @@ def _checked(
     band = -(-cut.tile // group) * group
     per_channel = gpu_plan.per_channel(layers, dense=dense)
     case = selftest.Case(
-        tuple(band - 3 - (0 if glu else p) for p in range(len(layers))),
+        tuple(band - 3 - (0 if then == "glu" else p) for p in range(len(layers))),
         INPUTS,
         layers[0].bits,
         group,
@@ -103,9 +103,12 @@ def _checked(
     first, second = gpu.launch(x, plan), gpu.launch(x, plan)
     found = selftest.judge(x, matrices, first, second)
     words = "" if found.passed else found.words()
-    if glu and not words:
-        gated = gpu_plan.make_plan(x.shape, dtype, matrices, small, dense=dense, glu=True)
-        words = selftest.judge_gated(first, gpu.launch(x, gated))
+    if then and not words:
+        plan = gpu_plan.make_plan(x.shape, dtype, matrices, small, dense=dense, then=then)
+        more = mx.random.normal(first[0][0].shape, key=mx.random.key(31)).astype(dtype)
+        third = gpu.launch(x, plan, residual=more if then == "residual" else None)
+        gated = then == "glu"
+        words = selftest.judge_gated(first, third) if gated else selftest.judge_residual(first, more, third)
     return f"a GPU kernel is wrong on this machine ({words})" if words else ""
 
 
