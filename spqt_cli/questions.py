@@ -3,6 +3,7 @@
     {"ctx": "...", "endings": ["...", ...], "label": 0}     HellaSwag; also activity_label, ctx_a, ctx_b
     {"goal": "...", "sol1": "...", "sol2": "...", "label": 0}     PIQA
 
+Labels may stand in a file of their own, a line each, as PIQA is published: X-labels.lst beside X.jsonl.
 A question becomes a context and endings, worded as lm-eval words these two tasks, so that results can be
 held against published ones. It knows nothing of models.
 """
@@ -14,11 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from spqt_cli import files
 from spqt_cli.errors import SpqtError, UsageError
 
 LINE_BYTES = 1 << 20
 MOST_ENDINGS = 64
-SHAPES = 'a line is {"ctx", "endings", "label"} or {"goal", "sol1", "sol2", "label"}'
+SHAPES = (
+    'a line is {"ctx", "endings", "label"} or {"goal", "sol1", "sol2", "label"}; the labels of X.jsonl may '
+    "stand in X-labels.lst"
+)
 _BRACKETS = re.compile(r"\[.*?\]")
 
 
@@ -34,7 +39,9 @@ class Question:
 
 @dataclass(frozen=True)
 class Questions:
-    """A file of questions: its name for people, the SHA-256 of the lines that were read, the questions."""
+    """A file of questions: its name for people, the SHA-256 of the lines that were read (with the labels
+    beside them), the questions.
+    """
 
     name: str
     sha256: str
@@ -54,25 +61,40 @@ def read(path: Path, limit: int | None = None) -> Questions:
     digest = hashlib.sha256()
     number = 0
     try:
+        labels = _labels_beside(path)
         with path.open("rb") as file:
             while (limit is None or len(items) < limit) and (line := file.readline(LINE_BYTES + 1)):
+                label = labels[number] if number < len(labels) else None
                 number += 1
-                digest.update(line)
+                digest.update(line + (label or "").encode())
                 if line.strip():
-                    items.append(_question(line, number, path))
+                    items.append(_question(line, number, path, label))
     except OSError as error:
-        raise SpqtError(f"{path} can't be read: {error.strerror}", "give a JSONL file") from None
+        raise SpqtError(
+            f"{error.filename or path} can't be read: {error.strerror}", "give a JSONL file"
+        ) from None
     if not items:
         raise SpqtError(f"{path} holds no question", SHAPES)
     return Questions(path.name, digest.hexdigest(), tuple(items))
 
 
-def _question(line: bytes, number: int, path: Path) -> Question:
+def _labels_beside(path: Path) -> list[str]:
+    """The lines of X-labels.lst beside X.jsonl, aligned with its lines; none where there is no such file."""
+    beside = path.with_name(f"{path.stem}-labels.lst")
+    if not beside.exists():
+        return []
+    return [line.strip() for line in files.read_bounded(beside).decode("utf-8", "replace").split("\n")]
+
+
+def _question(line: bytes, number: int, path: Path, label: str | None) -> Question:
     try:
-        context, endings, label = _parts(_object(line))
+        entry = _object(line)
+        if label is not None:
+            entry.setdefault("label", label)
+        context, endings, right = _parts(entry)
     except ValueError as error:
         raise SpqtError(f"{path}, line {number}: {error}", SHAPES) from None
-    return Question(context, endings, label, number)
+    return Question(context, endings, right, number)
 
 
 def _object(line: bytes) -> dict[str, Any]:

@@ -37,6 +37,33 @@ def test_hellaswag_is_worded_as_lm_eval_does(tmp_path):
     assert question.label == 0
 
 
+def test_labels_in_a_file_of_their_own(tmp_path):
+    bare = {name: value for name, value in PIQA.items() if name != "label"}
+    path = write(tmp_path, bare, {**bare, "label": 0}, bare)
+    labels = tmp_path / "questions-labels.lst"
+    labels.write_text("1\n1\n0\n")
+    found = questions.read(path)
+    assert [item.label for item in found.items] == [1, 0, 0]  # a label in the line itself counts
+    labels.write_text("1\n1\n1\n")
+    other = questions.read(path)
+    assert other.items[2].label == 1
+    assert other.sha256 != found.sha256  # other answers are another file of questions
+    labels.write_text("1\n")
+    with pytest.raises(SpqtError, match=r"line 3: label is not a number"):
+        questions.read(path)
+
+
+def test_labels_beside_that_are_no_labels(tmp_path):
+    path = write(tmp_path, {name: value for name, value in PIQA.items() if name != "label"})
+    (tmp_path / "questions-labels.lst").write_bytes(b"\xff\n")
+    with pytest.raises(SpqtError, match="label is not a number"):
+        questions.read(path)
+    (tmp_path / "questions-labels.lst").unlink()
+    (tmp_path / "questions-labels.lst").mkdir()
+    with pytest.raises(SpqtError, match="can't be read"):
+        questions.read(path)
+
+
 def test_limit_stops_before_a_bad_line(tmp_path):
     path = write(tmp_path, PLAIN, PIQA, "not JSON")
     assert len(questions.read(path, 2).items) == 2
