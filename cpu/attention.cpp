@@ -124,7 +124,7 @@ class Attention : public Native {
     job.splits = (k.shape(2) + SPLIT_KEYS - 1) / SPLIT_KEYS;
     job.tasks = job.rows > 1 ? batch * job.heads * job.row_tasks : batch * job.key_heads * job.splits;
     if (job.rows == 1)
-      job.memory = scratch(stream().index, (size_t)batch * job.heads * job.splits * (width + 2));
+      job.memory = scratch(stream().index, PARTIALS, (size_t)batch * job.heads * job.splits * (width + 2));
     return job;
   }
 

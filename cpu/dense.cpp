@@ -103,7 +103,7 @@ class Dense : public Native {
   std::shared_ptr<RowJob> plan_rows(const Arrays& in, mx::array& out) {
     const int inputs = in[0].shape(-1), outputs = out.shape(-1);
     auto job = std::make_shared<RowJob>();
-    job->memory = scratch(stream().index, prepared_size(inputs) + inputs / group_size_);
+    job->memory = scratch(stream().index, PARTIALS, prepared_size(inputs) + inputs / group_size_);
     float* prepared = job->memory.get();
     job->input = {in[0].data<void>(), type_of(in[0]), in[0].strides(-1), inputs, nullptr, 0};
     job->rows = {weights(in, 0), inputs, 0, outputs, prepared, prepared + prepared_size(inputs),

@@ -101,15 +101,14 @@ std::vector<Cut> cut(int outputs, int band, int group_size) {
   return cuts;
 }
 
-List list_of(const Shape& s, const Arrays& in, size_t at) {
-  const mx::array& x = in[0];
+List list_of(const Shape& s, const Row& x, const Arrays& in, size_t at) {
   const mx::array* threshold = s.has_threshold ? &in[at + 3] : nullptr;
-  Input input{x.data<void>(), type_of(x), x.strides(-1), in[at].shape(1),
-              threshold ? threshold->data<float>() : nullptr, threshold && threshold->size() > 1};
+  Input input{x.data, x.type, x.stride, in[at].shape(1), threshold ? threshold->data<float>() : nullptr,
+              threshold && threshold->size() > 1};
   return {input, nullptr, nullptr, 0};
 }
 
-TileOf tile_of(const Shape& s, const Cut& c, const Arrays& in, size_t at, mx::array& out) {
+TileOf tile_of(const Shape& s, const Cut& c, const Arrays& in, size_t at, const Place& y) {
   const mx::array &weight = in[at], &scales = in[at + 1], &biases = in[at + 2];
   const mx::array* bias = s.has_bias ? &in[at + 3 + s.has_threshold] : nullptr;
   const size_t code_stride = weight.shape(2) * 4, scale_stride = scales.shape(2);
@@ -120,7 +119,7 @@ TileOf tile_of(const Shape& s, const Cut& c, const Arrays& in, size_t at, mx::ar
   TileOf t;
   t.tile = {weight.data<uint8_t>() + codes, code_stride, scales.data<uint8_t>() + group,
             biases.data<uint8_t>() + group, scale_stride, type_of(scales), c.groups, s.group_size, s.bits};
-  t.out = {out.data<uint8_t>() + first * out.itemsize(), type_of(out), c.outputs,
+  t.out = {static_cast<uint8_t*>(y.data) + first * (y.type == FLOAT32 ? 4 : 2), y.type, c.outputs,
            bias ? bias->data<uint8_t>() + first * bias->itemsize() : nullptr, bias ? type_of(*bias) : FLOAT32};
   return t;
 }
@@ -129,23 +128,26 @@ TileOf tile_of(const Shape& s, const Cut& c, const Arrays& in, size_t at, mx::ar
 
 size_t after(const Shape& s, size_t at) { return at + 3 + s.has_threshold + s.has_bias; }
 
-std::shared_ptr<Job> plan(const std::vector<Shape>& shapes, const Arrays& in, Arrays& out, const Counts& counts,
-                          mx::Stream stream) {
-  const size_t room = ((size_t)in[1].shape(1) + PADDING - 1) / PADDING * PADDING;  // keeps sums on cache lines
+Row row_of(const mx::array& x) { return {x.data<void>(), type_of(x), x.strides(-1)}; }
+
+std::shared_ptr<Job> plan(const std::vector<Shape>& shapes, const Row& x, const Operands& operands,
+                          const std::vector<Place>& y, const Counts& counts, mx::Stream stream) {
+  const Arrays& in = operands.arrays;
+  const size_t room = ((size_t)in[operands.at].shape(1) + PADDING - 1) / PADDING * PADDING;  // sums on cache lines
   auto job = std::make_shared<Job>();
   job->counts = counts;
   size_t used = 0;  // floats: lists first, then partial sums
-  for (size_t p = 0, at = 1; p < shapes.size(); at = after(shapes[p++], at)) {
+  for (size_t p = 0, at = operands.at; p < shapes.size(); at = after(shapes[p++], at)) {
     const Shape& s = shapes[p];
-    job->lists.push_back(list_of(s, in, at));
+    job->lists.push_back(list_of(s, x, in, at));
     used += 2 * room;
     for (const Cut& c : cut(s.outputs, in[at + 1].shape(2) * s.group_size, s.group_size)) {
-      job->tiles.push_back(tile_of(s, c, in, at, out[p]));
+      job->tiles.push_back(tile_of(s, c, in, at, y[p]));
       job->tiles.back().projection = p;
       used += MAX_STRIPES * partial_size(c.groups, s.group_size);
     }
   }
-  job->memory = scratch(stream.index, used);
+  job->memory = scratch(stream.index, PARTIALS, used);
   float* free = job->memory.get();
   for (List& list : job->lists) {
     list.channel = reinterpret_cast<int32_t*>(free);

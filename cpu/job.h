@@ -4,6 +4,7 @@
 #include <memory>
 #include <vector>
 
+#include "kernels.h"
 #include "mlx/array.h"
 #include "zigzag.h"
 
@@ -17,12 +18,31 @@ struct Counts {
   const uint32_t* before;
 };
 
+// One token's values, `stride` elements apart.
+struct Row {
+  const void* data;
+  Type type;
+  int64_t stride;
+};
+Row row_of(const mlx::core::array& x);
+
+// Arrays in order; from `at` on, of each projection weight, scales, biases and what it has of threshold and bias.
+struct Operands {
+  const Arrays& arrays;
+  size_t at;
+};
+
+// Where the outputs of one projection go.
+struct Place {
+  void* data;
+  Type type;
+};
+
 struct Job;
 
-// in: x, then of each projection weight, scales, biases and what it has of threshold and bias; out: y of each.
-// x and the outputs are only read and written by run_job.
-std::shared_ptr<Job> plan(const std::vector<ProjectionShape>& shapes, const Arrays& in, Arrays& out,
-                          const Counts& counts, mlx::core::Stream stream);
+// y: of each projection. x and y are only read and written by run_job.
+std::shared_ptr<Job> plan(const std::vector<ProjectionShape>& shapes, const Row& x, const Operands& in,
+                          const std::vector<Place>& y, const Counts& counts, mlx::core::Stream stream);
 void run_job(Job& job);
 
 // Where the arrays of the projection after the one at `at` begin.

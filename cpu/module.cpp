@@ -6,6 +6,7 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include "block.h"
 #include "dense.h"
 #include "kernels.h"
 #include "mlx/version.h"
@@ -29,6 +30,13 @@ NB_MODULE(_cpu, m) {
   nb::class_<spqt::GatedStep>(m, "GatedStep")
       .def(nb::init<const std::vector<spqt::Projection>&, const spqt::Projection&>())
       .def("__call__", &spqt::GatedStep::operator(), nb::arg(), nb::arg().none(), nb::arg().none());
+  nb::class_<spqt::HeadStep>(m, "HeadStep")
+      .def(nb::init<const mlx::core::array&, float, const std::vector<spqt::Projection>&>())
+      .def("__call__", &spqt::HeadStep::operator(), nb::arg(), nb::arg().none());
+  nb::class_<spqt::TailStep>(m, "TailStep")
+      .def(nb::init<const spqt::Projection&, const mlx::core::array&, float, const std::vector<spqt::Projection>&,
+                    const spqt::Projection&>())
+      .def("__call__", &spqt::TailStep::operator());
   m.def("zigzag_matmul", &spqt::zigzag_matmul, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(),
         nb::arg(), nb::arg());
   m.def("row_matmul", &spqt::row_matmul, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(),

@@ -1,34 +1,16 @@
 #include "zigzag.h"
 
 #include "check.h"
-#include "job.h"
 #include "mlx/allocator.h"
 #include "mlx/backend/cpu/encoder.h"
-#include "mlx/primitives.h"
+#include "scratch.h"
+#include "step.h"
 
 namespace spqt {
 namespace mx = mlx::core;
 namespace {
 
 using Shape = ProjectionShape;
-
-class OnCpu : public mx::Primitive {
- public:
-  using Primitive::Primitive;
-
-  void eval_gpu(const Arrays&, Arrays&) override {
-    throw std::runtime_error("[spqt] The CPU extension was called on another device.");
-  }
-
- protected:
-  // room for the outputs, and the inputs with all but x, which is collected by its stride, in order
-  Arrays ready(const Arrays& inputs, Arrays& outputs) {
-    for (auto& output : outputs) output.set_data(mx::allocator::malloc(output.nbytes()));
-    Arrays in{inputs[0]};
-    for (size_t i = 1; i < inputs.size(); ++i) in.push_back(in_order(inputs[i], stream()));
-    return in;
-  }
-};
 
 class SparseGemv : public OnCpu {
  public:
@@ -39,7 +21,9 @@ class SparseGemv : public OnCpu {
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override {
     const Arrays in = ready(inputs, outputs);
     const Counts counts{outputs.back().data<uint32_t>(), counted_ ? in.back().data<uint32_t>() : nullptr};
-    auto job = plan(shapes_, in, outputs, counts, stream());
+    std::vector<Place> y;
+    for (size_t p = 0; p < shapes_.size(); ++p) y.push_back({outputs[p].data<void>(), type_of(outputs[p])});
+    auto job = plan(shapes_, row_of(in[0]), {in, 1}, y, counts, stream());
     mx::cpu::get_command_encoder(stream()).dispatch([job]() { run_job(*job); });
   }
 
@@ -53,40 +37,52 @@ class SparseGemv : public OnCpu {
 // down(silu(gate) * up); outputs: y, active of gate and up, active of down
 class GatedGemv : public OnCpu {
  public:
-  GatedGemv(mx::Stream stream, std::vector<Shape> pair, Shape down, bool counted, bool counted_down)
-      : OnCpu(stream), pair_(std::move(pair)), down_{down}, counted_(counted), counted_down_(counted_down) {}
+  GatedGemv(mx::Stream stream, GatedShape shape, bool counted, bool counted_down)
+      : OnCpu(stream), shape_(std::move(shape)), counted_(counted), counted_down_(counted_down) {}
 
   // inputs: x, arrays of gate, up and down as SparseGemv's, then the counts there are
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override {
-    auto& encoder = mx::cpu::get_command_encoder(stream());
     const Arrays in = ready(inputs, outputs);
-    Arrays between;  // gate, in which silu(gate) * up is made, and up
-    for (const Shape& s : pair_) {
-      between.emplace_back(mx::Shape{s.outputs}, mx::float32, nullptr, Arrays{});
-      between.back().set_data(mx::allocator::malloc(between.back().nbytes()));
-      encoder.add_temporary(between.back());
-    }
-    const size_t of_down = after(pair_[1], after(pair_[0], 1));
-    Arrays in_down{between[0]};
-    in_down.insert(in_down.end(), in.begin() + of_down, in.begin() + after(down_[0], of_down));
-    const auto* before_down = counted_down_ ? in.back().data<uint32_t>() : nullptr;
-    const auto* before = counted_ ? in[in.size() - 1 - counted_down_].data<uint32_t>() : nullptr;
-    auto first = plan(pair_, in, between, {outputs[1].data<uint32_t>(), before}, stream());
-    auto second = plan(down_, in_down, outputs, {outputs[2].data<uint32_t>(), before_down}, stream());
-    encoder.dispatch([first, second, gate = between[0].data<float>(), up = between[1].data<float>(),
-                      n = pair_[0].outputs]() {
-      run_job(*first);
-      kernels().gate(gate, up, n);
-      run_job(*second);
-    });
+    auto between = scratch(stream().index, BETWEEN, 2 * shape_.pair[0].outputs);
+    const uint32_t* before = counted_ ? in[in.size() - 1 - counted_down_].data<uint32_t>() : nullptr;
+    const uint32_t* before_down = counted_down_ ? in.back().data<uint32_t>() : nullptr;
+    const GatedPlaces places{outputs[0].data<float>(), between.get(), {outputs[1].data<uint32_t>(), before},
+                             {outputs[2].data<uint32_t>(), before_down}};
+    auto job = plan_gated(shape_, row_of(in[0]), {in, 1}, places, stream());
+    mx::cpu::get_command_encoder(stream()).dispatch([job, between]() { run_gated(job); });
   }
 
   const char* name() const override { return "SpqtGatedGemv"; }
 
  private:
-  std::vector<Shape> pair_, down_;
+  GatedShape shape_;
   bool counted_, counted_down_;
 };
+
+}  // namespace
+
+Arrays OnCpu::ready(const Arrays& inputs, Arrays& outputs, size_t first) {
+  for (auto& output : outputs) output.set_data(mx::allocator::malloc(output.nbytes()));
+  Arrays in(inputs.begin(), inputs.begin() + first);
+  for (size_t i = first; i < inputs.size(); ++i) in.push_back(in_order(inputs[i], stream()));
+  return in;
+}
+
+GatedJob plan_gated(const GatedShape& shape, const Row& x, const Operands& in, const GatedPlaces& places,
+                    mx::Stream stream) {
+  const int middle = shape.pair[0].outputs;
+  float *gate = places.between, *up = gate + middle;
+  const size_t of_down = after(shape.pair[1], after(shape.pair[0], in.at));
+  auto pair = plan(shape.pair, x, in, {{gate, FLOAT32}, {up, FLOAT32}}, places.pair, stream);
+  auto down = plan({shape.down}, {gate, FLOAT32, 1}, {in.arrays, of_down}, {{places.y, FLOAT32}}, places.down, stream);
+  return {pair, down, gate, up, middle};
+}
+
+void run_gated(const GatedJob& job) {
+  run_job(*job.pair);
+  kernels().gate(job.gate, job.up, job.middle);
+  run_job(*job.down);
+}
 
 // Checks projections and appends their arrays; returns their shapes.
 std::vector<Shape> taken(const std::vector<Projection>& projections, int inputs, Arrays& arrays) {
@@ -117,13 +113,16 @@ void require_row(const mx::array& x, int inputs) {
   require_inputs(x.shape(-1), inputs);
 }
 
-void add_counts(Arrays& in, const std::optional<mx::array>& counted, size_t count) {
+void require_float_row(const mx::array& x, int inputs) {
+  require_row(x, inputs);
+  require(x.dtype() == mx::float32, "x must be float32.");
+}
+
+void add_counts(Arrays& in, const Count& counted, size_t count) {
   if (!counted) return;
   require(counted->dtype() == mx::uint32 && counted->size() == count, "counts must be uint32, one a projection.");
   in.push_back(*counted);
 }
-
-}  // namespace
 
 SparseStep::SparseStep(const std::vector<Projection>& projections) : inputs_(inputs_of(projections)) {
   shapes_ = taken(projections, inputs_, arrays_);
@@ -146,28 +145,31 @@ std::pair<Arrays, mx::array> SparseStep::operator()(const mx::array& x, const st
   return {std::move(out), std::move(active)};
 }
 
-GatedStep::GatedStep(const std::vector<Projection>& pair, const Projection& down) : inputs_(inputs_of(pair)) {
+GatedShape taken_gated(const std::vector<Projection>& pair, const Projection& down, int inputs, Arrays& arrays) {
   require(pair.size() == 2, "gate and up must be given.");
-  pair_ = taken(pair, inputs_, arrays_);
-  require(pair_[0].outputs == pair_[1].outputs, "gate and up must be of one size.");
-  down_ = taken({down}, pair_[0].outputs, arrays_)[0];
+  auto shapes = taken(pair, inputs, arrays);
+  require(shapes[0].outputs == shapes[1].outputs, "gate and up must be of one size.");
+  const Shape last = taken({down}, shapes[0].outputs, arrays)[0];
+  return {std::move(shapes), last};
 }
+
+GatedStep::GatedStep(const std::vector<Projection>& pair, const Projection& down)
+    : inputs_(inputs_of(pair)), shape_(taken_gated(pair, down, inputs_, arrays_)) {}
 
 std::tuple<mx::array, mx::array, mx::array> GatedStep::operator()(
     const mx::array& x,
     const std::optional<mx::array>& counted,
     const std::optional<mx::array>& counted_down) const {
-  require_row(x, inputs_);
-  require(x.dtype() == mx::float32, "x must be float32.");
+  require_float_row(x, inputs_);
   mx::Shape shape = x.shape();
-  shape.back() = down_.outputs;
+  shape.back() = shape_.down.outputs;
   Arrays in{x};
   in.insert(in.end(), arrays_.begin(), arrays_.end());
   add_counts(in, counted, 2);
   add_counts(in, counted_down, 1);
   auto out = mx::array::make_arrays(
       {shape, {2}, {1}}, {mx::float32, mx::uint32, mx::uint32},
-      std::make_shared<GatedGemv>(cpu_stream(), pair_, down_, counted.has_value(), counted_down.has_value()),
+      std::make_shared<GatedGemv>(cpu_stream(), shape_, counted.has_value(), counted_down.has_value()),
       std::move(in));
   return {out[0], out[1], out[2]};
 }

@@ -27,6 +27,11 @@ struct ProjectionShape {
   bool has_threshold, has_bias;
 };
 
+struct GatedShape {
+  std::vector<ProjectionShape> pair;
+  ProjectionShape down;
+};
+
 // One token through several projections of one input. What does not depend on x is done once.
 class SparseStep {
  public:
@@ -57,9 +62,8 @@ class GatedStep {
 
  private:
   int inputs_;
-  std::vector<ProjectionShape> pair_;
-  ProjectionShape down_;
-  std::vector<mlx::core::array> arrays_;
+  std::vector<mlx::core::array> arrays_;  // before shape_, which fills it
+  GatedShape shape_;
 };
 
 }  // namespace spqt

@@ -17,7 +17,7 @@ import psutil
 from spqt_cli.errors import UsageError
 
 if TYPE_CHECKING:
-    from spqt_cli.kernels import GatedStep, Step
+    from spqt_cli.kernels import GatedStep, HeadStep, Norm, Step, Tail, TailStep
 
 _REINSTALL = "reinstall spqt (`pip install --force-reinstall --no-deps .`)"
 _CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
@@ -51,6 +51,21 @@ def prepare_gated(x: mx.array, pair: Sequence[Any], down: Any) -> "GatedStep | N
         return None
     packed = [_packed(layer, layer.threshold) for layer in (*pair, down)]
     return _native().GatedStep(packed[:2], packed[2])
+
+
+def prepare_head(norm: "Norm", layers: Sequence[Any]) -> "HeadStep | None":
+    """As `kernels.prepare_head`: one operation; None for a norm of another type than float32."""
+    if norm.weight.dtype != mx.float32:
+        return None
+    return _native().HeadStep(norm.weight, norm.eps, [_packed(layer, layer.threshold) for layer in layers])
+
+
+def prepare_tail(x: mx.array, tail: "Tail") -> "TailStep | None":
+    """As `kernels.prepare_tail`: one operation; None for another type than float32."""
+    if x.dtype != mx.float32 or tail.norm.weight.dtype != mx.float32:
+        return None
+    out, *pair, down = (_packed(layer, layer.threshold) for layer in (tail.out, *tail.pair, tail.down))
+    return _native().TailStep(out, *tail.norm, pair, down)
 
 
 def matmul(x: mx.array, layer: Any) -> mx.array:

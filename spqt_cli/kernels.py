@@ -161,7 +161,7 @@ def prepare_gated(x: mx.array, pair: Sequence[Projection], down: Projection) -> 
 def prepare_head(norm: Norm, layers: Sequence[Projection]) -> HeadStep | None:
     """norm(x) and its products for these layers as they are now, in one call; None as for `prepare_tail`."""
     implementation = _implementation()
-    return implementation.prepare_head(norm, layers) if backend().name in ("metal", "cuda") else None
+    return implementation.prepare_head(norm, layers) if backend().name != "stock" else None
 
 
 def prepare_tail(x: mx.array, tail: Tail) -> TailStep | None:
@@ -170,7 +170,7 @@ def prepare_tail(x: mx.array, tail: Tail) -> TailStep | None:
     x: such an input as the steps will get. None where the backend has no such step.
     """
     implementation = _implementation()
-    return implementation.prepare_tail(x, tail) if backend().name in ("metal", "cuda") else None
+    return implementation.prepare_tail(x, tail) if backend().name != "stock" else None
 
 
 def matmul(x: mx.array, layer: Projection) -> mx.array:

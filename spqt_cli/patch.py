@@ -59,7 +59,6 @@ def _load_weights_and_prepare(self: nn.Module, *args: Any, **kw: Any) -> nn.Modu
         if kernels.backend().name != "stock":
             for module in self.modules():
                 gated.install(module)
-        if kernels.backend().name in ("metal", "cuda"):
             for module in self.modules():
                 blocks.install(module)
     return result

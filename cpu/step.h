@@ -1,0 +1,55 @@
+// What the primitives on Zigzag matrices share: checks when the graph is built, memory when it runs.
+#pragma once
+
+#include <optional>
+#include <stdexcept>
+#include <vector>
+
+#include "job.h"
+#include "mlx/primitives.h"
+#include "zigzag.h"
+
+namespace spqt {
+
+class OnCpu : public mlx::core::Primitive {
+ public:
+  using Primitive::Primitive;
+
+  void eval_gpu(const Arrays&, Arrays&) override {
+    throw std::runtime_error("[spqt] The CPU extension was called on another device.");
+  }
+
+ protected:
+  // Room for the outputs, and the inputs in order from `first` on: x of a product is read by its stride.
+  Arrays ready(const Arrays& inputs, Arrays& outputs, size_t first = 1);
+};
+
+using Count = std::optional<mlx::core::array>;
+
+// Checks projections and appends their arrays; returns their shapes.
+std::vector<ProjectionShape> taken(const std::vector<Projection>& projections, int inputs, Arrays& arrays);
+int inputs_of(const std::vector<Projection>& projections);
+void require_row(const mlx::core::array& x, int inputs);
+void require_float_row(const mlx::core::array& x, int inputs);
+// Appends counts of `count` projections, if there are any.
+void add_counts(Arrays& in, const Count& counted, size_t count);
+
+// down(silu(gate) * up) of one float32 row, as jobs that run one after another.
+struct GatedJob {
+  std::shared_ptr<Job> pair, down;
+  float *gate, *up;
+  int middle;
+};
+// As `taken`, of gate and up, then down.
+GatedShape taken_gated(const std::vector<Projection>& pair, const Projection& down, int inputs, Arrays& arrays);
+struct GatedPlaces {
+  float* y;
+  float* between;  // 2 * middle floats
+  Counts pair, down;
+};
+// in: from gate's arrays on
+GatedJob plan_gated(const GatedShape& shape, const Row& x, const Operands& in, const GatedPlaces& places,
+                    mlx::core::Stream stream);
+void run_gated(const GatedJob& job);
+
+}  // namespace spqt
