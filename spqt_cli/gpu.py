@@ -135,7 +135,7 @@ def _gated_plan(x: mx.array, pair: Sequence["Projection"]) -> Plan | None:
     dense = all(layer.threshold is None for layer in pair)
     shapes = {(layer.outputs, *bands) for layer, bands in zip(pair, gpu_plan.bands(pair), strict=True)}
     plan = _plan(x, pair, dense=dense, then="glu") if len(shapes) == 1 else None
-    return None if plan is None or plan.gemv is None or plan.reduce is None else plan
+    return None if plan is None or plan.gemv is None else plan
 
 
 def _residual(layer: "Projection") -> Callable[..., tuple[mx.array, mx.array]]:
@@ -144,7 +144,7 @@ def _residual(layer: "Projection") -> Callable[..., tuple[mx.array, mx.array]]:
 
     def step(x: mx.array, residual: mx.array, counted: mx.array | None) -> tuple[mx.array, mx.array]:
         plan = _plan(x, [layer], dense=layer.threshold is None, then="residual")
-        if plan is None or plan.gemv is None or plan.reduce is None:
+        if plan is None or plan.gemv is None:
             (y,), counted = products(x, counted)
             return y + residual, counted
         (y,), counted = launch(x, plan, counted, residual)
@@ -251,6 +251,8 @@ def _usable(x: mx.array, layers: Sequence["Projection"], *, dense: bool, then: T
     plan = gpu_plan.make_plan(x.shape, x.dtype, layers, cut, dense=dense, then=then)
     # MLX passes arrays under eight elements in another address space: not worth a kernel of their own.
     tiny = min(array.size for array in plan.inputs) < 8
+    if plan.gemv is None:
+        return plan
     if tiny or trust.verdict(x.dtype, layers, cut, dense=dense, then=then):
         return plan._replace(gemv=None)
     return plan

@@ -63,8 +63,8 @@ def make_plan(
 ) -> Plan:
     """The launches and the settings array for these layers and an x of this shape and dtype.
 
-    dense: all channels are used, whatever the thresholds. then: only where there are stripes to add up; "glu"
-    gives silu(first) * second of two layers, "residual" y plus another array.
+    dense: all channels are used, whatever the thresholds. then: "glu" gives silu(first) * second of two
+    layers, "residual" y plus another array; no launches where there are no stripes to add up.
     """
     stripes = cut.stripes(shape[-1])
     tiles = sum(cut.tiles(band) * number for band, number in bands(layers))
@@ -79,6 +79,8 @@ def make_plan(
     results = y_shapes[:1] if then == "glu" else y_shapes
     outputs = [*results, (len(layers),)]
     dtypes = [*[dtype] * len(results), mx.uint32]
+    if stripes == 1 and then:
+        return plan
     if stripes == 1:
         kernel = gpu_text.gemv_kernel(constants, cut.threads)
         return plan._replace(gemv=Launch(kernel, (tiles, 1), outputs, dtypes))

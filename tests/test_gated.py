@@ -136,6 +136,16 @@ def test_unequal_layers_and_single_launches_are_left_alone(on_emulator, monkeypa
     assert gpu.prepare_gated(X, [made.gate_proj, made.up_proj], made.down_proj) is None
 
 
+def test_one_stripe_is_no_fault_of_the_kernels(monkeypatch, fresh_trust):
+    """Small layers have nothing to add up: what would carry silu or a sum is neither tried nor distrusted."""
+    monkeypatch.setattr(gpu, "run", run_emulated)
+    use(monkeypatch, CUTS["narrow"])
+    some, x = selftest.matrices(selftest.Case((128, 128), 301)), selftest.vector(selftest.Case((128,), 301))
+    assert gpu.prepare_gated(x, some, some[0]) is None
+    assert gpu._plan(x, some[:1], dense=False, then="residual").gemv is None
+    assert trust.broken() == []
+
+
 @pytest.mark.parametrize("wrong", [False, True])
 def test_the_first_use_check_judges_the_gated_reduction(monkeypatch, fresh_trust, capfd, wrong):
     real = gpu.gpu_text.body
