@@ -215,14 +215,14 @@ class _Run:
             live = {path: seen for path, seen in counts.items() if not thresholds.is_dead(seen)}
             target, rate = self._target(bench, live)
             if stream:
-                self.steps = stream.steps
+                self.steps = stream.steps(self.options.method)
                 counts, candidates = stream.run(self.options.method, target, self._step)
                 live = {path: counts[path] for path in candidates[0].chosen}
             search = Search(bench, live, target)
             if not stream:
                 candidates = search.run(self.options.method, self._step)
             best = candidates[0]
-            curves = {path: search.curve(best, path) for path in live}
+            curves = search.curves(best, None if stream else self._step)
             tried = [Tried(one.name, one.mean_kl, one.kl, search.overall(one)) for one in candidates]
         shares = best.at(target)
         rows = [

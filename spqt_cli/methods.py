@@ -32,8 +32,16 @@ ROUNDS = {"fast": 1}  # of settling, where fewer than usual: some tenths of a po
 
 def steps(method: str, rows: int, held_out: int) -> int:
     """How often a run of the method reports a step, for windows to calibrate on and held out."""
-    each = ROUNDS.get(method, SETTLING_ROUNDS) * min(SETTLING_WINDOWS, rows) + held_out
-    return rows + min(GRADIENT_WINDOWS.get(method, 0), rows) + len(CANDIDATES[method]) * each
+    settling = min(SETTLING_WINDOWS, rows)
+    each = ROUNDS.get(method, SETTLING_ROUNDS) * settling + held_out
+    return rows + min(GRADIENT_WINDOWS.get(method, 0), rows) + len(CANDIDATES[method]) * each + settling
+
+
+def second_share(target: float) -> float | None:
+    """Where thresholds are settled beside the target, so that shares between and around hold as well."""
+    if not target:
+        return None
+    return 0.5 if target <= 0.4 else target / 2
 
 
 @dataclass
@@ -41,7 +49,8 @@ class Candidate:
     """One allocation and what it measured.
 
     levels: path -> the layer's share at each total of CURVE_SPARSITIES. chosen: path -> threshold at
-    the target, settled. kl: mean per held-out window, nats, against the dense quantized model.
+    the target, settled; second: another share, and thresholds settled there, if there are any. kl: mean
+    per held-out window, nats, against the dense quantized model.
     """
 
     name: str
@@ -49,6 +58,7 @@ class Candidate:
     chosen: dict[str, float] = field(default_factory=dict)
     kl: list[float] = field(default_factory=list)
     realised: dict[str, float] = field(default_factory=dict)
+    second: tuple[float, dict[str, float]] = (0.0, {})
 
     def at(self, target: float) -> dict[str, float]:
         """Path -> the layer's share at a total."""
@@ -99,19 +109,36 @@ class Search:
         gradient = Candidate("gradient", allocation.cheapest_levels(costs, weights, np.array(LEVELS)))
         return [gradient] if method == "fast" else [uniform, gradient]
 
+    def curves(self, candidate: Candidate, on_step: OnStep | None) -> dict[str, list[float]]:
+        """Path -> the layer's `curve`. on_step: None where the model is not in memory.
+
+        In memory the candidate is settled at a second share: what settling changes is no straight line.
+        """
+        share = second_share(self.target)
+        if on_step is not None and share is not None:
+            settled = self.bench.settled(self.counts, candidate.at(share), on_step, rounds=1)
+            candidate.second = (share, settled)
+        return {path: self.curve(candidate, path) for path in self.counts}
+
     def curve(self, candidate: Candidate, path: str) -> list[float]:
         """The layer's thresholds at CURVE_SPARSITIES, passing through the settled one at the target.
 
-        Only the target was settled. Elsewhere the dense pass's thresholds are scaled by as much as
-        settling changed this one, in proportion to the distance from 0.
+        Elsewhere the dense pass's thresholds are scaled by as much as settling changed those at the
+        settled shares, in proportion between them and up to twice the highest.
         """
         dense = thresholds.quantile(self.counts[path], candidate.levels[path])
-        at_target = np.interp(self.target, CURVE_SPARSITIES, dense)
-        if not at_target:
-            return dense.tolist()
-        drift = candidate.chosen[path] / at_target - 1
         shares = np.array(CURVE_SPARSITIES)
-        scaled = dense * np.maximum(1 + drift * np.minimum(shares / self.target, 2), 0)
+        drift = {0.0: 0.0}
+        share, settled_there = candidate.second
+        second = [(share, settled_there[path])] if share else []
+        for share, settled in sorted([*second, (self.target, candidate.chosen[path])]):
+            if at_share := np.interp(share, shares, dense):
+                drift[share] = settled / at_share - 1
+        last = max(drift)
+        if not last:
+            return dense.tolist()
+        drift[2 * last] = 2 * drift[last]
+        scaled = dense * np.maximum(1 + np.interp(shares, list(drift), list(drift.values())), 0)
         settled = candidate.chosen[path]
         bounded = np.where(shares <= self.target, np.minimum(scaled, settled), np.maximum(scaled, settled))
         return np.maximum.accumulate(bounded).tolist()

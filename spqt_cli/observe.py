@@ -110,7 +110,7 @@ class Probe(nn.Module):
         if harness.masking is not None:
             x = harness.masking.apply(path, x)
         if harness.shifts is not None:
-            x = x + harness.shifts[path]
+            x = x + harness.shifts[path].astype(x.dtype)
         return blas.linear(x, self.layer)
 
 

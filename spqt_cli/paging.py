@@ -11,7 +11,7 @@ from mlx import nn
 from spqt_cli import blas, observe, patch
 from spqt_cli.errors import UsageError
 
-METHODS = ("uniform", "paper")  # what needs no gradient through the whole model
+METHODS = ("uniform", "paper", "fast")  # auto holds two candidates against each other in memory
 MEMORY_SHARE = 0.8  # of the available memory that weights may take: hidden states and logits need the rest
 
 
@@ -41,12 +41,11 @@ def stepped_down(folder: Path, options: Any) -> Any:
         )
     if options.method in METHODS:
         return replace(options, stream=True)
-    size = shard_bytes(folder) / 1e9
     note(
-        f"method {options.method} takes gradients through the whole model, {size:.1f} GB of weights in "
-        "memory; block by block the method is uniform (--method paper takes longer)"
+        f"method {options.method} measures candidates with the whole model in memory; block by block "
+        "the method is fast: shares by gradients, not held against uniform ones"
     )
-    return replace(options, stream=True, method="uniform")
+    return replace(options, stream=True, method="fast")
 
 
 def note(line: str) -> None:

@@ -2,27 +2,21 @@
 
 All windows pass through a block together, twice: dense, as histograms see them, and with channels
 skipped upstream, as thresholds are settled. Their hidden states are kept, the block's weights are
-dropped, and the next block's are read. What lies around the blocks (embedding, norm, head) runs in
-the model's own code: a pass that is stopped after the last block, and passes in which the blocks
-only hand over what they left. Progress is saved block by block.
-
-It needs blocks that hand one array to the next, and says so of a model built otherwise.
+dropped, and the next block's are read (chain.py). For `fast` a few windows go through all blocks
+before, forwards and backwards (backwards.py). Progress is saved block by block.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx import nn
-from mlx.utils import tree_flatten
 
-from spqt_cli import blas, blockwise, files, observe, paging, scoring, thresholds
-from spqt_cli.errors import UnsupportedError
+from spqt_cli import allocation, blockwise, files, observe, scoring, thresholds
+from spqt_cli.backwards import Backwards
+from spqt_cli.chain import Chain, Run
 from spqt_cli.format import CURVE_SPARSITIES
 from spqt_cli.methods import Candidate
+from spqt_cli.sensitivity import LEVELS
 from spqt_cli.workbench import (
     FIRST_TOKENS,
     SETTLING_ROUNDS,
@@ -32,36 +26,29 @@ from spqt_cli.workbench import (
     check_counts,
 )
 
-
-class _Walked(Exception):
-    """Every block was passed: what comes after them is not wanted."""
+GRADIENT_WINDOWS = 4  # more change KL by under 1 % (docs/quality.md)
 
 
 class Stream:
     """One pass over a probed, lazily loaded model: histograms, allocation and thresholds, block by block."""
 
     def __init__(self, bench: Workbench, folder: Path) -> None:
-        self.model, self.harness, self.progress = bench.model, bench.harness, bench.progress
+        self.harness, self.progress = bench.harness, bench.progress
         self.folder, self.target = folder, 0.0
-        model, harness = bench.model, bench.harness
-        self.blocks = blockwise.blocks_of(model, harness.layers)
-        self._names = {id(module): name for name, module in model.named_modules()}
-        self._weights = paging.Weights(folder, model, harness)
+        self.chain = Chain(bench.model, bench.harness, folder)
         self._windows = np.concatenate([bench.rows, bench.held_out])
         self._held_out = range(len(bench.rows), len(self._windows))
         self._settling = range(min(SETTLING_WINDOWS, len(bench.rows)))
-        self._visited: list[int] = []
-        self._last: mx.array | None = None
         self._done = 0
         self._dense: mx.array | None = None  # (windows, window, width) after the last block that is done
         self._sparse: dict[int, mx.array] = {}  # window -> (1, window, width), with channels skipped
         self.counts: dict[str, np.ndarray] = {}
         self.candidate = Candidate("", {})
+        self._allocated: dict[str, np.ndarray] = {}
 
-    @property
-    def steps(self) -> int:
-        """How often a run reports a step."""
-        return len(self.blocks) + len(self._held_out)
+    def steps(self, method: str) -> int:
+        """How often a run of the method reports a step."""
+        return (3 if method == "fast" else 1) * len(self.chain.blocks) + len(self._held_out)
 
     def run(
         self, method: str, target: float, on_step: OnStep
@@ -73,88 +60,48 @@ class Stream:
         """
         self.target, self.candidate.name = target, method
         self._restore()
+        if method == "fast" and target:
+            self.candidate.name, self._allocated = "gradient", self._priced(on_step)
 
-        def walk(block: nn.Module, call: Callable[..., Any], x: mx.array, *rest: Any, **named: Any) -> Any:
-            return self._walk(block, lambda h: call(block, h, *rest, **named), x, (rest, named), on_step)
+        def visit(number: int, run: Run, x: mx.array, paths: list[str]) -> mx.array:
+            return self._visit(number, run, x, paths, on_step)
 
-        with self._hooked(walk), blas.many_rows(heads=False):
-            try:
-                self.model(mx.array(self._windows))
-            except _Walked:
-                pass
-            else:
-                raise UnsupportedError(
-                    "some blocks of this model were not reached", "calibrate without --stream"
-                )
+        self.chain.walk(self._windows, visit)
         self._score(on_step)
         return {path: self.counts[path] for path in self.harness.layers}, [self.candidate]
 
-    @contextmanager
-    def _hooked(self, hook: Callable[..., Any]) -> Iterator[None]:
-        kinds = {type(block): type(block).__call__ for block, _ in self.blocks.values()}
+    def _priced(self, on_step: OnStep) -> dict[str, np.ndarray]:
+        """Path -> the layer's share at each total, by gradients; as an interrupted run left them."""
+        saved = self.progress.arrays
+        names = {f"shares/{path}": path for path in self.harness.layers}
+        if not names.keys() & saved.keys():
+            rows = self._windows[: min(GRADIENT_WINDOWS, self._held_out.start)]
+            costs = Backwards(self.chain, self.harness, rows, self.folder).costs(on_step)
+            layers = self.harness.layers
+            weights = {path: layers[path].inputs * layers[path].outputs for path in costs}
+            found = allocation.cheapest_levels(costs, weights, np.array(LEVELS))
+            self.progress.save(**{f"shares/{path}": levels for path, levels in found.items()})
+        return {path: saved[name] for name, path in names.items() if name in saved}
 
-        def through(kind: type) -> Callable[..., Any]:
-            call = kinds[kind]
-
-            def hooked(block: nn.Module, x: mx.array, *rest: Any, **named: Any) -> Any:
-                if id(block) not in self.blocks:
-                    return call(block, x, *rest, **named)
-                return hook(block, call, x, *rest, **named)
-
-            return hooked
-
-        try:
-            for kind in kinds:
-                kind.__call__ = through(kind)  # type: ignore[method-assign]
-            yield
-        finally:
-            for kind, call in kinds.items():
-                kind.__call__ = call  # type: ignore[method-assign]
-
-    def _walk(
-        self, block: nn.Module, run: Callable[[mx.array], Any], x: mx.array, beside: Any, on_step: OnStep
-    ) -> mx.array:
+    def _visit(self, number: int, run: Run, x: mx.array, paths: list[str], on_step: OnStep) -> mx.array:
         """A block's turn: the dense hidden states (windows, window, width) after it."""
-        number = len(self._visited)
-        self._check_chain(block, x, beside)
-        self._visited.append(id(block))
-        out = x
-        if number >= self._done:
-            on_step("passing blocks")
-            paths = self.blocks[id(block)][1]
-            out = self._pass(run, x, paths)
-            self._weights.drop(self._names[id(block)])
-            self._dense = out
-            self._save(number + 1, paths)
-        elif number == self._done - 1:
-            assert self._dense is not None
-            out = self._dense  # as the interrupted run left it
-        if number + 1 == len(self.blocks):
-            raise _Walked
-        self._last = out
-        return out
+        if number < self._done:
+            # as the interrupted run left it; those between are not kept
+            return self._dense if number == self._done - 1 and self._dense is not None else x
+        on_step("passing blocks")
+        self._dense = self._pass(run, x, paths)
+        self.chain.drop(number)
+        self._save(number + 1, paths)
+        return self._dense
 
-    def _check_chain(self, block: nn.Module, x: mx.array, beside: Any) -> None:
-        """Refuse a model whose blocks get more than the last one's output and what all windows share."""
-        wide = any(
-            isinstance(value, mx.array) and value.ndim and value.shape[0] == len(self._windows)
-            for value in _leaves(beside)
-        )
-        broken = self._last is not None and x is not self._last
-        if wide or broken or id(block) in self._visited or x.shape[:2] != self._windows.shape:
-            raise UnsupportedError(
-                f"{self._names[id(block)]} gets more than the output of the block before it",
-                "this model can't be calibrated block by block",
-            )
-
-    def _pass(self, run: Callable[[mx.array], Any], x: mx.array, paths: list[str]) -> mx.array:
+    def _pass(self, run: Run, x: mx.array, paths: list[str]) -> mx.array:
         """Both passes of all windows through one block; its thresholds are chosen in between."""
         harness, half = self.harness, self._windows.shape[1] // 2
         harness.counting, harness.first = True, FIRST_TOKENS
         dense = []
         for w in range(len(self._windows)):
             harness.counting = w not in self._held_out
-            dense.append(_only(run(x[w : w + 1])))
+            dense.append(run(x[w : w + 1]))
             mx.eval(dense[-1])
         harness.counting = False
         counts = harness.histograms()
@@ -173,23 +120,22 @@ class Stream:
         self.candidate.realised.update({path: shares[path] for path in chosen})
         return mx.concatenate(dense)
 
-    def _levels(
-        self, run: Callable[[mx.array], Any], x: mx.array, live: dict[str, np.ndarray]
-    ) -> dict[str, float]:
+    def _levels(self, run: Run, x: mx.array, live: dict[str, np.ndarray]) -> dict[str, float]:
         """Path -> the layer's share at the target; dead layers have none and stay dense."""
         if self.candidate.name == "paper" and live:
             search = blockwise.Search(lambda: run(x), run(x), self.harness, live)
             layers = self.harness.layers
             found = search.run({path: layers[path].inputs * layers[path].outputs for path in live})
         else:
-            found = {path: np.array(CURVE_SPARSITIES) for path in live}
+            even = np.array(CURVE_SPARSITIES)
+            found = {path: self._allocated.get(path, even) for path in live}
         self.candidate.levels.update(found)
         target = self.target
         return {path: float(np.interp(target, CURVE_SPARSITIES, shares)) for path, shares in found.items()}
 
     def _settled(
         self,
-        run: Callable[[mx.array], Any],
+        run: Run,
         before: dict[int, mx.array],
         counts: dict[str, np.ndarray],
         levels: dict[str, float],
@@ -205,13 +151,11 @@ class Stream:
             chosen = quantiles(self.harness.histograms(), levels)
         return chosen
 
-    def _masked(
-        self, run: Callable[[mx.array], Any], h: mx.array, masking: observe.Masking, half: int
-    ) -> mx.array:
+    def _masked(self, run: Run, h: mx.array, masking: observe.Masking, half: int) -> mx.array:
         """h (1, window, width) through the block, dense for a prompt of `half` and sparse from there on."""
         masking.rows = np.arange(h.shape[1])[None] >= half
         self.harness.masking = masking
-        out = _only(run(h))
+        out = run(h)
         mx.eval(out)
         masking.evaluate()
         self.harness.masking = None
@@ -229,14 +173,8 @@ class Stream:
 
     def _predicted(self, w: int, hidden: mx.array) -> np.ndarray:
         """What norm and head make of hidden (1, rows, width): log-probabilities (1, rows, vocab)."""
-        last = self._visited[-1]
-
-        def replay(block: nn.Module, call: Any, x: mx.array, *rest: Any, **named: Any) -> mx.array:
-            return hidden if id(block) == last else x
-
         half = self._windows.shape[1] // 2
-        with self._hooked(replay), blas.many_rows():
-            return scoring.log_probabilities(self.model(mx.array(self._windows[w : w + 1, half:-1])))
+        return scoring.log_probabilities(self.chain.logits(self._windows[w : w + 1, half:-1], hidden))
 
     def _hidden_path(self, number: int) -> Path:
         return self.folder / f".spqt-hidden-{number}.npz"
@@ -277,10 +215,6 @@ class Stream:
                 self.candidate.chosen[path], self.candidate.realised[path] = threshold, share
 
 
-def _leaves(tree: Any) -> list[Any]:
-    return [item[1] for item in tree_flatten(tree)]
-
-
 def quantiles(counts: dict[str, np.ndarray], levels: dict[str, float]) -> dict[str, float]:
     """Path -> the threshold below which the layer's level of its inputs lies."""
     return {path: float(thresholds.quantile(counts[path], [level])[0]) for path, level in levels.items()}
@@ -289,12 +223,3 @@ def quantiles(counts: dict[str, np.ndarray], levels: dict[str, float]) -> dict[s
 def host(h: mx.array) -> np.ndarray:
     """Hidden states for saving: float32, which holds 16-bit types exactly."""
     return np.array(h.astype(mx.float32))
-
-
-def _only(out: Any) -> mx.array:
-    """A block's output, which must be one array of hidden states."""
-    if not isinstance(out, mx.array):
-        raise UnsupportedError(
-            "the blocks of this model hand over more than one array", "calibrate in memory"
-        )
-    return out

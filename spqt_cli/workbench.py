@@ -21,6 +21,7 @@ from spqt_cli.sensitivity import LEVELS, Sensitivity
 
 FIRST_TOKENS = 8  # of each sequence, left out: the attention sink's huge values are no guide to the rest
 SETTLING_WINDOWS = 4
+KEPT_PROMPTS = 6  # windows whose prompts settling and gradients start from
 SETTLING_ROUNDS = 2  # the second changes realised sparsity by some tenths of a point, a third by none
 OnStep = Callable[[str], None]
 
@@ -73,7 +74,7 @@ class Workbench:
         self.harness.counting, self.harness.first = True, FIRST_TOKENS
         for i in range(done, len(self.rows)):
             on_step("observing activations")
-            observe.prompt_cache(self.model, mx.array(self.rows[i : i + 1]))
+            self._observe(i)
             for path, counts in self.harness.histograms().items():
                 total[path] = total[path] + counts if path in total else counts
             self.progress.save(windows=np.array(i + 1), **{f"counts/{path}": c for path, c in total.items()})
@@ -81,6 +82,18 @@ class Workbench:
         for path in self.layers:
             check_counts(path, total)
         return total
+
+    def _observe(self, index: int) -> None:
+        """A dense pass over a window; where its prompt is wanted again, what that leaves is kept."""
+        row = mx.array(self.rows[index : index + 1])
+        if index >= KEPT_PROMPTS:
+            observe.prompt_cache(self.model, row)
+            return
+        prompt, rest = mx.split(row, 2, axis=1)
+        self._caches[index] = observe.prompt_cache(self.model, prompt)
+        self.harness.first = 0
+        observe.advance(self.model, rest, copy.deepcopy(self._caches[index]))
+        self.harness.first = FIRST_TOKENS
 
     def sensitivity(
         self, counts: Mapping[str, np.ndarray], windows: int, on_step: OnStep
@@ -97,7 +110,7 @@ class Workbench:
             found.positions = int(saved["positions"])
         for i in range(done, windows):
             on_step("pricing levels by gradients")
-            found.add(self.model, self.harness, self.rows[i])
+            found.add(self.model, self.harness, self.rows[i], self._prompt(i))
             costs = {f"costs/{path}": cost for path, cost in found.costs.items()}
             self.progress.save(gradients=np.array(i + 1), positions=np.array(found.positions), **costs)
         return found.costs

@@ -150,7 +150,8 @@ def test_bad_options(folder, bad):
         calibrate.calibrate(folder, CalibrateOptions(**bad), quiet)
 
 
-def test_fault_51_dead_layer_is_flagged_and_stays_dense(folder):
+@pytest.mark.parametrize("method", ["uniform", "auto"])
+def test_fault_51_dead_layer_is_flagged_and_stays_dense(folder, method):
     loaded = model.load(folder)
     # The norm in front of the first block's MLP has weight 0: gate and up see only zeros, down too.
     import mlx.core as mx
@@ -160,7 +161,7 @@ def test_fault_51_dead_layer_is_flagged_and_stays_dense(folder):
     name = "model.layers.0.post_attention_layernorm.weight"
     mx.save_safetensors(str(shard), {**arrays, name: mx.zeros_like(arrays[name])}, metadata=metadata)
     del loaded
-    result = calibrate.calibrate(folder, OPTIONS, quiet)
+    result = calibrate.calibrate(folder, dataclasses.replace(OPTIONS, method=method), quiet)
     dead = {row.path for row in result.layers if row.dead}
     assert dead == {f"model.layers.0.mlp.{kind}_proj" for kind in ("gate", "up", "down")}
     assert all(row.threshold == 0 and row.realised == 0 for row in result.layers if row.dead)

@@ -43,9 +43,9 @@ def test_half_the_price_is_the_divergence(converted):
         found = sensitivity.Sensitivity(steps, seed=0)
         masking, measured = observe.Masking({path: float(steps[path][level])}), []
         for row in windows:
-            found.add(loaded.model, harness, row)
             prompt, rest = mx.split(mx.array(row[None]), 2, axis=1)
             cache = observe.prompt_cache(loaded.model, prompt)
+            found.add(loaded.model, harness, row, cache)
             dense = scoring.Reference(
                 scoring.log_probabilities(observe.continuation(loaded.model, rest, cache))
             )

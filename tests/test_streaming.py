@@ -8,9 +8,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from spqt_cli import calibrate, convert, format, model, paging
+from spqt_cli import calibrate, convert, format, model, observe, paging, thresholds
+from spqt_cli.backwards import Backwards
 from spqt_cli.calibrate import CalibrateOptions
+from spqt_cli.chain import Chain
 from spqt_cli.errors import BusyError, UnsupportedError, UsageError
+from spqt_cli.sensitivity import LEVELS, Sensitivity
+from spqt_cli.workbench import FIRST_TOKENS
 from tests.conftest import tiny_checkpoint
 
 LAYERS = 4
@@ -63,6 +67,37 @@ def test_same_thresholds_as_with_the_whole_model(folder, tmp_path, method):
     assert not list(folder.glob(".spqt-*"))
 
 
+def test_gradients_block_by_block_are_those_of_the_whole_model(folder):
+    windows = np.random.default_rng(0).integers(5, 500, (3, 64)).astype(np.int32)
+    loaded = model.load_lazily(folder)
+    with observe.probing(loaded.model) as harness:
+        backwards = Backwards(Chain(loaded.model, harness, folder), harness, windows, folder)
+        found = backwards.costs(lambda what: None)
+    loaded = model.load(folder, dense=True)
+    with observe.probing(loaded.model) as harness:
+        harness.counting, harness.first = True, FIRST_TOKENS
+        for row in windows:
+            observe.prompt_cache(loaded.model, mx.array(row[None]))
+        harness.counting = False
+        steps = {path: thresholds.quantile(c, LEVELS) for path, c in harness.histograms().items()}
+        expected = Sensitivity(steps, seed=0)
+        for row in windows:
+            cache = observe.prompt_cache(loaded.model, mx.array(row[None, :32]))
+            expected.add(loaded.model, harness, row, cache)
+    assert found.keys() == expected.costs.keys()
+    for path, costs in expected.costs.items():
+        # float32 sums in another order; a value at a threshold may fall to its other side
+        assert found[path] == pytest.approx(costs, rel=0.02, abs=1e-3 * costs.max()), path
+    assert not list(folder.glob(".spqt-*"))
+
+
+def test_fast_moves_shares_and_keeps_the_total(folder):
+    result = calibrate.calibrate(folder, settings(method="fast"), quiet)
+    assert result.tried[0].name == "gradient"
+    assert result.realised == pytest.approx(0.4, abs=0.03)
+    assert len({round(row.target, 2) for row in result.layers}) > 3
+
+
 def test_result_loads_and_skips(folder):
     calibrate.calibrate(folder, settings(), quiet)
     loaded = model.load(folder)
@@ -91,6 +126,25 @@ def test_a_block_is_dropped_after_use(folder, monkeypatch):
 
 class Stopped(Exception):
     pass
+
+
+def test_interrupted_after_pricing(pristine, folder, tmp_path):
+    through = shutil.copytree(pristine, tmp_path / "through")
+    calibrate.calibrate(through, settings(method="fast"), quiet)
+    steps: list[str] = []
+
+    def until(done: float, total: float, what: str) -> None:
+        steps.append(what)
+        if steps.count("passing blocks") == 3:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        calibrate.calibrate(folder, settings(method="fast"), until)
+    again: list[str] = []
+    calibrate.calibrate(folder, settings(method="fast"), lambda done, total, what: again.append(what))
+    assert set(again) == {"passing blocks", "scoring on held-out text"}  # prices were kept
+    assert thresholds_of(folder) == thresholds_of(through)
+    assert not list(folder.glob(".spqt-*"))
 
 
 @pytest.mark.parametrize("after", [1, 3, LAYERS])
@@ -142,8 +196,8 @@ def test_progress_of_the_other_way_is_not_taken(folder):
 def test_too_large_for_memory_streams_by_itself(folder, monkeypatch, capsys):
     monkeypatch.setattr(paging, "MEMORY_SHARE", 0.0)
     result = calibrate.calibrate(folder, settings(method="auto", stream=None), quiet)
-    assert result.method == "uniform"
-    assert "gradients through the whole model" in capsys.readouterr().err
+    assert result.method == "fast"
+    assert "block by block the method is fast" in capsys.readouterr().err
 
 
 def test_limits_need_the_whole_model(folder):
