@@ -17,6 +17,7 @@ import typer
 
 from spqt_cli import __version__, cli_bench, cli_make, cli_run, worker
 from spqt_cli.errors import BackendError, ResourceError, SpqtError
+from spqt_cli.terminal import harmless
 
 INSTALL_HINT = (
     'pip install "spqt[cpu]" (Linux without a GPU), "spqt[cuda13]" or "spqt[cuda12]" (NVIDIA); '
@@ -146,7 +147,8 @@ def _fail(error: SpqtError, debug: bool, wants_json: bool) -> NoReturn:
     if wants_json:
         with contextlib.suppress(OSError):  # a full disk is the error itself
             typer.echo(json.dumps({"error": {"cause": error.cause, "hint": error.hint, "exit_code": code}}))
-    typer.echo(f"spqt: {error.cause}" + (f"\n  hint: {error.hint}" if error.hint else ""), err=True)
+    for line in [f"spqt: {error.cause}"] + ([f"  hint: {error.hint}"] if error.hint else []):
+        typer.echo(harmless(line.replace("\n", " ")), err=True)  # names in it may be a hostile model's
     sys.exit(code)
 
 

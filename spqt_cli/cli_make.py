@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import math
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from spqt_cli.errors import UsageError
+from spqt_cli.terminal import harmless
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no statistics.")]
@@ -61,13 +64,21 @@ def _plain_lines() -> Callable[[float, float, str], None]:
 
 
 def as_json(value: Any) -> str:
-    """A result (dataclass, Path and all) as one line of JSON."""
+    """A result (dataclass, Path and all) as one line of JSON; NaN and infinity, which JSON lacks, as null."""
     plain = (
         dataclasses.asdict(value)
         if dataclasses.is_dataclass(value) and not isinstance(value, type)
         else value
     )
-    return json.dumps(plain, default=str)
+    return json.dumps(_finite(plain), default=str, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def convert(
@@ -138,9 +149,9 @@ def convert(
     if json_output:
         typer.echo(as_json(result))
     else:
-        typer.echo(result.summary())
-        if not dry_run:
-            typer.echo(f"next: spqt calibrate {target}", err=True)
+        typer.echo(harmless(result.summary()))
+        if not dry_run and not quiet:
+            typer.echo(f"next: spqt calibrate {shlex.quote(str(target))}", err=True)
 
 
 def calibrate(
@@ -150,7 +161,7 @@ def calibrate(
         Path | None, typer.Option(help="UTF-8 text; default: the text that ships with spqt.")
     ] = None,
     tokens: Annotated[int | None, typer.Option(help="Tokens of text to run.")] = None,
-    method: Annotated[str | None, typer.Option(help="How sparsity is shared out over the layers.")] = None,
+    method: Annotated[str | None, typer.Option(help="auto, fast, paper or uniform.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Which windows of the text are used.")] = 0,
     max_kl: Annotated[float | None, typer.Option(help="Instead of a sparsity: KL to dense, in nats.")] = None,
     max_ppl_increase: Annotated[
@@ -211,7 +222,7 @@ def inspect(
     from spqt_cli import describe
 
     summary = describe.describe(model, revision)
-    typer.echo(as_json(summary) if json_output else summary.text())
+    typer.echo(as_json(summary) if json_output else harmless(summary.text()))
 
 
 def verify(

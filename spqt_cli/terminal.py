@@ -1,9 +1,10 @@
-"""What a model writes is untrusted: control characters must not reach a terminal."""
+"""What a model or its files say is untrusted: control characters must not reach a terminal."""
 
 import re
 
-# C0 and C1 controls other than tab and newline: escape sequences begin with one of them.
-_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+# C0 and C1 controls other than tab and newline: escape sequences begin with one of them. And surrogates:
+# they stand for bytes of file names that are not UTF-8, and can't be printed.
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def harmless(text: str) -> str:

@@ -1,6 +1,8 @@
 """Odd arguments: one clear line and the right exit code, never a traceback, never memory without end."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ import pytest
 from spqt_cli import files, presets, source, texts, worker
 from spqt_cli.__main__ import main
 from spqt_cli.errors import BusyError, ResourceError, SpqtError
+from tests.converting import config_of
 from tests.test_cli import assert_error, spqt
 
 LONG = "x" * 300  # no file system takes a name of so many bytes
@@ -153,3 +156,31 @@ def test_fault_54_interrupt_while_the_command_line_loads(monkeypatch: pytest.Mon
     with pytest.raises(SystemExit) as caught:
         main()
     assert caught.value.code == 130
+
+
+def test_fault_68_names_in_errors_do_not_act_on_a_terminal(converted: Path, tmp_path: Path) -> None:
+    """A file's name may be no UTF-8, which ended in a traceback, or hold escape sequences and line ends."""
+    for name in (b"model-\xff.safetensors", b"model-\x1b[31m.safetensors", b"model-\n.safetensors"):
+        folder = tmp_path / str(name)
+        shutil.copytree(converted, folder)
+        Path(os.fsdecode(os.fsencode(folder) + b"/" + name)).touch()
+        result = spqt("inspect", folder)
+        assert_error(result, 3, "not part of this model")
+        assert b"\x1b" not in result.stderr
+        assert result.stderr.count(b"\n") == 2  # the cause and the hint
+
+
+def test_fault_68_summaries_do_not_act_on_a_terminal(converted: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    shutil.copytree(converted, folder)
+    config_of(folder, model_type="llama\x1b[2J")
+    assert b"\x1b" not in spqt("inspect", folder).stdout
+
+
+def test_json_has_null_for_what_is_no_number(calibrated: Path, tmp_path: Path) -> None:
+    """One window has no standard error; Python would write NaN, which other readers of JSON refuse."""
+    (tmp_path / "text.txt").write_text("the quick brown fox " * 200)
+    result = spqt("eval", tmp_path / "text.txt", "--model", calibrated, "--windows", 1, "--json")
+    assert result.returncode == 0, result.stderr.decode()
+    assert b"null" in result.stdout
+    json.loads(result.stdout, parse_constant=pytest.fail)
