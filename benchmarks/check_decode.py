@@ -43,7 +43,7 @@ from_bare_tree()
 import mlx.core as mx  # noqa: E402
 from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache  # noqa: E402
 
-from spqt_cli import kernels, layout, model, selftest, stock  # noqa: E402
+from spqt_cli import judgement, kernels, layout, model, stock  # noqa: E402
 
 TEXT = Path(__file__).resolve().parent.parent / "configs" / "calibration.txt"
 ALMOST_ZERO = mx.array([1e-30])
@@ -262,7 +262,7 @@ def compare(
 
 def judged(native: Any, launches: list[tuple[mx.array, Any]]) -> dict[str, Any]:
     """The kernels on recorded inputs against float64."""
-    found = [selftest.judge(x, layers, native(x, layers), native(x, layers)) for x, layers in launches]
+    found = [judgement.judge(x, layers, native(x, layers), native(x, layers)) for x, layers in launches]
     return {
         "checked": len(found),
         "worst_error_in_bounds": max(one.error for one in found),

@@ -1,6 +1,6 @@
 """Runs a backend's kernels on random problems against the definition in float64: `spqt doctor --selftest`.
 
-It owns the problems, the reference and the error bound (derived in metal/README.md).
+It owns the problems; judgement.py says how far results may lie from the reference.
 """
 
 import itertools
@@ -14,13 +14,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from spqt_cli import layout
+from spqt_cli import gpu_plan, judgement, layout
 from spqt_cli.layers import ZigzagLinear
-
-Result = tuple[list[mx.array], mx.array]  # as kernels.sparse_gemv returns
-
-ROUNDING = {mx.float16: 2.0**-11, mx.bfloat16: 2.0**-8, mx.float32: 2.0**-24}  # half a unit in the last place
-SMALLEST = {mx.float16: 2.0**-25, mx.bfloat16: 0.0, mx.float32: 0.0}  # half of the smallest subnormal
 
 
 @dataclass(frozen=True)
@@ -39,25 +34,6 @@ class Case:
     active: float | int = 0.5  # a share, or so many channels
 
 
-@dataclass
-class Judgement:
-    """How far outputs lie from float64, as a share of the bound, and what else must hold."""
-
-    error: float
-    counts: bool
-    repeated: bool
-
-    @property
-    def passed(self) -> bool:
-        return self.error <= 1.0 and self.counts and self.repeated
-
-    def words(self) -> str:
-        faults = [] if self.error <= 1.0 else [f"error {self.error:.3g} times the bound"]
-        faults += [] if self.counts else ["wrong number of active channels"]
-        faults += [] if self.repeated else ["two runs differ"]
-        return ", ".join(faults) or "right"
-
-
 def run() -> list[dict[str, Any]]:
     """Rows for people: kernel, shape, bits, group, dtype, worst error as a share of the bound, pass.
 
@@ -66,7 +42,7 @@ def run() -> list[dict[str, Any]]:
     from spqt_cli import trust
 
     with trust.suspended():
-        return [*_sparse_rows(), *_dense_rows()]
+        return [*_sparse_rows(), *_reduction_rows(), *_dense_rows()]
 
 
 def _half_sums() -> bool:
@@ -89,6 +65,30 @@ def _sparse_rows() -> list[dict[str, Any]]:
             rows.append(_row(name, case, str(fault).strip().splitlines()[0][:60], False))
             continue
         rows.append(_row(name, case, f"{worst.error:.3f}" if worst.error < 1e3 else "inf", worst.passed))
+    return rows
+
+
+def _reduction_rows() -> list[dict[str, Any]]:
+    """Reductions of a GPU that do more than add up, held against those that only add up."""
+    from spqt_cli import gpu, kernels, trust
+
+    if kernels.backend().name not in ("metal", "cuda"):
+        return []
+    rows = []
+    kinds: list[tuple[str, gpu_plan.Then, tuple[int, ...]]] = [
+        ("silu(gate) * up", "glu", (320, 320)),
+        ("residual", "residual", (320,)),
+    ]
+    for dtype in (mx.float16, mx.bfloat16, mx.float32):
+        for name, then, outputs in kinds:
+            case = Case(outputs, trust.INPUTS, dtype=dtype)
+            layers = matrices(case)
+            cut = gpu.choose(layers)._replace(stripe=trust.INPUTS // 2)
+            try:
+                fault = trust.fault(dtype, layers, cut, dense=False, then=then)
+            except RuntimeError as error:
+                fault = str(error).strip().splitlines()[0]
+            rows.append(_row(name, case, fault[:60] or "equal", not fault))
     return rows
 
 
@@ -148,14 +148,14 @@ def _variants(dtypes: Sequence[mx.Dtype]) -> list[tuple[int, int, mx.Dtype]]:
     return list(dict.fromkeys(every_width + rest))
 
 
-def _worst(case: Case, sparse_gemv: Any) -> Judgement:
+def _worst(case: Case, sparse_gemv: Any) -> judgement.Judgement:
     """The worst over none, one, a quarter, half, three quarters and all of the channels active."""
     some = matrices(case)
     found = []
     for active in (0, 1, 0.25, 0.5, 0.75, 1.0):
         x = vector(case, active)
-        found.append(judge(x, some, sparse_gemv(x, some), sparse_gemv(x, some)))
-    return Judgement(
+        found.append(judgement.judge(x, some, sparse_gemv(x, some), sparse_gemv(x, some)))
+    return judgement.Judgement(
         max(one.error for one in found), all(one.counts for one in found), all(one.repeated for one in found)
     )
 
@@ -190,45 +190,6 @@ def vector(case: Case, active: float | int | None = None) -> mx.array:
     return mx.array(signed.astype(np.float32)).astype(case.dtype).reshape(1, 1, case.inputs)
 
 
-def judge(x: mx.array, some: Sequence[Any], first: Result, second: Result) -> Judgement:
-    """Outputs and counts of two runs against float64."""
-    mx.eval(first, second)
-    errors, counts = [], True
-    for y, matrix, active in zip(first[0], some, np.array(first[1]), strict=True):
-        error, kept = _error(x, matrix, y)
-        errors.append(error)
-        counts = counts and int(active) == kept
-    repeated = all(
-        np.array_equal(_bits(a), _bits(b))
-        for a, b in zip([*first[0], first[1]], [*second[0], second[1]], strict=True)
-    )
-    return Judgement(max(errors), counts, repeated)
-
-
-def judge_gated(apart: Result, gated: Result) -> str:
-    """What is wrong with silu(gate) * up, from gate and up as they stand alone; empty where nothing is.
-
-    The exponential may be off by a few units in the last place of float32, the product is rounded once.
-    """
-    (gate, up), counts = apart
-    (h,), counted = gated
-    wide = _wide(gate)
-    exact = wide / (1.0 + np.exp(-wide)) * _wide(up)
-    bound = (ROUNDING[h.dtype] + 2.0**-20) * np.abs(exact) + SMALLEST[h.dtype] + 1e-37
-    if not np.array_equal(np.array(counts), np.array(counted)):
-        return "wrong number of active channels behind silu(gate) * up"
-    return "" if bool(np.all(np.abs(_wide(h) - exact) <= bound)) else "silu(gate) * up is off"
-
-
-def judge_residual(apart: Result, residual: mx.array, added: Result) -> str:
-    """What is wrong with y + residual, from y as it stands alone; empty where nothing is."""
-    ((y,), counts), ((found,), counted) = apart, added
-    if not np.array_equal(np.array(counts), np.array(counted)):
-        return "wrong number of active channels behind y + residual"
-    right = (y.astype(mx.float32) + residual.astype(mx.float32)).astype(y.dtype)
-    return "" if np.array_equal(_bits(found), _bits(right)) else "y + residual is off"
-
-
 def _many_rows(case: Case, count: int) -> float:
     """The largest error of a matmul of many rows, as a share of its bound.
 
@@ -239,54 +200,11 @@ def _many_rows(case: Case, count: int) -> float:
 
     (matrix,) = matrices(case)
     x = mx.random.normal((1, count, case.inputs), key=mx.random.key(29)).astype(case.dtype)
-    w, sizes = _reference(matrix)
-    exact = _wide(x)[0] @ w.T + _wide(matrix.bias)
-    size = np.abs(_wide(x)[0]) @ sizes.T + np.abs(_wide(matrix.bias))
-    bound = 4 * max(ROUNDING[case.dtype], 2.0**-11) * size
-    return float(np.max(np.abs(_wide(kernels.matmul(x, matrix))[0] - exact) / bound))
-
-
-def _error(x: mx.array, matrix: Any, y: mx.array) -> tuple[float, int]:
-    """The largest error as a share of the bound, and the number of active channels."""
-    kept = ~np.array(layout.inactive(x, matrix.threshold)).ravel()
-    values = np.where(kept, _wide(x).ravel(), 0.0)
-    w, sizes = _reference(matrix)
-    bias = matrix.get("bias")
-    extra = 0.0 if bias is None else _wide(bias)
-    exact = w @ values + extra
-    size = sizes @ np.abs(values) + np.abs(extra)
-    sums = (int(kept.sum()) + 64) * 2.0**-24 * size
-    bound = sums + ROUNDING[x.dtype] * (np.abs(exact) + sums) + SMALLEST[x.dtype] + 1e-37
-    share = np.abs(_wide(y).ravel() - exact) / bound
-    return float(np.max(np.where(np.isfinite(share), share, np.inf))), int(kept.sum())
-
-
-def _reference(matrix: Any) -> tuple[np.ndarray, np.ndarray]:
-    """The weights, and how large a term of each can be, both (outputs, inputs) float64; made once."""
-    made: dict[str, Any] = matrix.__dict__
-    if "_reference" not in made:
-        scales, biases = matrix.scales.astype(mx.float32), matrix.biases.astype(mx.float32)
-        how = {"outputs": matrix.outputs, "bits": matrix.bits, "group_size": matrix.group_size}
-        top = 2**matrix.bits + 1  # the largest code, and 2 for a word's top code, summed with those below
-        # In float32 the code times the scale is off by one rounding, its sum with the bias by another.
-        w = _wide(layout.dequantize(matrix.weight, scales, biases, **how))
-        made["_reference"] = w, _wide(_spread(mx.abs(scales) * top + mx.abs(biases), matrix))
-    w, sizes = made["_reference"]
-    return w, sizes
-
-
-def _spread(per_group: mx.array, matrix: Any) -> mx.array:
-    """(bands, inputs, groups) -> (outputs, inputs)."""
-    every = mx.repeat(per_group, matrix.group_size, axis=2)
-    return every.swapaxes(1, 2).reshape(-1, every.shape[1])[: matrix.outputs]
-
-
-def _wide(array: mx.array) -> np.ndarray:
-    return np.array(array.astype(mx.float32)).astype(np.float64)
-
-
-def _bits(array: mx.array) -> np.ndarray:
-    return np.array(array.view(mx.uint16) if array.dtype == mx.bfloat16 else array)
+    w, sizes = judgement.reference(matrix)
+    exact = judgement.wide(x)[0] @ w.T + judgement.wide(matrix.bias)
+    size = np.abs(judgement.wide(x)[0]) @ sizes.T + np.abs(judgement.wide(matrix.bias))
+    bound = 4 * max(judgement.ROUNDING[case.dtype], 2.0**-11) * size
+    return float(np.max(np.abs(judgement.wide(kernels.matmul(x, matrix))[0] - exact) / bound))
 
 
 def cache_folder() -> Path:

@@ -17,7 +17,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from spqt_cli import __version__, geometry, gpu, gpu_plan, gpu_text, selftest
+from spqt_cli import __version__, geometry, gpu, gpu_plan, gpu_text, judgement, selftest
 
 INPUTS = 300  # channels of the problem: several rows and stripes, no multiple of anything
 _broken: list[str] = []
@@ -55,7 +55,7 @@ def verdict(
     if key in _passed():
         return ""
     try:
-        reason = _checked(dtype, layers, cut, dense=dense, then=then)
+        reason = fault(dtype, layers, cut, dense=dense, then=then)
     except RuntimeError as error:  # MLX's word for a kernel that does not compile or start
         reason = f"a kernel does not run: {str(error).strip().splitlines()[0][:200]}"
     if reason:
@@ -74,10 +74,10 @@ def _forget_backend() -> None:
     kernels._implementation.cache_clear()
 
 
-def _checked(
+def fault(
     dtype: mx.Dtype, layers: Sequence[Any], cut: geometry.Geometry, *, dense: bool, then: gpu_plan.Then
 ) -> str:
-    """The same kernels on a small random problem, twice: equal, and within the bound."""
+    """What is wrong with such kernels on a small random problem, run twice; empty where nothing is."""
     one_stripe = cut.stripes(layers[0].weight.shape[1]) == 1
     small = cut._replace(stripe=INPUTS if one_stripe else INPUTS // 2)
     group = layers[0].group_size
@@ -101,14 +101,14 @@ def _checked(
             matrix.set_threshold(0.0)
     plan = gpu_plan.make_plan(x.shape, dtype, matrices, small, dense=dense)
     first, second = gpu.launch(x, plan), gpu.launch(x, plan)
-    found = selftest.judge(x, matrices, first, second)
+    found = judgement.judge(x, matrices, first, second)
     words = "" if found.passed else found.words()
     if then and not words:
         plan = gpu_plan.make_plan(x.shape, dtype, matrices, small, dense=dense, then=then)
         more = mx.random.normal(first[0][0].shape, key=mx.random.key(31)).astype(dtype)
         third = gpu.launch(x, plan, residual=more if then == "residual" else None)
         gated = then == "glu"
-        words = selftest.judge_gated(first, third) if gated else selftest.judge_residual(first, more, third)
+        words = judgement.judge_gated(first, third) if gated else judgement.judge_residual(first, more, third)
     return f"a GPU kernel is wrong on this machine ({words})" if words else ""
 
 

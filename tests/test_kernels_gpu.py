@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from spqt_cli import geometry, gpu, gpu_text, layout, selftest, stock, trust
+from spqt_cli import geometry, gpu, gpu_text, judgement, layout, selftest, stock, trust
 from spqt_cli.selftest import Case
 from tests.emulator import emulate
 
@@ -38,7 +38,7 @@ def assert_right(case, actives=(0.5,)):
     some = selftest.matrices(case)
     for active in actives:
         x = selftest.vector(case, active)
-        found = selftest.judge(x, some, gpu.sparse_gemv(x, some), gpu.sparse_gemv(x, some))
+        found = judgement.judge(x, some, gpu.sparse_gemv(x, some), gpu.sparse_gemv(x, some))
         assert found.passed, (active, found.words())
 
 
@@ -105,7 +105,7 @@ def test_shared_launch_with_unequal_bands_and_thresholds(emulated, monkeypatch, 
     del some[1]["bias"]
     x = selftest.vector(case)
     ys, active = gpu.sparse_gemv(x, some)
-    assert selftest.judge(x, some, (ys, active), (ys, active)).passed
+    assert judgement.judge(x, some, (ys, active), (ys, active)).passed
     assert len(emulated) == (1 if cut == "narrow" else 2)
     assert len(set(np.array(active).tolist())) == 3
 
@@ -120,7 +120,7 @@ def test_unlike_projections_take_launches_of_their_own(emulated, monkeypatch):
     some = [*selftest.matrices(Case((128,), 96, bits=4)), *selftest.matrices(Case((128,), 96, bits=8))]
     x = selftest.vector(Case((128,), 96))
     ys, active = gpu.sparse_gemv(x, some)
-    assert selftest.judge(x, some, (ys, active), (ys, active)).passed
+    assert judgement.judge(x, some, (ys, active), (ys, active)).passed
     assert active.shape == (2,)
     assert len(emulated) == 2
 
@@ -133,7 +133,7 @@ def test_counts_are_added_up_by_the_kernels(emulated, monkeypatch, cut):
     x = selftest.vector(Case((128, 96), 301))
     ys, once = step(x, None)
     _, twice = step(x, once)
-    assert selftest.judge(x, some, (ys, once), (ys, once)).passed
+    assert judgement.judge(x, some, (ys, once), (ys, once)).passed
     assert np.array_equal(np.array(twice), 2 * np.array(once))
 
 
@@ -146,7 +146,7 @@ def test_layers_without_thresholds_share_a_launch_densely(emulated, monkeypatch)
     assert len(emulated) == 2  # products and reduction
     assert active[1].item() == 301
     some[1].set_threshold(0.0)
-    assert selftest.judge(x, some, ([first, second], active), ([first, second], active)).passed
+    assert judgement.judge(x, some, ([first, second], active), ([first, second], active)).passed
 
 
 def test_nan_is_active_and_minus_zero_is_not(emulated, monkeypatch):
@@ -167,7 +167,7 @@ def test_one_dense_row_ignores_thresholds(emulated, monkeypatch):
     x = selftest.vector(case)
     y = gpu.matmul(x, matrix)
     matrix.set_threshold(0.0)
-    assert selftest.judge(x, [matrix], ([y], mx.array([300])), ([y], mx.array([300]))).passed
+    assert judgement.judge(x, [matrix], ([y], mx.array([300])), ([y], mx.array([300]))).passed
 
 
 def test_a_layer_without_threshold_runs_dense(emulated, monkeypatch):

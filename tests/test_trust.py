@@ -3,7 +3,7 @@
 import mlx.core as mx
 import pytest
 
-from spqt_cli import gpu, gpu_text, selftest, stock, trust
+from spqt_cli import gpu, gpu_text, kernels, selftest, stock, trust
 from spqt_cli.selftest import Case
 from tests.emulator import emulate
 from tests.test_kernels_gpu import CUTS, use
@@ -104,3 +104,19 @@ def test_selftest_table_shows_a_kernel_that_was_given_up(monkeypatch, fresh_trus
     (row,) = selftest.run()
     assert not row["pass"]
     gpu_text.gemv_kernel.cache_clear()
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_selftest_table_judges_what_reductions_do_besides(monkeypatch, fresh_trust, wrong):
+    if wrong:
+        real = gpu_text.body
+        monkeypatch.setattr(
+            gpu_text, "body", lambda name: real(name).replace("+ float(residual", "- float(residual")
+        )
+    gpu_text.reduce_kernel.cache_clear()
+    monkeypatch.setattr(gpu, "run", run_emulated)
+    monkeypatch.setattr("spqt_cli.kernels.backend", lambda: kernels.Backend("cuda", "emulated"))
+    rows = selftest._reduction_rows()
+    assert len(rows) == 6
+    assert [row["kernel"] for row in rows if not row["pass"]] == (["residual"] * 3 if wrong else [])
+    gpu_text.reduce_kernel.cache_clear()
