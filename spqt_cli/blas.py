@@ -46,9 +46,7 @@ def linear(x: mx.array, layer: ZigzagLinear) -> mx.array:
 def _banded(rows: mx.array, layer: ZigzagLinear) -> mx.array:
     # The weights are unpacked anew in the backward pass: holding all layers' would not fit memory.
     def weights() -> np.ndarray:
-        scales, biases = (a.astype(mx.float32) for a in (layer["scales"], layer["biases"]))
-        w = mx.dequantize(layer.weight, scales, biases, group_size=layer.group_size, bits=layer.bits)
-        return _host(w)  # (bands, inputs, band)
+        return unpacked(layer)  # (bands, inputs, band)
 
     @mx.custom_function
     def forward(x: mx.array) -> mx.array:
@@ -85,14 +83,39 @@ def _plain(x: mx.array, w: mx.array, bias: mx.array | None) -> mx.array:
 
 
 def _dequantized(layer: Any) -> mx.array:
+    if layer.mode == "affine":
+        return mx.array(unpacked(layer))
     return mx.dequantize(
-        layer.weight,
-        layer.scales,
-        layer.get("biases"),
-        group_size=layer.group_size,
-        bits=layer.bits,
-        mode=layer.mode,
+        layer.weight, layer.scales, layer.get("biases"), layer.group_size, layer.bits, mode=layer.mode
     )
+
+
+def unpacked(layer: Any) -> np.ndarray:
+    """The weights of a layer quantized in MLX's affine mode: float32, groups along the last axis.
+
+    3, 5 and 6 bits by numpy: MLX's CPU build takes four times as long for codes that straddle bytes.
+    """
+    scales, biases = (layer[name].astype(mx.float32) for name in ("scales", "biases"))
+    if layer.bits not in (3, 5, 6):
+        return _host(mx.dequantize(layer.weight, scales, biases, layer.group_size, layer.bits))
+    w = codes(np.array(layer.weight, copy=False), layer.bits).astype(np.float32)
+    groups = w.reshape(*scales.shape, layer.group_size)
+    groups *= _host(scales)[..., None]
+    groups += _host(biases)[..., None]
+    return w
+
+
+def codes(packed: np.ndarray, bits: int) -> np.ndarray:
+    """Integers from a little-endian stream of bits: packed (..., words) uint32 -> (..., count) uint8.
+
+    Eight codes fill `bits` bytes; each run of eight is read as one 64-bit word.
+    """
+    stream = np.append(packed.reshape(-1).view(np.uint8), np.zeros(8, np.uint8))
+    runs = np.ndarray((packed.nbytes // bits,), "<u8", stream, strides=(bits,)).copy()
+    found = np.empty((len(runs), 8), np.uint8)
+    for place in range(8):
+        found[:, place] = (runs >> np.uint64(place * bits)) & np.uint64((1 << bits) - 1)
+    return found.reshape(*packed.shape[:-1], -1)
 
 
 def _softmax(q: np.ndarray, k: np.ndarray, mask: np.ndarray | None) -> np.ndarray:

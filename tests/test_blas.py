@@ -76,3 +76,14 @@ def test_the_block_leaves_everything_as_it_was():
     with pytest.raises(KeyError), blas.many_rows():
         raise KeyError
     assert before == replaced()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+@pytest.mark.parametrize("shape", [(7, 96), (2, 3, 64)])
+def test_unpacked_weights_are_those_of_mlx(bits, shape):
+    weight, scales, biases = mx.quantize(random(*shape), group_size=32, bits=bits)
+    layer = nn.QuantizedLinear(32, 8, group_size=32, bits=bits)
+    layer.weight, layer.scales, layer.biases = weight, scales, biases
+    expected = mx.dequantize(weight, scales, biases, group_size=32, bits=bits)
+    # float32 both; one product and one sum, which a compiler may fuse
+    assert mx.allclose(mx.array(blas.unpacked(layer)), expected, rtol=1e-6, atol=1e-6)
