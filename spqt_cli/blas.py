@@ -44,18 +44,16 @@ def linear(x: mx.array, layer: ZigzagLinear) -> mx.array:
 
 
 def _banded(rows: mx.array, layer: ZigzagLinear) -> mx.array:
-    # The weights are unpacked anew in the backward pass: holding all layers' would not fit memory.
-    def weights() -> np.ndarray:
-        return unpacked(layer)  # (bands, inputs, band)
-
+    # The weights, (bands, inputs, band), are unpacked anew in the backward pass: holding all layers' would
+    # not fit memory.
     @mx.custom_function
     def forward(x: mx.array) -> mx.array:
-        y = np.matmul(_host(x), weights())  # (bands, rows, band)
+        y = np.matmul(_host(x), unpacked(layer))  # (bands, rows, band)
         return mx.array(y.swapaxes(0, 1).reshape(x.shape[0], -1)[:, : layer.outputs])
 
     @forward.vjp
     def backward(x: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
-        w = weights()
+        w = unpacked(layer)
         bands, _, band = w.shape
         dy = np.zeros((cotangent.shape[0], bands * band), np.float32)
         dy[:, : layer.outputs] = _host(cotangent)
@@ -66,35 +64,39 @@ def _banded(rows: mx.array, layer: ZigzagLinear) -> mx.array:
     return result
 
 
-def _plain(x: mx.array, w: mx.array, bias: mx.array | None) -> mx.array:
+def _plain(x: mx.array, w: np.ndarray, bias: mx.array | None) -> mx.array:
     """x @ w.T + bias, w (outputs, inputs): what a stock layer computes; differentiable in x alone."""
 
     @mx.custom_function
     def forward(rows: mx.array) -> mx.array:
-        return mx.array(_host(rows) @ _host(w).T)
+        return mx.array(_host(rows) @ w.T)
 
     @forward.vjp
     def backward(_: mx.array, cotangent: mx.array, __: mx.array) -> mx.array:
-        return mx.array(_host(cotangent) @ _host(w))
+        return mx.array(_host(cotangent) @ w)
 
     product: mx.array = forward(x.reshape(-1, x.shape[-1]))  # type: ignore[assignment]
     y = product.reshape(*x.shape[:-1], w.shape[0]).astype(x.dtype)
     return y if bias is None else y + bias
 
 
-def _dequantized(layer: Any) -> mx.array:
-    if layer.mode == "affine":
-        return mx.array(unpacked(layer))
-    return mx.dequantize(
-        layer.weight, layer.scales, layer.get("biases"), layer.group_size, layer.bits, mode=layer.mode
-    )
-
-
 def unpacked(layer: Any) -> np.ndarray:
-    """The weights of a layer quantized in MLX's affine mode: float32, groups along the last axis.
+    """The weights of a quantized layer: float32, groups along the last axis; those of `holding`, if any."""
+    held = _held.weights.get(id(layer))
+    if held is not None:
+        return held[1]
+    w = _unpack(layer)
+    if w.nbytes <= _held.left:
+        _held.left -= w.nbytes
+        _held.weights[id(layer)] = (layer, w)  # with the layer, whose id must not be given to another
+    return w
 
-    3, 5 and 6 bits by numpy: MLX's CPU build takes four times as long for codes that straddle bytes.
-    """
+
+def _unpack(layer: Any) -> np.ndarray:
+    """3, 5 and 6 bits by numpy: MLX's CPU build takes twice as long for codes that straddle bytes."""
+    if layer.mode not in ("affine", "zigzag"):
+        scales = (layer.scales, layer.get("biases"))
+        return _host(mx.dequantize(layer.weight, *scales, layer.group_size, layer.bits, mode=layer.mode))
     scales, biases = (layer[name].astype(mx.float32) for name in ("scales", "biases"))
     if layer.bits not in (3, 5, 6):
         return _host(mx.dequantize(layer.weight, scales, biases, layer.group_size, layer.bits))
@@ -171,6 +173,28 @@ def attention(
     return _attend(added, q * scale, k, v).astype(q.dtype)
 
 
+class _Held:
+    """Weights unpacked so far, by identity of their layer, and the bytes that may still be held."""
+
+    def __init__(self) -> None:
+        self.weights: dict[int, tuple[Any, np.ndarray]] = {}
+        self.left = 0.0
+
+
+_held = _Held()
+
+
+@contextmanager
+def holding(limit_bytes: float) -> Iterator[None]:
+    """Keep weights once they are unpacked in this block, up to so many bytes: for many passes of few rows."""
+    _held.left = limit_bytes
+    try:
+        yield
+    finally:
+        _held.left = 0.0
+        _held.weights.clear()
+
+
 @contextmanager
 def many_rows(heads: bool = True) -> Iterator[None]:
     """In this block MLX's stock layers and attention run through BLAS, if the device is the CPU.
@@ -185,13 +209,13 @@ def many_rows(heads: bool = True) -> Iterator[None]:
         (mx.fast, "scaled_dot_product_attention", attention),
         (mx.fast, "rms_norm", cpu_patch.STOCK["rms_norm"]),  # ours have no gradient
         (mx.fast, "rope", cpu_patch.STOCK["rope"]),
-        (nn.Linear, "__call__", lambda self, x: _plain(x, self.weight, self.get("bias"))),
-        (nn.QuantizedLinear, "__call__", lambda self, x: _plain(x, _dequantized(self), self.get("bias"))),
+        (nn.Linear, "__call__", lambda self, x: _plain(x, _host(self.weight), self.get("bias"))),
+        (nn.QuantizedLinear, "__call__", lambda self, x: _plain(x, unpacked(self), self.get("bias"))),
     ]
     if heads:
         replaced += [
-            (nn.Embedding, "as_linear", lambda self, x: _plain(x, self.weight, None)),
-            (nn.QuantizedEmbedding, "as_linear", lambda self, x: _plain(x, _dequantized(self), None)),
+            (nn.Embedding, "as_linear", lambda self, x: _plain(x, _host(self.weight), None)),
+            (nn.QuantizedEmbedding, "as_linear", lambda self, x: _plain(x, unpacked(self), None)),
         ]
     before = [getattr(owner, name) for owner, name, _ in replaced]
     try:

@@ -87,3 +87,15 @@ def test_unpacked_weights_are_those_of_mlx(bits, shape):
     expected = mx.dequantize(weight, scales, biases, group_size=32, bits=bits)
     # float32 both; one product and one sum, which a compiler may fuse
     assert mx.allclose(mx.array(blas.unpacked(layer)), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_held_weights_are_the_same_up_to_the_limit():
+    layers = [nn.QuantizedLinear(64, 64, bias=False, group_size=32) for _ in range(3)]
+    size = 64 * 64 * 4
+    with blas.holding(2.5 * size):
+        first = [blas.unpacked(layer) for layer in layers]
+        again = [blas.unpacked(layer) for layer in layers]
+    assert [one is other for one, other in zip(first, again, strict=True)] == [True, True, False]
+    for one, other in zip(first, again, strict=True):
+        assert (one == other).all()
+    assert blas.unpacked(layers[0]) is not first[0]
