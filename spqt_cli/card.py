@@ -4,12 +4,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from spqt_cli import checks, files
+from spqt_cli import bounds, checks, files
+from spqt_cli.errors import SpqtError
 from spqt_cli.plan import Plan
 from spqt_cli.source import Checkpoint
 
 NAME = "README.md"
 LICENCE_KEYS = ("license", "license_name", "license_link", "language")  # taken over from the source's card
+LONGEST_FRONT = 1 << 16  # bytes of a card that are read, and of a value that is taken over
 
 
 def clean_tokenizer_config(folder: Path) -> None:
@@ -62,13 +64,21 @@ def _licence(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        with path.open("rb") as file:
+            lines = file.read(LONGEST_FRONT).decode("utf-8", "replace").splitlines()
         end = lines.index("---", 1)
-        front = yaml.safe_load("\n".join(lines[1:end])) if lines[0] == "---" else None
-    except (OSError, ValueError, IndexError, RecursionError, yaml.YAMLError):
+        with bounds.bounded("the source's card"):  # a few lines of YAML can stand for billions of values
+            front = yaml.safe_load("\n".join(lines[1:end])) if lines[0] == "---" else None
+    except (OSError, ValueError, IndexError, RecursionError, SpqtError, yaml.YAMLError):
         return {}
     found = front if isinstance(front, dict) else {}
-    return {key: found[key] for key in LICENCE_KEYS if isinstance(found.get(key), (str, list))}
+    return {key: found[key] for key in LICENCE_KEYS if _is_short(found.get(key))}
+
+
+def _is_short(value: Any) -> bool:
+    """True for a text or a list of texts; the items of a list may all be one text, so they are added up."""
+    texts = value if isinstance(value, list) else [value]
+    return all(isinstance(text, str) for text in texts) and sum(map(len, texts)) <= LONGEST_FRONT
 
 
 def check_upload(repo: str) -> None:

@@ -78,6 +78,13 @@ def confined(folder: Path, name: str) -> Path:
     return path
 
 
+def refuse_pipes(folder: Path) -> None:
+    """Refuse a folder that holds a pipe or a device: whatever library reads one waits for ever."""
+    for path in folder.iterdir():
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise SpqtError(f"{path} is no file", AGAIN)
+
+
 def is_own(folder: Path, path: Path) -> bool:
     """True if a path, its links followed, lies in the model's folder.
 

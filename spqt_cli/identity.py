@@ -37,6 +37,7 @@ def check_model(folder: Path, *, trust_remote_code: bool = False) -> dict[str, A
     """
     config = format.read_config(folder)
     format.check(config, folder)
+    checks.refuse_pipes(folder)
     if not trust_remote_code and (config.get("model_file") or config.get("auto_map")):
         raise UnsupportedError(
             f"{folder} brings its own code", "spqt convert never writes that; --trust-remote-code allows it"

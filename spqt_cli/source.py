@@ -184,6 +184,7 @@ def _open_path(path: Path, trust: Trust) -> Checkpoint:
 def open_folder(folder: Path, trust: Trust) -> Checkpoint:
     """The checked checkpoint of a model folder in the hub's form."""
     config = read_config(folder)
+    checks.refuse_pipes(folder)
     quantized = check_config(config, str(folder), trust)
     names, unused = checks.shard_names(folder)
     if not names:

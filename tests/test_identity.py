@@ -162,3 +162,11 @@ def test_not_converted(checkpoint: Path) -> None:
 
 def test_thresholds_leave_the_identity_alone(calibrated: Path) -> None:
     assert identity.verify(calibrated) == [SHARD]
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "generation_config.json", ".spqt-calibration.npz"])
+def test_pipe_in_the_folder(folder: Path, name: str) -> None:
+    """transformers and NumPy would wait for somebody to write into it."""
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    assert "is no file" in refusal(folder).cause

@@ -2,6 +2,7 @@
 
 import json
 import os
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -156,15 +157,25 @@ def test_card_keeps_the_licence(tmp_path: Path) -> None:
     assert 'language: ["en", "de"]' in card
 
 
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "model.safetensors.index.json"])
+@pytest.mark.parametrize("line", ["{new}: &{new} [{aliases}]", "{new}: &{new} {{'<<': [{aliases}]}}"])
+def test_card_whose_aliases_multiply(tmp_path: Path, line: str) -> None:
+    """Each line stands for ten times the values of the one before: writing them out never ended."""
+    folder = tiny_checkpoint(tmp_path / "m")
+    lines = ["a: &a {x: 1}" if "<<" in line else "a: &a [x]"]
+    for old, new in pairwise("abcdefghijkl"):
+        lines.append(line.format(new=new, aliases=", ".join([f"*{old}"] * 10)))
+    (folder / "README.md").write_text("\n".join(["---", *lines, "license: *l", "---", "# x\n"]))
+    assert "license" not in run(folder, tmp_path / "out")["README.md"].decode()
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors", "tokenizer.json", "x.jinja", "README.md"]
+)
 def test_pipe_in_place_of_a_file_is_not_waited_for(tmp_path: Path, name: str) -> None:
     folder = tiny_checkpoint(tmp_path / "m")
     (folder / name).unlink(missing_ok=True)
     os.mkfifo(folder / name)
-    if name.endswith("index.json"):
-        opened(folder)  # not a file, so there is no index
-    else:
-        assert name in refusal(folder).cause
+    assert name in refusal(folder).cause
 
 
 def test_names_that_are_not_utf8(tmp_path: Path) -> None:
