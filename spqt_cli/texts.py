@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from spqt_cli import files
+from spqt_cli import bounds, files
 from spqt_cli.errors import SpqtError
 
 SHIPPED = "the shipped text"
@@ -76,16 +76,17 @@ def _dialogue(turns: list[dict[str, str]], tokenizer: Any) -> list[int]:
     if not getattr(tokenizer, "has_chat_template", False):
         plain = "\n\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in turns)
         return list(tokenizer.encode(plain))
-    from jinja2 import TemplateError
-
     try:
-        return list(tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False))
-    except TemplateError as error:
+        with bounds.bounded("the model's chat template"):
+            text = tokenizer.apply_chat_template(turns, tokenize=False)
+    except Exception as error:  # a template is the model's code: it may raise anything
         if turns[0]["role"] != "system" or len(turns) < 2:
             raise SpqtError(
                 f"the model's chat template refuses a dialogue: {error}",
                 "calibrate with --data and plain text",
             ) from None
+    else:
+        return list(tokenizer.encode(text, add_special_tokens=False))
     # Some templates know no system turn: it then opens the first user turn.
     first = {"role": turns[1]["role"], "content": f"{turns[0]['content']}\n\n{turns[1]['content']}"}
     return _dialogue([first, *turns[2:]], tokenizer)

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spqt_cli import texts
+from spqt_cli import bounds, texts
 from spqt_cli.errors import SpqtError
 
 
@@ -17,15 +17,16 @@ class Words:
     def __init__(self, bos: bool = False, template: bool = True, system: bool = True) -> None:
         self.bos, self.has_chat_template, self.system = bos, template, system
 
-    def encode(self, text: str) -> list[int]:
-        return [1] * self.bos + [ord(letter) for letter in text]
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return [1] * (self.bos and add_special_tokens) + [ord(letter) for letter in text]
 
-    def apply_chat_template(self, turns, tokenize, return_dict):
+    def apply_chat_template(self, turns, tokenize):
         from jinja2 import TemplateError
 
+        assert not tokenize
         if turns[0]["role"] == "system" and not self.system:
             raise TemplateError("System role not supported")
-        return [ord(letter) for turn in turns for letter in f"[{turn['role']}]{turn['content']}"]
+        return "".join(f"[{turn['role']}]{turn['content']}" for turn in turns)
 
 
 def written(tmp_path: Path, data: bytes) -> Path:
@@ -101,3 +102,27 @@ def test_every_window_begins_with_the_opening():
 def test_tokenizer_without_opening():
     assert texts.opening(Words()) == []
     assert texts.windows(range(20), 8).tolist() == np.arange(16).reshape(2, 8).tolist()
+
+
+@pytest.mark.parametrize("template", ["{{ 1 / 0 }}", "{% for i in range(10**9) %}{% endfor %}", 5])
+def test_fault_66_template_that_fails_in_its_own_way(template, checkpoint):
+    from mlx_lm.utils import load_tokenizer
+
+    tokenizer = load_tokenizer(checkpoint)
+    tokenizer.chat_template = template
+    with pytest.raises(SpqtError, match="chat template") as caught:
+        texts.tokens(texts.read(None), tokenizer)
+    assert "--data" in caught.value.hint
+
+
+def test_fault_66_template_without_an_end(checkpoint, monkeypatch):
+    """Ranges are bounded by transformers' sandbox, nested ones are not: it took memory until it was killed."""
+    from mlx_lm.utils import load_tokenizer
+
+    monkeypatch.setattr(bounds, "SECONDS", 0.2)
+    tokenizer = load_tokenizer(checkpoint)
+    tokenizer.chat_template = (
+        "{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}"
+    )
+    with pytest.raises(SpqtError, match="more than"):
+        texts.tokens(texts.read(None), tokenizer)
