@@ -77,6 +77,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=8192, help="of calibration text")
     parser.add_argument("--sparsity", default="0.4,0.5")
+    parser.add_argument("--recipes", nargs="+", choices=quality_bytes.RECIPES, help="of `mixed`, only these")
     parser.add_argument("--methods", default="auto", help="auto tries uniform too; paper is apart")
     options = parser.parse_args()
     if options.test is None and options.table != "cost":
@@ -99,10 +100,17 @@ def mixed_table(options: argparse.Namespace, work: Path) -> list[dict[str, Any]]
     models = {
         name: model.load(converted(options, work, **wishes), dense=True)
         for name, wishes in quality_bytes.RECIPES.items()
+        if options.recipes is None or name in options.recipes
     }
     rows = quality_bytes.windows(options.test, next(iter(models.values())).tokenizer, options.windows)
     subjects = {name: quality_bytes.Subject(one.model) for name, one in models.items()}
-    return quality_bytes.table(options.source, subjects, rows, progress)
+    source, *found = quality_bytes.table(options.source, subjects, rows, progress)
+    print(f"\nKL to the source below that of {found[0]['name']!r}, paired by window")
+    for row in found[1:]:
+        gained, error = paired(found[0], row)
+        row |= {"below_first": gained, "below_first_se": error}
+        print(f"{row['name']:<26}{gained:>9.4f} ± {error:.4f}")
+    return [source, *found]
 
 
 def bytes_table(options: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
