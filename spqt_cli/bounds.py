@@ -17,6 +17,7 @@ from spqt_cli.errors import SpqtError
 
 SECONDS = 2.0
 BYTES = 512 << 20  # of address space on top of what the process has; allocators take it in large steps
+DAMAGED = "the model's files may be damaged or hostile"
 
 
 @contextlib.contextmanager
@@ -35,13 +36,13 @@ def bounded(what: str) -> Iterator[None]:
         try:
             yield
         except MemoryError:
-            raise SpqtError(f"{what} wants more than {BYTES >> 20} MB of memory") from None
+            raise SpqtError(f"{what} wants more than {BYTES >> 20} MB of memory", DAMAGED) from None
 
 
 @contextlib.contextmanager
 def _time_limit(what: str) -> Iterator[None]:
     def expire(number: int, frame: Any) -> NoReturn:
-        raise SpqtError(f"{what} took more than {SECONDS:g} s")
+        raise SpqtError(f"{what} took more than {SECONDS:g} s", DAMAGED)
 
     previous = signal.signal(signal.SIGALRM, expire)
     signal.setitimer(signal.ITIMER_REAL, SECONDS)

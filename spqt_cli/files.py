@@ -37,6 +37,8 @@ def disk_errors(path: Path) -> Iterator[None]:
             ) from None
         if error.errno in DENIED:
             raise ResourceError(f"{path} can't be written: {error.strerror}", "choose another -o") from None
+        if error.errno in (errno.EEXIST, errno.ENOTDIR):
+            raise ResourceError(f"{path} is no folder", "choose another -o") from None
         raise ResourceError(f"writing {path} failed: {error}", "check the disk, then run again") from None
 
 

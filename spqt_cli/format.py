@@ -42,7 +42,10 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise SpqtError(f"{path} is too long to be a config", "download or convert the model again")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
+        if not folder.is_dir():
+            what = "is no folder" if folder.exists() else "is not found"
+            raise SpqtError(f"{folder} {what}", "give a model's folder") from None
         raise SpqtError(
             f"{folder} has no {CONFIG}", "give a model folder, a hub id or a .gguf file"
         ) from None
@@ -154,6 +157,9 @@ def _check_calibration(config: dict[str, Any], where: Path) -> None:
         return
     if not isinstance(calibration, dict) or calibration.get("fingerprint") != weights_fingerprint(config):
         raise SpqtError(f"{where}: its thresholds belong to another model", f"spqt calibrate {where}")
+    kl = calibration.get("kl", 0.0)
+    if not isinstance(kl, (int, float)) or isinstance(kl, bool) or not abs(kl) <= sys.float_info.max:
+        raise SpqtError(f"{where}: calibrated with a KL of {kl!r}", f"spqt calibrate {where}")
     share = calibration.get("sparsity")
     if not isinstance(share, (int, float)) or isinstance(share, bool) or not 0 <= share < 1:
         raise SpqtError(f"{where}: calibrated for a sparsity of {share!r}", f"spqt calibrate {where}")

@@ -97,6 +97,8 @@ def encode(loaded: model.Loaded, prompt: Prompt) -> list[int]:
         tokens = _encode_literally(tokenizer, prompt)
     else:
         tokens = tokenizer.encode(_templated(tokenizer, prompt), add_special_tokens=False)
+    if not tokens:
+        raise SpqtError("template and tokenizer leave nothing of the prompt", "try --ignore-chat-template")
     limit = context_tokens(loaded.config)
     if limit is not None and len(tokens) >= limit:
         raise SpqtError(f"the prompt has {len(tokens)} tokens, the model's context {limit}", "shorten it")

@@ -54,7 +54,8 @@ def hub_errors(repo: str) -> Iterator[None]:
     except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError):
         state = "offline mode is on" if constants.is_offline_mode() else "the hub can't be reached"
         raise SpqtError(
-            f"{repo} is not complete in the cache, and {state}", "connect and run again: it goes on"
+            f"{repo} is no path here and not complete in the hub's cache, and {state}",
+            "check the name, or connect and run again: it goes on",
         ) from None
     except errors.EntryNotFoundError:
         raise SpqtError(f"{repo} lacks a file that models have", "use another model") from None

@@ -36,6 +36,9 @@ def check(sampling: "Sampling", options: "Options", config: dict[str, Any]) -> N
     vocabulary = format.whole(config, "vocab_size")
     if vocabulary and sampling.top_k >= vocabulary:
         raise UsageError(f"--top-k {sampling.top_k}: the model has {vocabulary} tokens", "0 keeps them all")
+    if vocabulary and sampling.min_tokens_to_keep > vocabulary:
+        kept = f"--min-tokens-to-keep {sampling.min_tokens_to_keep}"
+        raise UsageError(f"{kept}: the model has {vocabulary} tokens", "1 is the default")
     if options.cache.get("kv_bits") is not None:
         _check_quantized_cache(options.cache, format.sizes(config))
 

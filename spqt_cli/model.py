@@ -51,6 +51,8 @@ def load(
     """
     folder = source.local_folder(str(path), revision=revision)
     config = identity.check_model(folder, trust_remote_code=trust_remote_code)
+    if adapter_path is not None and not (Path(adapter_path) / "adapter_config.json").is_file():
+        raise SpqtError(f"{adapter_path} has no adapter_config.json", "give a folder of LoRA adapters")
     wishes: dict[str, Any] = {"adapter_path": adapter_path, "trust_remote_code": trust_remote_code}
     model, tokenizer = _through_mlx_lm(folder, wishes)
     loaded = Loaded(model, tokenizer, config, folder, None)
@@ -76,6 +78,7 @@ def _through_mlx_lm(folder: Path, wishes: dict[str, Any]) -> tuple[nn.Module, An
             tokenizer_config={"trust_remote_code": wishes.get("trust_remote_code", False)},
             **wishes,
         )
+        tokenizer.encode("a")  # some values of tokenizer_config.json are read only then
         if not wishes.get("lazy"):
             _try_step(model)
     return model, tokenizer

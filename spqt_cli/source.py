@@ -156,7 +156,8 @@ def local_folder(path: str, revision: str | None = None) -> Path:
     local = files.expanded(path)
     if local.exists() or not HUB_ID.fullmatch(path):
         if not local.is_dir():
-            raise SpqtError(f"{path} is not found", "give a converted folder, or a hub id (org/name)")
+            what = "is no folder" if local.exists() else "is not found"
+            raise SpqtError(f"{path} {what}", "give a converted folder, or a hub id (org/name)")
         if revision is not None:
             raise UsageError(f"--revision is for hub ids, and {path} is a path", "leave --revision out")
         return local

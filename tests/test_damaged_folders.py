@@ -128,3 +128,17 @@ def test_a_key_that_the_model_does_not_read_is_not_judged(folder: Path, text_con
     """Found by fuzzing: a conversion refused its own output for it."""
     change(folder, lambda config: config.update({"text_config": text_config}))
     identity.check_model(folder)
+
+
+def test_fault_64_length_of_a_tokenizer_that_is_no_number(folder: Path) -> None:
+    """transformers reads it only when it has a text to encode."""
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": "x"}))
+    with pytest.raises(SpqtError, match="can't be loaded"):
+        model.load(folder)
+
+
+def test_template_that_leaves_nothing_of_the_prompt(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_text("{{ '' }}")
+    with pytest.raises(SpqtError, match="leave nothing"):
+        generate.encode(model.load(folder), generate.Prompt("hello"))

@@ -170,7 +170,14 @@ def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize(
     ("code", "word"),
-    [(errno.ENOSPC, "full"), (errno.EDQUOT, "full"), (errno.EROFS, "can't"), (errno.EIO, "failed")],
+    [
+        (errno.ENOSPC, "full"),
+        (errno.EDQUOT, "full"),
+        (errno.EROFS, "can't"),
+        (errno.EIO, "failed"),
+        (errno.EEXIST, "no folder"),
+        (errno.ENOTDIR, "no folder"),
+    ],
 )
 def test_errors_of_the_disk(tmp_path: Path, code: int, word: str) -> None:
     with pytest.raises(ResourceError, match=word), files.disk_errors(tmp_path):

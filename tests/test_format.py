@@ -69,6 +69,12 @@ def test_thresholds_without_a_calibration_section(config, calibrated):
     refused(config, calibrated, "another model")
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, 10**400, "0.1", None, True])
+def test_fault_33_a_kl_that_is_no_number(config, calibrated, value):
+    config["spqt"]["calibration"]["kl"] = value
+    refused(config, calibrated, "KL of")
+
+
 @pytest.mark.parametrize("key", ["bits", "group_size"])
 @pytest.mark.parametrize("value", [None, 7, "4", -64, 10**30, True, 4.0])
 def test_damaged_entries(config, calibrated, key, value):
@@ -82,6 +88,13 @@ def test_damaged_entries(config, calibrated, key, value):
 def test_damaged_sections_of_an_entry(config, calibrated, spqt):
     first_entry(config)["spqt"] = spqt
     refused(config, calibrated, "layer model")
+
+
+def test_what_is_no_model_folder(tmp_path):
+    (tmp_path / "file").touch()
+    for name, cause in (("nowhere", "is not found"), ("file", "is no folder"), ("", r"has no config\.json")):
+        with pytest.raises(SpqtError, match=cause):
+            format.read_config(tmp_path / name)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"a": ' * 100000, "\ud800"])

@@ -96,6 +96,7 @@ def test_fault_59_links_that_lead_in_a_circle(checkpoint: Path, tmp_path: Path) 
         "--repetition-penalty nan", "--max-kv-size 0", "--prefill-step-size 0", "--prefill-step-size -5",
         "--kv-bits 7", "--kv-bits 4 --kv-group-size 13", "--kv-bits 4", "--quantized-kv-start -9",
         "--extra-eos-token nosuch", "--xtc-threshold -1", "--xtc-probability 7", "--min-tokens-to-keep -4",
+        "--min-p 0.5 --min-tokens-to-keep 513",
     ],
 )  # fmt: skip
 def test_generate_values_out_of_range(converted: Path, flags: str) -> None:
@@ -106,6 +107,22 @@ def test_generate_values_at_their_ends(calibrated: Path) -> None:
     flags = "--seed 0 --temp 0.7 --top-p 1 --top-k 511 --min-p 0 --repetition-penalty 1 --max-kv-size 64"
     result = spqt("generate", "--model", calibrated, "-p", "fox", "-m", 2, *flags.split())
     assert result.returncode == 0
+
+
+def test_adapters_that_are_not_there(converted: Path, tmp_path: Path) -> None:
+    result = spqt("generate", "--model", converted, "-p", "fox", "--adapter-path", tmp_path)
+    assert_error(result, 3, "adapter_config.json", "LoRA")
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify", "calibrate"])
+def test_a_file_is_no_model_folder(command: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert_error(spqt(command, tmp_path / "file"), 3, "is no folder")
+
+
+def test_output_inside_a_file(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert_error(spqt("convert", checkpoint, "-o", tmp_path / "file" / "out"), 5, "is no folder")
 
 
 def test_calibrate_with_a_negative_seed(converted: Path) -> None:
