@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 from mlx import nn
 
-from spqt_cli import model, observe, patch, reference, scoring, texts, variants
+from spqt_cli import blas, model, observe, patch, reference, scoring, texts, variants
 
 WINDOW, BATCH = 512, 2
 SOURCE = "source"
@@ -100,7 +100,7 @@ def table(
     """Score the source and all subjects on rows (windows, WINDOW); print and return the results."""
     every = {SOURCE: Subject(reference.load(source)), **subjects}
     models = {id(one.model): one.model for one in every.values()}
-    with ExitStack() as stack:
+    with ExitStack() as stack, blas.holding(blas.spare_bytes()):
         harnesses = {key: stack.enter_context(observe.probing(each)) for key, each in models.items()}
         for at in range(0, len(rows), BATCH):
             _batch(every, harnesses, mx.array(rows[at : at + BATCH]))

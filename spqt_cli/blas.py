@@ -12,10 +12,13 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+import psutil
 from mlx import nn
 
 from spqt_cli import cpu_patch, layout
 from spqt_cli.layers import ZigzagLinear
+
+HELD_SHARE = 0.3  # of the available memory, for weights held unpacked
 
 _attention = cpu_patch.STOCK["scaled_dot_product_attention"]
 
@@ -184,9 +187,17 @@ class _Held:
 _held = _Held()
 
 
+def spare_bytes() -> float:
+    """What may be held in the memory that is available now."""
+    return HELD_SHARE * float(psutil.virtual_memory().available)
+
+
 @contextmanager
 def holding(limit_bytes: float) -> Iterator[None]:
-    """Keep weights once they are unpacked in this block, up to so many bytes: for many passes of few rows."""
+    """Keep weights once they are unpacked in this block, up to so many bytes.
+
+    Of a pass over 30 rows unpacking is the larger part, over 256 rows a third.
+    """
     _held.left = limit_bytes
     try:
         yield

@@ -11,7 +11,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from spqt_cli import model, observe, scoring, texts, variants
+from spqt_cli import blas, model, observe, scoring, texts, variants
 from spqt_cli.quality import DENSE, SOURCE, Quality, Variant, report
 from spqt_cli.variants import Choice, EvaluateOptions, OnProgress, parse_shares
 
@@ -64,7 +64,7 @@ class _Evaluation:
 
     def run(self, rows: np.ndarray, document: texts.Text) -> Quality:
         """rows: (windows, window) tokens."""
-        with observe.probing(self.loaded.model) as harness:
+        with observe.probing(self.loaded.model) as harness, blas.holding(blas.spare_bytes()):
             at, batch = 0, 1
             while at < len(rows):
                 self.on_progress(at, len(rows), "scoring windows")

@@ -14,7 +14,6 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-import psutil
 from mlx import nn
 from mlx.utils import tree_map
 
@@ -24,7 +23,6 @@ from spqt_cli.quality import DENSE, SOURCE
 from spqt_cli.variants import Choice, EvaluateOptions, OnProgress
 
 ROWS_AT_ONCE = 512  # rows of endings in one pass
-HELD_SHARE = 0.3  # of the available memory, for unpacked weights: passes of some 30 rows are mostly unpacking
 
 
 @dataclass(frozen=True)
@@ -195,8 +193,7 @@ class _Answering:
         self.correct_norm: dict[str, list[bool]] = {name: [] for name in names}
 
     def run(self, asked: list[Encoded]) -> list[Answers]:
-        held = HELD_SHARE * psutil.virtual_memory().available
-        with observe.probing(self.loaded.model) as harness, blas.holding(held):
+        with observe.probing(self.loaded.model) as harness, blas.holding(blas.spare_bytes()):
             for i, question in enumerate(asked):
                 self.on_progress(i, len(asked), "answering questions")
                 for name, network in self.others.items():
