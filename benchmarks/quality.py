@@ -175,11 +175,16 @@ def cost_table(options: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
         with tempfile.TemporaryDirectory() as copies:
             copy = shutil.copytree(folder, Path(copies) / "model")
             start = time.process_time()
-            calibrate.calibrate(copy, replace(wishes, method=method), progress)
+            found = calibrate.calibrate(copy, replace(wishes, method=method), progress)
             spent = time.process_time() - start
         rows.append({"name": method, "cpu_seconds": spent, "passes": spent / dense})
+        rows[-1] |= {"realised": found.realised, "held_out_kl": found.tried[0].kl}
     for row in rows:
         print(f"{row['name']:<12}{row['cpu_seconds']:>8.1f} s{row['passes']:>8.2f} dense passes")
+        if "realised" in row:
+            print(
+                f"{'':<12}realised {row['realised']:.1%}, KL to dense {row['held_out_kl']:.4f}, held-out text"
+            )
     return rows
 
 
