@@ -35,10 +35,10 @@ def bench(
     blocks: Annotated[
         int | None, typer.Option(help="Build only so many transformer blocks of the shape.")
     ] = None,
-    bits: Annotated[int, typer.Option(help="Bits of a shape's weights.")] = 4,
-    group_size: Annotated[int, typer.Option(help="Group size of a shape's weights.")] = 64,
+    bits: Annotated[int | None, typer.Option(help="Bits of a shape's weights [4].")] = None,
+    group_size: Annotated[int | None, typer.Option(help="Group size of a shape's weights [64].")] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="float16, bfloat16 or float32 [the model's own; CPU float32].")
+        str | None, typer.Option(help="Of a shape: float16, bfloat16 or float32 [its own].")
     ] = None,
     delay: Annotated[float, typer.Option(help="Seconds of rest between repetitions.")] = 0.0,
     output_format: Annotated[str, typer.Option("--format", help="md, csv, json or jsonl.")] = "md",
@@ -52,6 +52,8 @@ def bench(
     """Measure stock mlx-lm and sparse decoding side by side on this machine."""
     if write and not kernel:
         raise UsageError("--write goes with --kernel", "spqt bench --kernel --write --model ...")
+    if model is not None and (bits, group_size, dtype) != (None, None, None):
+        raise UsageError("--bits, --group-size and --dtype go with --shape", "a converted model has its own")
     if not 0 <= delay < math.inf:
         raise UsageError(f"--delay {delay} is no number of seconds", "0 or more")
     from spqt_cli import bench as benches
@@ -59,17 +61,19 @@ def bench(
 
     form = "json" if json_output else output_format
     bench_report.check_format(form)
+    if output is not None:
+        _write(output, "", mode="a")  # before the work, and what is there stays
     options = benches.Options(
         model=model,
         shape=shape,
         sparsities=_numbers("--sparsity", sparsity or ("0.25,0.5,0.75" if kernel else "0.25,0.5")),
-        depths=[int(value) for value in _numbers("--depth", depth)],
+        depths=_counts("--depth", depth),
         prompt_tokens=None if prompt_tokens is None else _lengths(prompt_tokens),
         generation_tokens=generation_tokens,
         repetitions=repetitions,
         blocks=blocks,
-        bits=bits,
-        group_size=group_size,
+        bits=4 if bits is None else bits,
+        group_size=64 if group_size is None else group_size,
         dtype=dtype,
         delay_seconds=delay,
     )
@@ -77,7 +81,7 @@ def bench(
         report = (benches.run_kernels if kernel else benches.run)(options, on_progress)
     typer.echo(bench_report.render(report, form))
     if output is not None:
-        _write(output, bench_report.render(report, "json"))
+        _write(output, bench_report.render(report, "json") + "\n")
     if write:
         if (busy := benches.unsteadiness(report)) > benches.UNSTEADY:
             raise ResourceError(
@@ -88,7 +92,14 @@ def bench(
 
 
 def _lengths(text: str) -> list[int]:
-    return [] if text == "0" else [int(value) for value in _numbers("--prompt-tokens", text)]
+    return [] if text == "0" else _counts("--prompt-tokens", text)
+
+
+def _counts(flag: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"{flag} {text!r} is no list of whole numbers", "for example 512,4096") from None
 
 
 def _numbers(flag: str, text: str) -> list[float]:
@@ -101,8 +112,9 @@ def _numbers(flag: str, text: str) -> list[float]:
         raise UsageError(f"{flag} {text!r} is no list of numbers", "for example 0.25,0.5") from None
 
 
-def _write(path: Path, text: str) -> None:
+def _write(path: Path, text: str, mode: str = "w") -> None:
     try:
-        path.write_text(text + "\n", encoding="utf-8")
+        with path.open(mode, encoding="utf-8") as file:
+            file.write(text)
     except OSError as error:
         raise ResourceError(f"{path} can't be written: {error.strerror}", "choose another --output") from None

@@ -62,10 +62,7 @@ def generate(
 ) -> None:
     """Write text from a prompt, decoding sparsely."""
     text = _prompt_text(prompt, prompt_file)
-    if max_tokens == 0 or max_tokens < -1:
-        raise UsageError(
-            f"--max-tokens {max_tokens}: nothing to do", "give a positive number, or -1 for no limit"
-        )
+    _check_max_tokens(max_tokens)
     _check_sparsity(sparsity)
     from spqt_cli import calibration, profile
     from spqt_cli import generate as generator
@@ -128,10 +125,17 @@ def _prompt_text(prompt: str | None, prompt_file: Path | None) -> str:
                 f"{where} is not UTF-8: byte {error.start}", "convert the text to UTF-8"
             ) from None
         except OSError as error:
-            raise SpqtError(f"{where} can't be read: {error.strerror}") from None
+            raise SpqtError(f"{where} can't be read: {error.strerror}", "give a UTF-8 text file") from None
     if not text.strip():
         raise UsageError("the prompt is empty", 'give one: --prompt "Hello", or pipe text in')
     return text
+
+
+def _check_max_tokens(max_tokens: int) -> None:
+    if max_tokens == 0 or max_tokens < -1:
+        raise UsageError(
+            f"--max-tokens {max_tokens}: nothing to do", "give a positive number, or -1 for no limit"
+        )
 
 
 def _check_sparsity(sparsity: float | None) -> None:
@@ -168,7 +172,7 @@ def _print_stream(pieces: Any, quiet: bool, json_output: bool) -> None:
 
 def compare(
     model: Model,
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The prompt.")],
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The prompt; '-' reads stdin.")],
     sparsity: Annotated[
         str, typer.Option(help="Shares to compare, comma-separated; 0 is dense.")
     ] = "0,0.25,0.4",
@@ -177,6 +181,8 @@ def compare(
     json_output: Json = False,
 ) -> None:
     """Answer one prompt at several sparsities: text, speed and cost side by side."""
+    text = _prompt_text(prompt, None)
+    _check_max_tokens(max_tokens)
     try:
         shares = [float(part) for part in sparsity.split(",")]
     except ValueError:
@@ -190,7 +196,7 @@ def compare(
         if not (quiet or json_output):
             typer.echo(f"{what} ...", err=True)
 
-    rows = comparer.compare(model, generator.Prompt(prompt), shares, max_tokens, announce)
+    rows = comparer.compare(model, generator.Prompt(text), shares, max_tokens, announce)
     typer.echo(as_json([comparer.as_dict(row) for row in rows]) if json_output else comparer.report(rows))
 
 

@@ -76,7 +76,7 @@ def test_help_is_fast_because_nothing_heavy_is_imported():
 
 
 def test_every_command_has_help():
-    for command in ("convert", "calibrate", "inspect", "verify", "generate", "compare", "eval", "doctor"):
+    for command in cli.COMMANDS:
         result = spqt(command, "--help")
         assert result.returncode == 0, command
         assert b"Usage" in result.stdout
@@ -123,6 +123,16 @@ def test_compare_shows_each_sparsity(calibrated):
     assert result.returncode == 0, result.stderr.decode()
     for word in (b"dense", b"30%", b"perplexity by dense"):
         assert word in result.stdout
+
+
+def test_compare_reads_the_prompt_as_generate_does(calibrated):
+    flags = ("--model", calibrated, "--sparsity", "0", "-m", "4", "--json")
+    piped, typed = (
+        json.loads(spqt("compare", *flags, "-p", prompt, stdin=b"the fox").stdout)
+        for prompt in ("-", "the fox")
+    )
+    assert piped[0]["text"] == typed[0]["text"]
+    assert piped[0]["statistics"]["prompt_tokens"] == typed[0]["statistics"]["prompt_tokens"]
 
 
 def test_inspect_and_verify(calibrated):

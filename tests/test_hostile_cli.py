@@ -144,6 +144,16 @@ def test_bench_delay_that_is_no_time(calibrated: Path, delay: str) -> None:
     assert_error(spqt("bench", "--model", calibrated, "--delay", delay), 2, "--delay")
 
 
+@pytest.mark.parametrize("flags", ["--depth 1.7", "--depth x", "-p 16,y", "--bits 3", "--dtype float16"])
+def test_bench_flags_that_would_be_ignored(calibrated: Path, flags: str) -> None:
+    assert_error(spqt("bench", "--model", calibrated, *flags.split()), 2, "--")
+
+
+def test_bench_output_is_tried_before_the_work(calibrated: Path, tmp_path: Path) -> None:
+    flags = ("-p", 0, "-g", 2, "-r", 2)
+    assert_error(spqt("bench", "--model", calibrated, *flags, "-o", tmp_path / "no" / "x"), 5, "--output")
+
+
 @linux
 @pytest.mark.parametrize(
     "arguments", [["inspect"], ["inspect", "--json"], ["generate", "-p", "fox", "-m", "2"]]
