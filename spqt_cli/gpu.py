@@ -249,11 +249,9 @@ def _usable(x: mx.array, layers: Sequence["Projection"], *, dense: bool, then: T
 
     cut = choose(layers)
     plan = gpu_plan.make_plan(x.shape, x.dtype, layers, cut, dense=dense, then=then)
-    # MLX passes arrays under eight elements in another address space: not worth a kernel of their own.
-    tiny = min(array.size for array in plan.inputs) < 8
     if plan.gemv is None:
         return plan
-    if tiny or trust.verdict(x.dtype, layers, cut, dense=dense, then=then):
+    if gpu_plan.tiny(layers) or trust.verdict(x.dtype, layers, cut, dense=dense, then=then):
         return plan._replace(gemv=None)
     return plan
 

@@ -52,6 +52,11 @@ def one_launch(layers: Sequence["Projection"]) -> bool:
     return len(kinds) == 1 and len(layers) <= MAX_SHARED
 
 
+def tiny(layers: Sequence["Projection"]) -> bool:
+    """Whether MLX would pass an array, under eight elements, in another address space: not worth a kernel."""
+    return min(array.size for one in layers for array in (one.weight, one.scales, one.biases)) < 8
+
+
 def make_plan(
     shape: tuple[int, ...],
     dtype: mx.Dtype,

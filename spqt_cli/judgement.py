@@ -37,12 +37,17 @@ class Judgement:
         return ", ".join(faults) or "right"
 
 
-def judge(x: mx.array, some: Sequence[Any], first: Result, second: Result) -> Judgement:
-    """Outputs and counts of two runs against float64."""
+def judge(
+    x: mx.array, some: Sequence[Any], first: Result, second: Result, *, rounded: bool = False
+) -> Judgement:
+    """Outputs and counts of two runs against float64.
+
+    rounded: weights may be rounded to x's dtype twice, as MLX's own CUDA matmul does.
+    """
     mx.eval(first, second)
     errors, counts = [], True
     for y, matrix, active in zip(first[0], some, np.array(first[1]), strict=True):
-        error, kept = _error(x, matrix, y)
+        error, kept = _error(x, matrix, y, rounded)
         errors.append(error)
         counts = counts and int(active) == kept
     repeated = all(
@@ -75,7 +80,7 @@ def judge_residual(apart: Result, residual: mx.array, added: Result) -> str:
     return "" if np.array_equal(_bits(found), _bits(right)) else "y + residual is off"
 
 
-def _error(x: mx.array, matrix: Any, y: mx.array) -> tuple[float, int]:
+def _error(x: mx.array, matrix: Any, y: mx.array, rounded: bool) -> tuple[float, int]:
     """The largest error as a share of the bound, and the number of active channels."""
     kept = ~np.array(layout.inactive(x, matrix.threshold)).ravel()
     values = np.where(kept, wide(x).ravel(), 0.0)
@@ -84,7 +89,7 @@ def _error(x: mx.array, matrix: Any, y: mx.array) -> tuple[float, int]:
     extra = 0.0 if bias is None else wide(bias)
     exact = w @ values + extra
     size = sizes @ np.abs(values) + np.abs(extra)
-    sums = (int(kept.sum()) + 64) * 2.0**-24 * size
+    sums = ((int(kept.sum()) + 64) * 2.0**-24 + 2 * rounded * ROUNDING[x.dtype]) * size
     bound = sums + ROUNDING[x.dtype] * (np.abs(exact) + sums) + SMALLEST[x.dtype] + 1e-37
     share = np.abs(wide(y).ravel() - exact) / bound
     return float(np.max(np.where(np.isfinite(share), share, np.inf))), int(kept.sum())
