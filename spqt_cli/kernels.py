@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import mlx.core as mx
 
 from spqt_cli import stock
+from spqt_cli.errors import UsageError
 
 
 class Projection(Protocol):
@@ -104,7 +105,9 @@ def backend() -> Backend:
 
     SPQT_BACKEND=stock asks for MLX's own matmul, to compare with.
     """
-    if os.environ.get("SPQT_BACKEND") == "stock":
+    if wished := os.environ.get("SPQT_BACKEND"):
+        if wished != "stock":
+            raise UsageError(f"SPQT_BACKEND={wished!r}: it can only be stock", "unset it: the device decides")
         return Backend("stock", "asked for by SPQT_BACKEND")
     if mx.default_device().type == mx.DeviceType.gpu:
         from spqt_cli import gpu

@@ -15,7 +15,7 @@ import mlx.nn as nn
 
 from spqt_cli import format, identity, source, thresholds
 from spqt_cli.errors import ResourceError, SpqtError
-from spqt_cli.patch import zigzag_layers
+from spqt_cli.patch import wished_sparsity, zigzag_layers
 
 
 @dataclass
@@ -45,8 +45,8 @@ def load(
 ) -> Loaded:
     """A converted model from a folder or hub id, with its tokenizer.
 
-    sparsity: derive thresholds for this share from the stored curves instead of the calibrated ones.
-    dense: skip nothing.
+    sparsity: derive thresholds for this share from the stored curves instead of the calibrated ones;
+    None takes SPQT_SPARSITY, where that is set. dense: skip nothing.
     Raises SpqtError when the folder is damaged, was edited, or is not a converted model.
     """
     folder = source.local_folder(str(path), revision=revision)
@@ -56,7 +56,7 @@ def load(
     wishes: dict[str, Any] = {"adapter_path": adapter_path, "trust_remote_code": trust_remote_code}
     model, tokenizer = _through_mlx_lm(folder, wishes)
     loaded = Loaded(model, tokenizer, config, folder, None)
-    _set_thresholds(loaded, sparsity, dense)
+    _set_thresholds(loaded, wished_sparsity() if sparsity is None else sparsity, dense)
     return loaded
 
 

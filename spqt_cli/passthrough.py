@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from spqt_cli.errors import UsageError
+from spqt_cli.errors import SpqtError, UsageError
 
 # Flags of mlx-lm's commands that name a model to load.
 MODEL_FLAGS = ("--model", "--draft-model")
@@ -13,7 +13,7 @@ MODEL_FLAGS = ("--model", "--draft-model")
 def run(arguments: Sequence[str]) -> None:
     """Patch mlx-lm, check the models that the command names, hand over.
 
-    Raises SpqtError for a damaged or edited converted folder; anything else is mlx-lm's.
+    Raises SpqtError for a damaged or edited converted folder, and for what mlx-lm raises: that is its own.
     """
     if not arguments:
         raise UsageError(
@@ -21,9 +21,14 @@ def run(arguments: Sequence[str]) -> None:
         )
     from spqt_cli import format, identity, patch
 
+    wished = patch.wished_sparsity()
     for path in _models(arguments):
         if path.is_dir() and "spqt" in format.read_config(path):
-            identity.check_model(path)
+            config = identity.check_model(path)
+            if wished and "calibration" not in config["spqt"]:
+                raise SpqtError(
+                    f"{path} has no thresholds for SPQT_SPARSITY={wished}", f"spqt calibrate {path}"
+                )
     patch.install()
     if arguments[0] == "evaluate":
         from spqt_cli import lm_evaluate
@@ -32,7 +37,16 @@ def run(arguments: Sequence[str]) -> None:
     sys.argv = ["mlx_lm", *arguments]
     from mlx_lm import cli
 
-    cli.main()
+    try:
+        cli.main()
+    except (SpqtError, MemoryError, BrokenPipeError, EOFError):
+        raise
+    except Exception as error:
+        said = " ".join(str(error).split())[:300]
+        raise SpqtError(
+            f"mlx-lm's own command failed: {type(error).__name__}: {said}",
+            "spqt mlx-lm COMMAND --help lists its options; spqt --debug mlx-lm ... shows the traceback",
+        ) from error
 
 
 def _models(arguments: Sequence[str]) -> list[Path]:

@@ -27,13 +27,13 @@ def _to_quantized(self: nn.Linear, group_size: Any = None, bits: Any = None, mod
     if mode != "zigzag":
         return _linear_to_quantized(self, group_size, bits, mode, **kw)
     layer = ZigzagLinear.from_linear(self, group_size, bits, **kw)
-    sparsity, curve = _wished_sparsity(), (kw.get("spqt") or {}).get("curve")
+    sparsity, curve = wished_sparsity(), (kw.get("spqt") or {}).get("curve")
     if sparsity is not None and curve:
         layer.set_threshold(thresholds.derive(curve, sparsity) if sparsity else None)
     return layer
 
 
-def _wished_sparsity() -> float | None:
+def wished_sparsity() -> float | None:
     """SPQT_SPARSITY: another share to skip, where no flag of ours reaches (spqt mlx-lm ...)."""
     text = os.environ.get("SPQT_SPARSITY")
     if not text:

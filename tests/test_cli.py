@@ -146,6 +146,7 @@ def test_doctor_names_the_backend():
     result = process("doctor", SPQT_BACKEND="stock")
     assert result.returncode == 0, result.stderr.decode()
     assert b"stock (asked for by SPQT_BACKEND)" in result.stdout
+    assert_error(process("doctor", SPQT_BACKEND="cuda"), 2, "SPQT_BACKEND", "stock")
 
 
 def test_fault_39_empty_prompt(calibrated):

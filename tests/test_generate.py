@@ -124,6 +124,14 @@ def test_without_thresholds_it_runs_dense_and_names_the_command(converted):
         model.load(converted, sparsity=0.3)
 
 
+def test_a_share_from_the_environment_is_labelled_too(calibrated, monkeypatch):
+    monkeypatch.setenv("SPQT_SPARSITY", "0.3")
+    loaded = model.load(calibrated)
+    assert "derived" in loaded.note
+    assert loaded.sparsity == 0.3
+    assert model.load(calibrated, sparsity=0.2).sparsity == 0.2  # the flag stands above it
+
+
 def test_another_sparsity_is_derived_and_labelled(calibrated):
     loaded = model.load(calibrated, sparsity=0.6)
     assert "derived" in loaded.note

@@ -53,3 +53,13 @@ def test_python_code_needs_one_import(converted):
         "print(mlx_lm.generate(model, tokenizer, 'fox', max_tokens=4))"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_a_share_without_thresholds_is_refused(converted):
+    command = ("mlx-lm", "generate", "--model", converted, "--prompt", "fox", "-m", "8")
+    assert_error(process(*command, SPQT_SPARSITY="0.3"), 3, "no thresholds", "spqt calibrate")
+
+
+@pytest.mark.parametrize("arguments", [["nosuch"], ["generate", "--model", "no/where"]])
+def test_what_fails_in_mlx_lm_is_not_called_a_bug_of_ours(arguments):
+    assert_error(process("mlx-lm", *arguments), 3, "mlx-lm's own command failed", "hint")
