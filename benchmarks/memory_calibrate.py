@@ -1,6 +1,6 @@
 """Peak memory of `spqt calibrate --stream` on synthetic models of 4 and 16 layers of one width.
 
-    python benchmarks/memory_calibrate.py [--hidden 1024] [--layers 4 16] [--folder DIR]
+    python benchmarks/memory_calibrate.py [--hidden 1024] [--layers 4 16] [--method M] [--folder DIR]
 
 Each calibration runs in a process of its own; the figure is that process's peak resident set size, once
 block by block and once with the whole model loaded. The rule: block by block, the peak grows from the first
@@ -24,7 +24,7 @@ CHILD = "import sys; from benchmarks.memory_calibrate import child; child(*sys.a
 TOKENS, WINDOW = 256, 64
 
 
-def child(folder: str, text: str, stream: str) -> None:
+def child(folder: str, text: str, stream: str, method: str) -> None:
     """Calibrate, and print the peak resident set size in bytes, the seconds taken and the share reached."""
     from spqt_cli import calibrate
 
@@ -34,7 +34,7 @@ def child(folder: str, text: str, stream: str) -> None:
         data=Path(text),
         tokens=TOKENS,
         window=WINDOW,
-        method="uniform",
+        method=method,
         stream=stream == "stream",
     )
     result = calibrate.calibrate(Path(folder), options, lambda *_: None)
@@ -42,7 +42,7 @@ def child(folder: str, text: str, stream: str) -> None:
     print(json.dumps({"peak_bytes": memory.peak_bytes(), "seconds": seconds, "realised": result.realised}))
 
 
-def measure(folder: Path, hidden: int, layers: int) -> dict[str, object]:
+def measure(folder: Path, hidden: int, layers: int, method: str) -> dict[str, object]:
     """One row: a synthetic model, converted, then calibrated both ways."""
     from spqt_cli import convert, paging
 
@@ -54,7 +54,7 @@ def measure(folder: Path, hidden: int, layers: int) -> dict[str, object]:
     row: dict[str, object] = {"layers": layers, "weight_bytes": paging.shard_bytes(model)}
     for way in ("stream", "whole"):
         done = subprocess.run(
-            [sys.executable, "-c", CHILD, model, text, way],
+            [sys.executable, "-c", CHILD, model, text, way, method],
             cwd=Path(__file__).parent.parent, check=True, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         row[way] = json.loads(done.stdout.splitlines()[-1])
@@ -69,9 +69,10 @@ def main() -> int:
     parser.add_argument("--hidden", type=int, default=1024, help="width; a multiple of 256")
     parser.add_argument("--layers", type=int, nargs="+", default=[4, 16])
     parser.add_argument("--folder", type=Path, help="where the models go; default: a temporary folder")
+    parser.add_argument("--method", default="uniform", help="uniform, paper or fast")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
-        rows = [measure(Path(temporary), options.hidden, layers) for layers in options.layers]
+        rows = [measure(Path(temporary), options.hidden, layers, options.method) for layers in options.layers]
     grown = rows[-1]["stream"]["peak_bytes"] - rows[0]["stream"]["peak_bytes"]
     holds = grown < (rows[-1]["weight_bytes"] - rows[0]["weight_bytes"]) / 4
     print(json.dumps({"rows": rows, "grown_bytes": grown, "holds": holds, "machine": machine.facts()}))
