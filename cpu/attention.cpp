@@ -5,10 +5,12 @@
 #include "mlx/allocator.h"
 #include "mlx/backend/cpu/encoder.h"
 #include "mlx/fast.h"
+#include "mlx/scheduler.h"
 #include "native.h"
 #include "ops.h"
 #include "pool.h"
 #include "scratch.h"
+#include "step.h"
 
 namespace spqt {
 namespace mx = mlx::core;
@@ -89,6 +91,11 @@ void join_splits(const AttentionJob& job, int row) {
   for (int d = 0; d < width; ++d) y[d] /= sum;
 }
 
+void run_token(AttentionJob& job) {
+  parallel(job.tasks, run_split, &job);
+  for (int row = 0; row < job.tasks / job.splits * (job.heads / job.key_heads); ++row) join_splits(job, row);
+}
+
 class Attention : public Native {
  public:
   Attention(mx::Stream stream, Fallback fallback, float scale, bool causal)
@@ -99,8 +106,7 @@ class Attention : public Native {
     mx::cpu::get_command_encoder(stream()).dispatch([job = plan(in, out[0])]() {
       auto* context = const_cast<AttentionJob*>(&job);
       if (job.rows > 1) return parallel(job.tasks, run_rows, context);
-      parallel(job.tasks, run_split, context);
-      for (int row = 0; row < job.tasks / job.splits * (job.heads / job.key_heads); ++row) join_splits(job, row);
+      run_token(*context);
     });
   }
 
@@ -132,7 +138,107 @@ class Attention : public Native {
   bool causal_;
 };
 
+// One token: rotary positions, its keys and values into the cache, then attention.
+class TokenAttention : public OnCpu {
+ public:
+  TokenAttention(mx::Stream stream, int heads, int key_heads, float scale, int offset, int half, bool traditional)
+      : OnCpu(stream), heads_(heads), key_heads_(key_heads), offset_(offset), half_(half), scale_(scale),
+        traditional_(traditional) {}
+
+  // inputs: q, k, v, keys, values, the table; outputs: as q, keys, values
+  void eval_cpu(const Arrays& inputs, Arrays& outputs) override {
+    outputs[0].set_data(mx::allocator::malloc(outputs[0].nbytes()));
+    // Each output holds the inputs, all but the first of these for nothing: dropped, or no cache could be reused.
+    for (auto& output : outputs)
+      if (&output.inputs() != &inputs && !output.is_tracer()) output.inputs().clear();
+    for (int i = 1; i <= 2; ++i) take_over(inputs[2 + i], outputs[i]);
+    Arrays in;
+    for (int i : {0, 1, 2, 5}) in.push_back(in_order(inputs[i], stream()));
+    const int width = outputs[1].shape(3), room = outputs[1].shape(2);
+    auto between = scratch(stream().index, BETWEEN, heads_ * width);
+    float *turned = between.get(), *keys = outputs[1].data<float>(), *values = outputs[2].data<float>();
+    AttentionJob job{};
+    job.first = {turned, keys, values, width, width, width, 0, offset_ + 1, width, scale_, 0, 0, nullptr, 0, nullptr, nullptr};
+    job.q_head = width, job.k_head = job.v_head = (int64_t)room * width;
+    job.heads = heads_, job.key_heads = key_heads_, job.rows = 1;
+    job.splits = (offset_ + SPLIT_KEYS) / SPLIT_KEYS;
+    job.tasks = key_heads_ * job.splits;
+    job.y = outputs[0].data<float>();
+    job.memory = scratch(stream().index, PARTIALS, (size_t)heads_ * job.splits * (width + 2));
+    const Rope rope{in[0].data<float>(), turned, 0, 0, in[3].data<float>(), 1, half_, width, traditional_};
+    mx::cpu::get_command_encoder(stream()).dispatch(
+        [job, between, rope, k = in[1].data<float>(), v = in[2].data<float>(), offset = offset_]() mutable {
+          join_cache(job, rope, k, v, offset);
+          run_token(job);
+        });
+  }
+
+  const char* name() const override { return "SpqtTokenAttention"; }
+
+ private:
+  // `out` with the values of `in`: its memory where nobody else needs it
+  void take_over(const mx::array& in, mx::array& out) {
+    // The step before holds its cache until it has run, which it will have before this one does.
+    while (!in.is_donatable() && mx::scheduler::n_active_tasks() > 1) mx::scheduler::wait_for_one();
+    if (!in.is_donatable()) mx::synchronize(stream());
+    if (in.is_donatable() && in.flags().row_contiguous && in.data_size() == in.size()) {
+      out.copy_shared_buffer(in);
+      return;
+    }
+    out.set_data(mx::allocator::malloc(out.nbytes()));
+    const mx::array from = in_order(in, stream());
+    mx::cpu::get_command_encoder(stream()).dispatch(
+        [from = from.data<float>(), to = out.data<float>(), n = out.size()]() { std::copy(from, from + n, to); });
+  }
+
+  // the token's queries, turned, and its keys, turned, and values in their places
+  static void join_cache(const AttentionJob& job, Rope rope, const float* k, const float* v, int offset) {
+    const int width = job.first.width;
+    for (int head = 0; head < job.heads; ++head, rope.x += width, rope.y += width) kernels().rope(rope);
+    const int64_t place = (int64_t)offset * width;
+    for (int head = 0; head < job.key_heads; ++head, k += width, v += width) {
+      rope.x = k;
+      rope.y = const_cast<float*>(job.first.k) + head * job.k_head + place;
+      kernels().rope(rope);
+      std::copy(v, v + width, const_cast<float*>(job.first.v) + head * job.v_head + place);
+    }
+  }
+
+  int heads_, key_heads_, offset_, half_;
+  float scale_;
+  bool traditional_;
+};
+
 }  // namespace
+
+TokenStep::TokenStep(int heads, int key_heads, float scale, RopeForm form)
+    : heads_(heads), key_heads_(key_heads), scale_(scale), form_(std::move(form)) {
+  require(heads > 0 && key_heads > 0 && heads % key_heads == 0, "the heads of q and k do not fit.");
+}
+
+std::tuple<mx::array, mx::array, mx::array> TokenStep::operator()(
+    const mx::array& q,
+    const mx::array& k,
+    const mx::array& v,
+    const mx::array& keys,
+    const mx::array& values,
+    int offset) const {
+  for (const mx::array& a : {q, k, v, keys, values}) require(a.dtype() == mx::float32, "all must be float32.");
+  require(keys.ndim() == 4 && keys.shape() == values.shape() && keys.shape(0) == 1 && keys.shape(1) == key_heads_,
+          "keys and values must be (1, key heads, room, width).");
+  const int width = keys.shape(3);
+  require(width > 0 && width % 16 == 0 && width <= ATTEND_WIDTH && form_.dims <= width,
+          "heads must be a multiple of 16, at most 256 and no narrower than the rotary positions.");
+  require(offset >= 0 && offset < keys.shape(2), "the cache has no room for the token.");
+  require(q.ndim() > 0 && q.size() == (size_t)heads_ * width && q.size() == (size_t)q.shape(-1),
+          "q must be one row of all heads.");
+  require(k.size() == (size_t)key_heads_ * width && v.size() == k.size(), "k and v must be one row of all key heads.");
+  auto native = std::make_shared<TokenAttention>(cpu_stream(), heads_, key_heads_, scale_, offset, form_.dims / 2,
+                                                 form_.traditional);
+  auto out = mx::array::make_arrays({q.shape(), keys.shape(), values.shape()}, {mx::float32, mx::float32, mx::float32},
+                                    std::move(native), {q, k, v, keys, values, rope_table(form_, offset, 1)});
+  return {out[0], out[1], out[2]};
+}
 
 mx::array attention(
     const mx::array& q,

@@ -46,6 +46,15 @@ NB_MODULE(_cpu, m) {
   m.def("rope", &spqt::rope, nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(),
         nb::arg().none());
   m.def("attention", &spqt::attention);
+  nb::class_<spqt::TokenStep>(m, "TokenStep")
+      .def("__init__",
+           [](spqt::TokenStep* self, int heads, int key_heads, float scale, int dims, bool traditional,
+              std::optional<float> base, float rope_scale, const std::optional<mlx::core::array>& freqs) {
+             new (self) spqt::TokenStep(heads, key_heads, scale,
+                                        spqt::rope_form(dims, traditional, base, rope_scale, freqs));
+           },
+           nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg().none())
+      .def("__call__", &spqt::TokenStep::operator());
   m.def("set_threads", &set_threads);
   m.def("threads", &threads);
   m.def("isa", [] { return kernels().name; });

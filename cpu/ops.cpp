@@ -113,34 +113,48 @@ class RotaryPositions : public Native {
   bool traditional_;
 };
 
-struct TableKey {
-  int half, offset, positions;
-  float base, scale;
-  std::vector<float> freqs;
-  bool operator==(const TableKey&) const = default;
-};
+}  // namespace
 
-// cos and sin of every position, in float32 as MLX computes them. All layers of a step ask for the same.
-mx::array rope_table(TableKey key) {
-  static thread_local TableKey last{};
-  static thread_local std::optional<mx::array> table;
-  if (table && key == last) return *table;
-  std::vector<float> values((size_t)key.positions * 2 * key.half);
-  for (int i = 0; i < key.half; ++i) {
-    const float frequency =
-        key.freqs.empty() ? (float)std::pow((double)key.base, -(double)i / key.half) : 1 / key.freqs[i];
-    for (int p = 0; p < key.positions; ++p) {
-      const float angle = (float)(key.offset + p) * key.scale * frequency;
-      values[(size_t)p * 2 * key.half + i] = std::cos(angle);
-      values[(size_t)p * 2 * key.half + key.half + i] = std::sin(angle);
-    }
-  }
-  table = mx::array(values.begin(), {key.positions, 2 * key.half}, mx::float32);
-  last = std::move(key);
-  return *table;
+RopeForm rope_form(
+    int dims,
+    bool traditional,
+    std::optional<float> base,
+    float scale,
+    const std::optional<mx::array>& freqs) {
+  require(dims > 0 && dims % 2 == 0, "dims must be positive and even.");
+  require(base.has_value() != freqs.has_value(), "one of base and freqs must be given.");
+  require(!freqs || (freqs->is_available() && freqs->dtype() == mx::float32 && freqs->flags().row_contiguous &&
+                     freqs->size() == (size_t)dims / 2),
+          "freqs must be float32, evaluated, (dims / 2,).");
+  RopeForm form{dims, traditional, base.value_or(0), scale, {}};
+  if (freqs) form.freqs.assign(freqs->data<float>(), freqs->data<float>() + dims / 2);
+  return form;
 }
 
-}  // namespace
+// In float32 as MLX computes them. All layers of a step ask for the same.
+mx::array rope_table(const RopeForm& form, int offset, int positions) {
+  struct Key {
+    RopeForm form;
+    int offset, positions;
+  };
+  static thread_local Key last{};
+  static thread_local std::optional<mx::array> table;
+  if (table && offset == last.offset && positions == last.positions && form == last.form) return *table;
+  const int half = form.dims / 2;
+  std::vector<float> values((size_t)positions * 2 * half);
+  for (int i = 0; i < half; ++i) {
+    const float frequency =
+        form.freqs.empty() ? (float)std::pow((double)form.base, -(double)i / half) : 1 / form.freqs[i];
+    for (int p = 0; p < positions; ++p) {
+      const float angle = (float)(offset + p) * form.scale * frequency;
+      values[(size_t)p * 2 * half + i] = std::cos(angle);
+      values[(size_t)p * 2 * half + half + i] = std::sin(angle);
+    }
+  }
+  table = mx::array(values.begin(), {positions, 2 * half}, mx::float32);
+  last = {form, offset, positions};
+  return *table;
+}
 
 mx::array rms_norm(const mx::array& x, const std::optional<mx::array>& weight, float eps) {
   require(x.ndim() > 0 && x.size() > 0 && x.dtype() == mx::float32, "x must be float32.");
@@ -175,19 +189,14 @@ mx::array rope(
     int offset,
     const std::optional<mx::array>& freqs) {
   require(x.ndim() == 4 && x.size() > 0 && x.dtype() == mx::float32, "x must be 4-D and float32.");
-  require(dims > 0 && dims % 2 == 0 && dims <= x.shape(3), "dims must be even and no wider than x.");
-  require(base.has_value() != freqs.has_value(), "one of base and freqs must be given.");
-  require(!freqs || (freqs->is_available() && freqs->dtype() == mx::float32 && freqs->flags().row_contiguous &&
-                     freqs->size() == (size_t)dims / 2),
-          "freqs must be float32, evaluated, (dims / 2,).");
-  TableKey key{dims / 2, offset, x.shape(2), base.value_or(0), scale, {}};
-  if (freqs) key.freqs.assign(freqs->data<float>(), freqs->data<float>() + dims / 2);
+  const RopeForm form = rope_form(dims, traditional, base, scale, freqs);
+  require(dims <= x.shape(3), "dims must be no wider than x.");
   auto stream = cpu_stream();
   auto fallback = [=](const Native::Arrays& in) -> Native::Arrays {
     return {mx::fast::rope(in[0], dims, traditional, base, scale, offset, freqs, stream)};
   };
   auto native = std::make_shared<RotaryPositions>(stream, fallback, dims / 2, traditional);
-  return mx::array(x.shape(), x.dtype(), std::move(native), {x, rope_table(std::move(key))});
+  return mx::array(x.shape(), x.dtype(), std::move(native), {x, rope_table(form, offset, x.shape(2))});
 }
 
 }  // namespace spqt

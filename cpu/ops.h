@@ -3,6 +3,8 @@
 #pragma once
 
 #include <optional>
+#include <tuple>
+#include <vector>
 
 #include "mlx/array.h"
 
@@ -24,6 +26,24 @@ mlx::core::array rope(
     int offset,
     const std::optional<mlx::core::array>& freqs);
 
+// Rotary positions of one model, as mx.fast.rope's settings. freqs: (dims / 2,) or empty where there is a base.
+struct RopeForm {
+  int dims;
+  bool traditional;
+  float base, scale;
+  std::vector<float> freqs;
+  bool operator==(const RopeForm&) const = default;
+};
+// Base and freqs as mx.fast.rope takes them: one of the two.
+RopeForm rope_form(
+    int dims,
+    bool traditional,
+    std::optional<float> base,
+    float scale,
+    const std::optional<mlx::core::array>& freqs);
+// (positions, dims): of each position dims / 2 cosines, then as many sines
+mlx::core::array rope_table(const RopeForm& form, int offset, int positions);
+
 // q (batch, heads, rows, width), k and v (batch, key heads, keys, width), float32. Causal, or everything visible.
 mlx::core::array attention(
     const mlx::core::array& q,
@@ -31,5 +51,27 @@ mlx::core::array attention(
     const mlx::core::array& v,
     float scale,
     bool causal);
+
+// Attention of one token to a cache that it joins, with rotary positions.
+class TokenStep {
+ public:
+  TokenStep(int heads, int key_heads, float scale, RopeForm form);
+
+  // q (..., heads * width), k and v (..., key heads * width), one row each; keys and values (1, key heads, room,
+  // width), of which `offset` (below room) are taken; float32. Returns what attention gives, as q, and the cache
+  // with k and v in place `offset`: the same memory, where nobody else holds it.
+  std::tuple<mlx::core::array, mlx::core::array, mlx::core::array> operator()(
+      const mlx::core::array& q,
+      const mlx::core::array& k,
+      const mlx::core::array& v,
+      const mlx::core::array& keys,
+      const mlx::core::array& values,
+      int offset) const;
+
+ private:
+  int heads_, key_heads_;
+  float scale_;
+  RopeForm form_;
+};
 
 }  // namespace spqt

@@ -130,6 +130,25 @@ def attention(q: mx.array, k: mx.array, v: mx.array, *, scale: float, causal: bo
     return _native().attention(q, k, v, scale, causal)
 
 
+def prepare_token(heads: int, key_heads: int, scale: float, rope: dict[str, Any]) -> Any:
+    """Attention of one token to a cache that it joins: (q, k, v, keys, values, offset) -> attended, keys, values.
+
+    rope: dims, traditional, base, scale and freqs as for `rope`. q: (..., heads * width); k, v: (..., key_heads *
+    width); keys, values: (1, key_heads, room, width), of which `offset` are taken; all float32. Lazy.
+    """
+    if rope["freqs"] is not None:
+        mx.eval(rope["freqs"])
+    form = (rope[name] for name in ("dims", "traditional", "base", "scale", "freqs"))
+    return _native().TokenStep(heads, key_heads, scale, *form)
+
+
+def takes_token(x: mx.array, keys: mx.array, values: mx.array) -> bool:
+    """Whether a step of `prepare_token` covers this x and cache: float32, equal heads of 16 to 256 values."""
+    shape = keys.shape
+    even = shape == values.shape and shape[0] == 1 and shape[3] % 16 == 0 and 0 < shape[3] <= 256
+    return even and x.dtype == keys.dtype == values.dtype == mx.float32
+
+
 def threads() -> int:
     """The number of threads that work on one operation."""
     return _native().threads()

@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from spqt_cli import blocks, cpu_patch, gated, kernels, thresholds
+from spqt_cli import attention, blocks, cpu_patch, gated, kernels, thresholds
 from spqt_cli.errors import UsageError
 from spqt_cli.layers import SharedInput, ZigzagLinear
 
@@ -61,6 +61,9 @@ def _load_weights_and_prepare(self: nn.Module, *args: Any, **kw: Any) -> nn.Modu
                 gated.install(module)
             for module in self.modules():
                 blocks.install(module)
+        if kernels.backend().name == "cpu":
+            for module in self.modules():
+                attention.install(module)
     return result
 
 
