@@ -99,7 +99,7 @@ def main() -> None:
         if worker.wanted(arguments):
             sys.exit(worker.run(["--debug", *arguments] if debug else arguments))
         worker.follow_parent()
-        sys.exit(app(standalone_mode=False))
+        sys.exit(app(standalone_mode=False, prog_name="spqt"))
     except SpqtError as error:
         _fail(error, debug, wants_json)
     except ImportError as error:
@@ -126,6 +126,8 @@ def main() -> None:
         _fail(SpqtError(cause, "check the path and its permissions"), debug, wants_json)
     except Exception as error:  # the last line of defence: ours to mend, not the user's
         if hasattr(error, "show") and hasattr(error, "exit_code"):  # Typer's own, for wrong options
+            if wants_json:
+                _as_json(str(error), "spqt --help", error.exit_code)
             error.show()
             sys.exit(error.exit_code)
         _bug(error, debug, wants_json)
@@ -145,11 +147,15 @@ def _fail(error: SpqtError, debug: bool, wants_json: bool) -> NoReturn:
         raise error
     code = error.exit_code
     if wants_json:
-        with contextlib.suppress(OSError):  # a full disk is the error itself
-            typer.echo(json.dumps({"error": {"cause": error.cause, "hint": error.hint, "exit_code": code}}))
+        _as_json(error.cause, error.hint, code)
     for line in [f"spqt: {error.cause}"] + ([f"  hint: {error.hint}"] if error.hint else []):
         typer.echo(harmless(line.replace("\n", " ")), err=True)  # names in it may be a hostile model's
     sys.exit(code)
+
+
+def _as_json(cause: str, hint: str, code: int) -> None:
+    with contextlib.suppress(OSError):  # a full disk is the error itself
+        typer.echo(json.dumps({"error": {"cause": cause, "hint": hint, "exit_code": code}}))
 
 
 def _bug(error: Exception, debug: bool, wants_json: bool) -> NoReturn:

@@ -45,7 +45,9 @@ def bench(
     write: Annotated[
         bool, typer.Option("--write", help="With --kernel: store the best way per layer for this device.")
     ] = False,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write JSON here.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Also write JSON here.", readable=False)
+    ] = None,
     quiet: Quiet = False,
     json_output: Json = False,
 ) -> None:

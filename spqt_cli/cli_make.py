@@ -87,7 +87,8 @@ def convert(
         str | None, typer.Option("--hf-path", "--model", help="The same, as an option.")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--mlx-path", "-o", help="Folder to write; it must not exist.")
+        Path | None,
+        typer.Option("--mlx-path", "-o", help="Folder to write; it must not exist.", readable=False),
     ] = None,
     q_bits: Annotated[int | None, typer.Option(help="Bits per weight: 2, 3, 4, 5, 6 or 8.")] = None,
     q_group_size: Annotated[int | None, typer.Option(help="Outputs per scale: 32, 64 or 128.")] = None,
@@ -155,10 +156,10 @@ def convert(
 
 
 def calibrate(
-    model: Annotated[Path, typer.Argument(help="A converted folder.")],
+    model: Annotated[Path, typer.Argument(help="A converted folder.", readable=False)],
     sparsity: Annotated[float | None, typer.Option(help="Share of channels to skip, 0 to 0.95.")] = None,
     data: Annotated[
-        Path | None, typer.Option(help="UTF-8 text; default: the text that ships with spqt.")
+        Path | None, typer.Option(help="UTF-8 text; default: the text that ships with spqt.", readable=False)
     ] = None,
     tokens: Annotated[int | None, typer.Option(help="Tokens of text to run.")] = None,
     method: Annotated[str | None, typer.Option(help="auto, fast, paper or uniform.")] = None,
@@ -226,7 +227,7 @@ def inspect(
 
 
 def verify(
-    model: Annotated[Path, typer.Argument(help="A converted folder.")],
+    model: Annotated[Path, typer.Argument(help="A converted folder.", readable=False)],
     json_output: Json = False,
 ) -> None:
     """Read every byte of a converted folder and hold it against its recorded hashes."""

@@ -20,7 +20,9 @@ Sparsity = Annotated[
 def generate(
     model: Model,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="The prompt; '-' reads stdin.")] = None,
-    prompt_file: Annotated[Path | None, typer.Option("--prompt-file", "-f", help="A UTF-8 file.")] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option("--prompt-file", "-f", help="A UTF-8 file.", readable=False)
+    ] = None,
     system_prompt: Annotated[str | None, typer.Option(help="System turn of the chat template.")] = None,
     prefill_response: Annotated[str | None, typer.Option(help="Beginning of the answer.")] = None,
     max_tokens: Annotated[
@@ -204,7 +206,9 @@ def evaluate(
     model: Model,
     text: Annotated[
         Path,
-        typer.Argument(help="A UTF-8 text that was not used to calibrate; or questions: a .jsonl file."),
+        typer.Argument(
+            help="A UTF-8 text that was not used to calibrate; or questions: a .jsonl file.", readable=False
+        ),
     ],
     windows: Annotated[int, typer.Option(help="Windows of the text to score.")] = 8,
     limit: Annotated[int | None, typer.Option(help="Of a .jsonl file, only so many questions.")] = None,

@@ -36,7 +36,9 @@ def disk_errors(path: Path) -> Iterator[None]:
                 f"the disk of {path} is full", "free some space; the same command goes on where it stopped"
             ) from None
         if error.errno in DENIED:
-            raise ResourceError(f"{path} can't be written: {error.strerror}", "choose another -o") from None
+            raise ResourceError(
+                f"{path} can't be written: {error.strerror}", "check its permissions or choose another place"
+            ) from None
         if error.errno in (errno.EEXIST, errno.ENOTDIR):
             raise ResourceError(f"{path} is no folder", "choose another -o") from None
         raise ResourceError(f"writing {path} failed: {error}", "check the disk, then run again") from None
@@ -107,7 +109,7 @@ def claim(output: Path) -> Iterator[None]:
         except filelock.Timeout:
             if not Path(lock.lock_file).exists():  # /proc and its like take no files at all
                 raise ResourceError(f"{output.parent} takes no files", "choose another -o") from None
-            raise BusyError(f"another run is writing {output}", "wait for it or choose another -o") from None
+            raise BusyError(f"another run is writing {output}", "wait for it to end") from None
     try:
         yield
     finally:

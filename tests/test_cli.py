@@ -221,6 +221,17 @@ def test_an_error_is_a_json_object_where_json_was_asked(tmp_path):
     assert error["cause"]
 
 
+def test_a_wrong_flag_is_a_json_object_where_json_was_asked(converted):
+    result = spqt("inspect", converted, "--json", "--nosuch")
+    error = json.loads(result.stdout)["error"]
+    assert error["exit_code"] == result.returncode == 2
+    assert "--nosuch" in error["cause"]
+
+
+def test_usage_names_the_command_as_it_was_typed():
+    assert b"Usage: spqt inspect" in process("inspect", "--nosuch").stderr
+
+
 def test_fault_45_without_mlx_the_install_command_is_shown(tmp_path):
     (tmp_path / "mlx").mkdir()
     (tmp_path / "mlx" / "__init__.py").write_text("raise ModuleNotFoundError('mlx', name='mlx')")

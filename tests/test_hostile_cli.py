@@ -6,10 +6,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 
-from spqt_cli import files, presets, source, texts, worker
+from spqt_cli import cli, files, presets, source, texts, worker
 from spqt_cli.__main__ import main
 from spqt_cli.errors import BusyError, ResourceError, SpqtError
 from tests.converting import config_of
@@ -211,3 +212,11 @@ def test_json_has_null_for_what_is_no_number(calibrated: Path, tmp_path: Path) -
     assert result.returncode == 0, result.stderr.decode()
     assert b"null" in result.stdout
     json.loads(result.stdout, parse_constant=pytest.fail)
+
+
+def test_a_path_that_may_not_be_read_is_bad_input() -> None:
+    """Typer would call it a wrong flag. Root may read anything, so the declarations are looked at."""
+    hints = [get_type_hints(command, include_extras=True) for command in cli.COMMANDS.values()]
+    paths = [hint for each in hints for hint in each.values() if "Path" in str(hint)]
+    assert len(paths) == 7
+    assert not [str(hint) for hint in paths if hint.__metadata__[0].readable or hint.__metadata__[0].exists]
