@@ -99,10 +99,12 @@ bool sparse_gemv(Random& random) {
   const int group_size = one_of(random, {32, 64, 128}), bits = one_of(random, {2, 3, 4, 5, 6, 8});
   const Packed w(random, 1 + below(random, 70), 1 + below(random, 640 / group_size), bits, group_size);
   const auto x = values(random, w.rows);
-  const float threshold = one_of(random, {0.0f, 0.5f, 1.5f, 9.0f});
+  const bool each = below(random, 2);
+  std::vector<float> thresholds(each ? w.rows : 1);
+  for (float& t : thresholds) t = one_of(random, {0.0f, 0.5f, 1.5f, 9.0f});
   std::vector<int32_t> channel(w.rows);
   std::vector<float> kept(w.rows);
-  const Input input{x.data(), FLOAT32, 1, w.rows, &threshold, 0};
+  const Input input{x.data(), FLOAT32, 1, w.rows, thresholds.data(), each};
   const int count = kernels().collect(input, channel.data(), kept.data());
   const int stripes = 1 + below(random, 4), outputs = w.width - below(random, group_size);
   std::vector<float> partials(stripes * partial_size(w.width / group_size, group_size)), y(outputs);
@@ -111,7 +113,7 @@ bool sparse_gemv(Random& random) {
   kernels().finish(job.tile, partials.data(), stripes, {y.data(), FLOAT32, outputs, nullptr, FLOAT32});
   Sums want(outputs);
   for (int k = 0; k < w.rows; ++k)
-    if (!(std::fabs(x[k]) < threshold))
+    if (!(std::fabs(x[k]) < thresholds[each ? k : 0]))
       for (int j = 0; j < outputs; ++j) want.add(j, x[k] * w.value(k, j));
   return close("gemv", y, want, &w, 1e-5);
 }
@@ -180,11 +182,40 @@ bool attention(Random& random) {
   return close(many ? "attend_many" : "attend_few", y, want, nullptr);
 }
 
+// silu(gate) * up, at any length, with values where e^-g ends at 0 and at infinity
+bool gated(Random& random) {
+  const int n = 1 + below(random, 70);
+  auto gate = values(random, n);
+  const auto up = values(random, n);
+  for (float& g : gate) g *= one_of(random, {1.0f, 1.0f, 20.0f, 60.0f});
+  Sums want(n);
+  for (int i = 0; i < n; ++i) want.add(i, gate[i] / (1 + std::exp(-(double)gate[i])) * up[i]);
+  kernels().gate(gate.data(), up.data(), n);
+  return close("gate", gate, want, nullptr);
+}
+
+bool sum_of_exponentials(Random& random) {
+  const int n = 1 + below(random, 200);
+  auto x = values(random, n);
+  const float offset = one_of(random, {0.0f, -300.0f, 1e4f});
+  for (float& v : x) v = v * one_of(random, {1.0f, 30.0f}) + offset;
+  const bool nan = below(random, 4) == 0;
+  if (nan) x[below(random, n)] = std::nanf("");
+  std::vector<float> found(2);
+  kernels().sum_exp(x.data(), n, &found[0], &found[1]);
+  if (nan) return std::isnan(found[0]) && std::isnan(found[1]);
+  const float top = *std::max_element(x.begin(), x.end());
+  Sums want(1);
+  for (float v : x) want.add(0, std::exp((double)v - top));
+  return found[0] == top && close("sum_exp", {found[1]}, want, nullptr);
+}
+
 int rounds(unsigned seed, int count) {
   Random random(seed);
   int wrong = 0;
   for (int i = 0; i < count; ++i)
-    wrong += !sparse_gemv(random) + !many_rows(random) + !one_row(random) + !attention(random);
+    wrong += !sparse_gemv(random) + !many_rows(random) + !one_row(random) + !attention(random) + !gated(random) +
+             !sum_of_exponentials(random);
   return wrong;
 }
 

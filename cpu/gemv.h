@@ -140,33 +140,17 @@ static void gemv(const Tile& tile, const Active& active, float* partial) {
   }
 }
 
-// Where the sums of a column belong, and what they are multiplied by.
+// y of one column from its sums, in the order of the outputs; runs of 32 outputs are within one group
 template <class Order>
-struct Places {
-  int index[Order::COLUMN];
-  float factor[Order::COLUMN];
-  constexpr Places() : index(), factor() {
-    int i = 0;
-    for (int pass = 0; pass < Order::PASSES; ++pass)
-      for (int v = 0; v < VECTORS; ++v)
-        for (int l = 0; l < Order::WIDTH; ++l, ++i) {
-          index[i] = Order::index(pass, v, l);
-          factor[i] = 1.0f / (1 << Order::shift(pass, v, l));
-        }
-  }
-};
-
-// y of one column from its sums, in the order of the outputs
-template <class Order>
-SPQT_INLINE void finish_column(const Tile& tile, const float* sums, int column, const float* bias_sums,
-                               float* y) {
-  static constexpr Places<Order> places;
-  const int first = column * Order::COLUMN;
-  for (int i = 0; i < Order::COLUMN; ++i) y[places.index[i]] = sums[first + i] * places.factor[i];
-  for (int run = 0; run < Order::COLUMN; run += 32) {  // a run is within one group
-    const float bias = bias_sums[min_of((first + run) / tile.group_size, tile.groups - 1)];
-    for (int i = 0; i < 32; ++i) y[run + i] += bias;
-  }
+SPQT_INLINE void finish_column(const float* sums, const float* run_bias, float* y) {
+  for (int pass = 0; pass < Order::PASSES; ++pass)
+    for (int l = 0; l < Order::WIDTH; ++l)
+#pragma GCC unroll 8
+      for (int v = 0; v < VECTORS; ++v) {
+        const int i = Order::index(pass, v, l);
+        const float factor = 1.0f / (1 << Order::shift(pass, v, l));
+        y[i] = sums[(pass * VECTORS + v) * Order::WIDTH + l] * factor + run_bias[i / 32];
+      }
 }
 
 template <Type T>
@@ -189,9 +173,16 @@ static void finish_order(const Tile& tile, float* partials, int stripes, const O
     for (size_t i = 0; i < size; i += LANES)
       store(partials + i, load<vf>(partials + i) + load<vf>(partials + s * size + i));
   const float* bias_sums = partials + partial_sums(tile.groups, tile.group_size);
-  float y[Order::COLUMN];
+  const bool plain = out.type == FLOAT32 && !out.bias;
   for (int first = 0; first < out.outputs; first += Order::COLUMN) {
-    finish_column<Order>(tile, partials, first / Order::COLUMN, bias_sums, y);
+    float y[Order::COLUMN], run_bias[Order::COLUMN / 32];
+    for (int run = 0; run < Order::COLUMN / 32; ++run)
+      run_bias[run] = bias_sums[min_of((first + run * 32) / tile.group_size, tile.groups - 1)];
+    if (plain && first + Order::COLUMN <= out.outputs) {
+      finish_column<Order>(partials + first, run_bias, (float*)out.y + first);
+      continue;
+    }
+    finish_column<Order>(partials + first, run_bias, y);
     put_row(out, first, min_of(Order::COLUMN, out.outputs - first), y);
   }
 }
@@ -222,8 +213,65 @@ static int collect_type(const Input& in, int32_t* channel, float* x) {
   return count;
 }
 
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+SPQT_INLINE int compress(vi skip, vi numbers, vf values, int32_t* channel, float* x) {
+  const __mmask16 kept = (__mmask16)~_mm512_movepi32_mask((__m512i)skip);
+  store(channel, (vi)_mm512_maskz_compress_epi32(kept, (__m512i)numbers));
+  store(x, (vf)_mm512_maskz_compress_ps(kept, (__m512)values));
+  return __builtin_popcount(kept);
+}
+#define SPQT_COMPRESS 1
+#elif defined(__AVX2__)
+// lanes of each set of kept lanes, first ones first
+struct KeptLanes {
+  uint8_t lane[256][8];
+  constexpr KeptLanes() : lane() {
+    for (int kept = 0; kept < 256; ++kept)
+      for (int l = 0, n = 0; l < 8; ++l)
+        if (kept >> l & 1) lane[kept][n++] = l;
+  }
+};
+
+SPQT_INLINE int compress(vi skip, vi numbers, vf values, int32_t* channel, float* x) {
+  static constexpr KeptLanes lanes;
+  const int kept = ~_mm256_movemask_ps((__m256)skip) & 255;
+  const __m256i order = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)lanes.lane[kept]));
+  store(channel, (vi)_mm256_permutevar8x32_epi32((__m256i)numbers, order));
+  store(x, (vf)_mm256_permutevar8x32_ps((__m256)values, order));
+  return __builtin_popcount(kept);
+}
+#define SPQT_COMPRESS 1
+#endif
+
+#if SPQT_COMPRESS
+// Float32 in a row, a vector at a time; what is stored past the count is overwritten by the next or not read.
+static int collect_vectors(const Input& in, int32_t* channel, float* x) {
+  const float* from = (const float*)in.x;
+  const bool each = in.threshold && in.threshold_stride;
+  vf limit = splat(in.threshold ? *in.threshold : 0);  // |x| < 0 is never true
+  vi numbers;
+  for (int l = 0; l < LANES; ++l) numbers[l] = l;
+  int count = 0, k = 0;
+  for (; k + LANES <= in.inputs; k += LANES, numbers += LANES) {
+    const vf value = load<vf>(from + k);
+    if (each) limit = load<vf>(in.threshold + k);
+    const vi skip = (vf)((vi)value & 0x7fffffff) < limit;
+    count += compress(skip, numbers, value, channel + count, x + count);
+  }
+  for (; k < in.inputs; ++k) {
+    channel[count] = k;
+    x[count] = from[k];
+    count += !(__builtin_fabsf(from[k]) < (each ? in.threshold[k] : limit[0]));
+  }
+  return count;
+}
+#endif
+
 static int collect(const Input& in, int32_t* channel, float* x) {
   if (in.type == FLOAT16) return collect_type<FLOAT16>(in, channel, x);
   if (in.type == BFLOAT16) return collect_type<BFLOAT16>(in, channel, x);
+#if SPQT_COMPRESS
+  if (in.stride == 1) return collect_vectors(in, channel, x);
+#endif
   return collect_type<FLOAT32>(in, channel, x);
 }
