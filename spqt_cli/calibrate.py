@@ -25,7 +25,6 @@ from spqt_cli.workbench import FIRST_TOKENS, Workbench, windows_done
 __all__ = ["CalibrateOptions", "Calibration", "LayerRow", "calibrate", "print_table", "remove"]
 
 MIN_WINDOW = 32
-
 OnProgress = Callable[[float, float, str], None]
 
 
@@ -168,6 +167,8 @@ def choose_windows(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The windows to calibrate on and the ones held out: (count, window) each, int32."""
     context = format.whole(loaded.config, "max_position_embeddings") or options.window
+    if context < MIN_WINDOW:
+        raise SpqtError(f"{loaded.folder} has a context of {context} tokens", "convert the model again")
     window = min(options.window, options.tokens // 2, context) // 2 * 2
     stream = model.known(loaded, texts.tokens(text, loaded.tokenizer))
     rows = texts.windows(stream, window, texts.opening(loaded.tokenizer))

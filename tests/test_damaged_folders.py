@@ -142,3 +142,11 @@ def test_template_that_leaves_nothing_of_the_prompt(folder: Path) -> None:
     (folder / "chat_template.jinja").write_text("{{ '' }}")
     with pytest.raises(SpqtError, match="leave nothing"):
         generate.encode(model.load(folder), generate.Prompt("hello"))
+
+
+@pytest.mark.parametrize("context", [1, 2, 31])
+def test_context_too_short_to_calibrate(folder: Path, context: int) -> None:
+    """Windows of no tokens were cut without end."""
+    change(folder, lambda config: config.update(max_position_embeddings=context))
+    with pytest.raises(SpqtError, match=f"context of {context} tokens"):
+        calibrate.calibrate(folder, calibrate.CalibrateOptions(tokens=256), lambda *_: None)
