@@ -130,7 +130,7 @@ def _templated(tokenizer: Any, prompt: Prompt) -> str:
         if not isinstance(config, dict):
             raise ValueError("not an object")
     except ValueError as error:
-        raise UsageError(f"--chat-template-config is not a JSON object: {error}") from None
+        raise UsageError(f"--chat-template-config is not a JSON object: {error}", '{"name": true}') from None
     try:
         with bounds.bounded("the chat template"):
             return tokenizer.apply_chat_template(
@@ -163,7 +163,9 @@ def stream(loaded: model.Loaded, tokens: list[int], sampling: Sampling, options:
         try:
             loaded.tokenizer.add_eos_token(name)
         except ValueError:
-            raise UsageError(f"--extra-eos-token {name}: the model has no such token") from None
+            raise UsageError(
+                f"--extra-eos-token {name}: the model has no such token", "see tokenizer.json"
+            ) from None
     arguments = _loop_arguments(loaded, sampling, options)
     mx.reset_peak_memory()
     gate, response, stopped = StopStrings(options.stop), None, False

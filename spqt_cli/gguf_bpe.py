@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spqt_cli.errors import SpqtError, UnsupportedError
-from spqt_cli.gguf_file import AGAIN
+from spqt_cli.gguf_file import AGAIN, ORIGINAL
 from spqt_cli.gguf_vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def find_pre(path: Path, pre: object, model_type: str) -> Pre:
         raise UnsupportedError(f"{path} has the pre-tokenizer {pre[:40]!r}", f"spqt knows {known}")
     if model_type == "qwen2" and pre != "qwen2":
         raise UnsupportedError(
-            f"{path} is a qwen2 model with the pre-tokenizer {pre!r}, which is not its own"
+            f"{path} is a qwen2 model with the pre-tokenizer {pre!r}, which is not its own", ORIGINAL
         )
     return PRES[pre]
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from spqt_cli.errors import SpqtError, UnsupportedError
-from spqt_cli.gguf_file import AGAIN, Header
+from spqt_cli.gguf_file import AGAIN, ORIGINAL, Header
 from spqt_cli.gguf_metadata import Metadata
 from spqt_cli.gguf_names import ATTENTION, MLP, biased
 from spqt_cli.gguf_rope import scaling
@@ -36,7 +36,9 @@ def architecture(header: Header) -> str:
         raise UnsupportedError(f"{header.path} is no model but of the type {kind[:40]!r}", "give a model")
     version = header.metadata.get("general.quantization_version", QUANTIZATION_VERSION)
     if str(version) != str(QUANTIZATION_VERSION):
-        raise UnsupportedError(f"{header.path} has general.quantization_version {str(version)[:40]}, not 2")
+        raise UnsupportedError(
+            f"{header.path} has general.quantization_version {str(version)[:40]}, not 2", ORIGINAL
+        )
     if (parts := str(header.metadata.get("split.count", 1))) not in ("0", "1"):
         raise UnsupportedError(
             f"{header.path} is one of {parts[:40]} parts (split.count)", "join them into one file first"
@@ -76,7 +78,9 @@ def _sizes(header: Header, metadata: Metadata) -> dict[str, Any]:
         raise SpqtError(f"{header.path} declares {heads} heads, {keys} key heads of {head} values", AGAIN)
     for key in ("attention.value_length", "rope.dimension_count"):
         if (length := metadata.size(key, head)) != head:
-            raise UnsupportedError(f"{header.path}: {key} is {length}, the heads have {head} values")
+            raise UnsupportedError(
+                f"{header.path}: {key} is {length}, the heads have {head} values", ORIGINAL
+            )
     return {
         "hidden_size": hidden,
         "intermediate_size": metadata.size("feed_forward_length"),
@@ -95,7 +99,9 @@ def _refuse_window(metadata: Metadata, config: dict[str, Any]) -> None:
     """A window as long as the context hides nothing; a shorter one has no place in these models."""
     window = _window(metadata)
     if 0 < window < config["max_position_embeddings"]:
-        raise UnsupportedError(f"{metadata.path}: {metadata.arch}.attention.sliding_window is {window}")
+        raise UnsupportedError(
+            f"{metadata.path}: {metadata.arch}.attention.sliding_window is {window}", ORIGINAL
+        )
 
 
 def _window(metadata: Metadata) -> int:
@@ -122,7 +128,7 @@ def _qwen2(_: Header, metadata: Metadata, config: dict[str, Any]) -> dict[str, A
     _refuse_window(metadata, config)
     if config["head_dim"] * config["num_attention_heads"] != config["hidden_size"]:
         raise UnsupportedError(
-            f"{metadata.path}: qwen2 heads of {config['head_dim']} values don't fill the size"
+            f"{metadata.path}: qwen2 heads of {config['head_dim']} values don't fill the size", ORIGINAL
         )
     return {"hidden_act": "silu", "use_sliding_window": False}
 
@@ -133,7 +139,9 @@ def _gemma3(_: Header, metadata: Metadata, config: dict[str, Any]) -> dict[str, 
     if not window:
         window, pattern = config["max_position_embeddings"], 1
     if pattern > layers:
-        raise UnsupportedError(f"{metadata.path}: {layers} layers are fewer than one pattern of {pattern}")
+        raise UnsupportedError(
+            f"{metadata.path}: {layers} layers are fewer than one pattern of {pattern}", ORIGINAL
+        )
     scalar = config["hidden_size"] / config["num_attention_heads"] if layers == GEMMA3_LARGE else head
     if scale := metadata.real("attention.scale", 0.0):
         scalar = scale**-2
@@ -162,4 +170,4 @@ def _pattern(metadata: Metadata, layers: int) -> int:
     for pattern in range(1, layers + 1):
         if sliding == [(i + 1) % pattern != 0 for i in range(layers)]:
             return pattern
-    raise UnsupportedError(f"{metadata.path}: its sliding layers do not repeat in one pattern")
+    raise UnsupportedError(f"{metadata.path}: its sliding layers do not repeat in one pattern", ORIGINAL)

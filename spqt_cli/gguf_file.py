@@ -29,6 +29,7 @@ MOST_DIMENSIONS = 4
 MOST_WEIGHTS = 1 << 48  # elements of one tensor, far above any model and far below overflow
 ALIGNMENT = 32  # bytes, unless general.alignment says otherwise
 AGAIN = "download it again"
+ORIGINAL = "convert the HF original"
 
 # struct codes by gguf.GGUFValueType; 8 is a string, 9 an array
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from spqt_cli.errors import SpqtError, UnsupportedError
+from spqt_cli.gguf_file import AGAIN, ORIGINAL
 from spqt_cli.gguf_metadata import Metadata
 
 # The llama3 kind's constants in every model that uses it; a file holds only the factors they lead to.
@@ -26,11 +27,13 @@ def scaling(
     if factors is None:
         return named
     if factors.shape != (head_dim // 2,) or not np.all(np.isfinite(factors) & (factors > 0)):
-        raise SpqtError(f"{metadata.path}: rope_freqs.weight does not fit {head_dim // 2} frequencies")
+        raise SpqtError(f"{metadata.path}: rope_freqs.weight does not fit {head_dim // 2} frequencies", AGAIN)
     if np.all(factors == 1.0):
         return named
     if named is not None:
-        raise UnsupportedError(f"{metadata.path} has rope_freqs.weight and rope.scaling.type at once")
+        raise UnsupportedError(
+            f"{metadata.path} has rope_freqs.weight and rope.scaling.type at once", ORIGINAL
+        )
     return _from_factors(factors, theta, head_dim, context)
 
 
@@ -41,9 +44,9 @@ def _named_kind(metadata: Metadata, context: int) -> dict[str, Any] | None:
     original = metadata.size("rope.scaling.original_context_length", context)
     fast, slow = (metadata.real(f"rope.scaling.yarn_beta_{end}", 0.0) for end in ("fast", "slow"))
     if kind not in ("none", "linear", "yarn"):
-        raise UnsupportedError(f"{metadata.path} scales its rotary embedding by {kind!r}")
+        raise UnsupportedError(f"{metadata.path} scales its rotary embedding by {kind!r}", ORIGINAL)
     if factor < 0:
-        raise SpqtError(f"{metadata.path}: rope.scaling.factor is {factor}")
+        raise SpqtError(f"{metadata.path}: rope.scaling.factor is {factor}", AGAIN)
     if kind == "none" or factor in (0.0, 1.0):
         return None
     if kind == "linear":

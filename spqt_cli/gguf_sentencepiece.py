@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spqt_cli.errors import SpqtError, UnsupportedError
-from spqt_cli.gguf_file import AGAIN
+from spqt_cli.gguf_file import AGAIN, ORIGINAL
 from spqt_cli.gguf_vocabulary import BYTE, NORMAL, UNUSED, USER_DEFINED, Vocabulary
 
 if TYPE_CHECKING:
@@ -24,7 +24,9 @@ LONGEST_PIECE = 512  # characters; SentencePiece trains pieces of 16, Gemma's ru
 def check(path: Path, vocabulary_kind: str, pre: object) -> None:
     """Refuse a pre-tokenizer: SentencePiece has none."""
     if pre not in (None, "default"):
-        raise UnsupportedError(f"{path} has the pre-tokenizer {str(pre)[:40]!r} with {vocabulary_kind!r}")
+        raise UnsupportedError(
+            f"{path} has the pre-tokenizer {str(pre)[:40]!r} with {vocabulary_kind!r}", ORIGINAL
+        )
 
 
 def changes_only_spaces(vocabulary: Vocabulary) -> bool:
@@ -135,4 +137,6 @@ def _refuse_joined_unused(path: Path, vocabulary: Vocabulary, pieces: dict[str, 
     """SentencePiece joins an unused piece and takes it apart again; `tokenizers` can't."""
     for i in vocabulary.of_type(UNUSED):
         if _cuts(path, vocabulary.tokens[i], pieces):
-            raise UnsupportedError(f"{path} marks the piece {vocabulary.tokens[i]!r} unused, but joins it")
+            raise UnsupportedError(
+                f"{path} marks the piece {vocabulary.tokens[i]!r} unused, but joins it", ORIGINAL
+            )

@@ -81,7 +81,9 @@ def _check(model: nn.Module, weights: dict[str, mx.array], checkpoint: Checkpoin
     if missing := wanted.keys() - weights.keys():
         raise SpqtError(f"{checkpoint.name}: tensors are missing: {checks.named(missing)}", checks.AGAIN)
     if extra := weights.keys() - wanted.keys():
-        raise SpqtError(f"{checkpoint.name}: tensors the model has no place for: {checks.named(extra)}", "")
+        raise SpqtError(
+            f"{checkpoint.name}: tensors the model has no place for: {checks.named(extra)}", checks.AGAIN
+        )
     for name, array in weights.items():
         if array.shape != (shape := wanted[name].shape):
             raise SpqtError(

@@ -45,7 +45,10 @@ def run(arguments: Sequence[str]) -> int:
 
 def _cause(number: int) -> SpqtError:
     if number == signal.SIGKILL:
-        return ResourceError("the run was killed: most likely the system ran out of memory")
+        return ResourceError(
+            "the run was killed: most likely the system ran out of memory",
+            "close other programs, or use a smaller model",
+        )
     name = signal.Signals(number).name
     return BackendError(
         f"the run was ended by {name}: MLX, the GPU or its driver gave up; the model's folder is unharmed",
