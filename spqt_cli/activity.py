@@ -3,7 +3,7 @@
 Counts stay on the device and are added up there, so that decoding never waits for them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,52 +12,62 @@ import mlx.core as mx
 _counter: "Counter | None" = None
 
 
-class _Count:
-    """The running count of one group of layers. group: has `layers`, each with `inputs`."""
+class Tally:
+    """The running counts of groups of layers that run in one call.
 
-    def __init__(self, group: Any) -> None:
-        self.group = group
-        self.steps = 0
-        self.running: mx.array | None = None
-        self.finished: list[mx.array] = []
-
-
-class Counter:
-    """Active channels per group of layers that run together, and the steps they were counted over."""
+    groups: each has `layers`, each of those `inputs`. running: what the next step is to count on from, one
+    (layers,) uint32 for each group, or None for zero.
+    """
 
     EVALUATE_EVERY = 32  # steps: a backend that adds up outside its kernels leaves a lazy sum
     LONGEST = 1 << 16  # steps that one uint32 count takes, for layers of up to 65,536 inputs
 
-    def __init__(self) -> None:
-        self._counts: dict[int, _Count] = {}
+    def __init__(self, groups: Sequence[Any]) -> None:
+        self.groups = groups
+        self.steps = 0
+        self.running: Sequence[mx.array | None] = [None] * len(groups)
+        self.finished: list[Sequence[mx.array]] = []
 
-    def counted(self, group: Any) -> mx.array | None:
-        """What the group's next step is to count on from: (layers,) uint32, or None for zero."""
-        count = self._counts.get(id(group))
-        return None if count is None else count.running
-
-    def keep(self, group: Any, counted: mx.array) -> None:
-        """Take the count after one more step."""
-        count = self._counts.get(id(group))
-        if count is None:
-            count = self._counts[id(group)] = _Count(group)
-        count.steps += 1
-        count.running = counted
-        if count.steps % self.EVALUATE_EVERY == 0:
+    def keep(self, counted: Sequence[mx.array]) -> None:
+        """Take the counts after one more step."""
+        self.steps += 1
+        self.running = counted
+        if self.steps % self.EVALUATE_EVERY == 0:
             mx.async_eval(counted)
-        if count.steps % self.LONGEST == 0:
-            count.finished.append(counted)
-            count.running = None
+        if self.steps % self.LONGEST == 0:
+            self.finished.append(counted)
+            self.running = [None] * len(self.groups)
+
+    def totals(self) -> Iterator[tuple[Any, int]]:
+        """Each layer and the channels that were active, summed over the steps."""
+        parts = [*self.finished, *([self.running] if self.steps % self.LONGEST else [])]
+        for at, group in enumerate(self.groups):
+            lists: list[Any] = [part[at].tolist() for part in parts]  # type: ignore[union-attr]
+            for layer, *numbers in zip(group.layers, *lists, strict=True):
+                yield layer, sum(numbers)
+
+
+class Counter:
+    """Active channels of all layers that ran in a block."""
+
+    def __init__(self) -> None:
+        self._tallies: dict[int, Tally] = {}
+
+    def tally(self, groups: Sequence[Any]) -> Tally:
+        """The tally of these groups, known by the identity of the sequence."""
+        tally = self._tallies.get(id(groups))
+        if tally is None:
+            tally = self._tallies[id(groups)] = Tally(groups)
+        return tally
 
     def densities(self) -> list[tuple[Any, float]]:
         """Each counted layer with the mean share of its channels that was active."""
-        rows: list[tuple[Any, float]] = []
-        for count in self._counts.values():
-            parts = [*count.finished, *([] if count.running is None else [count.running])]
-            lists: list[Any] = [part.tolist() for part in parts]
-            for layer, *numbers in zip(count.group.layers, *lists, strict=True):
-                rows.append((layer, sum(numbers) / count.steps / layer.inputs))
-        return rows
+        sums: dict[int, tuple[Any, int, int]] = {}
+        for tally in self._tallies.values():
+            for layer, active in tally.totals():
+                _, before, steps = sums.get(id(layer), (layer, 0, 0))
+                sums[id(layer)] = layer, before + active, steps + tally.steps
+        return [(layer, active / steps / layer.inputs) for layer, active, steps in sums.values()]
 
 
 def current() -> Counter | None:

@@ -7,7 +7,6 @@ both. Attention itself is the model's own code. Blocks of any other form run as 
 
 import ast
 import inspect
-import operator
 import textwrap
 from functools import cache
 from types import SimpleNamespace
@@ -16,11 +15,13 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from spqt_cli import activity, gated, kernels
+from spqt_cli import activity, kernels, parts
 from spqt_cli.layers import SharedInput, ZigzagLinear
+from spqt_cli.parts import Parts
 
 PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
 OUT = "o_proj"
+_UNCOUNTED = (None, None, None, None)
 _TRIAL = mx.array([-2.0, -0.7, 0.0, 0.3, 1.1, 5.0])
 
 
@@ -85,60 +86,58 @@ class Block:
     def __init__(self, module: Any) -> None:
         self.module = module
         self._form: tuple[Any, ...] = ()
-        self._known: list[Any] = []
+        self._parts = Parts([])
         self._head: kernels.HeadStep | None = None
         self._tail: kernels.TailStep | None = None
         self._groups: list[SharedInput] = []  # q/k/v; o; gate and up; down
+        self._skips = False
 
     def __call__(self, x: mx.array, mask: Any, cache: Any) -> mx.array | None:
         """y for x, one row; None where the module's own code is to run."""
-        attention, layers = self.module["self_attn"], self._layers()
-        if layers is None:
-            return None
-        norms = [self.module[name].get("weight") for name in PARTS[::2]]
-        state = [*norms, *(part for one in layers for part in (one, one["weight"], one.threshold))]
-        form = (x.dtype, x.ndim)
-        if form != self._form or any(map(operator.is_not, state, self._known)):
-            self._form, self._known = form, state
-            self._prepare(x, layers)
+        if (x.dtype, x.ndim) != self._form or not self._parts.unchanged():
+            self._prepare(x)
         if self._head is None or self._tail is None:
             return None
-        first, out = self._groups[:2]
-        counter = activity.current()
-        counts = [None] * 4 if counter is None else [counter.counted(group) for group in self._groups]
-        normed, products, counted = self._head(x, counts[0])
-        first.offer(normed, products)
+        counter = activity.current() if self._skips else None
+        tally = None if counter is None else counter.tally(self._groups)
+        first, *others = _UNCOUNTED if tally is None else tally.running
+        normed, products, counted = self._head(x, first)
+        self._groups[0].offer(normed, products)
+        out = self._groups[1]
         out.postponed = True
         try:
-            attended = attention(normed, mask, cache)
+            attended = self.module["self_attn"](normed, mask, cache)
         finally:
             out.postponed = False
-        y, others = self._tail(attended, x, counts[1:])
-        if counter is not None:
-            for group, count in zip(self._groups, (counted, *others), strict=True):
-                counter.keep(group, count)
+        y, counts = self._tail(attended, x, others)
+        if tally is not None:
+            tally.keep([counted, *counts])
         return y
 
-    def _layers(self) -> list[Any] | None:
-        """o, gate, up, down, q and what shares q's input, if all are Zigzag layers of this module now."""
-        attention, mlp = self.module["self_attn"], self.module["mlp"]
-        known = mlp.__dict__.get("_gated")
-        if not isinstance(known, gated.Gated):
-            return None
-        layers = [attention.get(OUT), *(mlp.get(name) for name in known.names), attention.get("q_proj")]
-        if not all(isinstance(layer, ZigzagLinear) for layer in layers):
-            return None
-        return layers[:-1] + layers[-1]._siblings.layers
-
-    def _prepare(self, x: mx.array, layers: list[Any]) -> None:
-        out, gate, up, down, q, *_ = layers
-        self._head = self._tail = None
-        self._groups = [layer._siblings for layer in (q, out, gate, down)]
-        before, after = (self.module[name] for name in PARTS[::2])
-        plain = all(type(norm) is nn.RMSNorm for norm in (before, after))
-        together = [list(map(id, group.layers)) for group in self._groups[1:]]
-        if not plain or together != [[id(out)], [id(gate), id(up)], [id(down)]]:
+    def _prepare(self, x: mx.array) -> None:
+        before, attention, after, mlp = (self.module[name] for name in PARTS)
+        names = getattr(mlp.__dict__.get("_gated"), "names", ())
+        layers = [attention.get("q_proj"), attention.get(OUT), *(mlp.get(name) for name in names)]
+        shared = layers[0]._siblings.layers if isinstance(layers[0], ZigzagLinear) else []
+        self._form, self._head, self._tail = (x.dtype, x.ndim), None, None
+        self._parts = Parts(
+            [
+                *((self.module, name) for name in PARTS),
+                *((norm, "weight") for norm in (before, after)),
+                *((attention, name) for name in ("q_proj", OUT)),
+                *((mlp, name) for name in names),
+                *parts.of_layers([*shared, *layers[1:]]),
+            ]
+        )
+        norms = all(type(norm) is nn.RMSNorm for norm in (before, after))
+        if not (norms and names and all(isinstance(layer, ZigzagLinear) for layer in layers)):
             return
+        q, out, gate, up, down = layers
+        self._groups = [layer._siblings for layer in (q, out, gate, down)]
+        together = [list(map(id, group.layers)) for group in self._groups[1:]]
+        if together != [[id(out)], [id(gate), id(up)], [id(down)]]:
+            return
+        self._skips = any(layer.threshold is not None for layer in [*shared, out, gate, up, down])
         tail = kernels.Tail(out, kernels.Norm(after["weight"], after.eps), [gate, up], down)
         self._tail = kernels.prepare_tail(x, tail)
-        self._head = kernels.prepare_head(kernels.Norm(before["weight"], before.eps), self._groups[0].layers)
+        self._head = kernels.prepare_head(kernels.Norm(before["weight"], before.eps), shared)

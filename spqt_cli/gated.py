@@ -4,7 +4,6 @@ The GPU kernels then apply silu and the product where they add up gate and up, a
 module instead of once per layer. It changes how modules are called, not what they hold.
 """
 
-import operator
 from collections.abc import Callable
 from functools import cache
 from types import SimpleNamespace
@@ -13,8 +12,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from spqt_cli import activity, kernels
-from spqt_cli.layers import ZigzagLinear
+from spqt_cli import activity, kernels, parts
+from spqt_cli.layers import SharedInput, ZigzagLinear
+from spqt_cli.parts import Parts
 
 # Names of gate, up and down in mlx-lm's models.
 GATED = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
@@ -65,30 +65,32 @@ class Gated:
     def __init__(self, module: Any, names: tuple[str, str, str], original: Callable[..., mx.array]) -> None:
         self.module, self.names, self.original = module, names, original
         self._form: tuple[Any, ...] = ()
-        self._known: list[Any] = []
+        self._parts = Parts([])
         self._step: kernels.GatedStep | None = None
+        self._groups: list[SharedInput] = []  # gate and up; down
+        self._skips = False
 
     def __call__(self, x: mx.array) -> mx.array:
-        layers: list[Any] = [self.module.get(name) for name in self.names]
-        if not all(isinstance(layer, ZigzagLinear) for layer in layers):
-            return self.original(self.module, x)  # a profile's row-grouped layer, or a watched one
-        state = [part for layer in layers for part in (layer, layer["weight"], layer.threshold)]
-        form = (x.dtype, x.ndim)
-        if form != self._form or any(map(operator.is_not, state, self._known)):
-            self._form, self._known, self._step = form, state, self._prepared(x, layers)
+        if (x.dtype, x.ndim) != self._form or not self._parts.unchanged():
+            self._prepare(x)
         if self._step is None:
             return self.original(self.module, x)
-        counter = activity.current()
+        counter = activity.current() if self._skips else None
         if counter is None:
             return self._step(x, None, None)[0]
-        pair, last = layers[0]._siblings, layers[2]._siblings
-        y, counted, counted_down = self._step(x, counter.counted(pair), counter.counted(last))
-        counter.keep(pair, counted)
-        counter.keep(last, counted_down)
+        tally = counter.tally(self._groups)
+        y, *counted = self._step(x, *tally.running)
+        tally.keep(counted)
         return y
 
-    def _prepared(self, x: mx.array, layers: list[Any]) -> kernels.GatedStep | None:
+    def _prepare(self, x: mx.array) -> None:
+        layers = [self.module.get(name) for name in self.names]
+        self._form, self._step = (x.dtype, x.ndim), None
+        self._parts = Parts([*((self.module, name) for name in self.names), *parts.of_layers(layers)])
+        if not all(isinstance(layer, ZigzagLinear) for layer in layers):
+            return  # a profile's row-grouped layer, or a watched one
         gate, up, down = layers
-        if [id(layer) for layer in gate._siblings.layers] != [id(gate), id(up)]:
-            return None
-        return kernels.prepare_gated(x, [gate, up], down)
+        if [id(layer) for layer in gate._siblings.layers] == [id(gate), id(up)]:
+            self._groups = [gate._siblings, down._siblings]
+            self._skips = any(layer.threshold is not None for layer in layers)
+            self._step = kernels.prepare_gated(x, [gate, up], down)

@@ -1,0 +1,32 @@
+"""The modules and arrays that a prepared step was made from, and whether they are still the same ones.
+
+A profile, a calibration or a user may put other layers, weights or thresholds in at any time. A decode step
+asks hundreds of times a token, so the question is a few dictionary lookups.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+from spqt_cli.layers import ZigzagLinear
+
+Place = tuple[dict[str, Any], str]  # where something is kept: a module, or its attributes, and a key
+
+
+class Parts:
+    """What lay at some places when this was made."""
+
+    def __init__(self, places: Iterable[Place]) -> None:
+        self._places = [(holder, key, holder.get(key)) for holder, key in places]
+
+    def unchanged(self) -> bool:
+        """Whether the very same things lie there now."""
+        for holder, key, known in self._places:  # noqa: SIM110 - a generator costs as much as the lookups
+            if holder.get(key) is not known:
+                return False
+        return True
+
+
+def of_layers(layers: Iterable[Any]) -> list[Place]:
+    """The places of the weights and thresholds of those that are Zigzag layers."""
+    zigzag = [layer for layer in layers if isinstance(layer, ZigzagLinear)]
+    return [(layer, "weight") for layer in zigzag] + [(layer.__dict__, "_threshold") for layer in zigzag]
