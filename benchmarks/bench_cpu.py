@@ -2,8 +2,9 @@
 
     python benchmarks/bench_cpu.py [--llama-cpp SOURCES --gguf MODEL.gguf] [--only kernel,prefill,decode]
 
-Variants take turns in every repetition. Weights rotate through 192 MB, so that no product finds its own
-in a cache; index collection and MLX's graph are inside every time of ours. Loss or gain, all is printed.
+Variants take turns in every repetition. Products of 192 MB of weights are evaluated as one graph, ours and
+llama.cpp's, so that none finds its own in a cache; index collection and building MLX's graph are inside every
+time of ours. Loss or gain, all is printed.
 """
 
 import argparse
@@ -25,7 +26,7 @@ mx.set_default_device(mx.cpu)
 from machine import facts  # noqa: E402
 from peer import Peer  # noqa: E402
 
-from spqt_cli import bench_model, cpu, layout, patch, shapes  # noqa: E402
+from spqt_cli import bench_model, cpu, kernels, layout, patch, shapes  # noqa: E402
 from spqt_cli.layers import ZigzagLinear  # noqa: E402
 
 SHAPES = ((4096, 4096), (4096, 14336), (14336, 4096), (11008, 4096), (576, 576), (1536, 576), (576, 1536))
@@ -33,7 +34,7 @@ SMOL_BLOCK = ((576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536
 DENSITIES = (1.0, 0.5, 0.25)
 BITS, GROUP_SIZE = 4, 64
 ROTATED_BYTES = 192e6
-PROMPT_TOKENS, PROMPT_BLOCKS = 512, 2  # stock takes a second per block
+PROMPT_TOKENS, PROMPT_BLOCKS, PROMPT_REPETITIONS = 512, 2, 3  # stock takes a second per block
 
 
 def clock(work: Callable[[], Any]) -> float:
@@ -100,10 +101,11 @@ class Case:
         mx.eval(self.x, self.thresholds)
 
     def ours(self, density: float) -> float:
-        """Microseconds of one product of ours."""
+        """Microseconds of one product of ours, prepared as decoding prepares it."""
         for layer in self.layers:
             layer.set_threshold(self.thresholds[density])
-        products = clock(lambda: [cpu.sparse_gemv(self.x, [layer])[0][0] for layer in self.layers])
+        steps = [kernels.prepare([layer]) for layer in self.layers]
+        products = clock(lambda: [step(self.x, None)[0][0] for step in steps])
         return products / len(self.layers) * 1e6
 
     def samples(self, peer: Peer | None, threads: int) -> dict[str, float]:
@@ -114,62 +116,71 @@ class Case:
         return taken | {f"spqt {d}": self.ours(d) for d in DENSITIES}
 
 
-def kernel_rows(peer: Peer | None, threads: int, repetitions: int) -> list[dict[str, Any]]:
-    """Microseconds of one product, by shape, density and variant."""
+def kernel_rows(peer: Peer | None, read: dict[int, float], repetitions: int) -> list[dict[str, Any]]:
+    """Microseconds of one product by shape, density and variant. read: GB/s by thread counts to measure."""
     rows = []
-    bandwidth = read_bandwidth(threads)
     for outputs, inputs in SHAPES:
         case = Case(outputs, inputs)
-        rounds = [case.samples(peer, threads) for _ in range(repetitions + 1)][1:]  # the first warms up
-        us = {name: summary([one[name] for one in rounds]) for name in rounds[0]}
-        rows.append({"shape": f"{outputs}x{inputs}", "threads": threads, "us": us})
-        rows[-1]["ratio"] = print_kernel(rows[-1], case.bytes, bandwidth)
+        for threads, bandwidth in read.items():
+            cpu.set_threads(threads)
+            rounds = [case.samples(peer, threads) for _ in range(repetitions + 1)][1:]  # the first warms up
+            us = {name: summary([one[name] for one in rounds]) for name in rounds[0]}
+            row: dict[str, Any] = {"shape": f"{outputs}x{inputs}", "threads": threads, "us": us}
+            row["share_of_reading"] = {
+                density: round(case.bytes * density / us[f"spqt {density}"]["median"] / 1e3 / bandwidth, 3)
+                for density in DENSITIES
+            }
+            row["ratio"] = print_kernel(row)
+            rows.append(row)
     return rows
 
 
-def print_kernel(row: dict[str, Any], dense_bytes: float, bandwidth: float) -> dict[str, Any]:
+def print_kernel(row: dict[str, Any]) -> dict[str, Any]:
     """Print a row; returns how many times faster each variant of ours is than stock and the peer."""
     us = {name: value["median"] for name, value in row["us"].items()}
     others = [name for name in ("stock", "llama.cpp") if name in us]
     print(f"{row['shape']:>11} {row['threads']}T", *(f"{name} {us[name]:.1f} us" for name in others))
     ratios = {}
-    for name in us.keys() - others:
+    for density, share in row["share_of_reading"].items():
+        name = f"spqt {density}"
         ratios[name] = {other: round(us[other] / us[name], 2) for other in others}
-    for name in sorted(ratios, reverse=True):
         spread = row["us"][name]["spread"] / us[name]
-        rate = dense_bytes * float(name.split()[1]) / us[name] / 1e3
         against = "  ".join(f"{value:6.2f}x {other}" for other, value in ratios[name].items())
-        print(f"  {name:>9} {us[name]:8.1f} us +-{spread:4.0%}  {against}  ", end="")
-        print(f"{rate:5.1f} GB/s, {rate / bandwidth:.0%} of reading")
+        print(
+            f"  {name:>9} {us[name]:8.1f} us +-{spread:4.0%}  {against}  {share:.0%} of reading", flush=True
+        )
     return ratios
 
 
-def prefill_rows(peer: Peer | None, threads: int, repetitions: int) -> dict[str, Any]:
+def prefill_rows(peer: Peer | None, counts: list[int]) -> list[dict[str, Any]]:
     """Prompt tokens/s through the block projections of SmolLM2-135M; llama.cpp's is the whole model's."""
     blocks = [[random_layer(*shape) for shape in SMOL_BLOCK] for _ in range(PROMPT_BLOCKS)]
-    stocks = [[stock_matrix(*shape) for shape in SMOL_BLOCK] for _ in range(PROMPT_BLOCKS)]
+    stocks = [stock_matrix(*shape) for _ in range(PROMPT_BLOCKS) for shape in SMOL_BLOCK]
     xs = {k: mx.random.normal((1, PROMPT_TOKENS, k)) for k in (576, 1536)}
     mx.eval(xs)
     scale = PROMPT_TOKENS * PROMPT_BLOCKS / shapes.config("smollm2-135m")["num_hidden_layers"]
-    samples: dict[str, list[float]] = {"spqt": [], "stock": [], "llama.cpp": []}
-    for _ in range(max(3, repetitions // 3)):
-        ours = clock(lambda: [cpu.matmul(xs[one.inputs], one) for block in blocks for one in block])
-        samples["spqt"].append(scale / ours)
-        stock = clock(
-            lambda: [
-                stock_product(xs[shape[1]], packed)
-                for block in stocks
-                for shape, packed in zip(SMOL_BLOCK, block, strict=True)
-            ]
+    inputs = [xs[k] for _, k in SMOL_BLOCK * PROMPT_BLOCKS]
+    rows = []
+    for threads in counts:
+        cpu.set_threads(threads)
+        samples: dict[str, list[float]] = {"spqt": [], "stock": [], "llama.cpp": []}
+        for _ in range(PROMPT_REPETITIONS):
+            ours = clock(lambda: [cpu.matmul(xs[one.inputs], one) for block in blocks for one in block])
+            samples["spqt"].append(scale / ours)
+            stock = clock(
+                lambda: [stock_product(x, packed) for x, packed in zip(inputs, stocks, strict=True)]
+            )
+            samples["stock"].append(scale / stock)
+            if peer:
+                samples["llama.cpp"].append(peer.ask(f"prompt {PROMPT_TOKENS} {threads}"))
+        row = {name: summary(values) for name, values in samples.items() if values}
+        ratio = row["spqt"]["median"] / row["stock"]["median"]
+        print(
+            f"prefill {threads}T tokens/s: " + ", ".join(f"{n} {v['median']}" for n, v in row.items()), end=""
         )
-        samples["stock"].append(scale / stock)
-        if peer:
-            samples["llama.cpp"].append(peer.ask(f"prompt {PROMPT_TOKENS} {threads}"))
-    row = {name: summary(values) for name, values in samples.items() if values}
-    ratio = row["spqt"]["median"] / row["stock"]["median"]
-    print(f"prefill {threads}T tokens/s: " + ", ".join(f"{n} {v['median']}" for n, v in row.items()), end="")
-    print(f": {ratio:.1f}x stock")
-    return {"threads": threads, "tokens_per_s": row}
+        print(f": {ratio:.1f}x stock", flush=True)
+        rows.append({"threads": threads, "tokens_per_s": row})
+    return rows
 
 
 def decode_rate(model: Any, cache: list[Any], tokens: int) -> float:
@@ -183,7 +194,7 @@ def decode_rate(model: Any, cache: list[Any], tokens: int) -> float:
     return count / (time.perf_counter() - start)
 
 
-def decode_rows(peer: Peer | None, shape: str, threads: int, repetitions: int) -> dict[str, Any]:
+def decode_rows(peer: Peer | None, shape: str, counts: list[int], repetitions: int) -> list[dict[str, Any]]:
     """Tokens/s of a whole model of that shape, random weights; stock only where it is not hopeless."""
     config = shapes.config(shape)
     zigzag = bench_model.random_model(config, BITS, GROUP_SIZE, mx.float16)
@@ -192,20 +203,25 @@ def decode_rows(peer: Peer | None, shape: str, threads: int, repetitions: int) -
     stock = bench_model.stock_twin(zigzag, config) if small else None
     text = mx.random.randint(0, config["vocab_size"], (64,))
     fitted = bench_model.fit_thresholds(zigzag, 0.5, text, _cache(zigzag))
-    samples: dict[str, list[float]] = {}
-    for _ in range(max(3, repetitions // 3)):
-        for name, thresholds in (("dense", {}), ("half", fitted)):
-            for path, layer in patch.zigzag_layers(zigzag).items():
-                layer.set_threshold(thresholds.get(path))
-            samples.setdefault(name, []).append(decode_rate(zigzag, _cache(zigzag), 64 if small else 16))
-        if stock is not None:
-            with bench_model.only_mlx():
-                samples.setdefault("stock", []).append(decode_rate(stock, _cache(stock), 12))
-        if peer and small:
-            samples.setdefault("llama.cpp", []).append(peer.ask(f"decode 64 1 {threads}"))
-    row = {name: summary(values) for name, values in samples.items()}
-    print(f"decode {shape} {threads}T tokens/s: " + ", ".join(f"{n} {v['median']}" for n, v in row.items()))
-    return {"shape": shape, "threads": threads, "tokens_per_s": row}
+    rows = []
+    for threads in counts:
+        cpu.set_threads(threads)
+        samples: dict[str, list[float]] = {}
+        for _ in range(repetitions // 3 if small else repetitions // 2):
+            for name, thresholds in (("dense", {}), ("half", fitted)):
+                for path, layer in patch.zigzag_layers(zigzag).items():
+                    layer.set_threshold(thresholds.get(path))
+                samples.setdefault(name, []).append(decode_rate(zigzag, _cache(zigzag), 64 if small else 16))
+            if stock is not None:
+                with bench_model.only_mlx():
+                    samples.setdefault("stock", []).append(decode_rate(stock, _cache(stock), 12))
+            if peer and small:
+                samples.setdefault("llama.cpp", []).append(peer.ask(f"decode 64 1 {threads}"))
+        row = {name: summary(values) for name, values in samples.items()}
+        rates = ", ".join(f"{name} {value['median']}" for name, value in row.items())
+        print(f"decode {shape} {threads}T tokens/s: {rates}", flush=True)
+        rows.append({"shape": shape, "threads": threads, "tokens_per_s": row})
+    return rows
 
 
 def _cache(model: Any) -> list[Any]:
@@ -222,7 +238,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--only", default="kernel,prefill,decode", help="sections to run")
     parser.add_argument("--threads", default="1,2", help="thread counts")
-    parser.add_argument("--repetitions", type=int, default=15)
+    parser.add_argument("--repetitions", type=int, default=15, help="of kernels; at least 6")
     parser.add_argument("--shape", default="smollm2-135m,llama-3.2-1b", help="of the decode section")
     parser.add_argument("--output", type=Path, help="file for the JSON document")
     return parser.parse_args()
@@ -238,19 +254,20 @@ def main() -> None:
         peer.load(options.gguf)
     whole = peer if options.gguf else None
     result: dict[str, Any] = {"machine": facts(), "kernels": reason, "load_before": os.getloadavg()}
-    result["read_gb_per_s"] = {n: round(read_bandwidth(n), 1) for n in (1, 2)}
-    result.update(kernel=[], prefill=[], decode=[])
-    print(result["machine"], result["kernels"], f"read {result['read_gb_per_s']} GB/s", sep="\n")
-    for threads in map(int, options.threads.split(",")):
-        cpu.set_threads(threads)
-        if "kernel" in options.only:
-            result["kernel"] += kernel_rows(peer, threads, options.repetitions)
-        if "prefill" in options.only:
-            result["prefill"].append(prefill_rows(whole, threads, options.repetitions))
-        if "decode" in options.only:
-            result["decode"] += [
-                decode_rows(whole, shape, threads, options.repetitions) for shape in options.shape.split(",")
-            ]
+    counts = [int(count) for count in options.threads.split(",")]
+    read = {n: round(read_bandwidth(n), 1) for n in counts}
+    result["read_gb_per_s"] = read
+    print(result["machine"], result["kernels"], f"read {read} GB/s", sep="\n", flush=True)
+    if "kernel" in options.only:
+        result["kernel"] = kernel_rows(peer, read, options.repetitions)
+    if "prefill" in options.only:
+        result["prefill"] = prefill_rows(whole, counts)
+    if "decode" in options.only:
+        result["decode"] = [
+            row
+            for shape in options.shape.split(",")
+            for row in decode_rows(whole, shape, counts, options.repetitions)
+        ]
     result["load_after"] = os.getloadavg()
     document = json.dumps(result)
     if options.output:

@@ -14,12 +14,14 @@ import mlx.core as mx
 
 mx.set_default_device(mx.cpu)
 
+from bench_cpu import random_layer, stock_matrix, stock_product  # noqa: E402
 from machine import facts  # noqa: E402
+from mlx_lm.models.activations import swiglu  # noqa: E402
 
-from spqt_cli import cpu  # noqa: E402
+from spqt_cli import cpu, cpu_patch, kernels  # noqa: E402
 from spqt_cli.cpu_patch import STOCK  # noqa: E402
 
-WIDTH, HEADS, KEY_HEADS, HEAD_WIDTH, WORDS = 576, 9, 3, 64, 49152
+WIDTH, MIDDLE, HEADS, KEY_HEADS, HEAD_WIDTH, WORDS = 576, 1536, 9, 3, 64, 49152
 REPETITIONS, OPS = 21, 30  # an evaluation holds as many ops as the model has layers
 
 Op = Callable[[], mx.array]
@@ -47,7 +49,36 @@ def pairs() -> dict[str, tuple[Op, Op]]:
         lambda: cpu.head_matmul(x, *head, 4, 64),
         lambda: mx.quantized_matmul(x, *head, group_size=64, bits=4),
     )
-    return found
+    logits = mx.random.normal((1, WORDS))
+    mx.eval(logits)
+    found[f"log_sum_exp of {WORDS}"] = (
+        lambda: cpu.log_sum_exp(logits, 0),
+        lambda: cpu_patch._logsumexp(logits),
+    )
+    return found | of_a_block(x, w)
+
+
+def of_a_block(x: mx.array, w: mx.array) -> dict[str, tuple[Op, Op]]:
+    """The gated module, and all that follows attention; all channels active."""
+    forms = ((WIDTH, WIDTH), (MIDDLE, WIDTH), (MIDDLE, WIDTH), (WIDTH, MIDDLE))
+    out, gate, up, down = (random_layer(*form) for form in forms)
+    stock_out, *stock = (stock_matrix(*form) for form in forms)
+    gated = cpu.prepare_gated(x, [gate, up], down)
+    tail = cpu.prepare_tail(x, kernels.Tail(out, kernels.Norm(w, 1e-5), [gate, up], down))
+    assert gated is not None
+    assert tail is not None
+
+    def stock_gated(x: mx.array) -> mx.array:
+        return stock_product(swiglu(stock_product(x, stock[0]), stock_product(x, stock[1])), stock[2])
+
+    def stock_tail() -> mx.array:
+        h = x + stock_product(x, stock_out)
+        return h + stock_gated(STOCK["rms_norm"](h, w, 1e-5))
+
+    return {
+        "gated module": (lambda: gated(x, None, None)[0], lambda: stock_gated(x)),
+        "all after attention": (lambda: tail(x, x, [None] * 3)[0], stock_tail),
+    }
 
 
 def microseconds(op: Op, count: int) -> float:
@@ -63,7 +94,7 @@ def main() -> None:
     cpu.set_threads(parser.parse_args().threads)
     print(f"{facts()}; {cpu.threads()} threads\n\n| op | stock us | ours us | gain |\n|---|---|---|---|")
     for name, both in pairs().items():
-        count = 1 if name.startswith("head") else OPS
+        count = 1 if name.startswith(("head", "log")) else OPS
         rounds = [[microseconds(op, count) for op in both] for _ in range(REPETITIONS + 1)][1:]
         ours, stock = (median(one[i] for one in rounds) for i in range(2))
         print(f"| {name} | {stock:.1f} | {ours:.1f} | {stock / ours:.1f}x |")
