@@ -67,9 +67,7 @@ def hub_errors(repo: str) -> Iterator[None]:
         raise SpqtError(f"{repo} needs a login", "hf auth login, or set HF_TOKEN") from None
     except (errors.HTTPError, OSError) as error:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            raise ResourceError(
-                f"the disk of the hub's cache is full, fetching {repo}", "free space"
-            ) from None
+            raise ResourceError("the disk of the hub's cache is full", "free some space") from None
         response = getattr(error, "response", None)
         if response is not None and response.status_code in (401, 403):
             raise SpqtError(
