@@ -132,9 +132,9 @@ class Conversion:
         with files.disk_errors(self.folder):
             format.write_config(self.folder, self.config)
         if self.checkpoint.gguf is not None:
-            from spqt_cli import gguf
+            from spqt_cli.gguf.checkpoint import write_tokenizer
 
-            gguf.write_tokenizer(self.checkpoint.files()[0], self.folder)
+            write_tokenizer(self.checkpoint.files()[0], self.folder)
         files.write_text(self.folder / card.NAME, card.text(self.config, self.checkpoint, self.plan))
         files.publish(self.folder, self.output)
         with files.disk_errors(self.work):

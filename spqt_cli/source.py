@@ -203,9 +203,9 @@ def open_folder(folder: Path, trust: Trust) -> Checkpoint:
 
 
 def _open_gguf(path: Path, trust: Trust) -> Checkpoint:
-    from spqt_cli import gguf
+    from spqt_cli.gguf.checkpoint import open_checkpoint
 
-    opened = gguf.open_checkpoint(path)
+    opened = open_checkpoint(path)
     check_config(opened.config, str(path), trust)
     dtype = _gguf_dtype(opened)
     tensors = {name: Tensor(dtype, tuple(opened.shape(name)), path.name) for name in opened.names()}

@@ -47,7 +47,7 @@ def test_a_layer_that_ran_in_two_ways_has_one_row():
         way = [alone, *groups(1)]
         count(counter.tally(way), [4], [1])
         count(counter.tally(way), [6], [1])
-    assert dict((id(layer), share) for layer, share in counter.densities())[
+    assert {id(layer): share for layer, share in counter.densities()}[
         id(alone.layers[0])
     ] == pytest.approx(0.4)
 

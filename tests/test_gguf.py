@@ -15,8 +15,9 @@ import pytest
 from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.quants import dequantize, quantize
 
-from spqt_cli import gguf, gguf_values
 from spqt_cli.errors import SpqtError, UnsupportedError
+from spqt_cli.gguf import checkpoint as gguf
+from spqt_cli.gguf import values as gguf_values
 from tests.conftest import random_weights, tiny_config
 from tests.writing_gguf import interleave, write_file, write_model
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from gguf import GGUFReader, GGUFWriter
 
-from spqt_cli import gguf
 from spqt_cli.errors import SpqtError, UnsupportedError
-from spqt_cli.gguf_file import read_header
+from spqt_cli.gguf import checkpoint as gguf
+from spqt_cli.gguf.file import read_header
 from tests.conftest import random_weights, tiny_config
 from tests.writing_gguf import write_file, write_model
 

@@ -9,7 +9,7 @@ from gguf import GGUFReader
 from gguf.quants import dequantize
 from tokenizers import Tokenizer
 
-from spqt_cli import gguf
+from spqt_cli.gguf import checkpoint as gguf
 from tests.writing_gguf import STORED, load_tokenizer
 
 pytestmark = pytest.mark.real

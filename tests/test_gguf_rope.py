@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from gguf import GGUFWriter, RopeScalingType
 
-from spqt_cli import gguf
 from spqt_cli.errors import UnsupportedError
+from spqt_cli.gguf import checkpoint as gguf
 from tests.test_gguf import assert_equal, hf_model, logits, read_all, written
 
 

@@ -13,8 +13,8 @@ import pytest
 from gguf import GGUFWriter, TokenType
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from spqt_cli import gguf
 from spqt_cli.errors import SpqtError, UnsupportedError
+from spqt_cli.gguf import checkpoint as gguf
 from tests.writing_gguf import WORDS, add_tokenizer, ids, load_tokenizer, odd_lines, write_file
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]

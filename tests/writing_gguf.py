@@ -147,8 +147,8 @@ def load_tokenizer(path: Path, folder: Path) -> Any:
     """The tokenizer as transformers loads it from a folder with the model's config.json."""
     from transformers import AutoTokenizer
 
-    from spqt_cli import gguf
-    from spqt_cli.gguf_file import read_header
+    from spqt_cli.gguf import checkpoint as gguf
+    from spqt_cli.gguf.file import read_header
 
     arch = read_header(path).metadata["general.architecture"]
     model_type = {"gemma3": "gemma3_text"}.get(arch, arch)

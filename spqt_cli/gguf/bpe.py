@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spqt_cli.errors import SpqtError, UnsupportedError
-from spqt_cli.gguf_file import AGAIN, ORIGINAL
-from spqt_cli.gguf_vocabulary import Vocabulary
+from spqt_cli.gguf.file import AGAIN, ORIGINAL
+from spqt_cli.gguf.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

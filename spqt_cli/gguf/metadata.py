@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from spqt_cli.errors import SpqtError, UnsupportedError
-from spqt_cli.gguf_file import AGAIN, Header
+from spqt_cli.gguf.file import AGAIN, Header
 
 LARGEST_SIZE = 1 << 31
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from spqt_cli.errors import SpqtError, UnsupportedError
-from spqt_cli.gguf_file import AGAIN, Header
+from spqt_cli.gguf.file import AGAIN, Header
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 SENTENCEPIECE_IDS = {"bos": 1, "eos": 2, "unknown": 0}  # where the keys are missing: the format's rule

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from spqt_cli.errors import SpqtError, UnsupportedError
-from spqt_cli.gguf_file import AGAIN, ORIGINAL
-from spqt_cli.gguf_metadata import Metadata
+from spqt_cli.gguf.file import AGAIN, ORIGINAL
+from spqt_cli.gguf.metadata import Metadata
 
 # The llama3 kind's constants in every model that uses it; a file holds only the factors they lead to.
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}

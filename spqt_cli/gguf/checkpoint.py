@@ -11,10 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from spqt_cli import gguf_config, gguf_tokenizer, gguf_values
 from spqt_cli.errors import SpqtError
-from spqt_cli.gguf_file import AGAIN, Header, read_header
-from spqt_cli.gguf_names import ROPE_FACTORS, Origin, origins
+from spqt_cli.gguf import config as gguf_config
+from spqt_cli.gguf import tokenizer as gguf_tokenizer
+from spqt_cli.gguf import values as gguf_values
+from spqt_cli.gguf.file import AGAIN, Header, read_header
+from spqt_cli.gguf.names import ROPE_FACTORS, Origin, origins
 
 MOST_FREQUENCIES = 1 << 16  # of a rotary embedding
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from spqt_cli.errors import SpqtError, UnsupportedError
-from spqt_cli.gguf_file import AGAIN, Header
+from spqt_cli.gguf.file import AGAIN, Header
 
 MOST_NAMED = 10
 ROPE_FACTORS = "rope_freqs.weight"  # read with the configuration, where llama's rotation is settled

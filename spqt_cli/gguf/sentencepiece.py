@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spqt_cli.errors import SpqtError, UnsupportedError
-from spqt_cli.gguf_file import AGAIN, ORIGINAL
-from spqt_cli.gguf_vocabulary import BYTE, NORMAL, UNUSED, USER_DEFINED, Vocabulary
+from spqt_cli.gguf.file import AGAIN, ORIGINAL
+from spqt_cli.gguf.vocabulary import BYTE, NORMAL, UNUSED, USER_DEFINED, Vocabulary
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

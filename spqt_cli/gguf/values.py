@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from spqt_cli.errors import SpqtError, UnsupportedError
-from spqt_cli.gguf_file import AGAIN, StoredTensor
+from spqt_cli.gguf.file import AGAIN, StoredTensor
 
 CHUNK_WEIGHTS = 1 << 20  # weights unpacked at once: 4 MB of float32
 LARGEST_HALF = 65504.0

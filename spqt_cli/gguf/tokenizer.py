@@ -8,10 +8,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from spqt_cli import files, gguf_bpe, gguf_sentencepiece
+from spqt_cli import files
 from spqt_cli.errors import SpqtError, UnsupportedError
-from spqt_cli.gguf_file import AGAIN, Header
-from spqt_cli.gguf_vocabulary import (
+from spqt_cli.gguf import bpe, sentencepiece
+from spqt_cli.gguf.file import AGAIN, Header
+from spqt_cli.gguf.vocabulary import (
     CONTROL,
     UNKNOWN,
     USER_DEFINED,
@@ -33,9 +34,9 @@ def check(header: Header) -> None:
     refuse_unknown_keys(header)
     kind, pre = (header.metadata.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
     if kind == "gpt2":
-        gguf_bpe.find_pre(header.path, pre, str(header.metadata.get("general.architecture")))
+        bpe.find_pre(header.path, pre, str(header.metadata.get("general.architecture")))
     elif kind == "llama":
-        gguf_sentencepiece.check(header.path, kind, pre)
+        sentencepiece.check(header.path, kind, pre)
     else:
         found = "no tokenizer" if kind is None else f"the tokenizer kind {str(kind)[:40]!r}"
         raise UnsupportedError(f"{header.path} has {found}", "spqt knows 'gpt2' and 'llama'")
@@ -94,16 +95,16 @@ def _tokenizer(header: Header, vocabulary: Vocabulary) -> dict[str, Any]:
     from tokenizers import AddedToken
 
     if vocabulary.kind == "gpt2":
-        pre = gguf_bpe.find_pre(header.path, vocabulary.pre, str(header.metadata["general.architecture"]))
-        tokenizer, tokens = gguf_bpe.build(header.path, vocabulary, pre), vocabulary.tokens
+        pre = bpe.find_pre(header.path, vocabulary.pre, str(header.metadata["general.architecture"]))
+        tokenizer, tokens = bpe.build(header.path, vocabulary, pre), vocabulary.tokens
         literal, adds_bos = vocabulary.of_type(USER_DEFINED), pre.bos
     else:
         tokenizer, tokens = (
-            gguf_sentencepiece.build(header.path, vocabulary),
-            gguf_sentencepiece.spelled(vocabulary),
+            sentencepiece.build(header.path, vocabulary),
+            sentencepiece.spelled(vocabulary),
         )
         literal, adds_bos = [], True
-        if gguf_sentencepiece.changes_only_spaces(vocabulary):
+        if sentencepiece.changes_only_spaces(vocabulary):
             literal = vocabulary.of_type(USER_DEFINED)
     roles = {vocabulary.ids[name] for name in ROLES.values() if name in vocabulary.ids}
     special = sorted(roles.union(vocabulary.of_type(CONTROL, UNKNOWN)))

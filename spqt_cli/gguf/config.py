@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from spqt_cli.errors import SpqtError, UnsupportedError
-from spqt_cli.gguf_file import AGAIN, ORIGINAL, Header
-from spqt_cli.gguf_metadata import Metadata
-from spqt_cli.gguf_names import ATTENTION, MLP, biased
-from spqt_cli.gguf_rope import scaling
+from spqt_cli.gguf.file import AGAIN, ORIGINAL, Header
+from spqt_cli.gguf.metadata import Metadata
+from spqt_cli.gguf.names import ATTENTION, MLP, biased
+from spqt_cli.gguf.rope import scaling
 
 ARCHITECTURES = {
     "llama": ("llama", "LlamaForCausalLM"),
