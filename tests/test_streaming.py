@@ -224,7 +224,7 @@ def test_blocks_that_are_no_chain(folder, monkeypatch, capsys):
     def refuse(*_):
         raise UnsupportedError("no chain")
 
-    monkeypatch.setattr("spqt_cli.streaming.Stream._check_chain", refuse)
+    monkeypatch.setattr("spqt_cli.chain.Chain._check", refuse)
     result = calibrate.calibrate(folder, settings(stream=None), quiet)
     assert "no chain; so the whole model is loaded" in capsys.readouterr().err
     assert result.realised == pytest.approx(0.4, abs=0.03)
@@ -239,3 +239,5 @@ def test_gemma_with_its_own_masks(tmp_path):
     expected = thresholds_of(tmp_path / "model")
     assert result.tried[0].kl == pytest.approx(whole.tried[0].kl, rel=0.1)
     assert max(abs(found[path] / expected[path] - 1) for path in found) < 0.05
+    priced = calibrate.calibrate(tmp_path / "model", settings(method="fast"), quiet)
+    assert priced.realised == pytest.approx(0.4, abs=0.03)
