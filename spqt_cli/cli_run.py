@@ -99,6 +99,9 @@ def generate(
     draft = models.load_draft(draft_model, loaded) if draft_model else None
     if draft is not None:
         cache = {**cache, "num_draft_tokens": num_draft_tokens}
+        if loaded.sparsity:
+            several = "proposed tokens are checked several at a time, which runs dense"
+            loaded.note = "; ".join(filter(None, [loaded.note, several]))
     options = generator.Options(max_tokens, stop or (), extra_eos_token or (), cache, draft)
     tokens = generator.encode(loaded, request)
     if loaded.note and not quiet:
