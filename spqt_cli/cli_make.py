@@ -99,6 +99,10 @@ def convert(
         str | None, typer.Option(help="float16, bfloat16 or float32 for what stays unquantized.")
     ] = None,
     preset: Preset = "default",
+    profile: Annotated[
+        float | None,
+        typer.Option(metavar="SHARE", help="Row-grouped where this device's profile says so, SHARE skipped."),
+    ] = None,
     revision: Revision = None,
     allow_requantize: Annotated[
         bool, typer.Option(help="Accept a source that is quantized already.")
@@ -137,6 +141,7 @@ def convert(
         skip=wishes.skip,
         head_bits=wishes.head_bits,
         projections=wishes.projections,
+        profile=profile,
     )
     target = output or converter.default_output(source, options)
     if upload_repo:

@@ -4,9 +4,11 @@ It owns the order of the work: check, plan, write, publish. The output appears c
 and an interrupted run goes on where it stopped. It knows no command line.
 """
 
+import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import mlx.core as mx
 import psutil
 
 from spqt_cli import checks, files, layout, plan, source
@@ -22,7 +24,8 @@ class ConvertOptions:
     """What `convert` is asked for. dtype: of what stays floating; None keeps the model's own.
 
     skip: suffixes of layer paths to keep row-grouped. force: go on although memory looks short.
-    head_bits, projections: as in `plan.Wishes`.
+    head_bits, projections: as in `plan.Wishes`. profile: the share that will be skipped, for which layers
+    that this device's profile runs faster row-grouped are stored so; None stores all in Zigzag.
     """
 
     bits: int = 4
@@ -36,6 +39,7 @@ class ConvertOptions:
     skip: tuple[str, ...] = ()
     head_bits: int | None = None
     projections: tuple[tuple[str, int, int], ...] = ()
+    profile: float | None = None
 
 
 @dataclass
@@ -96,21 +100,42 @@ def convert(
     trust = source.Trust(options.trust_remote_code, options.allow_requantize)
     if options.dry_run:
         checkpoint = source.open_source(source_name, options.revision, trust, headers_only=True)
-        planned, _ = plan.make(checkpoint, _wishes(options))
+        planned, _, _ = _plan(checkpoint, options)
         return _result(output, planned, checkpoint, options)
     local = files.expanded(source_name)
     files.check_target(output, local)
     with files.claim(output):
         files.check_target(output, local)
         checkpoint = source.open_source(source_name, options.revision, trust)
-        planned, weights = plan.make(checkpoint, _wishes(options))
+        planned, weights, wishes = _plan(checkpoint, options)
         _check_memory(planned, options)
-        conversion = Conversion(output, checkpoint, planned, _wishes(options))
+        conversion = Conversion(output, checkpoint, planned, wishes)
         resumed = conversion.write(weights, on_progress or (lambda done, total, name: None))
         conversion.publish()
     result = _result(output, planned, checkpoint, options)
     result.resumed = resumed
     return result
+
+
+def _plan(
+    checkpoint: source.Checkpoint, options: ConvertOptions
+) -> tuple[Plan, dict[str, mx.array], plan.Wishes]:
+    """The plan, the lazy tensors, and the wishes that it follows."""
+    wishes = _wishes(options)
+    planned, weights = plan.make(checkpoint, wishes)
+    if options.profile is None:
+        return planned, weights, wishes
+    from spqt_cli import profile
+
+    sizes = {
+        unit.path: profile.Size(outputs, inputs, unit.bits, unit.group_size)
+        for unit in planned.units
+        if unit.kind == ZIGZAG
+        for outputs, inputs in [weights[unit.name].shape]
+    }
+    rows = profile.better_as_rows(sizes, 1 - options.profile)
+    wishes = dataclasses.replace(wishes, skip=(*wishes.skip, *rows))
+    return *plan.make(checkpoint, wishes), wishes
 
 
 def check_options(options: ConvertOptions) -> None:
@@ -122,6 +147,10 @@ def check_options(options: ConvertOptions) -> None:
             raise UsageError(f"{bits} bits: not a width that MLX packs", f"use one of {layout.BITS}")
         if group_size not in layout.GROUP_SIZES:
             raise UsageError(f"group size {group_size} does not exist", f"use one of {layout.GROUP_SIZES}")
+    if options.profile is not None and not 0 <= options.profile <= 0.95:
+        raise UsageError(
+            f"--profile {options.profile} is not in 0 to 0.95", "0.25: a quarter will be skipped"
+        )
     if options.dtype is not None and options.dtype not in DTYPES:
         raise UsageError(f"dtype {options.dtype!r} does not exist", f"use one of {DTYPES}")
 

@@ -12,10 +12,10 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -23,6 +23,7 @@ from mlx import nn
 from mlx.utils import tree_unflatten
 
 from spqt_cli import __version__, files, format, heads, kernels
+from spqt_cli.errors import UsageError
 from spqt_cli.layers import ZigzagLinear
 from spqt_cli.patch import SHARED_INPUTS, zigzag_layers
 
@@ -45,11 +46,23 @@ class Choice:
         return SPARSE if density < self.sparse_below else self.otherwise
 
 
+class Size(NamedTuple):
+    """What a choice depends on, of a layer that is not there yet."""
+
+    outputs: int
+    inputs: int
+    bits: int
+    group_size: int
+
+
 @dataclass
 class Unit:
-    """Layers that run in one launch, because they read one input, or one layer alone."""
+    """Layers that run in one launch, because they read one input, or one layer alone.
 
-    layers: dict[str, ZigzagLinear]
+    layers: by path; a Size each while a conversion is planned.
+    """
+
+    layers: dict[str, Any]
 
     @property
     def name(self) -> str:
@@ -68,8 +81,13 @@ class Unit:
 
 def units(model: nn.Module) -> list[Unit]:
     """The units of a model, in the order of its modules; every Zigzag layer is in exactly one."""
-    by_parent: dict[str, dict[str, ZigzagLinear]] = {}
-    for name, layer in zigzag_layers(model).items():
+    return grouped(zigzag_layers(model))
+
+
+def grouped(layers: Mapping[str, Any]) -> list[Unit]:
+    """Layers by path, each with its sizes, as units."""
+    by_parent: dict[str, dict[str, Any]] = {}
+    for name, layer in layers.items():
         parent, _, leaf = name.rpartition(".")
         by_parent.setdefault(parent, {})[leaf] = layer
     found: list[Unit] = []
@@ -205,6 +223,18 @@ def _repack_head(model: nn.Module, choices: dict[str, Choice]) -> str:
     start = time.perf_counter()
     error = heads.to_zigzag(model, head)
     return f"; head in Zigzag, {time.perf_counter() - start:.1f} s, relative error {error:.1%}"
+
+
+def better_as_rows(layers: Mapping[str, Size], density: float) -> list[str]:
+    """Paths of the layers that this device runs faster row-grouped when that share of channels is active.
+
+    Raises UsageError without a profile.
+    """
+    choices, fault = read()
+    if not choices:
+        raise UsageError(fault or "this device has no profile", "make one: spqt bench --kernel --write")
+    chosen = [unit for unit in grouped(layers) if unit.key in choices and can_repack(unit)]
+    return [name for unit in chosen if choices[unit.key].at(density) == ROWS for name in unit.layers]
 
 
 def can_repack(unit: Unit) -> bool:

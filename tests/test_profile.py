@@ -1,5 +1,6 @@
 """Profiles: where they are kept, whom they belong to, and what following one does to a model."""
 
+import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -7,7 +8,8 @@ import mlx.core as mx
 import pytest
 from mlx import nn
 
-from spqt_cli import bench_model, format, heads, model, profile
+from spqt_cli import bench_model, convert, format, heads, model, profile
+from spqt_cli.errors import UsageError
 from spqt_cli.layers import ZigzagLinear
 from spqt_cli.patch import zigzag_layers
 from spqt_cli.profile import ROWS, SPARSE, ZIGZAG, Choice
@@ -225,3 +227,53 @@ def test_an_unquantized_head_is_none():
 
     model_class, args_class = _get_classes(config)
     assert heads.find(model_class(args_class.from_dict(config))) is None
+
+
+# --- converting by a profile
+
+
+def sized(path: str, outputs: int = 64, inputs: int = 64, group_size: int = 32) -> dict[str, profile.Size]:
+    return {f"model.layers.0.{path}": profile.Size(outputs, inputs, 4, group_size)}
+
+
+def test_layers_are_chosen_by_unit_and_density():
+    layers = sized("mlp.gate_proj") | sized("mlp.up_proj") | sized("mlp.down_proj", 64, 96)
+    profile.write(
+        {"64x64+64x64 4 bits group 32": Choice(0.5, ROWS), "64x96 4 bits group 32": Choice(1.0, ROWS)}, {}
+    )
+    pair = ["model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj"]
+    assert profile.better_as_rows(layers, 0.6) == pair
+    assert profile.better_as_rows(layers, 0.4) == []
+
+
+def test_layers_that_mlx_can_not_hold_stay_zigzag():
+    profile.write({"64x80 4 bits group 32": Choice(0.0, ROWS)}, {})
+    assert profile.better_as_rows(sized("self_attn.o_proj", 64, 80), 1.0) == []
+
+
+def test_without_a_profile_there_is_nothing_to_follow():
+    with pytest.raises(UsageError, match="no profile"):
+        profile.better_as_rows(sized("mlp.down_proj"), 0.5)
+
+
+def test_convert_stores_row_grouped_what_the_profile_says(tmp_path, checkpoint):
+    source = checkpoint
+    whole = convert.convert(str(source), tmp_path / "whole", convert.ConvertOptions(group_size=32))
+    loaded_units = profile.units(model.load(tmp_path / "whole").model)
+    slow = next(unit for unit in loaded_units if unit.name == "down_proj")
+    profile.write({slow.key: Choice(0.0, ROWS)}, {})
+    options = convert.ConvertOptions(group_size=32, profile=0.25)
+    dry = convert.convert(str(source), tmp_path / "no", dataclasses.replace(options, dry_run=True))
+    assert dry.layers == whole.layers - sum(unit.name == "down_proj" for unit in loaded_units)
+    convert.convert(str(source), tmp_path / "mixed", options)
+    mixed = model.load(tmp_path / "mixed").model
+    down = [layer for path, layer in mixed.named_modules() if path.endswith("down_proj")]
+    assert down
+    assert all(type(layer) is nn.QuantizedLinear for layer in down)
+    everything = zigzag_layers(model.load(tmp_path / "whole").model)
+    assert zigzag_layers(mixed).keys() == {path for path in everything if "down" not in path}
+
+
+def test_a_share_out_of_range_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="--profile 1"):
+        convert.convert("x", tmp_path / "y", convert.ConvertOptions(profile=1.0))
