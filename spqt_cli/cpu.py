@@ -131,7 +131,7 @@ def attention(q: mx.array, k: mx.array, v: mx.array, *, scale: float, causal: bo
 
 
 def prepare_token(heads: int, key_heads: int, scale: float, rope: dict[str, Any]) -> Any:
-    """Attention of one token to a cache that it joins: q, k, v, keys, values, offset -> attended, keys, values.
+    """Attention of one token to a cache it joins: q, k, v, keys, values, offset -> attended, keys, values.
 
     rope: dims, traditional, base, scale and freqs as for `rope`. q: (..., heads * width); k, v: (...,
     key_heads * width); keys, values: (1, key_heads, room, width), of which `offset` are taken; all float32.
