@@ -223,7 +223,7 @@ class _Run:
             if not stream:
                 candidates = search.run(self.options.method, self._step)
             best = candidates[0]
-            curves = search.curves(best, None if stream else self._step)
+            curves = search.curves(best, self.options.method, None if stream else self._step)
             tried = [Tried(one.name, one.mean_kl, one.kl, search.overall(one)) for one in candidates]
         shares = best.at(target)
         rows = [

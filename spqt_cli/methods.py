@@ -27,6 +27,7 @@ CANDIDATES = {
 }
 # At most. From 4 on, more changed KL by under 1 % on SmolLM2-135M; one costs four dense passes over it.
 GRADIENT_WINDOWS = {"auto": 6, "fast": 2}
+SECOND_WINDOWS = {"fast": 2}  # of settling at a second share, where fewer than SETTLING_WINDOWS
 ROUNDS = {"fast": 1}  # of settling, where fewer than usual: some tenths of a point for a tenth of the time
 
 
@@ -34,7 +35,8 @@ def steps(method: str, rows: int, held_out: int) -> int:
     """How often a run of the method reports a step, for windows to calibrate on and held out."""
     settling = min(SETTLING_WINDOWS, rows)
     each = ROUNDS.get(method, SETTLING_ROUNDS) * settling + held_out
-    return rows + min(GRADIENT_WINDOWS.get(method, 0), rows) + len(CANDIDATES[method]) * each + settling
+    second = min(SECOND_WINDOWS.get(method, settling), rows)
+    return rows + min(GRADIENT_WINDOWS.get(method, 0), rows) + len(CANDIDATES[method]) * each + second
 
 
 def second_share(target: float) -> float | None:
@@ -109,14 +111,15 @@ class Search:
         gradient = Candidate("gradient", allocation.cheapest_levels(costs, weights, np.array(LEVELS)))
         return [gradient] if method == "fast" else [uniform, gradient]
 
-    def curves(self, candidate: Candidate, on_step: OnStep | None) -> dict[str, list[float]]:
+    def curves(self, candidate: Candidate, method: str, on_step: OnStep | None) -> dict[str, list[float]]:
         """Path -> the layer's `curve`. on_step: None where the model is not in memory.
 
         In memory the candidate is settled at a second share: what settling changes is no straight line.
         """
         share = second_share(self.target)
         if on_step is not None and share is not None:
-            settled = self.bench.settled(self.counts, candidate.at(share), on_step, rounds=1)
+            windows = SECOND_WINDOWS.get(method, SETTLING_WINDOWS)
+            settled = self.bench.settled(self.counts, candidate.at(share), on_step, 1, windows)
             candidate.second = (share, settled)
         return {path: self.curve(candidate, path) for path in self.counts}
 

@@ -121,6 +121,7 @@ class Workbench:
         levels: Mapping[str, float],
         on_step: OnStep,
         rounds: int = SETTLING_ROUNDS,
+        windows: int = SETTLING_WINDOWS,
     ) -> dict[str, float]:
         """Thresholds at which each layer skips its level while all others skip theirs.
 
@@ -131,7 +132,7 @@ class Workbench:
             masking = observe.Masking(chosen)
             self.harness.counting, self.harness.first = True, 0
             total: dict[str, np.ndarray] = {}
-            for i in range(min(SETTLING_WINDOWS, len(self.rows))):
+            for i in range(min(windows, len(self.rows))):
                 on_step("settling thresholds")
                 self._fill(self.rows[i], self._prompt(i), masking)
                 for path, seen in self.harness.histograms().items():

@@ -70,13 +70,14 @@ def test_curves_settle_a_second_share_only_where_they_can() -> None:
     run, candidate, dense = search(0.24)
     asked = []
 
-    def settled(counts, levels, on_step, rounds):
-        asked.append((levels["one"], rounds))
+    def settled(counts, levels, on_step, rounds, windows):
+        asked.append((levels["one"], rounds, windows))
         return {"one": float(dense[20])}
 
     run.bench = SimpleNamespace(settled=settled)  # type: ignore[assignment]
     candidate.chosen = {"one": float(dense[12])}
-    assert run.curves(candidate, None)["one"] == pytest.approx(dense.tolist())
+    assert run.curves(candidate, "auto", None)["one"] == pytest.approx(dense.tolist())
     assert asked == []
-    assert run.curves(candidate, str)["one"][25] == pytest.approx(dense[20])
-    assert asked == [(0.5, 1)]
+    assert run.curves(candidate, "auto", str)["one"][25] == pytest.approx(dense[20])
+    assert run.curves(candidate, "fast", str)["one"][25] == pytest.approx(dense[20])
+    assert asked == [(0.5, 1, 4), (0.5, 1, 2)]
