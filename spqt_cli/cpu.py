@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from spqt_cli.kernels import GatedStep, HeadStep, Norm, Step, Tail, TailStep
 
 _REINSTALL = "reinstall spqt (`pip install --force-reinstall --no-deps .`)"
+MOST_THREADS = 512  # a typing error of 100,000 would take all that the system has
 _CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
@@ -164,9 +165,12 @@ def set_threads(count: int) -> None:
 def default_threads() -> int:
     """SPQT_THREADS, else the physical cores that this process may use."""
     if wish := os.environ.get("SPQT_THREADS"):
-        if not wish.isdigit() or int(wish) < 1:
-            raise UsageError(f"SPQT_THREADS is {wish!r}", "set it to a number of threads, at least 1")
-        return int(wish)
+        count = int(wish) if wish.isdecimal() and len(wish) < 9 else 0
+        if not 1 <= count <= MOST_THREADS:
+            raise UsageError(
+                f"SPQT_THREADS is {wish[:40]!r}", f"set it to a number of threads, 1 to {MOST_THREADS}"
+            )
+        return count
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     count = min(psutil.cpu_count(logical=False) or allowed, allowed)
     if _CGROUP_QUOTA.is_file():  # a container's share, which affinity does not show

@@ -102,7 +102,7 @@ def test_good_extension_is_used(fresh):
     assert cpu.status() == (True, "base kernels, 1 threads")
 
 
-@pytest.mark.parametrize("wish", ["0", "-1", "two", "1.5"])
+@pytest.mark.parametrize("wish", ["0", "-1", "two", "1.5", "100000", "9" * 5000])
 def test_threads_from_the_environment_are_checked(monkeypatch, wish):
     monkeypatch.setenv("SPQT_THREADS", wish)
     with pytest.raises(UsageError, match="SPQT_THREADS"):
