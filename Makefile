@@ -52,7 +52,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	@echo "lines of Python: $$(cat spqt_cli/*.py | wc -l) in spqt_cli, $$(cat tests/*.py tests/*/*.py | wc -l) in tests"
+	@echo "lines of Python: $$(cat spqt_cli/*.py spqt_cli/gguf/*.py | wc -l) in spqt_cli, $$(cat tests/*.py tests/*/*.py | wc -l) in tests"
 
 MINUTES ?= 30
 torture: $(STAMP)

@@ -47,9 +47,9 @@ def test_a_layer_that_ran_in_two_ways_has_one_row():
         way = [alone, *groups(1)]
         count(counter.tally(way), [4], [1])
         count(counter.tally(way), [6], [1])
-    assert {id(layer): share for layer, share in counter.densities()}[
-        id(alone.layers[0])
-    ] == pytest.approx(0.4)
+    assert {id(layer): share for layer, share in counter.densities()}[id(alone.layers[0])] == pytest.approx(
+        0.4
+    )
 
 
 def test_counting_ends_with_its_block_and_nests():
