@@ -65,12 +65,14 @@ format: $(STAMP)
 test: lint $(GGUF)
 	SPQT_REAL_GGUF=$(abspath $(GGUF)) $(BIN)/pytest
 
-# The same tests on another Python, without the slow ones on the real model.
+# The same tests on another Python, without the slow ones: those on the real model, and those of the Metal bodies
+# under emulation, in which Python only starts compiled programs.
+BODIES = kernels_gpu kernel_traffic emulator count_instructions address_spaces
 test-newest:
 	$(MAKE) VENV=.venv-newest unit PYTHON=$(PYTHON)
 
 unit: $(STAMP)
-	$(BIN)/pytest -m "not real"
+	$(BIN)/pytest -m "not real" $(BODIES:%=--ignore=tests/test_%.py)
 
 # LLAMA_CPP: a llama.cpp checkout or the source package of llama-cpp-python, to measure beside; GGUF: a model.
 bench-cpu: $(STAMP)
