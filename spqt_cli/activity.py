@@ -26,23 +26,24 @@ class Tally:
         self.groups = groups
         self.steps = 0
         self.running: Sequence[mx.array | None] = [None] * len(groups)
-        self.finished: list[Sequence[mx.array]] = []
+        self._finished: list[Sequence[mx.array]] = []
+        self._since: list[Sequence[mx.array]] = []  # one entry: the counts that are still running
 
     def keep(self, counted: Sequence[mx.array]) -> None:
         """Take the counts after one more step."""
         self.steps += 1
-        self.running = counted
+        self.running, self._since = counted, [counted]
         if self.steps % self.EVALUATE_EVERY == 0:
             mx.async_eval(counted)
         if self.steps % self.LONGEST == 0:
-            self.finished.append(counted)
-            self.running = [None] * len(self.groups)
+            self._finished.append(counted)
+            self.running, self._since = [None] * len(self.groups), []
 
     def totals(self) -> Iterator[tuple[Any, int]]:
         """Each layer and the channels that were active, summed over the steps."""
-        parts = [*self.finished, *([self.running] if self.steps % self.LONGEST else [])]
+        parts = self._finished + self._since
         for at, group in enumerate(self.groups):
-            lists: list[Any] = [part[at].tolist() for part in parts]  # type: ignore[union-attr]
+            lists: list[Any] = [part[at].tolist() for part in parts]
             for layer, *numbers in zip(group.layers, *lists, strict=True):
                 yield layer, sum(numbers)
 

@@ -6,6 +6,8 @@ ratios smaller, never larger. Weights rotate over more memory than caches hold; 
 are in every time.
 """
 
+import functools
+import operator
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -169,7 +171,8 @@ def _sparse(x: mx.array, copy: Copy) -> list[mx.array]:
 @mx.compile
 def _link(x: mx.array, ys: list[mx.array]) -> mx.array:
     """x again, but not before all of ys are there."""
-    return x + 0 * sum(y[..., :1] for y in ys).astype(x.dtype)  # type: ignore[union-attr]
+    total = functools.reduce(operator.add, (y[..., :1] for y in ys))
+    return x + 0 * total.astype(x.dtype)
 
 
 def _chain(variant: Variant | None, x: mx.array, calls: int) -> float:

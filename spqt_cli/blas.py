@@ -8,7 +8,7 @@ On a GPU everything here steps aside and MLX's own operations run. It knows noth
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
@@ -63,8 +63,7 @@ def _banded(rows: mx.array, layer: ZigzagLinear) -> mx.array:
         dx = sum(dy[:, b * band : (b + 1) * band] @ w[b].T for b in range(bands))
         return mx.array(dx)
 
-    result: mx.array = forward(rows)  # type: ignore[assignment]
-    return result
+    return cast(mx.array, forward(rows))
 
 
 def _plain(x: mx.array, w: np.ndarray, bias: mx.array | None) -> mx.array:
@@ -78,7 +77,7 @@ def _plain(x: mx.array, w: np.ndarray, bias: mx.array | None) -> mx.array:
     def backward(_: mx.array, cotangent: mx.array, __: mx.array) -> mx.array:
         return mx.array(_host(cotangent) @ w)
 
-    product: mx.array = forward(x.reshape(-1, x.shape[-1]))  # type: ignore[assignment]
+    product = cast(mx.array, forward(x.reshape(-1, x.shape[-1])))
     y = product.reshape(*x.shape[:-1], w.shape[0]).astype(x.dtype)
     return y if bias is None else y + bias
 
@@ -151,8 +150,7 @@ def _attend(mask: np.ndarray | None, q: mx.array, k: mx.array, v: mx.array) -> m
         dv = np.matmul(p.swapaxes(-1, -2), dy)
         return mx.array(np.matmul(ds, k)), mx.array(np.matmul(ds.swapaxes(-1, -2), q)), mx.array(dv)
 
-    result: mx.array = forward(q, k, v)  # type: ignore[assignment]
-    return result
+    return cast(mx.array, forward(q, k, v))
 
 
 def attention(
