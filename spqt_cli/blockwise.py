@@ -38,31 +38,21 @@ def levels(
     model: probed. tokens: (length,), the first TOKENS are used. counts: path -> histogram of |x|.
     """
     blocks = blocks_of(model, counts)
-    kinds = {type(block) for block, _ in blocks.values()}
-    originals = {kind: kind.__call__ for kind in kinds}
     found: dict[str, np.ndarray] = {}
 
-    def searched(self: nn.Module, x: mx.array, *args: Any, **kwargs: Any) -> Any:
-        call = originals[type(self)]
-        out = call(self, x, *args, **kwargs)
-        if id(self) in blocks:
-            on_step("searching block by block")
-            _, paths = blocks[id(self)]
-            search = Search(
-                lambda: call(self, x, *args, **kwargs), out, harness, {p: counts[p] for p in paths}
-            )
-            sizes = {path: harness.layers[path].inputs * harness.layers[path].outputs for path in paths}
-            found.update(search.run(sizes))
+    def searched(block: nn.Module, call: Callable[..., Any], x: mx.array, *rest: Any, **named: Any) -> Any:
+        out = call(block, x, *rest, **named)
+        on_step("searching block by block")
+        _, paths = blocks[id(block)]
+        search = Search(
+            lambda: call(block, x, *rest, **named), out, harness, {path: counts[path] for path in paths}
+        )
+        sizes = {path: harness.layers[path].inputs * harness.layers[path].outputs for path in paths}
+        found.update(search.run(sizes))
         return out
 
-    try:
-        for kind in kinds:
-            kind.__call__ = searched  # type: ignore[method-assign]
-        with blas.many_rows(heads=False):
-            model(mx.array(tokens[None, :TOKENS]))
-    finally:
-        for kind, original in originals.items():
-            kind.__call__ = original  # type: ignore[method-assign]
+    with observe.hooked([block for block, _ in blocks.values()], searched), blas.many_rows(heads=False):
+        model(mx.array(tokens[None, :TOKENS]))
     if missing := set(counts) - set(found):
         raise UnsupportedError(
             f"{min(missing)} was not reached through a block", "use --method auto, which needs no blocks"

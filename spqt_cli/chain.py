@@ -5,8 +5,7 @@ the last block, and `logits` lets the blocks hand over hidden states that are th
 blocks that hand one array to the next, and says so of a model built otherwise.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ class Chain:
     def __init__(self, model: nn.Module, harness: observe.Harness, folder: Path) -> None:
         self.model = model
         self.blocks = blockwise.blocks_of(model, harness.layers)
+        self._modules = [block for block, _ in self.blocks.values()]
         self._names = {id(module): name for name, module in model.named_modules()}
         self._weights = paging.Weights(folder, model, harness)
         self._visited: list[int] = []
@@ -58,7 +58,7 @@ class Chain:
                 raise _Walked
             return last
 
-        with self._hooked(turn), blas.many_rows(heads=False):
+        with observe.hooked(self._modules, turn), blas.many_rows(heads=False):
             try:
                 self.model(mx.array(tokens))
             except _Walked:
@@ -79,31 +79,9 @@ class Chain:
         def replay(block: nn.Module, call: Any, x: mx.array, *rest: Any, **named: Any) -> mx.array:
             return hidden if id(block) == last else x
 
-        with self._hooked(replay), blas.many_rows():
+        with observe.hooked(self._modules, replay), blas.many_rows():
             found: mx.array = self.model(mx.array(tokens))
             return found
-
-    @contextmanager
-    def _hooked(self, hook: Callable[..., Any]) -> Iterator[None]:
-        kinds = {type(block): type(block).__call__ for block, _ in self.blocks.values()}
-
-        def through(kind: type) -> Callable[..., Any]:
-            call = kinds[kind]
-
-            def hooked(block: nn.Module, x: mx.array, *rest: Any, **named: Any) -> Any:
-                if id(block) not in self.blocks:
-                    return call(block, x, *rest, **named)
-                return hook(block, call, x, *rest, **named)
-
-            return hooked
-
-        try:
-            for kind in kinds:
-                kind.__call__ = through(kind)  # type: ignore[method-assign]
-            yield
-        finally:
-            for kind, call in kinds.items():
-                kind.__call__ = call  # type: ignore[method-assign]
 
     def _check(
         self, block: nn.Module, x: mx.array, last: mx.array | None, beside: Any, shape: tuple[int, ...]
