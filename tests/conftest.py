@@ -45,6 +45,16 @@ def tiny_config(arch: str, **changes: Any) -> dict[str, Any]:
     return {**SIZES, **ARCHITECTURES[arch], **changes}
 
 
+def layer_settings(**changes: Any) -> dict[str, Any]:
+    """What mlx-lm's llama-like classes need to build one block: 6 heads, 2 of keys."""
+    settings = {
+        "model_type": "any", "num_hidden_layers": 1, "num_attention_heads": 6, "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-5, "vocab_size": 64, "rope_theta": 1e4, "max_position_embeddings": 512,
+        "tie_word_embeddings": True,
+    }  # fmt: skip
+    return settings | changes
+
+
 def write_tokenizer(folder: Path) -> None:
     """A byte-level BPE tokenizer of VOCAB entries, trained on a few lines, with a chat template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers

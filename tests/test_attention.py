@@ -7,6 +7,7 @@ from mlx_lm.models import gemma3_text, llama, qwen2, qwen3
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 
 from spqt_cli import attention, cpu, cpu_patch
+from tests.conftest import layer_settings
 
 USABLE, REASON = cpu.status()
 pytestmark = pytest.mark.skipif(not USABLE, reason=REASON)
@@ -52,11 +53,7 @@ def test_another_function_is_not_taken_for_it(kind):
 def module(model=llama, kind=None, **changes):
     """Attention of 6 heads, 2 of keys, 16 wide, random float32 layers."""
     mx.random.seed(4)
-    settings = {
-        "model_type": "any", "hidden_size": WIDTH, "num_hidden_layers": 1, "intermediate_size": 64,
-        "num_attention_heads": 6, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "vocab_size": 64,
-        "rope_theta": 1e4, "head_dim": 16, "max_position_embeddings": 512, "tie_word_embeddings": True,
-    }  # fmt: skip
+    settings = layer_settings(hidden_size=WIDTH, intermediate_size=64, head_dim=16)
     return (kind or model.Attention)(model.ModelArgs.from_dict(settings | changes))
 
 

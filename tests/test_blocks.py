@@ -8,6 +8,7 @@ from mlx_lm.models import gemma, gemma3_text, llama, olmo2, qwen2, qwen3
 from mlx_lm.models.cache import KVCache
 
 from spqt_cli import activity, blocks, gated, gpu, patch, selftest, trust
+from tests.conftest import layer_settings
 from tests.test_gated import on_emulator
 from tests.test_kernels_gpu import CUTS, emulated, use
 from tests.test_trust import fresh_trust, run_emulated
@@ -74,11 +75,7 @@ def test_attention_must_return_its_last_product_and_nothing_else(kind, expected)
 def block(model=llama, kind=None):
     """A block of 192 wide, 6 heads, 2 of keys, random Zigzag layers that skip some channels."""
     mx.random.seed(3)
-    settings = {
-        "model_type": "any", "hidden_size": WIDTH, "num_hidden_layers": 1, "intermediate_size": 448,
-        "num_attention_heads": 6, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "vocab_size": 64,
-        "rope_theta": 1e4, "head_dim": 32, "max_position_embeddings": 512, "tie_word_embeddings": True,
-    }  # fmt: skip
+    settings = layer_settings(hidden_size=WIDTH, intermediate_size=448, head_dim=32)
     made = (kind or model.TransformerBlock)(model.ModelArgs.from_dict(settings))
     nn.quantize(made, 64, 4, mode="zigzag", class_predicate=lambda _, m: isinstance(m, nn.Linear))
     patch._share_inputs(made)
