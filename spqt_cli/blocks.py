@@ -6,9 +6,11 @@ both. Attention itself is the model's own code. Blocks of any other form run as 
 """
 
 import ast
+import copy
 import inspect
 import textwrap
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, lru_cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,12 +18,14 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from spqt_cli import activity, kernels, parts
+from spqt_cli.halves import Halves
 from spqt_cli.layers import SharedInput, ZigzagLinear
 from spqt_cli.parts import Parts
 
 PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
 OUT = "o_proj"
-_UNCOUNTED = (None, None, None, None)
+Counts = Sequence[mx.array | None]
+_UNCOUNTED: Counts = (None, None, None, None)
 _TRIAL = mx.array([-2.0, -0.7, 0.0, 0.3, 1.1, 5.0])
 
 
@@ -89,6 +93,7 @@ class Block:
         self._parts = Parts([])
         self._head: kernels.HeadStep | None = None
         self._tail: kernels.TailStep | None = None
+        self._around: Around | None = None
         self._groups: list[SharedInput] = []  # q/k/v; o; gate and up; down
         self._skips = False
 
@@ -98,10 +103,22 @@ class Block:
             self._prepare(x)
         if self._head is None or self._tail is None:
             return None
+        step: Any = self.step
+        if self._around is not None and self._around.takes(x, mask, cache, self.step):
+            step = self._around.step
         counter = activity.current() if self._skips else None
-        tally = None if counter is None else counter.tally(self._groups)
-        first, *others = _UNCOUNTED if tally is None else tally.running
-        normed, products, counted = self._head(x, first)
+        if counter is None:
+            return step(x, mask, cache, _UNCOUNTED)[0]
+        tally = counter.tally(self._groups)
+        y, counted = step(x, mask, cache, tally.running)
+        tally.keep(counted)
+        return y
+
+    def step(self, x: mx.array, mask: Any, cache: Any, counted: Counts) -> tuple[mx.array, Counts]:
+        """y, and the counts, with the module's own attention."""
+        assert self._head is not None
+        assert self._tail is not None
+        normed, products, count = self._head(x, counted[0])
         self._groups[0].offer(normed, products)
         out = self._groups[1]
         out.postponed = True
@@ -109,17 +126,15 @@ class Block:
             attended = self.module["self_attn"](normed, mask, cache)
         finally:
             out.postponed = False
-        y, counts = self._tail(attended, x, others)
-        if tally is not None:
-            tally.keep([counted, *counts])
-        return y
+        y, counts = self._tail(attended, x, counted[1:])
+        return y, [count, *counts]
 
     def _prepare(self, x: mx.array) -> None:
         before, attention, after, mlp = (self.module[name] for name in PARTS)
         names = getattr(mlp.__dict__.get("_gated"), "names", ())
         layers = [attention.get("q_proj"), attention.get(OUT), *(mlp.get(name) for name in names)]
         shared = layers[0]._siblings.layers if isinstance(layers[0], ZigzagLinear) else []
-        self._form, self._head, self._tail = (x.dtype, x.ndim), None, None
+        self._form, self._head, self._tail, self._around = (x.dtype, x.ndim), None, None, None
         self._parts = Parts(
             [
                 *((self.module, name) for name in PARTS),
@@ -141,3 +156,58 @@ class Block:
         tail = kernels.Tail(out, kernels.Norm(after["weight"], after.eps), [gate, up], down)
         self._tail = kernels.prepare_tail(x, tail)
         self._head = kernels.prepare_head(kernels.Norm(before["weight"], before.eps), shared)
+        if self._head and self._tail and kernels.backend().name in ("metal", "cuda"):
+            self._around = Around(self._head, self._tail, attention)
+
+
+class Around:
+    """A block's step as two traced calls with no more than the attention product between them."""
+
+    CLOSE = 0.1  # how far from the block's own way, relative: rounding flips thresholds, an error gives 1
+
+    def __init__(self, head: kernels.HeadStep, tail: kernels.TailStep, attention: nn.Module) -> None:
+        self._halves = halves = Halves(attention)
+        self._proven: bool | None = None
+
+        @mx.compile
+        def before(x: mx.array, offset: mx.array, count: mx.array | None) -> Sequence[mx.array]:
+            normed, products, count = head(x, count)
+            return *halves.before(normed, products, offset), count
+
+        @mx.compile
+        def after(attended: mx.array, x: mx.array, counted: Counts) -> tuple[mx.array, list[mx.array]]:
+            return tail(halves.after(attended), x, counted)
+
+        self._before, self._after = before, after
+
+    def step(self, x: mx.array, mask: None, cache: Any, counted: Counts) -> tuple[mx.array, Counts]:
+        """As `Block.step`."""
+        queries, keys, values, count = self._before(x, _position(cache.offset), counted[0])
+        attended = self._halves.product(queries, keys, values, cache)
+        y, counts = self._after(attended, x, counted[1:])
+        return y, [count, *counts]
+
+    def takes(self, x: mx.array, mask: Any, cache: Any, own: Callable[..., Any]) -> bool:
+        """Whether this step can run so; the first one is held against `own`."""
+        if mask is not None or type(getattr(cache, "offset", None)) is not int:
+            return False
+        if self._proven is None:
+            try:
+                mx.eval(x)
+            except ValueError:  # within mx.compile or mx.grad
+                return False
+            try:
+                y, expected = (
+                    step(x, None, copy.deepcopy(cache), _UNCOUNTED)[0] for step in (self.step, own)
+                )
+                error, size = (mx.linalg.norm((a - b).astype(mx.float32)) for a, b in ((y, expected), (expected, x)))
+                self._proven = bool((error <= self.CLOSE * size).item())
+            except Exception:  # code of others, which may have any other form
+                self._proven = False
+        return self._proven
+
+
+@lru_cache(maxsize=1)
+def _position(offset: int) -> mx.array:
+    """A position as an array, (), int32: one for all blocks of a step."""
+    return mx.array(offset)
