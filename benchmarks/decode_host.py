@@ -22,7 +22,7 @@ from_bare_tree()
 import mlx.core as mx  # noqa: E402
 from mlx_lm.models.cache import trim_prompt_cache  # noqa: E402
 
-from spqt_cli import activity, bench, bench_model  # noqa: E402
+from spqt_cli import activity, bench, bench_model, kernels  # noqa: E402
 from spqt_cli.patch import zigzag_layers  # noqa: E402
 
 WARM_STEPS, STEPS, ROUNDS = 4, 60, 4
@@ -56,7 +56,7 @@ class Prepared:
         model = self.variant(kind, whole)
         cache = self.caches[depth]["stock" if kind == "stock" else "zigzag"]
         token, found = self.subject.prompt(depth, 1), []
-        with activity.counting():
+        with activity.counting(kernels.counted_steps()):
             for step in range(WARM_STEPS + STEPS):
                 began = time.perf_counter()
                 token = model(token[None], cache=cache)[:, -1, :].argmax(-1)

@@ -1,6 +1,7 @@
 """Counts of active channels while generating: what sparsity was really reached.
 
-Counts stay on the device and are added up there, so that decoding never waits for them.
+Counts stay on the device and are added up there, so that decoding never waits for them. Where even that
+costs time, only some of the steps are counted.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,7 +25,8 @@ class Tally:
 
     def __init__(self, groups: Sequence[Any]) -> None:
         self.groups = groups
-        self.steps = 0
+        self.steps = 0  # that were counted
+        self.calls = 0  # counted or not
         self.running: Sequence[mx.array | None] = [None] * len(groups)
         self._finished: list[Sequence[mx.array]] = []
         self._since: list[Sequence[mx.array]] = []  # one entry: the counts that are still running
@@ -49,17 +51,19 @@ class Tally:
 
 
 class Counter:
-    """Active channels of all layers that ran in a block."""
+    """Active channels of all layers that ran in a block; of every `every`-th step, the first one included."""
 
-    def __init__(self) -> None:
+    def __init__(self, every: int = 1) -> None:
+        self.every = every
         self._tallies: dict[int, Tally] = {}
 
-    def tally(self, groups: Sequence[Any]) -> Tally:
-        """The tally of these groups, known by the identity of the sequence."""
+    def tally(self, groups: Sequence[Any]) -> Tally | None:
+        """The tally of these groups, known by the sequence's identity; None where a step isn't counted."""
         tally = self._tallies.get(id(groups))
         if tally is None:
             tally = self._tallies[id(groups)] = Tally(groups)
-        return tally
+        tally.calls += 1
+        return tally if self.every == 1 or tally.calls % self.every == 1 else None
 
     def densities(self) -> list[tuple[Any, float]]:
         """Each counted layer with the mean share of its channels that was active."""
@@ -77,10 +81,10 @@ def current() -> Counter | None:
 
 
 @contextmanager
-def counting() -> Iterator[Counter]:
-    """Count in this block: `with counting() as counter`."""
+def counting(every: int = 1) -> Iterator[Counter]:
+    """Count in this block, every `every`-th step: `with counting() as counter`."""
     global _counter  # noqa: PLW0603 - one decode loop per process owns it
-    previous, _counter = _counter, Counter()
+    previous, _counter = _counter, Counter(every)
     try:
         yield _counter
     finally:

@@ -16,7 +16,7 @@ import mlx.core as mx
 from mlx import nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from spqt_cli import activity, bench_machine, bench_model, bench_report, heads, profile
+from spqt_cli import activity, bench_machine, bench_model, bench_report, heads, kernels, profile
 from spqt_cli.bench_model import Subject
 from spqt_cli.bench_report import ModelRow, Stat
 from spqt_cli.model import weight_bytes
@@ -185,7 +185,8 @@ class Runs:
         joules, start = self.energy.joules(), time.perf_counter()
         quietly = contextlib.redirect_stdout(sys.stderr)  # mlx-lm prints a warning about large models
         limit = wired_limit(model, streams)
-        with quietly, self.surroundings(variant, model), limit, activity.counting() as counter:
+        counting = activity.counting(kernels.counted_steps())
+        with quietly, self.surroundings(variant, model), limit, counting as counter:
             if test.decodes:
                 tokens = WARM_TOKENS + test.tokens
                 rate = _decode_rate(model, self.subject.prompt(test.depth, 1), used, tokens)

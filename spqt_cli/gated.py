@@ -76,9 +76,9 @@ class Gated:
         if self._step is None:
             return self.original(self.module, x)
         counter = activity.current() if self._skips else None
-        if counter is None:
+        tally = None if counter is None else counter.tally(self._groups)
+        if tally is None:
             return self._step(x, None, None)[0]
-        tally = counter.tally(self._groups)
         y, *counted = self._step(x, *tally.running)
         tally.keep(counted)
         return y

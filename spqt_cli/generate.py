@@ -169,7 +169,7 @@ def stream(loaded: model.Loaded, tokens: list[int], sampling: Sampling, options:
     arguments = _loop_arguments(loaded, sampling, options)
     mx.reset_peak_memory()
     gate, response, stopped = StopStrings(options.stop), None, False
-    with activity.counting() as counter:
+    with activity.counting(kernels.counted_steps()) as counter:
         for response in mlx_lm.stream_generate(loaded.model, loaded.tokenizer, tokens, **arguments):
             if response.generation_tokens % CHECK_EVERY == 1 or response.finish_reason:
                 _check_finite(response)

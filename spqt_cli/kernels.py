@@ -120,6 +120,14 @@ def backend() -> Backend:
     return Backend("cpu" if usable else "stock", reason)
 
 
+def counted_steps() -> int:
+    """Of how many decode steps one is counted while generating.
+
+    On a GPU counts are handed from step to step by the host, which there is the slower of the two.
+    """
+    return 4 if backend().name in ("metal", "cuda") else 1
+
+
 @cache
 def _implementation() -> ModuleType:
     name = backend().name

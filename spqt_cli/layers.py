@@ -139,10 +139,10 @@ class SharedInput:
             step = self._step = kernels.prepare(self.layers)
             self._weights = [(layer, layer["weight"]) for layer in self.layers]
             self._skips = any(layer.threshold is not None for layer in self.layers)
-        counter = activity.current()
-        if counter is None or not self._skips:
+        counter = activity.current() if self._skips else None
+        tally = None if counter is None else counter.tally(self._alone)
+        if tally is None:
             return step(x, None)[0]
-        tally = counter.tally(self._alone)
         outputs, counted = step(x, tally.running[0])
         tally.keep([counted])
         return outputs

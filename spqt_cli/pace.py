@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_unflatten
 
-from spqt_cli import activity, heads, model, observe, profile
+from spqt_cli import activity, heads, kernels, model, observe, profile
 from spqt_cli.patch import zigzag_layers
 
 PROMPT_TOKENS = 64
@@ -36,7 +36,7 @@ class Pace:
 
         thresholds: path -> threshold; layers left out, or at 0, run dense. share: what they skip in all.
         """
-        with self._ready(thresholds, share), activity.counting():
+        with self._ready(thresholds, share), activity.counting(kernels.counted_steps()):
             cache = self._filled()
             times = [time.perf_counter() for _ in _steps(self.loaded.model, self._prompt[-1:], cache)]
         spent = np.diff(times)[WARM_TOKENS:]

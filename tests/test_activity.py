@@ -58,3 +58,15 @@ def test_counting_ends_with_its_block_and_nests():
             assert activity.current() is inner
         assert activity.current() is outer
     assert activity.current() is None
+
+
+def test_only_some_steps_are_counted():
+    both, each = groups(1, 1), []
+    with activity.counting(every=3) as counter:
+        for step in range(7):
+            tally = counter.tally(both)
+            each.append(tally is not None)
+            if tally is not None:
+                count(tally, [step], [1])
+    assert each == [True, False, False, True, False, False, True]
+    assert [share for _, share in counter.densities()] == pytest.approx([(0 + 3 + 6) / 3 / 10, 0.1])
