@@ -12,3 +12,17 @@ inline uint output_at(uint position, uint lanes, uint outputs) {
   }
   return output;
 }
+
+// The other way: output of the tile -> position.
+inline uint position_at(uint output, uint lanes, uint outputs) {
+  const bool narrow = lanes < 32 && 32 % lanes == 0;
+  uint column = output / outputs;
+  uint held = output % outputs;
+  uint half_held = outputs / 2;
+  for (uint distance = lanes; narrow && distance < 32; distance *= 2) {
+    column += held >= half_held ? distance : 0;
+    held -= held >= half_held ? half_held : 0;
+    half_held /= 2;
+  }
+  return held * (narrow ? 32 : lanes) + column;
+}

@@ -23,7 +23,7 @@ def install(module: nn.Module) -> None:
     if "_token" in module.__dict__ or any(name not in module for name in (*PROJECTIONS, "rope")):
         return
     form = rope_form(module["rope"])
-    if form is not None and _is_plain(type(module)):
+    if form is not None and is_plain(type(module)):
         step = cpu.prepare_token(module.n_heads, module.n_kv_heads, module.scale, form)
         object.__setattr__(module, "_token", Token(module, step))
         module.__class__ = _traced(type(module))
@@ -56,7 +56,7 @@ def _traced(kind: type) -> type:
 
 
 @cache
-def _is_plain(kind: type) -> bool:
+def is_plain(kind: type) -> bool:
     """Whether the class's own code is the formula above, tried with numbers for layers and a cache of two."""
     from mlx_lm.models.cache import KVCache
 

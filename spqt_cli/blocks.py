@@ -17,7 +17,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from spqt_cli import activity, kernels, parts
+from spqt_cli import activity, kernels, parts, rotary
 from spqt_cli.halves import Halves
 from spqt_cli.layers import SharedInput, ZigzagLinear
 from spqt_cli.parts import Parts
@@ -156,8 +156,8 @@ class Block:
         tail = kernels.Tail(out, kernels.Norm(after["weight"], after.eps), [gate, up], down)
         self._tail = kernels.prepare_tail(x, tail)
         self._head = kernels.prepare_head(kernels.Norm(before["weight"], before.eps), shared)
-        if self._head and self._tail and kernels.backend().name in ("metal", "cuda"):
-            self._around = Around(self._head, self._tail, attention)
+        if self._head and self._tail and kernels.on_gpu():
+            self._around = Around(x, self.module, self._head, self._tail)
 
 
 class Around:
@@ -165,24 +165,37 @@ class Around:
 
     CLOSE = 0.1  # how far from the block's own way, relative: rounding flips thresholds, an error gives 1
 
-    def __init__(self, head: kernels.HeadStep, tail: kernels.TailStep, attention: nn.Module) -> None:
+    def __init__(self, x: mx.array, block: nn.Module, head: kernels.HeadStep, tail: kernels.TailStep) -> None:
+        norm, attention = (block[name] for name in PARTS[:2])
         self._halves = halves = Halves(attention)
         self._proven: bool | None = None
+        self._place: Callable[[int], mx.array] = _position
 
         @mx.compile
-        def before(x: mx.array, offset: mx.array, count: mx.array | None) -> Sequence[mx.array]:
+        def before(x: mx.array, offset: mx.array, count: mx.array | None) -> tuple[list[mx.array], mx.array]:
             normed, products, count = head(x, count)
-            return *halves.before(normed, products, offset), count
+            return list(halves.before(normed, products, offset)), count
 
         @mx.compile
         def after(attended: mx.array, x: mx.array, counted: Counts) -> tuple[mx.array, list[mx.array]]:
             return tail(halves.after(attended), x, counted)
 
-        self._before, self._after = before, after
+        self._before: kernels.RotaryStep = before
+        self._after = after
+        turning = rotary.form_of(attention)
+        shared = attention["q_proj"]._siblings.layers
+        together = [id(attention[name]) for name in ("q_proj", "k_proj", "v_proj")]
+        if turning is None or list(map(id, shared)) != together:
+            return
+        kind, turns = turning
+        step = kernels.prepare_rotary(x, kernels.Norm(norm["weight"], norm.eps), shared, kind)
+        if step is not None:
+            self._before, self._place = step, turns.at
+            halves.plain(attention.scale)
 
     def step(self, x: mx.array, mask: None, cache: Any, counted: Counts) -> tuple[mx.array, Counts]:
         """As `Block.step`."""
-        queries, keys, values, count = self._before(x, _position(cache.offset), counted[0])
+        (queries, keys, values), count = self._before(x, self._place(cache.offset), counted[0])
         attended = self._halves.product(queries, keys, values, cache)
         y, counts = self._after(attended, x, counted[1:])
         return y, [count, *counts]

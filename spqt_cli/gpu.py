@@ -13,11 +13,20 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from spqt_cli import geometry, gpu_plan, gpu_text, stock
-from spqt_cli.gpu_plan import Launch, Plan, Then
-from spqt_cli.gpu_text import Kernel
+from spqt_cli.gpu_plan import Launch, Plan
+from spqt_cli.gpu_text import Kernel, Rotary, Then
 
 if TYPE_CHECKING:
-    from spqt_cli.kernels import GatedStep, HeadStep, Norm, Projection, Step, Tail, TailStep
+    from spqt_cli.kernels import (
+        GatedStep,
+        HeadStep,
+        Norm,
+        Projection,
+        RotaryStep,
+        Step,
+        Tail,
+        TailStep,
+    )
 
 DEQUANTIZE_ROWS = 16  # from here dequantizing once and a plain matmul is faster on CUDA (docs/kernel-log.md)
 MOST_UNFREED = 512 << 20  # bytes of dequantized matrices that wait to be freed
@@ -110,6 +119,22 @@ def prepare_head(norm: "Norm", layers: Sequence["Projection"]) -> "HeadStep":
     return step
 
 
+def prepare_rotary(
+    x: mx.array, norm: "Norm", layers: Sequence["Projection"], rotary: Rotary
+) -> "RotaryStep | None":
+    """As `kernels.prepare_rotary`, in one traced call: the reduction of q/k/v turns their heads."""
+    dense = all(layer.threshold is None for layer in layers)
+    plan = _plan(x, layers, dense=dense, then=rotary) if gpu_plan.turns(layers, rotary) else None
+    if plan is None or plan.gemv is None:
+        return None
+
+    @mx.compile
+    def step(x: mx.array, turns: mx.array, counted: mx.array | None) -> tuple[list[mx.array], mx.array]:
+        return launch(mx.fast.rms_norm(x, norm.weight, norm.eps), plan, counted, turns)
+
+    return step
+
+
 def prepare_tail(x: mx.array, tail: "Tail") -> "TailStep | None":
     """As `kernels.prepare_tail`: one traced call; the residual stream is added in the reductions."""
     plan = _gated_plan(x, tail.pair)
@@ -185,14 +210,17 @@ def _free_in_time(y: mx.array, size: int) -> None:
 
 
 def launch(
-    x: mx.array, plan: Plan, counted: mx.array | None = None, residual: mx.array | None = None
+    x: mx.array, plan: Plan, counted: mx.array | None = None, other: mx.array | None = None
 ) -> tuple[list[mx.array], mx.array]:
-    """The outputs of a plan's one or two kernel calls, and `counted` plus the active channels; lazy."""
+    """The outputs of a plan's one or two kernel calls, and `counted` plus the active channels; lazy.
+
+    other: what the reduction takes besides sums: the residual stream, or the turns of a position.
+    """
     assert plan.gemv is not None
     *outputs, active = results = run(plan.gemv, plan.first_inputs(x, counted))
     if plan.reduce is not None:
         before = plan.nothing if counted is None else counted
-        more = [] if residual is None else [residual]
+        more = [] if other is None else [other]
         *outputs, active = run(plan.reduce, [*results, plan.inputs[0], before, *more])
     return outputs, active
 

@@ -5,18 +5,17 @@ From layers, shapes and a geometry; it runs nothing and does not know the device
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import mlx.core as mx
 
 from spqt_cli import geometry, gpu_text
-from spqt_cli.gpu_text import COUNTS, Constants, Kernel
+from spqt_cli.gpu_text import COUNTS, Constants, Kernel, Rotary, Then
 
 if TYPE_CHECKING:
     from spqt_cli.kernels import Projection
 
 MAX_SHARED = 6  # projections in one launch: Metal binds at most 31 buffers, this takes 4 P + 4
-Then = Literal["", "glu", "residual"]  # what the reduction does besides adding up
 TYPES = {mx.float16: "float16_t", mx.bfloat16: "bfloat16_t", mx.float32: "float"}
 
 
@@ -69,13 +68,14 @@ def make_plan(
     """The launches and the settings array for these layers and an x of this shape and dtype.
 
     dense: all channels are used, whatever the thresholds. then: "glu" gives silu(first) * second of two
-    layers, "residual" y plus another array; no launches where there are no stripes to add up.
+    layers, "residual" y plus another array, a Rotary turned heads, (1, heads, 1, width) each; no launches
+    where there are no stripes to add up.
     """
     stripes = cut.stripes(shape[-1])
     tiles = sum(cut.tiles(band) * number for band, number in bands(layers))
     settings = _settings(layers, cut, tiles, dense=dense)
     constants = _constants(dtype, layers, cut, dense=dense)
-    y_shapes = [(*shape[:-1], layer.outputs) for layer in layers]
+    y_shapes = [_y_shape(shape, layer.outputs, then) for layer in layers]
     packed = [array for layer in layers for array in (layer.weight, layer.scales, layer.biases)]
     nothing = mx.zeros(len(layers), mx.uint32)
     known = tuple(array for layer in layers for array in (layer.weight, layer.threshold))
@@ -93,9 +93,22 @@ def make_plan(
     partials = (stripes, positions + COUNTS)
     kernel = gpu_text.gemv_kernel((*constants, ("PARTIAL", 1)), cut.threads)
     gemv = Launch(kernel, (tiles, stripes), [partials], [mx.float32])
-    kernel = gpu_text.reduce_kernel(constants, glu=then == "glu", residual=then == "residual")
+    kernel = gpu_text.reduce_kernel(constants, then)
     grid = (positions // geometry.SIMD // (2 if then == "glu" else 1), 1)
     return plan._replace(gemv=gemv, reduce=Launch(kernel, grid, outputs, dtypes))
+
+
+def _y_shape(shape: tuple[int, ...], outputs: int, then: Then) -> tuple[int, ...]:
+    if isinstance(then, Rotary):
+        return (1, outputs // then.head, 1, then.head)
+    return (*shape[:-1], outputs)
+
+
+def turns(layers: Sequence["Projection"], rotary: Rotary) -> bool:
+    """Whether a reduction can turn these projections' heads: no pair lies in two bands."""
+    whole = all(band % rotary.head == 0 for band, _ in bands(layers))
+    whole = whole and all(layer.outputs % rotary.head == 0 for layer in layers)
+    return whole and rotary.dims % 2 == 0 and 8 <= rotary.dims <= rotary.head
 
 
 def bands(layers: Sequence["Projection"]) -> list[tuple[int, int]]:

@@ -6,13 +6,28 @@ import re
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from spqt_cli import geometry
 
 Constants = tuple[tuple[str, int | str], ...]
 REDUCE_PARTS = 8  # simdgroups that share the stripes of 32 outputs: short loops, 256 threads
 COUNTS = 32  # entries after the partial sums of a stripe: a whole 128-byte line
+
+
+class Rotary(NamedTuple):
+    """How heads are turned by a position: rotary embeddings of the first `rotated` projections.
+
+    head: outputs of a head, of which `dims` are turned; traditional: pairs of neighbours, else of halves.
+    """
+
+    head: int
+    dims: int
+    traditional: bool
+    rotated: int
+
+
+Then = Literal["", "glu", "residual"] | Rotary  # what a reduction does besides adding up
 
 
 class Kernel(NamedTuple):
@@ -95,24 +110,26 @@ def gemv_kernel(constants: Constants, threads: int) -> Kernel:
 
 
 @cache
-def reduce_kernel(constants: Constants, *, glu: bool = False, residual: bool = False) -> Kernel:
-    """reduce_stripes.metal with its constants: `glu` for silu(gate) * up of two projections, `residual` for
-    one whose y the residual stream is added to.
-    """
+def reduce_kernel(constants: Constants, then: Then) -> Kernel:
+    """reduce_stripes.metal with its constants, and with what it does besides adding up."""
     named = {k: v for k, v in constants if k in ("T", "P", "PER_CHANNEL", "HAS_BIAS", "OUTPUTS", "LANES")}
-    named |= {"GLU": int(glu), "RESIDUAL": int(residual)}
+    turn = then if isinstance(then, Rotary) else Rotary(1, 0, traditional=False, rotated=0)
+    named |= {"GLU": int(then == "glu"), "RESIDUAL": int(then == "residual"), "ROTATED": turn.rotated}
+    named |= {"HEAD": turn.head, "DIMS": turn.dims, "TRADITIONAL": int(turn.traditional)}
     count = int(named["P"])
-    results = 1 if glu else count
+    results = 1 if then == "glu" else count
+    more = ["residual"] if then == "residual" else ["turns"] if turn.rotated else []
     lines = [
         *_declared({**named, "Y": named["T"], "PARTS": REDUCE_PARTS}),
         f"const uint tile = threadgroup_position_in_grid.x * {geometry.SIMD} / (LANES * OUTPUTS);",
         *_projection_of_tile(count),
         f"device Y* y = {_pick('y', results)};",
-        "" if residual else "const device Y* residual = y;",
+        "" if "residual" in more else "const device Y* residual = y;",
+        "" if "turns" in more else "const device float* turns = partials;",
     ]
     return Kernel(
         _name("reduce", named),
-        ("partials", "settings", "counted", *(("residual",) if residual else ())),
+        ("partials", "settings", "counted", *more),
         (*(f"y_{p}" for p in range(results)), "active"),
         "\n".join(filter(None, lines)) + "\n" + body("reduce_stripes.metal"),
         REDUCE_PARTS * geometry.SIMD,

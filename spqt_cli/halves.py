@@ -51,6 +51,10 @@ class Halves:
         if PRODUCT not in self.names:
             raise CannotCut("no product to cut at")
 
+    def plain(self, scale: float) -> None:
+        """Take it as given that the product's only setting is `scale`, without tracing `before`."""
+        self.settings = {"scale": scale}
+
     def before(
         self, x: mx.array, products: list[mx.array], offset: mx.array
     ) -> tuple[mx.array, mx.array, mx.array]:

@@ -11,6 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from spqt_cli import layout
+from spqt_cli.gpu_text import Rotary
 
 Result = tuple[list[mx.array], mx.array]  # as kernels.sparse_gemv returns
 
@@ -78,6 +79,31 @@ def judge_residual(apart: Result, residual: mx.array, added: Result) -> str:
         return "wrong number of active channels behind y + residual"
     right = (y.astype(mx.float32) + residual.astype(mx.float32)).astype(y.dtype)
     return "" if np.array_equal(_bits(found), _bits(right)) else "y + residual is off"
+
+
+def judge_rotary(apart: Result, turns: mx.array, turned: Result, form: Rotary) -> str:
+    """What is wrong with turned heads, from the products as they stand alone; empty where nothing is.
+
+    A pair's two products and their sum are each rounded in float32, the result once more.
+    """
+    (ys, counts), (found, counted) = apart, turned
+    if not np.array_equal(np.array(counts), np.array(counted)):
+        return "wrong number of active channels behind turned heads"
+    cosines, sines = np.split(wide(turns), 2)
+    for p, (y, z) in enumerate(zip(ys, found, strict=True)):
+        exact = wide(y).reshape(-1, form.head)
+        size = np.abs(exact)
+        if p < form.rotated:
+            half, dims = form.dims // 2, form.dims
+            firsts = slice(0, dims, 2) if form.traditional else slice(0, half)
+            seconds = slice(1, dims, 2) if form.traditional else slice(half, dims)
+            a, b = exact[:, firsts].copy(), exact[:, seconds].copy()
+            exact[:, firsts], exact[:, seconds] = a * cosines - b * sines, a * sines + b * cosines
+            size[:, firsts] = size[:, seconds] = np.abs(a) + np.abs(b)
+        bound = (ROUNDING[z.dtype] + 2.0**-22) * size + SMALLEST[z.dtype] + 1e-37
+        if not bool(np.all(np.abs(wide(z).reshape(exact.shape) - exact) <= bound)):
+            return "turned heads are off"
+    return ""
 
 
 def _error(x: mx.array, matrix: Any, y: mx.array, rounded: bool) -> tuple[float, int]:

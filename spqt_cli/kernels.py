@@ -14,6 +14,7 @@ import mlx.core as mx
 
 from spqt_cli import stock
 from spqt_cli.errors import UsageError
+from spqt_cli.gpu_text import Rotary
 
 
 class Projection(Protocol):
@@ -83,6 +84,18 @@ class HeadStep(Protocol):
     ) -> tuple[mx.array, list[mx.array], mx.array]: ...  # pragma: no cover
 
 
+class RotaryStep(Protocol):
+    """One token through a norm, q/k/v and the rotary turns of q and k: x, one row, and turns -> q, k, v and
+    counts; q, k, v: (1, heads, 1, width).
+
+    turns: (dims,) float32: the cosines of a position's angles, then the sines.
+    """
+
+    def __call__(
+        self, x: mx.array, turns: mx.array, counted: mx.array | None, /
+    ) -> tuple[list[mx.array], mx.array]: ...  # pragma: no cover
+
+
 class TailStep(Protocol):
     """One token through a `Tail`: attended and x, one row each -> y, and counts.
 
@@ -125,7 +138,12 @@ def counted_steps() -> int:
 
     On a GPU counts are handed from step to step by the host, which there is the slower of the two.
     """
-    return 4 if backend().name in ("metal", "cuda") else 1
+    return 4 if on_gpu() else 1
+
+
+def on_gpu() -> bool:
+    """Whether our own kernels run on a GPU."""
+    return backend().name in ("metal", "cuda")
 
 
 @cache
@@ -173,6 +191,16 @@ def prepare_head(norm: Norm, layers: Sequence[Projection]) -> HeadStep | None:
     """norm(x) and its products for these layers as they are now, in one call; None as for `prepare_tail`."""
     implementation = _implementation()
     return implementation.prepare_head(norm, layers) if backend().name != "stock" else None
+
+
+def prepare_rotary(
+    x: mx.array, norm: Norm, layers: Sequence[Projection], rotary: Rotary
+) -> RotaryStep | None:
+    """norm(x), its products q, k and v, and q's and k's heads turned, in one call.
+
+    x: such an input as the steps will get. None where the backend has no such step.
+    """
+    return _implementation().prepare_rotary(x, norm, layers, rotary) if on_gpu() else None
 
 
 def prepare_tail(x: mx.array, tail: Tail) -> TailStep | None:

@@ -15,6 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from spqt_cli import gpu_plan, judgement, layout
+from spqt_cli.gpu_text import Rotary, Then
 from spqt_cli.layers import ZigzagLinear
 
 
@@ -75,9 +76,10 @@ def _reduction_rows() -> list[dict[str, Any]]:
     if kernels.backend().name not in ("metal", "cuda"):
         return []
     rows = []
-    kinds: list[tuple[str, gpu_plan.Then, tuple[int, ...]]] = [
+    kinds: list[tuple[str, Then, tuple[int, ...]]] = [
         ("silu(gate) * up", "glu", (320, 320)),
         ("residual", "residual", (320,)),
+        ("turned heads", Rotary(64, 48, traditional=False, rotated=2), (320, 64, 64)),
     ]
     for dtype in (mx.float16, mx.bfloat16, mx.float32):
         for name, then, outputs in kinds:

@@ -7,6 +7,7 @@ Passes are remembered per chip, system, MLX and spqt version; failures are tried
 import contextlib
 import hashlib
 import json
+import math
 import platform
 import sys
 from collections.abc import Iterator, Sequence
@@ -40,7 +41,7 @@ def suspended() -> Iterator[None]:
 
 
 def verdict(
-    dtype: mx.Dtype, layers: Sequence[Any], cut: geometry.Geometry, *, dense: bool, then: gpu_plan.Then = ""
+    dtype: mx.Dtype, layers: Sequence[Any], cut: geometry.Geometry, *, dense: bool, then: gpu_text.Then = ""
 ) -> str:
     """Why the kernels that these layers need must not be used; empty where they are right.
 
@@ -75,16 +76,19 @@ def _forget_backend() -> None:
 
 
 def fault(
-    dtype: mx.Dtype, layers: Sequence[Any], cut: geometry.Geometry, *, dense: bool, then: gpu_plan.Then
+    dtype: mx.Dtype, layers: Sequence[Any], cut: geometry.Geometry, *, dense: bool, then: gpu_text.Then
 ) -> str:
     """What is wrong with such kernels on a small random problem, run twice; empty where nothing is."""
     one_stripe = cut.stripes(layers[0].weight.shape[1]) == 1
     small = cut._replace(stripe=INPUTS if one_stripe else INPUTS // 2)
     group = layers[0].group_size
-    band = -(-cut.tile // group) * group
+    head = then.head if isinstance(then, gpu_text.Rotary) else 1
+    step = math.lcm(group, head)
+    band = -(-cut.tile // step) * step
+    missing = [0 if head > 1 else 3 if then == "glu" else 3 + p for p in range(len(layers))]
     per_channel = gpu_plan.per_channel(layers, dense=dense)
     case = selftest.Case(
-        tuple(band - 3 - (0 if then == "glu" else p) for p in range(len(layers))),
+        tuple(band - few for few in missing),
         INPUTS,
         layers[0].bits,
         group,
@@ -105,11 +109,22 @@ def fault(
     words = "" if found.passed else found.words()
     if then and not words:
         plan = gpu_plan.make_plan(x.shape, dtype, matrices, small, dense=dense, then=then)
-        more = mx.random.normal(first[0][0].shape, key=mx.random.key(31)).astype(dtype)
-        third = gpu.launch(x, plan, residual=more if then == "residual" else None)
-        gated = then == "glu"
-        words = judgement.judge_gated(first, third) if gated else judgement.judge_residual(first, more, third)
+        words = _fault_of_reduction(x, plan, first, then)
     return f"a GPU kernel is wrong on this machine ({words})" if words else ""
+
+
+def _fault_of_reduction(
+    x: mx.array, plan: gpu_plan.Plan, apart: judgement.Result, then: gpu_text.Then
+) -> str:
+    """What is wrong with a reduction that does more than add up, from one that does not."""
+    if then == "glu":
+        return judgement.judge_gated(apart, gpu.launch(x, plan))
+    if isinstance(then, gpu_text.Rotary):
+        angles = mx.random.uniform(0.0, 6.0, (then.dims // 2,), key=mx.random.key(37))
+        turns = mx.concatenate([mx.cos(angles), mx.sin(angles)])
+        return judgement.judge_rotary(apart, turns, gpu.launch(x, plan, other=turns), then)
+    more = mx.random.normal(apart[0][0].shape, key=mx.random.key(31)).astype(x.dtype)
+    return judgement.judge_residual(apart, more, gpu.launch(x, plan, other=more))
 
 
 def _key(plan: gpu.Plan) -> str:
