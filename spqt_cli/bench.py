@@ -98,13 +98,15 @@ def run(options: Options, on_progress: Progress = lambda *_: None) -> Report:
     subject = make_subject(options)
     copy = bench_machine.copy_bandwidth()
     runs = bench_runs.Runs(subject, options.sparsities, bench_machine.Energy(), copy)
-    rows: list[ModelRow] = []
+    by_test: list[list[ModelRow]] = []
     tests = list(_tests(options))
     for at, test in enumerate(tests):
         show = partial(_show, on_progress, at, len(tests))
-        rows += runs.run(test, options.repetitions or 0, show, options.delay_seconds)
+        by_test.append(runs.run(test, options.repetitions or 0, show, options.delay_seconds))
+    runs.notes.append(runs.host.note([quiet for rows in by_test for quiet in runs.judge(rows)]))
     machine = {**bench_machine.describe(options.commit), "copy_gb_per_s": round(copy / 1e9, 1)}
-    machine["energy"] = runs.energy.source
+    machine |= {"energy": runs.energy.source, "host_loop_us": round(runs.host.fastest_us, 1)}
+    rows = [row for of_test in by_test for row in of_test]
     return Report(machine, _settings(options, subject), rows, [], runs.notes)
 
 

@@ -11,8 +11,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from spqt_cli.errors import UsageError
+from spqt_cli.quiet_host import Quiet
 
 FORMATS = ("md", "csv", "json", "jsonl")
+QUIET_COLUMN = "quiet host"
 
 
 @dataclass
@@ -61,6 +63,7 @@ class ModelRow:
     rate: tokens per second. sparsity: wanted; skipped: share of Zigzag weights really skipped.
     weight_bytes: read per token; bandwidth: those bytes per second at the median rate.
     memory_bytes: weights and the most that the run took beside them. joules: per token.
+    host_us: a fixed Python loop, before and after each sample; quiet_host: what the run makes of it.
     """
 
     test: str
@@ -75,6 +78,8 @@ class ModelRow:
     copy_share: float | None
     memory_bytes: float
     joules: float | None
+    host_us: list[tuple[float, float]]
+    quiet_host: Quiet | None = None  # known when the whole run is over
 
     def cells(self) -> dict[str, str]:
         return {
@@ -83,6 +88,7 @@ class ModelRow:
             "skipped": _percent(self.skipped),
             "tok/s": f"{self.rate.mean:.2f} ± {self.rate.spread:.2f}",
             "x stock (median, range)": _speedup(self.speedup),
+            QUIET_COLUMN: self.quiet_host.text() if self.quiet_host is not None else "",
             "MB/token": _number(self.weight_bytes, 1e6, 1),
             "GB/s": _number(self.bandwidth, 1e9, 1),
             "of copy": _percent(self.copy_share),
@@ -183,7 +189,8 @@ def plain(report: Report) -> dict[str, Any]:
     rows = []
     for row in report.rows:
         values = asdict(row)
-        values.update({name: part.plain() for name, part in vars(row).items() if isinstance(part, Stat)})
+        parts = {name: part for name, part in vars(row).items() if isinstance(part, (Stat, Quiet))}
+        values.update({name: part.plain() for name, part in parts.items()})
         rows.append(values)
     crossovers = [asdict(crossover) for crossover in report.crossovers]
     return {
@@ -193,13 +200,23 @@ def plain(report: Report) -> dict[str, Any]:
 
 
 def _markdown(report: Report) -> str:
-    parts = [_table([row.cells() for row in report.rows])]
+    parts = [_table(_cells(report.rows))]
     if report.crossovers:
         parts.append(_table([crossover.cells() for crossover in report.crossovers]))
     parts.append("\n".join(f"{name}: {value}" for name, value in report.machine.items()))
     parts.append("settings: " + ", ".join(f"{name} {value}" for name, value in report.settings.items()))
     parts += [f"note: {note}" for note in report.notes]
     return "\n\n".join(parts)
+
+
+def _cells(rows: list[ModelRow] | list[KernelRow]) -> list[dict[str, str]]:
+    """The rows' cells; of the quiet repetitions only where some were disturbed."""
+    cells = [row.cells() for row in rows]
+    found = [row.quiet_host for row in rows if isinstance(row, ModelRow) and row.quiet_host is not None]
+    if all(all(quiet.each) for quiet in found):
+        for line in cells:
+            line.pop(QUIET_COLUMN, None)
+    return cells
 
 
 def _table(rows: list[dict[str, str]]) -> str:
@@ -212,14 +229,14 @@ def _table(rows: list[dict[str, str]]) -> str:
 
 
 def _csv(report: Report) -> str:
-    """One line a row: statistics as name_mean, name_median and so on, then the machine."""
+    """One line a row: statistics as name_mean, name_median and so on, then the machine. No samples."""
     lines = []
     for row in plain(report)["rows"]:
         flat: dict[str, Any] = {}
         for name, value in row.items():
             if isinstance(value, dict):
-                flat.update({f"{name}_{key}": part for key, part in value.items() if key != "samples"})
-            else:
+                flat.update({f"{name}_{k}": part for k, part in value.items() if not isinstance(part, list)})
+            elif not isinstance(value, list):
                 flat[name] = value
         lines.append({**flat, **report.machine})
     text = io.StringIO()

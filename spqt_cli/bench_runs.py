@@ -16,7 +16,7 @@ import mlx.core as mx
 from mlx import nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from spqt_cli import activity, bench_machine, bench_model, bench_report, heads, kernels, profile
+from spqt_cli import activity, bench_machine, bench_model, bench_report, heads, kernels, profile, quiet_host
 from spqt_cli.bench_model import Subject
 from spqt_cli.bench_report import ModelRow, Stat
 from spqt_cli.model import weight_bytes
@@ -62,9 +62,13 @@ class Variant:
 
 @dataclass
 class Trial:
-    """The samples of one variant in one test. rates: tokens/s; the rest is added up or the largest."""
+    """The samples of one variant in one test.
+
+    rates: tokens/s; host_us: a fixed Python loop before and after each; the rest is added up or the largest.
+    """
 
     rates: list[float] = field(default_factory=list)
+    host_us: list[tuple[float, float]] = field(default_factory=list)
     densities: list[tuple[Any, float]] = field(default_factory=list)
     working_bytes: int = 0
     seconds: float = 0.0
@@ -84,6 +88,7 @@ class Runs:
     ) -> None:
         self.subject, self.sparsities = subject, sparsities
         self.energy, self.copy_bandwidth = energy, copy_bandwidth
+        self.host = quiet_host.Watch()
         self.layers = zigzag_layers(subject.zigzag)
         self.units = profile.units(subject.zigzag)
         self.stock_layers = dict(subject.stock.named_modules())
@@ -114,6 +119,13 @@ class Runs:
         return [
             self.row(test, variant, trial, stock) for variant, trial in zip(variants, trials, strict=True)
         ]
+
+    def judge(self, rows: list[ModelRow]) -> list[bool]:
+        """Tell one test's rows in which repetitions the host was quiet, and return that; after all tests."""
+        quiet = self.host.quiet([row.host_us for row in rows])
+        for row in rows:
+            row.quiet_host = quiet_host.Quiet(quiet, row.speedup.samples)
+        return quiet
 
     def variants(self, test: Test, cache: list[Any]) -> list[Variant]:
         """Stock first. Prompts run densely whatever the thresholds, so they have no sparse variant."""
@@ -182,6 +194,7 @@ class Runs:
         held, before = _cache_bytes(used), mx.get_active_memory()
         mx.reset_peak_memory()
         streams: list[Any] = [generation_stream]
+        host_us = self.host.look()
         joules, start = self.energy.joules(), time.perf_counter()
         quietly = contextlib.redirect_stdout(sys.stderr)  # mlx-lm prints a warning about large models
         limit = wired_limit(model, streams)
@@ -198,6 +211,7 @@ class Runs:
         trial.seconds += time.perf_counter() - start
         trial.tokens += tokens + 1  # mlx-lm's loop runs one step ahead of what it yields
         spent = _spent(joules, self.energy.joules())
+        trial.host_us.append((host_us, self.host.look()))
         trial.joules = None if spent is None or trial.joules is None else trial.joules + spent
         trial.working_bytes = max(trial.working_bytes, held + mx.get_peak_memory() - before)
         trial.densities += counter.densities()
@@ -227,6 +241,7 @@ class Runs:
             copy_share=bandwidth / self.copy_bandwidth if bandwidth else None,
             memory_bytes=sum(a.nbytes for a in bench_model.arrays(model).values()) + trial.working_bytes,
             joules=trial.joules / trial.tokens if timed and trial.joules is not None else None,
+            host_us=trial.host_us,
         )
 
 

@@ -25,8 +25,8 @@ def test_ratios_are_taken_repetition_by_repetition():
 def report() -> Report:
     stat = Stat([1.0, 2.0, 6.0])
     rows = [
-        ModelRow("tg8", 16, "stock", None, None, stat, stat, 1e6, 1e6, 0.5, 1e9, None),
-        ModelRow("pp8", 0, "sparse 50%", 0.5, 0.49, stat, stat, None, None, None, 1e9, 0.25),
+        ModelRow("tg8", 16, "stock", None, None, stat, stat, 1e6, 1e6, 0.5, 1e9, None, []),
+        ModelRow("pp8", 0, "sparse 50%", 0.5, 0.49, stat, stat, None, None, None, 1e9, 0.25, []),
     ]
     return Report({"device": "d, e"}, {"model": "m"}, rows, [], ["a note"])
 
