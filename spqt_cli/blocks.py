@@ -6,25 +6,22 @@ both. Attention itself is the model's own code. Blocks of any other form run as 
 """
 
 import ast
-import copy
 import inspect
 import textwrap
-from collections.abc import Callable, Sequence
-from functools import cache, lru_cache
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from spqt_cli import activity, kernels, parts, rotary
-from spqt_cli.halves import Halves
+from spqt_cli import activity, around, kernels, parts
+from spqt_cli.around import Counts
 from spqt_cli.layers import SharedInput, ZigzagLinear
 from spqt_cli.parts import Parts
 
 PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
 OUT = "o_proj"
-Counts = Sequence[mx.array | None]
 _UNCOUNTED: Counts = (None, None, None, None)
 _TRIAL = mx.array([-2.0, -0.7, 0.0, 0.3, 1.1, 5.0])
 
@@ -93,7 +90,7 @@ class Block:
         self._parts = Parts([])
         self._head: kernels.HeadStep | None = None
         self._tail: kernels.TailStep | None = None
-        self._around: Around | None = None
+        self._around: around.Around | None = None
         self._groups: list[SharedInput] = []  # q/k/v; o; gate and up; down
         self._skips = False
 
@@ -104,7 +101,7 @@ class Block:
         if self._head is None or self._tail is None:
             return None
         step: Any = self.step
-        if self._around is not None and self._around.takes(x, mask, cache, self.step):
+        if self._around is not None and self._around.takes(x, mask, cache):
             step = self._around.step
         counter = activity.current() if self._skips else None
         tally = None if counter is None else counter.tally(self._groups)
@@ -119,15 +116,18 @@ class Block:
         assert self._head is not None
         assert self._tail is not None
         normed, products, count = self._head(x, counted[0])
-        self._groups[0].offer(normed, products)
-        out = self._groups[1]
+        y, counts = self._tail(self._attended(normed, products, mask, cache), x, counted[1:])
+        return y, [count, *counts]
+
+    def _attended(self, normed: mx.array, products: list[mx.array], mask: Any, cache: Any) -> mx.array:
+        """What the module's own attention gives to its last product."""
+        shared, out = self._groups[:2]
+        shared.offer(normed, products)
         out.postponed = True
         try:
-            attended = self.module["self_attn"](normed, mask, cache)
+            return self.module["self_attn"](normed, mask, cache)
         finally:
             out.postponed = False
-        y, counts = self._tail(attended, x, counted[1:])
-        return y, [count, *counts]
 
     def _prepare(self, x: mx.array) -> None:
         before, attention, after, mlp = (self.module[name] for name in PARTS)
@@ -139,7 +139,7 @@ class Block:
             [
                 *((self.module, name) for name in PARTS),
                 *((norm, "weight") for norm in (before, after)),
-                *((attention, name) for name in ("q_proj", OUT)),
+                *parts.within(attention),
                 *((mlp, name) for name in names),
                 *parts.of_layers([*shared, *layers[1:]]),
             ]
@@ -157,71 +157,5 @@ class Block:
         self._tail = kernels.prepare_tail(x, tail)
         self._head = kernels.prepare_head(kernels.Norm(before["weight"], before.eps), shared)
         if self._head and self._tail and kernels.on_gpu():
-            self._around = Around(x, self.module, self._head, self._tail)
-
-
-class Around:
-    """A block's step as two traced calls with no more than the attention product between them."""
-
-    CLOSE = 0.1  # how far from the block's own way, relative: rounding flips thresholds, an error gives 1
-
-    def __init__(self, x: mx.array, block: nn.Module, head: kernels.HeadStep, tail: kernels.TailStep) -> None:
-        norm, attention = (block[name] for name in PARTS[:2])
-        self._halves = halves = Halves(attention)
-        self._proven: bool | None = None
-        self._place: Callable[[int], mx.array] = _position
-
-        @mx.compile
-        def before(x: mx.array, offset: mx.array, count: mx.array | None) -> tuple[list[mx.array], mx.array]:
-            normed, products, count = head(x, count)
-            return list(halves.before(normed, products, offset)), count
-
-        @mx.compile
-        def after(attended: mx.array, x: mx.array, counted: Counts) -> tuple[mx.array, list[mx.array]]:
-            return tail(halves.after(attended), x, counted)
-
-        self._before: kernels.RotaryStep = before
-        self._after = after
-        turning = rotary.form_of(attention)
-        shared = attention["q_proj"]._siblings.layers
-        together = [id(attention[name]) for name in ("q_proj", "k_proj", "v_proj")]
-        if turning is None or list(map(id, shared)) != together:
-            return
-        kind, turns = turning
-        step = kernels.prepare_rotary(x, kernels.Norm(norm["weight"], norm.eps), shared, kind)
-        if step is not None:
-            self._before, self._place = step, turns.at
-            halves.plain(attention.scale)
-
-    def step(self, x: mx.array, mask: None, cache: Any, counted: Counts) -> tuple[mx.array, Counts]:
-        """As `Block.step`."""
-        (queries, keys, values), count = self._before(x, self._place(cache.offset), counted[0])
-        attended = self._halves.product(queries, keys, values, cache)
-        y, counts = self._after(attended, x, counted[1:])
-        return y, [count, *counts]
-
-    def takes(self, x: mx.array, mask: Any, cache: Any, own: Callable[..., Any]) -> bool:
-        """Whether this step can run so; the first one is held against `own`."""
-        if mask is not None or type(getattr(cache, "offset", None)) is not int:
-            return False
-        if self._proven is None:
-            try:
-                mx.eval(x)
-            except ValueError:  # within mx.compile or mx.grad
-                return False
-            try:
-                found, right = (
-                    step(x, None, copy.deepcopy(cache), _UNCOUNTED)[0].astype(mx.float32) - x
-                    for step in (self.step, own)
-                )
-                error = mx.linalg.norm(found - right)
-                self._proven = bool((error <= self.CLOSE * mx.linalg.norm(right)).item())
-            except Exception:  # code of others, which may have any other form
-                self._proven = False
-        return self._proven
-
-
-@lru_cache(maxsize=1)
-def _position(offset: int) -> mx.array:
-    """A position as an array, (), int32: one for all blocks of a step."""
-    return mx.array(offset)
+            own = around.Own(attention, kernels.Norm(before["weight"], before.eps), self._attended)
+            self._around = around.Around(x, own, self._head, self._tail)

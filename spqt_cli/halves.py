@@ -40,7 +40,7 @@ class _Room:
 class Halves:
     """The halves of one attention module whose result is `o_proj(...)`; for one token.
 
-    Raises CannotCut, from `before` or `after`, where the module's code can't be cut.
+    Raises CannotCut when used, where the module's code can't be cut.
     """
 
     def __init__(self, module: Any) -> None:
@@ -48,20 +48,19 @@ class Halves:
         self.own = type(module).__call__
         self.names = getattr(self.own, "__globals__", {})
         self.settings: dict[str, Any] = {}
-        if PRODUCT not in self.names:
-            raise CannotCut("no product to cut at")
 
-    def plain(self, scale: float) -> None:
-        """Take it as given that the product's only setting is `scale`, without tracing `before`."""
-        self.settings = {"scale": scale}
-
-    def before(
-        self, x: mx.array, products: list[mx.array], offset: mx.array
-    ) -> tuple[mx.array, mx.array, mx.array]:
-        """Queries, and the keys and values that join the cache, at position offset ().
+    def before(self, x: mx.array, products: list[mx.array], offset: mx.array) -> list[mx.array]:
+        """Queries, and the keys and values that join the cache, at position offset (); keeps the settings.
 
         x: (1, 1, dims); products: of it, by `q_proj` and those that share its input.
         """
+        given, self.settings = self.traced(x, products, offset)
+        return given
+
+    def traced(
+        self, x: mx.array, products: list[mx.array], offset: mx.array
+    ) -> tuple[list[mx.array], dict[str, Any]]:
+        """As `before`, and the product's other settings."""
         self.module["q_proj"]._siblings.offer(x, products)
         room = _Room(offset)
 
@@ -73,13 +72,13 @@ class Halves:
                 self.own(self.module, x, None, room)
         except _Reached as reached:
             queries, *pair = reached.given
-            self.settings = {**reached.settings}
+            settings = {**reached.settings}
         else:
             raise CannotCut("no product to cut at")
-        plain = self.settings.pop("cache", None) is room and self.settings.pop("mask", room) is None
+        plain = settings.pop("cache", None) is room and settings.pop("mask", room) is None
         if not plain or room.kept is None or any(a is not b for a, b in zip(pair, room.kept, strict=True)):
             raise CannotCut("no product to cut at")
-        return queries, *room.kept
+        return [queries, *room.kept], settings
 
     def product(self, queries: mx.array, keys: mx.array, values: mx.array, cache: Any) -> mx.array:
         """What the product gives once keys and values have joined the cache."""
@@ -101,7 +100,9 @@ class Halves:
 
     @contextmanager
     def _product(self, stand_in: Callable[..., mx.array]) -> Iterator[None]:
-        kept = self.names[PRODUCT]
+        kept = self.names.get(PRODUCT)
+        if kept is None:
+            raise CannotCut("no product to cut at")
         self.names[PRODUCT] = stand_in
         try:
             yield

@@ -7,6 +7,8 @@ asks hundreds of times a token, so the question is a few dictionary lookups.
 from collections.abc import Iterable
 from typing import Any
 
+import mlx.nn as nn
+
 from spqt_cli.layers import ZigzagLinear
 
 Place = tuple[dict[str, Any], str]  # where something is kept: a module, or its attributes, and a key
@@ -30,3 +32,10 @@ def of_layers(layers: Iterable[Any]) -> list[Place]:
     """The places of the weights and thresholds of those that are Zigzag layers."""
     zigzag = [layer for layer in layers if isinstance(layer, ZigzagLinear)]
     return [(layer, "weight") for layer in zigzag] + [(layer.__dict__, "_threshold") for layer in zigzag]
+
+
+def within(module: Any) -> list[Place]:
+    """The places of a module's arrays and parts, and of theirs where they are no Zigzag layers."""
+    children = [value for value in module.values() if isinstance(value, nn.Module)]
+    plain = [child for child in children if not isinstance(child, ZigzagLinear)]
+    return [(holder, key) for holder in (module, *plain) for key in holder]

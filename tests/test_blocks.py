@@ -5,9 +5,10 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx_lm.models import gemma, gemma3_text, llama, olmo2, qwen2, qwen3
+from mlx_lm.models.base import scaled_dot_product_attention
 from mlx_lm.models.cache import KVCache
 
-from spqt_cli import activity, blocks, gated, gpu, patch, selftest, trust
+from spqt_cli import activity, around, blocks, gated, gpu, patch, selftest, trust
 from tests.conftest import layer_settings
 from tests.test_gated import on_emulator
 from tests.test_kernels_gpu import CUTS, emulated, use
@@ -117,7 +118,7 @@ def test_two_calls_give_what_the_block_gives(striped, model):
     expected, shares = steps(made)
     installed(made)(token(4), None, cache=KVCache())  # the first step is held against the block's own way
     assert made._block._around._proven
-    turned_by_the_kernel = made._block._around._place is not blocks._position
+    turned_by_the_kernel = made._block._around._place is not around._position
     assert turned_by_the_kernel is (model is not qwen3)  # which normalizes its heads before it turns them
     striped.clear()
     found, counted = steps(made)
@@ -126,6 +127,55 @@ def test_two_calls_give_what_the_block_gives(striped, model):
     # The same products; silu and float32 sums in other orders: a few hundred roundings of 2^-24.
     assert np.allclose(found, expected, rtol=1e-4, atol=1e-4)
     assert counted == shares
+
+
+class Gating(llama.Attention):
+    """Uses x after the product as well, so that the half after it is no function of the product alone."""
+
+    def __call__(self, x, mask=None, cache=None):
+        q, k, v = (self.heads(layer(x)) for layer in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = self.rope(q, offset=cache.offset), self.rope(k, offset=cache.offset)
+        k, v = cache.update_and_fetch(k, v)
+        found = scaled_dot_product_attention(q, k, v, cache=cache, scale=self.scale, mask=mask)
+        return self.o_proj(found.transpose(0, 2, 1, 3).reshape(1, 1, -1) * mx.sigmoid(x))
+
+    def heads(self, y):
+        return y.reshape(1, 1, -1, 32).transpose(0, 2, 1, 3)
+
+
+class ByHand(Gating):
+    """Has a product that is not mlx-lm's."""
+
+    def __call__(self, x, mask=None, cache=None):
+        q, k, v = (self.heads(layer(x)) for layer in (self.q_proj, self.k_proj, self.v_proj))
+        k, v = (mx.repeat(a, 3, axis=1) for a in cache.update_and_fetch(k, v))
+        found = mx.softmax(q @ k.swapaxes(2, 3) * self.scale, axis=-1) @ v
+        return self.o_proj(found.transpose(0, 2, 1, 3).reshape(1, 1, -1))
+
+
+@pytest.mark.parametrize("kind", [Gating, ByHand])
+def test_attention_that_cannot_be_cut_runs_whole(striped, kind):
+    made = block()
+    made.self_attn.__class__ = kind
+    expected, shares = steps(made)
+    found, counted = steps(installed(made))
+    assert made._block._around._proven is False
+    assert np.allclose(found, expected, rtol=1e-4, atol=1e-4)
+    assert counted == shares
+
+
+def test_other_parts_of_attention_are_seen(striped):
+    made = installed(block())
+    before, _ = steps(made)
+    kept = made.self_attn.rope
+    made.self_attn.rope = nn.RoPE(32, base=100.0)
+    after, _ = steps(made)
+    assert not np.array_equal(after, before)
+    fresh = block()
+    fresh.self_attn.rope = made.self_attn.rope
+    assert np.allclose(after, steps(fresh)[0], rtol=1e-4, atol=1e-4)
+    made.self_attn.rope = kept
+    assert np.array_equal(steps(made)[0], before)
 
 
 def test_one_launch_a_product_adds_the_residual_outside(on_emulator, monkeypatch):

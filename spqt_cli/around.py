@@ -1,0 +1,103 @@
+"""A block's decode step on a GPU as two traced calls with no more than the attention product between them.
+
+Heads, rotary positions and whatever else the attention module computes around the product are traced from
+its own code (halves.py), or done by the reduction of q/k/v where the module is plain (rotary.py).
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from spqt_cli import activity, kernels, rotary
+from spqt_cli.halves import Halves
+
+Counts = Sequence[mx.array | None]
+CLOSE = 0.05  # of an array's norm: a few roundings to bfloat16, grown by softmax; an error gives about 1
+
+
+class Own(NamedTuple):
+    """A block's own parts: its attention module, the norm before, and that module's call.
+
+    attended: normed x, its products, mask and cache -> what the module gives to `o_proj`.
+    """
+
+    attention: nn.Module
+    norm: kernels.Norm
+    attended: Callable[[mx.array, list[mx.array], Any, Any], mx.array]
+
+
+class Around:
+    """One block's step; it is taken once it has given what the block's own code gives."""
+
+    def __init__(self, x: mx.array, own: Own, head: kernels.HeadStep, tail: kernels.TailStep) -> None:
+        self._own, self._head = own, head
+        self._halves = halves = Halves(own.attention)
+        self._proven: bool | None = None
+        self._place: Callable[[int], mx.array] = _position
+
+        @mx.compile
+        def before(x: mx.array, offset: mx.array, count: mx.array | None) -> tuple[list[mx.array], mx.array]:
+            normed, products, count = head(x, count)
+            return halves.before(normed, products, offset), count
+
+        @mx.compile
+        def after(attended: mx.array, x: mx.array, counted: Counts) -> tuple[mx.array, list[mx.array]]:
+            return tail(halves.after(attended), x, counted)
+
+        self._before: kernels.RotaryStep = before
+        self._after = after
+        if turning := rotary.form_of(own.attention):
+            kind, turns = turning
+            shared = own.attention["q_proj"]._siblings.layers
+            if step := kernels.prepare_rotary(x, own.norm, shared, kind):
+                self._before, self._place = step, turns.at
+                halves.settings = {"scale": own.attention.scale}
+
+    def step(self, x: mx.array, mask: None, cache: Any, counted: Counts) -> tuple[mx.array, Counts]:
+        """y for x, one row, and the counts after `counted`: of q/k/v; o; gate and up; down."""
+        (queries, keys, values), count = self._before(x, self._place(cache.offset), counted[0])
+        attended = self._halves.product(queries, keys, values, cache)
+        y, counts = self._after(attended, x, counted[1:])
+        return y, [count, *counts]
+
+    def takes(self, x: mx.array, mask: Any, cache: Any) -> bool:
+        """Whether a step with these can run so."""
+        if mask is not None or type(getattr(cache, "offset", None)) is not int:
+            return False
+        if self._proven is None:
+            try:
+                mx.eval(x)
+            except ValueError:  # within mx.compile or mx.grad
+                return False
+            with activity.counting():  # a trial is no step
+                self._proven = self._prove(x, cache)
+        return self._proven
+
+    def _prove(self, x: mx.array, cache: Any) -> bool:
+        """Whether q, k, v and what goes to `o_proj` are the own code's; both work on copies of the cache."""
+        try:
+            normed, products, _ = self._head(x, None)
+            expected = self._halves.traced(normed, products, mx.array(cache.offset))[0]
+            (queries, keys, values), _ = self._before(x, self._place(cache.offset), None)
+            attended = self._halves.product(queries, keys, values, copy.deepcopy(cache))
+            found = [queries, keys, values, self._halves.after(attended)]
+            own = self._own.attended(normed, products, None, copy.deepcopy(cache))
+            pairs = zip(found, [*expected, own], strict=True)
+            return all(_close(a, b) for a, b in pairs)
+        except Exception:  # code of others, which may have any other form
+            return False
+
+
+def _close(found: mx.array, expected: mx.array) -> bool:
+    a, b = found.astype(mx.float32), expected.astype(mx.float32)
+    return a.shape == b.shape and bool((mx.linalg.norm(a - b) <= CLOSE * mx.linalg.norm(b)).item())
+
+
+@lru_cache(maxsize=1)
+def _position(offset: int) -> mx.array:
+    """A position as an array, (), int32: one for all blocks of a step."""
+    return mx.array(offset)
