@@ -42,12 +42,12 @@ KINDS = [(llama, True), (qwen2, True), (qwen3, False), (gemma3_text, False)]
 
 @pytest.mark.parametrize(("model", "expected"), KINDS, ids=lambda one: getattr(one, "__name__", None))
 def test_a_class_is_known_by_what_it_computes(model, expected):
-    assert attention._is_plain(model.Attention) is expected
+    assert attention.is_plain(model.Attention) is expected
 
 
 @pytest.mark.parametrize("kind", [Rescaled, Forgetful])
 def test_another_function_is_not_taken_for_it(kind):
-    assert not attention._is_plain(kind)
+    assert not attention.is_plain(kind)
 
 
 def module(model=llama, kind=None, **changes):

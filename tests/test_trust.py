@@ -117,6 +117,6 @@ def test_selftest_table_judges_what_reductions_do_besides(monkeypatch, fresh_tru
     monkeypatch.setattr(gpu, "run", run_emulated)
     monkeypatch.setattr("spqt_cli.kernels.backend", lambda: kernels.Backend("cuda", "emulated"))
     rows = selftest._reduction_rows()
-    assert len(rows) == 6
+    assert len(rows) == 9
     assert [row["kernel"] for row in rows if not row["pass"]] == (["residual"] * 3 if wrong else [])
     gpu_text.reduce_kernel.cache_clear()
