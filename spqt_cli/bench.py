@@ -75,7 +75,7 @@ class Options:
 
 def _check(options: Options) -> None:
     if (options.model is None) == (options.shape is None):
-        raise UsageError("give either --model or --shape", f"shapes: {', '.join(shapes.names())}")
+        raise UsageError("give either a model or --shape", f"shapes: {', '.join(shapes.names())}")
     if options.blocks is not None and options.shape is None:
         raise UsageError("--blocks goes with --shape", "a converted model is measured whole")
     if (options.repetitions or 0) < 2:

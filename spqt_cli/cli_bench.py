@@ -6,12 +6,15 @@ from typing import Annotated
 
 import typer
 
+from spqt_cli import cli_model
 from spqt_cli.cli_make import Json, Quiet, progress
+from spqt_cli.cli_model import ModelArgument, ModelOption
 from spqt_cli.errors import ResourceError, UsageError
 
 
 def bench(
-    model: Annotated[str | None, typer.Option("--model", help="A converted folder or hub id.")] = None,
+    model: ModelArgument = None,
+    model_option: ModelOption = None,
     shape: Annotated[
         str | None, typer.Option(help="Random weights in the sizes of a known model: llama-3-8b, ...")
     ] = None,
@@ -52,8 +55,9 @@ def bench(
     json_output: Json = False,
 ) -> None:
     """Measure stock mlx-lm and sparse decoding side by side on this machine."""
+    model = cli_model.optional(model, model_option, "spqt bench MODEL, or --shape llama-3-8b")
     if write and not kernel:
-        raise UsageError("--write goes with --kernel", "spqt bench --kernel --write --model ...")
+        raise UsageError("--write goes with --kernel", "spqt bench --kernel --write MODEL")
     if model is not None and (bits, group_size, dtype) != (None, None, None):
         raise UsageError("--bits, --group-size and --dtype go with --shape", "a converted model has its own")
     if not 0 <= delay < math.inf:

@@ -8,17 +8,19 @@ from typing import Annotated, Any
 
 import typer
 
+from spqt_cli import cli_model
 from spqt_cli.cli_make import Json, Quiet, Revision, Trust, as_json, progress
+from spqt_cli.cli_model import ModelArgument, ModelOption
 from spqt_cli.errors import SpqtError, UsageError
 
-Model = Annotated[str, typer.Option("--model", help="A converted folder or hub id.")]
 Sparsity = Annotated[
     float | None, typer.Option(help="Skip this share instead of the calibrated one, from the stored curves.")
 ]
 
 
 def generate(
-    model: Model,
+    model: ModelArgument = None,
+    model_option: ModelOption = None,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="The prompt; '-' reads stdin.")] = None,
     prompt_file: Annotated[
         Path | None, typer.Option("--prompt-file", "-f", help="A UTF-8 file.", readable=False)
@@ -63,6 +65,7 @@ def generate(
     json_output: Json = False,
 ) -> None:
     """Write text from a prompt, decoding sparsely."""
+    model = cli_model.needed(model, model_option, 'spqt generate MODEL --prompt "Hello"')
     text = _prompt_text(prompt, prompt_file)
     _check_max_tokens(max_tokens)
     _check_sparsity(sparsity)
@@ -176,8 +179,9 @@ def _print_stream(pieces: Any, quiet: bool, json_output: bool) -> None:
 
 
 def compare(
-    model: Model,
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="The prompt; '-' reads stdin.")],
+    model: ModelArgument = None,
+    model_option: ModelOption = None,
     sparsity: Annotated[
         str, typer.Option(help="Shares to compare, comma-separated; 0 is dense.")
     ] = "0,0.25,0.4",
@@ -186,6 +190,7 @@ def compare(
     json_output: Json = False,
 ) -> None:
     """Answer one prompt at several sparsities: text, speed and cost side by side."""
+    model = cli_model.needed(model, model_option, 'spqt compare MODEL --prompt "Hello"')
     text = _prompt_text(prompt, None)
     _check_max_tokens(max_tokens)
     try:
@@ -206,13 +211,16 @@ def compare(
 
 
 def evaluate(
-    model: Model,
+    model: ModelArgument = None,
     text: Annotated[
-        Path,
+        Path | None,
         typer.Argument(
-            help="A UTF-8 text that was not used to calibrate; or questions: a .jsonl file.", readable=False
+            metavar="TEXT",
+            help="A UTF-8 text that was not used to calibrate; or questions: a .jsonl file.",
+            readable=False,
         ),
-    ],
+    ] = None,
+    model_option: ModelOption = None,
     windows: Annotated[int, typer.Option(help="Windows of the text to score.")] = 8,
     limit: Annotated[int | None, typer.Option(help="Of a .jsonl file, only so many questions.")] = None,
     sparsity: Annotated[
@@ -230,6 +238,7 @@ def evaluate(
 
     Questions: a .jsonl file of HellaSwag's shape (ctx, endings, label) or PIQA's (goal, sol1, sol2, label).
     """
+    model, file = cli_model.with_text(model, text, model_option, "spqt eval MODEL TEXT")
     from spqt_cli import evaluate as evaluator
     from spqt_cli import multiple_choice, questions
 
@@ -242,13 +251,13 @@ def evaluate(
         limit=limit,
     )
     with progress(quiet or json_output) as on_progress:
-        if questions.is_questions(text):
-            answers = multiple_choice.evaluate(model, text, options, on_progress)
+        if questions.is_questions(file):
+            answers = multiple_choice.evaluate(model, file, options, on_progress)
             shown = as_json(answers) if json_output else multiple_choice.report(answers)
         elif limit is not None:
             raise UsageError("--limit counts the questions of a .jsonl file", "of a text use --windows")
         else:
-            quality = evaluator.evaluate(model, text, options, on_progress)
+            quality = evaluator.evaluate(model, file, options, on_progress)
             shown = as_json(quality) if json_output else evaluator.report(quality)
     typer.echo(shown)
 
