@@ -84,6 +84,14 @@ def _through_mlx_lm(folder: Path, wishes: dict[str, Any]) -> tuple[nn.Module, An
     return model, tokenizer
 
 
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a model's folder, as mlx-lm loads it; code that lies there is not run."""
+    from mlx_lm import utils
+
+    with _load_errors(folder):
+        return utils.load_tokenizer(folder)
+
+
 def _set_thresholds(loaded: Loaded, sparsity: float | None, dense: bool) -> None:
     calibration = loaded.config["spqt"].get("calibration")
     if calibration is None:

@@ -98,11 +98,14 @@ def parse_shares(asked: str) -> list[float]:
 def others(loaded: model.Loaded, options: EvaluateOptions, on_progress: OnProgress) -> dict[str, nn.Module]:
     """Name -> the models beside the converted one: the source and its row-grouped form, if asked for.
 
-    With `source_head` the converted model's own head is replaced too.
+    With `source_head` the converted model's own head is replaced too. Raises SpqtError, before a weight of
+    the source is read, where its tokens are not the converted model's.
     """
     found: dict[str, nn.Module] = {}
     if options.baseline is None:
         return found
+    sizes = ("vocab_size", "hidden_size") if options.source_head else ("vocab_size",)
+    reference.check(options.baseline, loaded, sizes)
     on_progress(0, 1, "loading the source")
     found[SOURCE] = reference.load(options.baseline)
     if options.rows:
