@@ -16,7 +16,17 @@ import mlx.core as mx
 from mlx import nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from spqt_cli import activity, bench_machine, bench_model, bench_report, heads, kernels, profile, quiet_host
+from spqt_cli import (
+    activity,
+    bench_machine,
+    bench_model,
+    bench_report,
+    blocks,
+    heads,
+    kernels,
+    profile,
+    quiet_host,
+)
 from spqt_cli.bench_model import Subject
 from spqt_cli.bench_report import ModelRow, Stat
 from spqt_cli.model import weight_bytes
@@ -91,6 +101,7 @@ class Runs:
         self.host = quiet_host.Watch()
         self.layers = zigzag_layers(subject.zigzag)
         self.units = profile.units(subject.zigzag)
+        self.kept = blocks.whole(subject.zigzag) if kernels.on_gpu() else ()
         self.stock_layers = dict(subject.stock.named_modules())
         self.choices, fault = profile.read()
         self.head = heads.find(subject.zigzag)
@@ -121,11 +132,15 @@ class Runs:
         ]
 
     def judge(self, rows: list[ModelRow]) -> list[bool]:
-        """Tell one test's rows in which repetitions the host was quiet, and return that; after all tests."""
-        quiet = self.host.quiet([row.host_us for row in rows])
+        """Tell one test's rows in which repetitions the host was quiet, and return that; after all tests.
+
+        A row's ratio to stock takes the looks beside its own sample and stock's.
+        """
+        stock = rows[0]
         for row in rows:
+            quiet = self.host.quiet([stock.host_us, row.host_us])
             row.quiet_host = quiet_host.Quiet(quiet, row.speedup.samples)
-        return quiet
+        return self.host.quiet([row.host_us for row in rows])
 
     def variants(self, test: Test, cache: list[Any]) -> list[Variant]:
         """Stock first. Prompts run densely whatever the thresholds, so they have no sparse variant."""
@@ -143,8 +158,8 @@ class Runs:
         rows: set[str] = set()
         for unit in self.units:
             choice = self.choices.get(unit.key)
-            what = choice.at(wanted) if choice is not None else profile.SPARSE
-            if what == profile.ROWS and profile.can_repack(unit):
+            what = profile.SPARSE if choice is None else profile.way(choice, unit, wanted, self.kept)
+            if what == profile.ROWS:
                 rows.update(unit.layers)
             if what != profile.SPARSE:
                 for path in unit.layers:

@@ -28,12 +28,23 @@ _TRIAL = mx.array([-2.0, -0.7, 0.0, 0.3, 1.1, 5.0])
 
 def install(module: nn.Module) -> None:
     """Let a block run as two calls and its attention, if that is what its class computes."""
-    if "_block" in module.__dict__ or any(name not in module for name in PARTS):
-        return
-    attention: nn.Module = module["self_attn"]
-    if _is_block(type(module)) and _ends_with_out(type(attention)):
+    if "_block" not in module.__dict__ and _runs_whole(module):
         object.__setattr__(module, "_block", Block(module))
         module.__class__ = _traced(type(module))
+
+
+def whole(model: nn.Module) -> tuple[str, ...]:
+    """How the paths of a model's layers begin that lie in blocks which run whole, or will when loaded."""
+    return tuple(f"{path}." for path, module in model.named_modules() if _runs_whole(module))
+
+
+def _runs_whole(module: nn.Module) -> bool:
+    if "_block" in module.__dict__:
+        return True
+    if any(name not in module for name in PARTS):
+        return False
+    attention: nn.Module = module["self_attn"]
+    return _is_block(type(module)) and _ends_with_out(type(attention))
 
 
 @cache

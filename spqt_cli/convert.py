@@ -125,7 +125,7 @@ def _plan(
     planned, weights = plan.make(checkpoint, wishes)
     if options.profile is None:
         return planned, weights, wishes
-    from spqt_cli import profile
+    from spqt_cli import blocks, kernels, parameters, profile
 
     sizes = {
         unit.path: profile.Size(outputs, inputs, unit.bits, unit.group_size)
@@ -133,7 +133,8 @@ def _plan(
         if unit.kind == ZIGZAG
         for outputs, inputs in [weights[unit.name].shape]
     }
-    rows = profile.better_as_rows(sizes, 1 - options.profile)
+    kept = blocks.whole(parameters.load(checkpoint)[0]) if kernels.on_gpu() else ()
+    rows = profile.better_as_rows(sizes, 1 - options.profile, kept)
     wishes = dataclasses.replace(wishes, skip=(*wishes.skip, *rows))
     return *plan.make(checkpoint, wishes), wishes
 

@@ -7,7 +7,6 @@ shapes and densities; it measures nothing.
 
 import contextlib
 import json
-import math
 import os
 import platform
 import tempfile
@@ -20,9 +19,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 from mlx import nn
-from mlx.utils import tree_unflatten
 
-from spqt_cli import __version__, files, format, heads, kernels
+from spqt_cli import __version__, blocks, files, format, heads, kernels, repacking
 from spqt_cli.errors import UsageError
 from spqt_cli.layers import ZigzagLinear
 from spqt_cli.patch import SHARED_INPUTS, zigzag_layers
@@ -193,20 +191,20 @@ def apply(loaded: "Loaded") -> str:
     densities = {id(layer): density for layer, density in expected_densities(loaded)}
     counts = dict.fromkeys((SPARSE, ZIGZAG, ROWS), 0)
     repack: dict[str, ZigzagLinear] = {}
+    kept = blocks.whole(loaded.model) if kernels.on_gpu() else ()
     for unit in units(loaded.model):
         choice = choices.get(unit.key)
         if choice is None:
             continue
-        chosen = choice.at(unit_density(unit, [densities[id(layer)] for layer in unit.layers.values()]))
-        if chosen == ROWS and not can_repack(unit):
-            chosen = ZIGZAG
+        density = unit_density(unit, [densities[id(layer)] for layer in unit.layers.values()])
+        chosen = way(choice, unit, density, kept)
         counts[chosen] += len(unit.layers)
         if chosen == ROWS:
             repack.update(unit.layers)
         elif chosen == ZIGZAG:
             for layer in unit.layers.values():
                 layer.set_threshold(None)
-    cost = _repack_all(loaded.model, repack) if repack else ""
+    cost = repacking.repack(loaded.model, repack) if repack else ""
     head = _repack_head(loaded.model, choices)
     if not any(counts.values()) and not head:
         return ""
@@ -225,21 +223,29 @@ def _repack_head(model: nn.Module, choices: dict[str, Choice]) -> str:
     return f"; head in Zigzag, {time.perf_counter() - start:.1f} s, relative error {error:.1%}"
 
 
-def better_as_rows(layers: Mapping[str, Size], density: float) -> list[str]:
+def way(choice: Choice, unit: Unit, density: float, kept: tuple[str, ...]) -> str:
+    """SPARSE, ZIGZAG or ROWS for a unit of a model.
+
+    kept: beginnings of the paths of blocks that run whole on a GPU. Their layers stay as they are: taken out
+    of the block's two calls, its other launches lose more than one product gains.
+    """
+    chosen = choice.at(density)
+    if chosen == ROWS and any(path.startswith(kept) for path in unit.layers):
+        return SPARSE
+    return ZIGZAG if chosen == ROWS and not repacking.can_repack(unit) else chosen
+
+
+def better_as_rows(layers: Mapping[str, Size], density: float, kept: tuple[str, ...] = ()) -> list[str]:
     """Paths of the layers that this device runs faster row-grouped when that share of channels is active.
 
-    Raises UsageError without a profile.
+    kept: as in `way`. Raises UsageError without a profile.
     """
     choices, fault = read()
     if not choices:
         raise UsageError(fault or "this device has no profile", "make one: spqt bench --kernel --write")
-    chosen = [unit for unit in grouped(layers) if unit.key in choices and can_repack(unit)]
-    return [name for unit in chosen if choices[unit.key].at(density) == ROWS for name in unit.layers]
-
-
-def can_repack(unit: Unit) -> bool:
-    """Whether stock MLX can hold the unit's layers quantized: inputs in whole groups."""
-    return all(layer.inputs % layer.group_size == 0 for layer in unit.layers.values())
+    known = [unit for unit in grouped(layers) if unit.key in choices]
+    rows = [unit for unit in known if way(choices[unit.key], unit, density, kept) == ROWS]
+    return [name for unit in rows for name in unit.layers]
 
 
 def unit_density(unit: Unit, densities: Sequence[float]) -> float:
@@ -263,36 +269,3 @@ def expected_densities(loaded: "Loaded") -> list[tuple[ZigzagLinear, float]]:
                 sparsity = loaded.sparsity or 0.0
             result.append((layer, 1 - sparsity))
     return result
-
-
-def _repack_all(model: nn.Module, layers: dict[str, ZigzagLinear]) -> str:
-    start = time.perf_counter()
-    new, errors = [], []
-    for name, layer in layers.items():
-        stock, error = row_grouped(layer)
-        new.append((name, stock))
-        errors.append(error)
-    model.update_modules(tree_unflatten(new))
-    mx.clear_cache()
-    worst = f"relative error of the weights {math.fsum(errors) / len(errors):.1%} on average"
-    return f"; repacking took {time.perf_counter() - start:.1f} s, {worst}"
-
-
-def row_grouped(layer: ZigzagLinear) -> tuple[nn.QuantizedLinear, float]:
-    """(MLX's own layer with these weights quantized anew along the rows, evaluated; relative L2 error).
-
-    The error is against the Zigzag weights: quantizing twice costs a second rounding.
-    """
-    dtype = layer.scales.dtype
-    if mx.default_device().type == mx.DeviceType.cpu:
-        dtype = mx.float32
-    w = layer.dequantized().astype(dtype)
-    stock = nn.QuantizedLinear(layer.group_size, layer.group_size, False, layer.group_size, layer.bits)
-    stock.weight, stock.scales, stock.biases = mx.quantize(w, layer.group_size, layer.bits)
-    if "bias" in layer:
-        stock.bias = layer.bias
-    back = mx.dequantize(stock.weight, stock.scales, stock.biases, layer.group_size, layer.bits)
-    exact = w.astype(mx.float32)
-    error = mx.linalg.norm(back.astype(mx.float32) - exact) / mx.maximum(mx.linalg.norm(exact), 1e-30)
-    mx.eval(stock.parameters(), error)
-    return stock, np.array(error).item()

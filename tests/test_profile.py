@@ -8,7 +8,7 @@ import mlx.core as mx
 import pytest
 from mlx import nn
 
-from spqt_cli import bench_model, convert, format, heads, model, profile
+from spqt_cli import bench_model, blocks, convert, format, heads, kernels, model, profile, repacking
 from spqt_cli.errors import UsageError
 from spqt_cli.layers import ZigzagLinear
 from spqt_cli.patch import zigzag_layers
@@ -173,7 +173,7 @@ def test_a_layer_that_stock_can_t_hold_runs_zigzag_dense():
 
 def test_repacking_states_the_true_error():
     layer = ZigzagLinear.from_linear(nn.Linear(64, 96, bias=True), 32, 4)
-    stock, error = profile.row_grouped(layer)
+    stock, error = repacking.row_grouped(layer)
     back = mx.dequantize(stock.weight, stock.scales, stock.biases, 32, 4)
     exact = layer.dequantized()
     expected = (((back - exact) ** 2).sum() / (exact**2).sum()) ** 0.5
@@ -249,6 +249,24 @@ def test_layers_are_chosen_by_unit_and_density():
 def test_layers_that_mlx_can_not_hold_stay_zigzag():
     profile.write({"64x80 4 bits group 32": Choice(0.0, ROWS)}, {})
     assert profile.better_as_rows(sized("self_attn.o_proj", 64, 80), 1.0) == []
+
+
+def test_layers_of_blocks_that_run_whole_on_a_gpu_stay_as_they_are(monkeypatch):
+    one = loaded()
+    kept = blocks.whole(one.model)
+    assert sorted(kept) == [f"model.layers.{at}." for at in range(len(kept))]
+    assert kept
+    layers = sized("self_attn.o_proj") | {"other.o_proj": profile.Size(64, 64, 4, 32)}
+    profile.write({"64x64 4 bits group 32": Choice(0.0, ROWS)}, {})
+    assert profile.better_as_rows(layers, 1.0, kept) == ["other.o_proj"]
+    profile.write({unit.key: Choice(0.0, ROWS) for unit in profile.units(one.model)}, {})
+    before = list(zigzag_layers(one.model))
+    monkeypatch.setattr(kernels, "on_gpu", lambda: True)
+    profile.apply(one)
+    assert list(zigzag_layers(one.model)) == before
+    monkeypatch.setattr(kernels, "on_gpu", lambda: False)
+    profile.apply(one)
+    assert len(zigzag_layers(one.model)) < len(before)
 
 
 def test_without_a_profile_there_is_nothing_to_follow():

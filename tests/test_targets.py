@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from spqt_cli import calibrate, format, heads, model, observe, pace, profile, targets
+from spqt_cli import calibrate, format, heads, model, observe, pace, profile, repacking, targets
 from spqt_cli.calibrate import CalibrateOptions
 from spqt_cli.errors import SpqtError, UsageError
 from spqt_cli.patch import zigzag_layers
@@ -108,15 +108,15 @@ def test_pace_runs_the_thresholds_and_the_profile_and_leaves_nothing(converted, 
     one = "model.layers.0.mlp.down_proj"
     seen = []
 
-    def repacking(subject) -> str:
+    def taking(subject) -> str:
         """A profile that takes a layer and the head out of the model."""
         seen.append((subject.sparsity, layers[one].threshold.item(), layers["model.layers.1.mlp.up_proj"]))
-        stock, _ = profile.row_grouped(layers[one])
+        stock, _ = repacking.row_grouped(layers[one])
         subject.model.layers[0].mlp.down_proj = stock
         heads.to_zigzag(subject.model, heads.find(subject.model))
         return ""
 
-    monkeypatch.setattr(profile, "apply", repacking)
+    monkeypatch.setattr(profile, "apply", taking)
     with observe.probing(loaded.model) as harness:
         tokens = np.random.default_rng(0).integers(5, 500, 64).astype(np.int32)
         rate = pace.Pace(loaded, harness, tokens).tokens_per_second({one: 0.25}, 0.5)
