@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
-from spqt_cli import generate, model
+from spqt_cli import generate, identity, model, source
 from spqt_cli.terminal import harmless
 
 
@@ -29,7 +29,12 @@ def compare(
     max_tokens: int = 96,
     on_row: Callable[[str], None] = lambda _: None,
 ) -> list[Row]:
-    """A row for each sparsity, greedy and so repeatable. on_row: told what runs next."""
+    """A row for each sparsity, greedy and so repeatable. on_row: told what runs next.
+
+    Raises SpqtError before any weight is read where a sparsity needs thresholds and there are none.
+    """
+    folder = source.local_folder(path)
+    model.calibrated_share(identity.check_model(folder), folder, max(sparsities))
     loaded = model.load(path)
     tokens = generate.encode(loaded, prompt)
     rows = []

@@ -111,12 +111,7 @@ def set_sparsity(loaded: Loaded, sparsity: float) -> None:
 
     sparsity: 0 to 0.95; 0 runs dense.
     """
-    calibrated = (loaded.config["spqt"].get("calibration") or {}).get("sparsity")
-    if sparsity and calibrated is None:
-        raise SpqtError(
-            f"{loaded.folder} has no thresholds to derive {sparsity:.0%} from",
-            f"spqt calibrate {loaded.folder} --sparsity {sparsity}",
-        )
+    calibrated = calibrated_share(loaded.config, loaded.folder, sparsity)
     loaded.note = ""
     entries = format.entries(loaded.config)
     for path, layer in zigzag_layers(loaded.model).items():
@@ -132,6 +127,17 @@ def set_sparsity(loaded: Loaded, sparsity: float) -> None:
             f"thresholds for {sparsity:.0%} derived from the stored curves (calibrated: {calibrated:.0%})"
         )
     loaded.sparsity = sparsity or None
+
+
+def calibrated_share(config: dict[str, Any], folder: Path, sparsity: float) -> float | None:
+    """The share that a model was calibrated for, None where it was not; SpqtError if `sparsity` needs it."""
+    share: float | None = (config["spqt"].get("calibration") or {}).get("sparsity")
+    if sparsity and share is None:
+        raise SpqtError(
+            f"{folder} has no thresholds to derive {sparsity:.0%} from",
+            f"spqt calibrate {folder} --sparsity {sparsity}",
+        )
+    return share
 
 
 def known(loaded: Loaded, tokens: list[int]) -> list[int]:
