@@ -77,8 +77,11 @@ def shapes() -> list[dict]:
         stacks = [layers_of(outputs, inputs, 0.5) for outputs in group]
         copies = min(len(stack) for stack in stacks)
         row = {"shape": [name, *group, inputs]}
-        times = [stock(outputs, inputs)["us"] for outputs in group]
-        row["stock"] = {"us": round(sum(times), 2)}
+        apart = [stock(outputs, inputs) for outputs in group]
+        row["stock"] = {
+            key: round(sum(one[key] for one in apart), 2) if all(one[key] for one in apart) else None
+            for key in ("us", "us_quiet")
+        }
         xs = [mx.random.normal((1, 1, inputs)).astype(mx.float16) for _ in range(8)]
         mx.eval(xs)
         for density in (1.0, 0.5):
@@ -95,13 +98,14 @@ def shapes() -> list[dict]:
 
 
 def told(row: dict, size: float) -> None:
-    base = row["stock"]["us"]
+    base, quiet_base = row["stock"]["us"], row["stock"].get("us_quiet")
     parts = []
     for density in ("1.0", "0.5", "0.25", "0.0"):
         if density in row:
-            us = row[density]["us"]
+            us, quiet = row[density]["us"], row[density]["us_quiet"]
             rate = float(density) * size / us / 1e6
-            parts.append(f"{density}: {us:6.2f} us {base / us:.2f}x {rate:.2f} TB/s")
+            on_quiet_host = f"{quiet_base / quiet:.2f}x" if quiet and quiet_base else "n/a"
+            parts.append(f"{density}: {us:6.2f} us {base / us:.2f}x, quiet {on_quiet_host} {rate:.2f} TB/s")
     print(f"{row['shape']} stock {base} us | " + " | ".join(parts))
 
 

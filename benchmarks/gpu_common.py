@@ -11,7 +11,7 @@ import mlx.core as mx
 
 ROOT = Path(__file__).resolve().parent.parent
 CALLS = 64  # in one evaluation
-REPEATS = 7
+REPEATS = 11
 ROTATED_BYTES = 400e6  # of weights: several times an H200's 60 MB of L2
 
 
@@ -26,7 +26,9 @@ def from_bare_tree() -> None:
 
 
 from_bare_tree()
-from spqt_cli import gpu, layout  # noqa: E402
+from spqt_cli import gpu, layout, quiet_host  # noqa: E402
+
+HOST = quiet_host.Watch()
 
 
 @dataclass
@@ -60,10 +62,14 @@ def random_packed(outputs: int, inputs: int, band: int, density: float, bits: in
     )
 
 
-def timed(build: Callable[[int], list[mx.array]]) -> dict[str, float]:
-    """Microseconds per call: evaluation (dispatch included) and building the graph in Python."""
-    evaluation, building = [], []
+def timed(build: Callable[[int], list[mx.array]]) -> dict[str, float | None]:
+    """Microseconds per call: evaluation (dispatch included) and building the graph in Python.
+
+    us_quiet: the median of the repeats whose host was quiet (spqt_cli/quiet_host.py), where two or more were.
+    """
+    evaluation, building, looks = [], [], []
     for repeat in range(REPEATS + 2):
+        before = HOST.look()
         start = time.perf_counter()
         results = [build(i) for i in range(CALLS)]
         built = time.perf_counter()
@@ -72,7 +78,12 @@ def timed(build: Callable[[int], list[mx.array]]) -> dict[str, float]:
         if repeat >= 2:
             building.append((built - start) / CALLS * 1e6)
             evaluation.append((time.perf_counter() - built) / CALLS * 1e6)
+            looks.append((before, HOST.look()))
+    quiet = [us for us, near in zip(evaluation, HOST.quiet([looks]), strict=True) if near]
+    enough = len(quiet) >= quiet_host.LEAST
     return {
+        "us_quiet": round(statistics.median(quiet), 2) if enough else None,
+        "quiet": len(quiet),
         "us": round(statistics.median(evaluation), 2),
         "us_min": round(min(evaluation), 2),
         "us_max": round(max(evaluation), 2),
