@@ -5,6 +5,7 @@ position, so it can be traced once with the position as an array. The cache's up
 change shape with every token; they stay the cache's and mlx-lm's own calls.
 """
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -103,7 +104,12 @@ class Halves:
         kept = self.names.get(PRODUCT)
         if kept is None:
             raise CannotCut("no product to cut at")
-        self.names[PRODUCT] = stand_in
+        thread = threading.get_ident()
+
+        def here(*args: Any, **settings: Any) -> mx.array:  # another thread may be decoding meanwhile
+            return (stand_in if threading.get_ident() == thread else kept)(*args, **settings)
+
+        self.names[PRODUCT] = here
         try:
             yield
         finally:

@@ -1,14 +1,16 @@
 """Transformer blocks as two calls around attention: recognised by what they are, equal to their own code."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx_lm.models import gemma, gemma3_text, llama, olmo2, qwen2, qwen3
 from mlx_lm.models.base import scaled_dot_product_attention
-from mlx_lm.models.cache import KVCache
+from mlx_lm.models.cache import KVCache, QuantizedKVCache, RotatingKVCache
 
-from spqt_cli import activity, around, blocks, gated, gpu, patch, selftest, trust
+from spqt_cli import activity, around, blocks, gated, gpu, halves, patch, selftest, trust
 from tests.conftest import layer_settings
 from tests.test_gated import on_emulator
 from tests.test_kernels_gpu import CUTS, emulated, use
@@ -98,12 +100,19 @@ def token(seed):
     return mx.random.normal((1, 1, WIDTH), key=mx.random.key(seed))
 
 
-def steps(made, seeds=(5, 6, 7)):
+def steps(made, seeds=(5, 6, 7), cache=None):
     """The outputs of a few steps with a cache, and the shares that were active."""
-    cache = KVCache()
+    cache = cache or KVCache()
     with activity.counting() as counter:
         found = [made(token(seed), None, cache=cache) for seed in seeds]
     return np.array(mx.concatenate(found)), {id(layer): share for layer, share in counter.densities()}
+
+
+CACHES = {
+    "plain": KVCache,
+    "rotating": lambda: RotatingKVCache(2),
+    "quantized": lambda: QuantizedKVCache(group_size=32, bits=8),
+}
 
 
 @pytest.fixture
@@ -127,6 +136,26 @@ def test_two_calls_give_what_the_block_gives(striped, model):
     # The same products; silu and float32 sums in other orders: a few hundred roundings of 2^-24.
     assert np.allclose(found, expected, rtol=1e-4, atol=1e-4)
     assert counted == shares
+
+
+@pytest.mark.parametrize("kind", CACHES)
+@pytest.mark.parametrize("model", [llama, qwen3])
+def test_every_kind_of_cache_is_asked_itself(striped, model, kind):
+    made = block(model)
+    before, after = CACHES[kind](), CACHES[kind]()
+    expected, _ = steps(made, range(5), before)
+    found, _ = steps(installed(made), range(5), after)
+    assert made._block._around._proven
+    assert np.allclose(found, expected, rtol=1e-4, atol=1e-4)
+    assert after.offset == before.offset == 5
+
+
+def test_a_product_asked_for_by_another_thread_meanwhile_is_the_real_one():
+    made = halves.Halves(block().self_attn)
+    q, k = mx.ones((1, 6, 1, 32)), mx.ones((1, 2, 3, 32))
+    with made._product(lambda *_, **__: pytest.fail("the stand-in was asked")), ThreadPoolExecutor(1) as pool:
+        call = pool.submit(llama.scaled_dot_product_attention, q, k, k, cache=None, scale=1.0, mask=None)
+        assert call.result().shape == (1, 6, 1, 32)
 
 
 class Gating(llama.Attention):
