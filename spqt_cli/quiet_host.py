@@ -80,7 +80,7 @@ class Watch:
         return min(self.seen_us)
 
     def quiet(self, looks_us: Sequence[Sequence[tuple[float, float]]]) -> list[bool]:
-        """Of each repetition of a test, whether no look beside any of its samples took over LIMIT.
+        """Of each repetition, whether no look beside these samples took over LIMIT times the fastest.
 
         looks_us: of each variant, (before, after) of its sample in each repetition. Ask when the run is
         over: only then is the fastest look known.
@@ -100,5 +100,5 @@ class Watch:
             )
         return (
             f"the host was disturbed in {disturbed} of {len(each)} repetitions: a fixed Python loop beside "
-            f"a sample took over {fastest}; 'quiet host' is x stock over the others, at least {LEAST} of them"
+            f"a sample took over {fastest}; 'quiet host' is x stock without such samples, ours or stock's"
         )

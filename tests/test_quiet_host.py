@@ -96,15 +96,19 @@ def measured(monkeypatch, subject, loops_us) -> Report:
     return bench.run(options)
 
 
-def of_repetition(at: int) -> list[float]:
-    """Loops of a run whose `at`-th repetition (0 warms up) is disturbed after its last sample."""
-    return [CALM] * (4 * at + 3) + [BUSY]  # two variants, two looks each
+def disturbed(repetition: int, look: int) -> list[float]:
+    """Loops of a run with one slow look: 0 and 1 beside stock's sample, 2 and 3 beside ours.
+
+    repetition: 0 warms up.
+    """
+    return [CALM] * (4 * repetition + look) + [BUSY]
 
 
-def test_a_disturbed_repetition_is_left_out_of_every_variant(monkeypatch, subject):
-    report = measured(monkeypatch, subject, of_repetition(2))
+def test_a_disturbed_sample_is_left_out_of_its_own_figure(monkeypatch, subject):
+    report = measured(monkeypatch, subject, disturbed(2, 3))
     stock, dense = report.rows
-    assert stock.quiet_host.each == dense.quiet_host.each == [True, False, True]
+    assert stock.quiet_host.each == [True, True, True]
+    assert dense.quiet_host.each == [True, False, True]
     assert dense.host_us == [(CALM, CALM), (CALM, BUSY), (CALM, CALM)]
     assert dense.speedup.samples == pytest.approx([4 / 3, 6 / 5, 8 / 7])  # all of them stay
     assert dense.quiet_host.samples == pytest.approx([4 / 3, 8 / 7])
@@ -112,8 +116,15 @@ def test_a_disturbed_repetition_is_left_out_of_every_variant(monkeypatch, subjec
     assert "disturbed in 1 of 3" in report.notes[-1]
 
 
+def test_a_disturbed_sample_of_stock_is_left_out_of_every_figure(monkeypatch, subject):
+    report = measured(monkeypatch, subject, disturbed(3, 0))
+    stock, dense = report.rows
+    assert stock.quiet_host.each == dense.quiet_host.each == [True, True, False]
+    assert dense.quiet_host.samples == pytest.approx([4 / 3, 6 / 5])
+
+
 def test_disturbance_while_warming_up_disturbs_no_repetition(monkeypatch, subject):
-    report = measured(monkeypatch, subject, of_repetition(0))
+    report = measured(monkeypatch, subject, disturbed(0, 3))
     assert all(row.quiet_host.each == [True] * REPETITIONS for row in report.rows)
     assert "quiet in all 3" in report.notes[-1]
 
