@@ -9,9 +9,11 @@ Where torch can profile the device, its kernel time stands beside. Works from a 
 """
 
 import argparse
+import contextlib
 import json
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from spqt_cli import activity, bench, bench_model, kernels  # noqa: E402
 from spqt_cli.patch import zigzag_layers  # noqa: E402
 
 WARM_STEPS, STEPS, ROUNDS = 4, 60, 4
+LARGEST = 12  # kernels that are told apart
 VARIANTS = [("stock", False), ("dense", False), ("dense", True), ("sparse", False), ("sparse", True)]
 
 
@@ -51,13 +54,17 @@ class Prepared:
             layer.set_threshold(self.thresholds[path] if kind == "sparse" else None)
         return self.subject.stock if kind == "stock" else self.subject.zigzag
 
-    def steps(self, kind: str, whole: bool, depth: int) -> list[tuple[float, float, float]]:
-        """(build, encode, whole step) of each step, in microseconds per block."""
+    def steps(
+        self, kind: str, whole: bool, depth: int, watch: Any = None
+    ) -> list[tuple[float, float, float]]:
+        """(build, encode, whole step) of each step, in microseconds per block; `watch` sees these alone."""
         model = self.variant(kind, whole)
         cache = self.caches[depth]["stock" if kind == "stock" else "zigzag"]
         token, found = self.subject.prompt(depth, 1), []
-        with activity.counting(kernels.counted_steps()):
+        with activity.counting(kernels.counted_steps()), contextlib.ExitStack() as watching:
             for step in range(WARM_STEPS + STEPS):
+                if watch is not None and step == WARM_STEPS:  # steps are prepared by now
+                    watching.enter_context(watch)
                 began = time.perf_counter()
                 token = model(token[None], cache=cache)[:, -1, :].argmax(-1)
                 built = time.perf_counter()
@@ -75,18 +82,19 @@ class Prepared:
         return [((b - a) * scale, (c - b) * scale, whole_step * scale) for a, b, c in timed]
 
 
-def device_time(run: Any, count: int) -> float | None:
-    """Microseconds of kernels per block and step, by CUDA's own counters; None where torch can't tell."""
+def device_times(run: Callable[[Any], Any], count: int) -> dict[str, float]:
+    """Microseconds per block and step by kernel, and in `all`, by CUDA's own counters; {} without torch."""
     try:
         from torch.profiler import ProfilerActivity, profile
     except ImportError:
-        return None
+        return {}
     if not mx.cuda.is_available():
-        return None
-    with profile(activities=[ProfilerActivity.CUDA]) as found:
-        run()
-    total = sum(row.self_device_time_total for row in found.key_averages())
-    return round(total / count / (WARM_STEPS + STEPS), 1)
+        return {}
+    found = profile(activities=[ProfilerActivity.CUDA])
+    run(found)
+    times = {row.key: row.self_device_time_total / count / STEPS for row in found.key_averages()}
+    largest = sorted(times, key=lambda key: -times[key])[:LARGEST]
+    return {"all": round(sum(times.values()), 1), **{key: round(times[key], 1) for key in largest}}
 
 
 def main() -> None:
@@ -111,11 +119,16 @@ def main() -> None:
                 samples[variant] += found if turn else []
         for (kind, whole), found in samples.items():
             build, encode, step = (round(statistics.median(column), 1) for column in zip(*found, strict=True))
-            device = device_time(lambda k=kind, w=whole, d=depth: prepared.steps(k, w, d), prepared.count)
+            device = device_times(
+                lambda watch, k=kind, w=whole, d=depth: prepared.steps(k, w, d, watch), prepared.count
+            )
             row = {"depth": depth, "variant": kind, "blocks": whole, "build": build, "encode": encode}
             rows.append(row | {"step": step, "device": device})
             form = "-" if kind == "stock" else "whole" if whole else "by layer"
-            print(f"| {depth} | {kind} | {form} | {build} | {encode} | {step} | {device or ''} |", flush=True)
+            print(
+                f"| {depth} | {kind} | {form} | {build} | {encode} | {step} | {device.get('all', '')} |",
+                flush=True,
+            )
     if arguments.output:
         arguments.output.write_text(json.dumps({"machine": facts(), "rows": rows}, indent=1) + "\n")
 

@@ -138,7 +138,7 @@ def counted_steps() -> int:
 
     On a GPU counts are handed from step to step by the host, which there is the slower of the two.
     """
-    return 4 if on_gpu() else 1
+    return 8 if on_gpu() else 1
 
 
 def on_gpu() -> bool:
