@@ -13,7 +13,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from spqt_cli import geometry, gpu, gpu_text, selftest, trust
+from spqt_cli import geometry, gpu, gpu_plan, gpu_text, selftest, trust
 from tests.emulator import metal_text
 
 CLANGS = ("clang-14", "clang-15", "clang-16", "clang-17", "clang-18", "clang-19", "clang")
@@ -111,6 +111,21 @@ def test_the_gated_reduction_keeps_to_its_address_spaces(clang, monkeypatch, tmp
     mx.enable_compile()
     text = metal_text(*seen[1], gpu_text.header())
     assert "constexpr int GLU = 1;" in text
+    assert refusals(clang, text, tmp_path) == ""
+
+
+TURNED = gpu_text.Rotary(64, 48, traditional=False, rotated=2)
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32])
+@pytest.mark.parametrize("then", ["residual", TURNED, TURNED._replace(dims=64, traditional=True)], ids=str)
+def test_reductions_that_take_one_array_more_keep_to_their_address_spaces(clang, tmp_path, then, dtype):
+    layers = selftest.matrices(case_of(1 if then == "residual" else 3, 4, dtype))
+    plan = gpu_plan.make_plan((1, 1, 100), dtype, layers, WIDE, dense=False, then=then)
+    other = mx.zeros((128,), dtype) if then == "residual" else mx.zeros((then.dims,))
+    inputs = [mx.zeros(plan.gemv.shapes[0]), plan.inputs[0], plan.nothing, other]
+    text = metal_text(plan.reduce, inputs, gpu_text.header())
+    assert f"constexpr int ROTATED = {0 if then == 'residual' else 2};" in text
     assert refusals(clang, text, tmp_path) == ""
 
 
