@@ -5,6 +5,7 @@ A text file is one document, or several separated by lines `<|document|>`. In a 
 """
 
 import hashlib
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +21,10 @@ from spqt_cli.errors import SpqtError
 SHIPPED = "the shipped text"
 _DOCUMENT = re.compile(r"^<\|document\|>[ \t]*\n", re.MULTILINE)
 _TURN = re.compile(r"^<\|(system|user|assistant)\|>[ \t]*\n", re.MULTILINE)
+# A text is longer than any context, and is cut into windows: the tokenizer's warning would only frighten.
+logging.getLogger("transformers.tokenization_utils_base").addFilter(
+    lambda record: "sequence length is longer than" not in record.getMessage()
+)
 
 
 @dataclass(frozen=True)

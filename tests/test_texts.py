@@ -1,5 +1,6 @@
 """Reading text: bad files, documents, dialogues, windows."""
 
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -124,3 +125,17 @@ def test_fault_66_template_without_an_end(checkpoint, monkeypatch):
     tokenizer.chat_template = "{% for i in range(9999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}"
     with pytest.raises(SpqtError, match="more than"):
         texts.tokens(texts.read(None), tokenizer)
+
+
+def test_a_text_longer_than_the_context_is_no_warning(monkeypatch):
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    inner = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="b"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, model_max_length=3)
+    told: list[logging.LogRecord] = []
+    monkeypatch.setattr(logging.Handler, "handle", lambda _, record: told.append(record))
+    text = texts.Text("some", "", ("a b a b a",))
+    assert texts.tokens(text, tokenizer) == [0, 1, 0, 1, 0]
+    assert told == []
