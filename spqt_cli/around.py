@@ -14,9 +14,23 @@ import mlx.nn as nn
 
 from spqt_cli import activity, kernels, rotary
 from spqt_cli.halves import Halves
+from spqt_cli.layers import ZigzagLinear
 
 Counts = Sequence[mx.array | None]
+PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 CLOSE = 0.05  # of an array's norm: a few roundings to bfloat16, grown by softmax; an error gives about 1
+
+
+def traceable(attention: nn.Module) -> bool:
+    """Whether all parts of an attention module are MLX's, mlx-lm's or Zigzag layers.
+
+    A trace asks a part once and never again, so one that watches or counts its calls must stay untraced.
+    """
+    parts = (value for value in attention.values() if isinstance(value, nn.Module))
+    return all(
+        type(part) is ZigzagLinear or type(part).__module__.partition(".")[0] in ("mlx", "mlx_lm")
+        for part in parts
+    )
 
 
 class Own(NamedTuple):
@@ -50,9 +64,10 @@ class Around:
 
         self._before: kernels.RotaryStep = before
         self._after = after
-        if turning := rotary.form_of(own.attention):
+        shared = own.attention["q_proj"]._siblings.layers
+        together = [id(own.attention.get(name)) for name in PROJECTIONS] == list(map(id, shared))
+        if together and (turning := rotary.form_of(own.attention)):
             kind, turns = turning
-            shared = own.attention["q_proj"]._siblings.layers
             if step := kernels.prepare_rotary(x, own.norm, shared, kind):
                 self._before, self._place = step, turns.at
                 halves.settings = {"scale": own.attention.scale}

@@ -167,6 +167,6 @@ class Block:
         tail = kernels.Tail(out, kernels.Norm(after["weight"], after.eps), [gate, up], down)
         self._tail = kernels.prepare_tail(x, tail)
         self._head = kernels.prepare_head(kernels.Norm(before["weight"], before.eps), shared)
-        if self._head and self._tail and kernels.on_gpu():
+        if self._head and self._tail and kernels.on_gpu() and around.traceable(attention):
             own = around.Own(attention, kernels.Norm(before["weight"], before.eps), self._attended)
             self._around = around.Around(x, own, self._head, self._tail)

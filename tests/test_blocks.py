@@ -193,6 +193,39 @@ def test_attention_that_cannot_be_cut_runs_whole(striped, kind):
     assert counted == shares
 
 
+class Counting(nn.Module):
+    """A part that watches its calls, as calibration's do."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self._layer, self._calls = layer, []
+
+    def __call__(self, x):
+        self._calls.append(x.shape)
+        return self._layer(x)
+
+
+def test_a_watched_projection_is_called_in_every_step(striped):
+    made = installed(block())
+    before, _ = steps(made)
+    made.self_attn.k_proj = watched = Counting(made.self_attn.k_proj)
+    after, _ = steps(made)
+    assert watched._calls == [(1, 1, WIDTH)] * 3
+    assert np.allclose(after, before, rtol=1e-4, atol=1e-4)
+
+
+def test_a_projection_of_mlx_s_own_is_used_in_the_place_of_the_shared_one(striped):
+    made, other = block(), block()
+    linear = nn.Linear(WIDTH, 64, bias=False)
+    for one in (made, other):
+        one.self_attn.k_proj = linear
+    expected, _ = steps(other)
+    found, _ = steps(installed(made))
+    assert made._block._around._proven
+    assert made._block._around._place is around._position
+    assert np.allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_other_parts_of_attention_are_seen(striped):
     made = installed(block())
     before, _ = steps(made)
