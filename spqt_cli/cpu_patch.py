@@ -6,6 +6,7 @@ Float32 on the CPU device takes our ops where they cover the case; all else goes
 What leans on MLX's insides for the CPU's sake stands here.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -22,21 +23,26 @@ _quantized_linear = nn.QuantizedLinear.__call__
 
 def install() -> None:
     """Put our ops behind MLX's names; doing it twice changes nothing. Needs a usable `cpu.status()`."""
-    mx.fast.rms_norm = rms_norm
-    mx.fast.rope = rope  # type: ignore[assignment]
-    mx.fast.scaled_dot_product_attention = attention
-    mx.logsumexp = logsumexp
-    nn.QuantizedEmbedding.as_linear = as_linear  # type: ignore[method-assign]
-    nn.QuantizedLinear.__call__ = quantized_linear  # type: ignore[method-assign]
+    for owner, name, ours, _ in _places():
+        setattr(owner, name, ours)
 
 
 def remove() -> None:
     """Give MLX its own functions back."""
-    for name, function in STOCK.items():
-        setattr(mx.fast, name, function)
-    mx.logsumexp = _logsumexp
-    nn.QuantizedEmbedding.as_linear = _as_linear  # type: ignore[method-assign]
-    nn.QuantizedLinear.__call__ = _quantized_linear  # type: ignore[method-assign]
+    for owner, name, _, stock in _places():
+        setattr(owner, name, stock)
+
+
+def _places() -> list[tuple[Any, str, Callable[..., Any], Callable[..., Any]]]:
+    """Where MLX keeps a function, its name there, ours and its own."""
+    return [
+        (mx.fast, "rms_norm", rms_norm, STOCK["rms_norm"]),
+        (mx.fast, "rope", rope, STOCK["rope"]),
+        (mx.fast, "scaled_dot_product_attention", attention, STOCK["scaled_dot_product_attention"]),
+        (mx, "logsumexp", logsumexp, _logsumexp),
+        (nn.QuantizedEmbedding, "as_linear", as_linear, _as_linear),
+        (nn.QuantizedLinear, "__call__", quantized_linear, _quantized_linear),
+    ]
 
 
 def rms_norm(x: mx.array, weight: mx.array | None, eps: float, **kw: Any) -> mx.array:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from mlx import nn
 from mlx.utils import tree_unflatten
 
@@ -77,7 +78,7 @@ class ZigzagHead(nn.Module):
         packed = (self.weight, self.scales, self.biases)
         sizes = {"outputs": self.outputs, "bits": self.bits, "group_size": self.group_size}
         ours = layout.dequantize(*packed, **sizes).astype(mx.float32)
-        return float((mx.linalg.norm(ours - exact) / mx.linalg.norm(exact)).item())  # type: ignore[arg-type]
+        return float(np.array(mx.linalg.norm(ours - exact) / mx.linalg.norm(exact)))
 
 
 def _rows(module: Any) -> mx.array:
@@ -102,7 +103,8 @@ class EmbeddingWithHead(nn.QuantizedEmbedding):
 def build(head: Head) -> "ZigzagHead | EmbeddingWithHead":
     """What takes the place of the head's module to have it in the Zigzag layout; evaluated."""
     zigzag = ZigzagHead(head.module)
-    return EmbeddingWithHead(head.module, zigzag) if head.tied else zigzag  # type: ignore[arg-type]
+    embedding = head.module if isinstance(head.module, nn.QuantizedEmbedding) else None
+    return zigzag if embedding is None else EmbeddingWithHead(embedding, zigzag)
 
 
 def to_zigzag(model: nn.Module, head: Head) -> float:

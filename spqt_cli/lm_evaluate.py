@@ -65,13 +65,15 @@ def _loglikelihood(self: Any, requests: list[Any]) -> list[tuple[float, bool]]:
     for i, request in enumerate(requests):
         grouped[request.args[0]].append(i)
     layers = zigzag_layers(self._model)
-    values = {path: one.threshold.item() for path, one in layers.items() if one.threshold is not None}
+    values = {
+        path: np.array(one.threshold).item() for path, one in layers.items() if one.threshold is not None
+    }
     found: list[tuple[float, bool]] = [(-np.inf, False)] * len(requests)
     with observe.probing(self._model) as harness:
         for context, places in tqdm(grouped.items()):
             question = _encode(self, context, [requests[i].args[1] for i in places])
             cache = multiple_choice.after_context(self._model, question)
-            masking = observe.Masking(values)  # type: ignore[arg-type]
+            masking = observe.Masking(values)
             predicted = multiple_choice.predictions(self._model, cache, question, harness, masking)
             for i, ending, log_p in zip(places, question.endings, predicted, strict=True):
                 greedy = bool((log_p.argmax(axis=-1) == ending).all())

@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -110,7 +111,7 @@ def device_key() -> dict[str, str]:
     return {
         "chip": chip(),
         "backend": kernels.backend().name,
-        "mlx": mx.__version__,  # type: ignore[attr-defined]
+        "mlx": metadata.version("mlx"),
         "spqt": __version__,
     }
 

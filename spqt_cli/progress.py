@@ -49,7 +49,7 @@ class Progress:
         """Add arrays and replace the file in one step."""
         self.arrays.update(arrays)
         buffer = io.BytesIO()
-        np.savez_compressed(buffer, key=np.array(self._key), **self.arrays)  # type: ignore[arg-type]
+        np.savez_compressed(buffer, allow_pickle=False, key=np.array(self._key), **self.arrays)
         with files.disk_errors(self.path.parent):
             handle, temporary = tempfile.mkstemp(dir=self.path.parent, prefix=".spqt-progress-")
             try:

@@ -10,7 +10,7 @@ import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 
@@ -82,7 +82,7 @@ class Checkpoint:
             return {name: mx.zeros(t.shape, DTYPES[t.dtype]) for name, t in self.tensors.items()}
         lazy: dict[str, mx.array] = {}
         for path in self.files():
-            lazy |= mx.load(str(path))  # type: ignore[arg-type]
+            lazy |= cast("dict[str, mx.array]", mx.load(str(path)))
         return {name: lazy[name] for name in self.tensors}
 
     def read(self, name: str) -> mx.array:

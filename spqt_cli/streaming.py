@@ -185,7 +185,7 @@ class Stream:
         with files.disk_errors(self.folder):
             with self._hidden_path(number).open("wb") as file:
                 sparse = {f"sparse/{w}": host(h) for w, h in self._sparse.items()}
-                np.savez(file, dense=host(self._dense), **sparse)  # type: ignore[arg-type]
+                np.savez(file, allow_pickle=False, dense=host(self._dense), **sparse)
             one = self.candidate
             found = {f"counts/{path}": self.counts[path] for path in paths}
             for path in set(paths) & set(one.chosen):
