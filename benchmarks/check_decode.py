@@ -154,7 +154,8 @@ def table(dtype: str, figures: dict[str, Any]) -> str:
     lines = []
     for reference in ("reference_stock", "reference_exact"):
         for name, row in figures.get(reference, {}).items():
-            numbers = f"{row['mean_kl']:.2e} +- {row['standard_error']:.0e} | {row['top_1_agreement']:.1%} | {row['channels_that_differ']:.3%}"
+            kl = f"{row['mean_kl']:.2e} +- {row['standard_error']:.0e}"
+            numbers = f"{kl} | {row['top_1_agreement']:.1%} | {row['channels_that_differ']:.3%}"
             verdict = "yes" if row["within_bar"] else "no"
             lines.append(f"| {dtype} | {reference[10:]} | {name} | {numbers} | {verdict} |")
     return "\n".join(lines)

@@ -83,7 +83,7 @@ def first_use() -> list[dict[str, Any]]:
 def checked(state: str, name: str, layers: list[Packed], kind: str) -> dict[str, Any]:
     """One verdict, timed. Ends the program where a kernel is not right: its time would say nothing."""
     began = time.perf_counter()
-    reason = trust.verdict(mx.float16, layers, gpu.choose(layers), dense=KINDS[kind])
+    reason = trust.verdict(mx.float16, layers, gpu.choose(layers, mx.float16), gpu_plan.Form(KINDS[kind]))
     seconds = time.perf_counter() - began
     if reason:
         raise SystemExit(f"{name}: {reason}")
@@ -100,7 +100,9 @@ def collector() -> list[dict[str, Any]]:
     rows = []
     for outputs, inputs in ((28672, 8192), (14336, 4096), (4096, 14336)):
         layer = random_packed(outputs, inputs, layout.band_of(outputs, 64), 0.5)
-        plan = gpu_plan.make_plan((1, 1, inputs), mx.float16, [layer], gpu.choose([layer]), dense=False)
+        plan = gpu_plan.make_plan(
+            (1, 1, inputs), mx.float16, [layer], gpu.choose([layer], mx.float16), gpu_plan.Form()
+        )
         mx.eval(plan.inputs)
         row: dict[str, Any] = {"shape": [outputs, inputs], "threadgroups": plan.gemv.threadgroups}
         for times in (0, 1, FEW, MANY):

@@ -5,7 +5,6 @@
 // Arrays (P projections; gpu_text.py writes the lines that pick this threadgroup's own)
 //   partials  (stripes, positions) float32, as sparse_gemv.metal writes them: tiles, then 32 counts
 //   settings  as there
-//   counted   (P,) uint32: active channels that earlier steps met;  active (P,): with this step's
 //   y         (outputs,) Y of the projection; with GLU there is one, of the two projections' size
 //   residual  (outputs,) Y, added to what y would be without it; read only with RESIDUAL, which takes P = 1
 //   turns     (DIMS,) float32: cosines of the angles of a head's pairs, then sines; read only with ROTATED
@@ -24,7 +23,7 @@ const uint part = simdgroup_index_in_threadgroup;
 const uint positions = settings[2];
 const uint stripes = (settings[0] + settings[1] - 1) / settings[1];
 const uint first = threadgroup_position_in_grid.x * 32;
-const uint about = 3 + 4 * projection;
+const uint about = 5 + 4 * projection;
 const uint band = settings[about + 1];
 const uint tiles = settings[about + 2];
 const uint outputs = settings[about + 3];
@@ -42,7 +41,7 @@ const bool turned = projection < uint(ROTATED) && owns && in_head < uint(DIMS);
 const bool leads = TRADITIONAL ? in_head % 2 == 0 : in_head < HALF;  // which of the pair
 const uint pair = TRADITIONAL ? in_head / 2 : in_head % (HALF > 0 ? HALF : 1);
 const uint apart = TRADITIONAL ? 1 : HALF;
-uint other = GLU ? settings[3 + 4 * (P - 1)] * (LANES * OUTPUTS) + first + in_group : first + in_group;
+uint other = GLU ? settings[5 + 4 * (P - 1)] * (LANES * OUTPUTS) + first + in_group : first + in_group;
 if (turned) {
   const uint partner = leads ? in_band + apart : in_band - apart;
   const uint partner_tile = tile - tile_here % tiles + partner / (LANES * OUTPUTS);
@@ -88,18 +87,6 @@ if (part == 0) {
     } else {
       // The product is rounded to x's dtype first, as it is where the sum is an operation of its own.
       y[at] = RESIDUAL ? Y(float(value) + float(residual[at])) : value;
-    }
-  }
-}
-if (threadgroup_position_in_grid.x == 0 && part == 0) {
-  for (uint p = 0; p < uint(P); ++p) {
-    uint met = 0;  // a lane takes every 32nd stripe: one after another they would take longer than the sums
-    for (uint stripe = in_group; stripe < stripes; stripe += 32) {
-      met += as_type<uint>(partials[ulong(stripe + 1) * positions - 32 + p]);
-    }
-    const uint all = simd_prefix_exclusive_sum(met) + met;
-    if (in_group == 31) {
-      active[p] = counted[p] + all;
     }
   }
 }

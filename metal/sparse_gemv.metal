@@ -1,12 +1,15 @@
 // y = x @ W.T over the active channels: collects them, then multiplies only their chunks.
-// Used for every decode step of a Zigzag layer; q/k/v or gate/up share one launch.
+// Used for every decode step of a Zigzag layer; q/k/v or gate/up share one launch. With NORMED x is first
+// normalized by its root mean square, as mx.fast.rms_norm does it.
 //
 // Arrays (P projections of one input; gpu.py writes the lines that pick this threadgroup's own)
 //   x         (inputs,) T
-//   settings  uint32: inputs, channels per stripe, positions of one stripe's partial sums; for each
-//             projection its first tile, band, tiles per band, outputs; then, as float32, the thresholds,
-//             (P,) or with PER_CHANNEL (P, inputs), and with HAS_BIAS for each projection (outputs,)
+//   settings  uint32: inputs, channels per stripe, positions of one stripe's partial sums, P, and the
+//             float32 that NORMED adds to the mean square; for each projection its first tile, band, tiles
+//             per band, outputs; then, as float32, the thresholds, (P,) or with PER_CHANNEL (P, inputs),
+//             and with HAS_BIAS for each projection (outputs,)
 //   weight    (bands, inputs, band * BITS / 32) uint32;  scales, biases (bands, inputs, band / GROUP) S
+//   norm      (inputs,) T, the weights of NORMED
 //   y         with one stripe (outputs,) Y of the projection; else this stripe's part of
 //             (stripes, positions), float32, in the order in which the lanes hold the sums
 //   counts    (COUNTS,) uint32: active channels met in this stripe, entry i for projection i % P; with one
@@ -20,7 +23,8 @@
 //   LIST         channels collected at one time, a multiple of THREADS, at most 32 THREADS and 65536
 //   SLICE        sums per lane that are added over the rows at one time; a power of two
 //   DECODE       how a code becomes a float: 0 exponent and subtract, 1 convert, 2 subnormal
-//   PARTIAL, PER_CHANNEL, HAS_BIAS  0 or 1: whether y takes partial sums, and what settings holds
+//   PARTIAL, PER_CHANNEL, HAS_BIAS, NORMED  0 or 1: whether y takes partial sums, what settings holds, and
+//                whether x is normalized
 // Grid: (tiles of all projections, stripes) threadgroups of THREADS.
 
 const uint lane = thread_position_in_threadgroup.x;
@@ -28,7 +32,7 @@ const uint inputs = settings[0];
 const uint stripe_first = min(threadgroup_position_in_grid.y * settings[1], inputs);
 const uint stripe_last = min(stripe_first + settings[1], inputs);
 
-const uint about = 3 + 4 * projection;
+const uint about = 5 + 4 * projection;
 const uint band = settings[about + 1];
 const uint tile_here = tile - settings[about];
 const uint band_index = tile_here / settings[about + 2];
@@ -42,7 +46,7 @@ const uint groups = band / GROUP;
 const device uint32_t* codes = weight + ulong(band_index) * inputs * words + output / 32 * BITS;
 const device S* scale = scales + ulong(band_index) * inputs * groups + output / GROUP;
 const device S* offset = biases + ulong(band_index) * inputs * groups + output / GROUP;
-constexpr uint THRESHOLDS = 3 + 4 * P;  // where they begin in settings
+constexpr uint THRESHOLDS = 5 + 4 * P;  // where they begin in settings
 
 // Active channels of this pass, counted from its first, and x there.
 threadgroup ushort channel_list[LIST];
@@ -55,6 +59,7 @@ constexpr uint MASK = (1u << BITS) - 1u;
 constexpr int ROOM = DECODE == 1 ? 32 : 23;  // bits of a word where a code keeps its value
 constexpr uint TWO_TO_23 = 0x4B000000u;      // the bits of 2^23, whose mantissa counts ones
 constexpr float LIFT = 18446744073709551616.0f;  // 2^64: a subnormal code times this is in normal range
+constexpr uint MIDDLE = DECODE == 0 ? 1u << (BITS - 1) : 0;  // taken off each code: smaller sums, less rounding
 constexpr bool TOP_UNMASKED = DECODE == 1 && 32 % BITS == 0;  // one instruction less; undone below
 constexpr int WORDS = OUTPUTS / 32 * BITS;   // of a lane's part of a chunk
 constexpr int SCALES = OUTPUTS > GROUP ? OUTPUTS / GROUP : 1;
@@ -69,6 +74,30 @@ for (int g = 0; g < SCALES; ++g) {
 }
 uint total = 0;
 
+// Every threadgroup needs the mean square of the whole x: a few loads a thread, and one launch less.
+threadgroup float square_sum[NORMED ? THREADS / 32 : 1];
+float factor = 1.0f;
+if (NORMED) {
+  float squares = 0.0f;
+  for (uint k = lane; k < inputs; k += THREADS) {
+    squares = fma(float(x[k]), float(x[k]), squares);
+  }
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) {
+    squares += simd_shuffle_xor(squares, ushort(distance));
+  }
+  if (thread_index_in_simdgroup == 0) {
+    square_sum[simdgroup_index_in_threadgroup] = squares;
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  squares = 0.0f;
+#pragma unroll
+  for (uint g = 0; g < uint(THREADS / 32); ++g) {
+    squares += square_sum[g];
+  }
+  factor = rsqrt(squares / float(inputs) + as_type<float>(settings[4]));
+}
+
 for (uint pass = stripe_first; pass < stripe_last; pass += LIST) {
   // Collect. A simdgroup tests neighbouring channels, 32 at a time; any fixed order of the list will do.
   constexpr int EACH = LIST / THREADS;
@@ -80,7 +109,8 @@ for (uint pass = stripe_first; pass < stripe_last; pass += LIST) {
     const uint k = tested + e * 32;
     if (k < stripe_last) {
       const uint at = PER_CHANNEL ? projection * inputs + k : projection;
-      if (!(fabs(float(x[k])) < as_type<float>(settings[THRESHOLDS + at]))) {
+      const T value = NORMED ? T(float(norm[k]) * float(T(float(x[k]) * factor))) : x[k];
+      if (!(fabs(float(value)) < as_type<float>(settings[THRESHOLDS + at]))) {
         kept |= 1u << e;
         mine += 1;
       }
@@ -104,7 +134,7 @@ for (uint pass = stripe_first; pass < stripe_last; pass += LIST) {
     if (kept & (1u << e)) {
       const uint k = tested + e * 32;
       channel_list[at] = ushort(k - pass);
-      value_list[at] = x[k];
+      value_list[at] = NORMED ? T(float(norm[k]) * float(T(float(x[k]) * factor))) : x[k];
       at += 1;
     }
   }
@@ -150,7 +180,9 @@ for (uint pass = stripe_first; pass < stripe_last; pass += LIST) {
       for (int g = 0; g < SCALES; ++g) {
         const uint group_at = k * groups + g;
         step[u][g] = float(scale[group_at]) * value * (DECODE == 2 ? LIFT : 1.0f);
-        constant_part[g] = fma(float(offset[group_at]), value, constant_part[g]);
+        const float least = float(offset[group_at]);
+        const float constant_weight = MIDDLE > 0 ? fma(float(MIDDLE), float(scale[group_at]), least) : least;
+        constant_part[g] = fma(constant_weight, value, constant_part[g]);
       }
     }
 #pragma unroll
@@ -165,7 +197,7 @@ for (uint pass = stripe_first; pass < stripe_last; pass += LIST) {
         const uint view = early ? here : (here >> 16 | next << 16);
         float code;
         if (DECODE == 0) {
-          code = as_type<float>((view | TWO_TO_23) & (TWO_TO_23 | MASK << shift)) - 8388608.0f;
+          code = as_type<float>((view | TWO_TO_23) & (TWO_TO_23 | MASK << shift)) - (8388608.0f + float(MIDDLE << shift));
         } else if (DECODE == 1) {
           code = float(TOP_UNMASKED && start + BITS == 32 ? here : view & MASK << shift);
         } else {

@@ -17,7 +17,7 @@ class Tally:
     """The running counts of groups of layers that run in one call.
 
     groups: each has `layers`, each of those `inputs`. running: what the next step is to count on from, one
-    (layers,) uint32 for each group, or None for zero.
+    (layers,) uint32 for each group.
     """
 
     EVALUATE_EVERY = 32  # steps: a backend that adds up outside its kernels leaves a lazy sum
@@ -27,19 +27,22 @@ class Tally:
         self.groups = groups
         self.steps = 0  # that were counted
         self.calls = 0  # counted or not
-        self.running: Sequence[mx.array | None] = [None] * len(groups)
+        self.running: Sequence[mx.array] = self._zeros()
         self._finished: list[Sequence[mx.array]] = []
         self._since: list[Sequence[mx.array]] = []  # one entry: the counts that are still running
 
-    def keep(self, counted: Sequence[mx.array]) -> None:
-        """Take the counts after one more step."""
+    def _zeros(self) -> list[mx.array]:
+        return [mx.zeros(len(group.layers), mx.uint32) for group in self.groups]
+
+    def keep(self, counted: Sequence[Any]) -> None:
+        """Take the counts after one more step, arrays as in `running`."""
         self.steps += 1
         self.running, self._since = counted, [counted]
         if self.steps % self.EVALUATE_EVERY == 0:
             mx.async_eval(counted)
         if self.steps % self.LONGEST == 0:
             self._finished.append(counted)
-            self.running, self._since = [None] * len(self.groups), []
+            self.running, self._since = self._zeros(), []
 
     def totals(self) -> Iterator[tuple[Any, int]]:
         """Each layer and the channels that were active, summed over the steps."""

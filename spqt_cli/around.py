@@ -16,7 +16,7 @@ from spqt_cli import activity, kernels, rotary
 from spqt_cli.halves import Halves
 from spqt_cli.layers import ZigzagLinear
 
-Counts = Sequence[mx.array | None]
+Counts = Sequence[kernels.Count]
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 CLOSE = 0.05  # of an array's norm: a few roundings to bfloat16, grown by softmax; an error gives about 1
 
@@ -54,12 +54,14 @@ class Around:
         self._place: Callable[[int], mx.array] = _position
 
         @mx.compile
-        def before(x: mx.array, offset: mx.array, count: mx.array | None) -> tuple[list[mx.array], mx.array]:
+        def before(
+            x: mx.array, offset: mx.array, count: kernels.Count
+        ) -> tuple[list[mx.array], kernels.Count]:
             normed, products, count = head(x, count)
             return halves.before(normed, products, offset), count
 
         @mx.compile
-        def after(attended: mx.array, x: mx.array, counted: Counts) -> tuple[mx.array, list[mx.array]]:
+        def after(attended: mx.array, x: mx.array, counted: Counts) -> tuple[mx.array, Counts]:
             return tail(halves.after(attended), x, counted)
 
         self._before: kernels.RotaryStep = before

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from spqt_cli import geometry, gpu_plan, gpu_text, stock
-from spqt_cli.gpu_plan import Launch, Plan
-from spqt_cli.gpu_text import Kernel, Rotary, Then
+from spqt_cli.gpu_plan import Form, Launch, Plan
+from spqt_cli.gpu_text import Kernel, Rotary
 
 if TYPE_CHECKING:
     from spqt_cli.kernels import (
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         TailStep,
     )
 
+Count = mx.array | None  # of active channels, (layers,) uint32; None where nobody counts
 DEQUANTIZE_ROWS = 16  # from here dequantizing once and a plain matmul is faster on CUDA (docs/kernel-log.md)
 MOST_UNFREED = 512 << 20  # bytes of dequantized matrices that wait to be freed
 _unfreed: list[int] = []  # bytes of those matrices
@@ -63,11 +64,15 @@ def sparse_gemv(x: mx.array, layers: Sequence["Projection"]) -> tuple[list[mx.ar
     x: (..., inputs) with exactly one row, float16, bfloat16 or float32.
     Returns y per layer, (..., outputs) in x's dtype, and the active channels per layer, (n,) uint32.
     """
-    plan = _plan(x, layers, dense=False)
+    plan = _plan(x, layers, Form())
     if plan is None:
         parts = [sparse_gemv(x, [layer]) for layer in layers]
         return [ys[0] for ys, _ in parts], mx.concatenate([active for _, active in parts])
-    return stock.sparse_gemv(x, layers) if plan.gemv is None else launch(x, plan)
+    if plan.gemv is None:
+        return stock.sparse_gemv(x, layers)
+    outputs, active = launch(x, plan, plan.nothing)
+    assert active is not None
+    return outputs, active
 
 
 def prepare(layers: Sequence["Projection"]) -> "Step":
@@ -77,8 +82,8 @@ def prepare(layers: Sequence["Projection"]) -> "Step":
     dense = all(layer.threshold is None for layer in layers)
 
     @mx.compile
-    def step(x: mx.array, counted: mx.array | None) -> tuple[list[mx.array], mx.array]:
-        plan = _plan(x, layers, dense=dense)
+    def step(x: mx.array, counted: Count) -> tuple[list[mx.array], Count]:
+        plan = _plan(x, layers, Form(dense))
         if plan is not None and plan.gemv is not None:
             return launch(x, plan, counted)
         return stock.add_counts(sparse_gemv(x, layers), counted)
@@ -91,15 +96,13 @@ def prepare_gated(x: mx.array, pair: Sequence["Projection"], down: "Projection")
 
     x: such an input as the steps will get. None where the kernels can't: for layers that differ or are small.
     """
-    plan = _gated_plan(x, pair)
+    plan = _gated_plan(x, pair, None)
     if plan is None:
         return None
     last = prepare([down])
 
     @mx.compile
-    def step(
-        x: mx.array, counted: mx.array | None, counted_down: mx.array | None
-    ) -> tuple[mx.array, mx.array, mx.array]:
+    def step(x: mx.array, counted: Count, counted_down: Count) -> tuple[mx.array, Count, Count]:
         (h,), counted = launch(x, plan, counted)
         (y,), counted_down = last(h, counted_down)
         return y, counted, counted_down
@@ -108,13 +111,15 @@ def prepare_gated(x: mx.array, pair: Sequence["Projection"], down: "Projection")
 
 
 def prepare_head(norm: "Norm", layers: Sequence["Projection"]) -> "HeadStep":
-    """As `kernels.prepare_head`, in one traced call."""
+    """As `kernels.prepare_head`, in one traced call; the kernel normalizes x itself where it can."""
     products = prepare(layers)
+    dense = all(layer.threshold is None for layer in layers)
 
     @mx.compile
-    def step(x: mx.array, counted: mx.array | None) -> tuple[mx.array, list[mx.array], mx.array]:
-        normed = mx.fast.rms_norm(x, norm.weight, norm.eps)
-        return normed, *products(normed, counted)
+    def step(x: mx.array, counted: Count) -> tuple[mx.array, list[mx.array], Count]:
+        normed = mx.fast.rms_norm(x, norm.weight, norm.eps)  # the module's own code may use it as well
+        plan = _normed_plan(x, layers, Form(dense, norm=norm))
+        return normed, *(products(normed, counted) if plan is None else launch(x, plan, counted))
 
     return step
 
@@ -124,51 +129,55 @@ def prepare_rotary(
 ) -> "RotaryStep | None":
     """As `kernels.prepare_rotary`, in one traced call: the reduction of q/k/v turns their heads."""
     dense = all(layer.threshold is None for layer in layers)
-    plan = _plan(x, layers, dense=dense, then=rotary) if gpu_plan.turns(layers, rotary) else None
-    if plan is None or plan.gemv is None:
+    plan = _normed_plan(x, layers, Form(dense, rotary, norm)) if gpu_plan.turns(layers, rotary) else None
+    if plan is None:
         return None
 
     @mx.compile
-    def step(x: mx.array, turns: mx.array, counted: mx.array | None) -> tuple[list[mx.array], mx.array]:
-        return launch(mx.fast.rms_norm(x, norm.weight, norm.eps), plan, counted, turns)
+    def step(x: mx.array, turns: mx.array, counted: Count) -> tuple[list[mx.array], Count]:
+        return launch(x, plan, counted, turns)
 
     return step
 
 
 def prepare_tail(x: mx.array, tail: "Tail") -> "TailStep | None":
     """As `kernels.prepare_tail`: one traced call; the residual stream is added in the reductions."""
-    plan = _gated_plan(x, tail.pair)
+    plan = _gated_plan(x, tail.pair, tail.norm)
     if plan is None:
         return None
     out, down = _residual(tail.out), _residual(tail.down)
 
     @mx.compile
-    def step(
-        attended: mx.array, x: mx.array, counted: Sequence[mx.array | None]
-    ) -> tuple[mx.array, list[mx.array]]:
+    def step(attended: mx.array, x: mx.array, counted: Sequence[Count]) -> tuple[mx.array, list[Count]]:
         h, count = out(attended, x, counted[0])
-        normed = mx.fast.rms_norm(h, tail.norm.weight, tail.norm.eps)
-        (gated,), count_pair = launch(normed, plan, counted[1])
+        (gated,), count_pair = launch(h, plan, counted[1])
         y, count_down = down(gated, h, counted[2])
         return y, [count, count_pair, count_down]
 
     return step
 
 
-def _gated_plan(x: mx.array, pair: Sequence["Projection"]) -> Plan | None:
-    """The plan for silu(gate) * up; None where the kernels can't."""
+def _gated_plan(x: mx.array, pair: Sequence["Projection"], norm: "Norm | None") -> Plan | None:
+    """The plan for silu(gate) * up, of x or of its norm; None where the kernels can't."""
     dense = all(layer.threshold is None for layer in pair)
     shapes = {(layer.outputs, *bands) for layer, bands in zip(pair, gpu_plan.bands(pair), strict=True)}
-    plan = _plan(x, pair, dense=dense, then="glu") if len(shapes) == 1 else None
+    return _normed_plan(x, pair, Form(dense, "glu", norm)) if len(shapes) == 1 else None
+
+
+def _normed_plan(x: mx.array, layers: Sequence["Projection"], form: Form) -> Plan | None:
+    """A plan that may begin with a norm; None where the kernels can't."""
+    if form.norm is not None and form.norm.weight.dtype != x.dtype:
+        return None  # MLX would go on in the wider of the two
+    plan = _plan(x, layers, form)
     return None if plan is None or plan.gemv is None else plan
 
 
-def _residual(layer: "Projection") -> Callable[..., tuple[mx.array, mx.array]]:
+def _residual(layer: "Projection") -> Callable[..., tuple[mx.array, Count]]:
     """layer(x) + residual, and the count, as one call of a trace."""
     products = prepare([layer])
 
-    def step(x: mx.array, residual: mx.array, counted: mx.array | None) -> tuple[mx.array, mx.array]:
-        plan = _plan(x, [layer], dense=layer.threshold is None, then="residual")
+    def step(x: mx.array, residual: mx.array, counted: Count) -> tuple[mx.array, Count]:
+        plan = _plan(x, [layer], Form(layer.threshold is None, "residual"))
         if plan is None or plan.gemv is None:
             (y,), counted = products(x, counted)
             return y + residual, counted
@@ -182,7 +191,7 @@ def matmul(x: mx.array, layer: "Projection") -> mx.array:
     """x @ W.T + bias with all channels: x (..., inputs) -> (..., outputs); lazy."""
     rows = x.size // x.shape[-1]
     if rows == 1:
-        plan = _plan(x, [layer], dense=True)
+        plan = _plan(x, [layer], Form(dense=True))
         if plan is None or plan.gemv is None:
             return stock.matmul(x, layer)
         return launch(x, plan)[0][0]
@@ -210,19 +219,20 @@ def _free_in_time(y: mx.array, size: int) -> None:
 
 
 def launch(
-    x: mx.array, plan: Plan, counted: mx.array | None = None, other: mx.array | None = None
-) -> tuple[list[mx.array], mx.array]:
+    x: mx.array, plan: Plan, counted: Count = None, other: mx.array | None = None
+) -> tuple[list[mx.array], Count]:
     """The outputs of a plan's one or two kernel calls, and `counted` plus the active channels; lazy.
 
+    Counting partial sums takes a call of its own, left out where nobody counts.
     other: what the reduction takes besides sums: the residual stream, or the turns of a position.
     """
     assert plan.gemv is not None
-    *outputs, active = results = run(plan.gemv, plan.first_inputs(x, counted))
-    if plan.reduce is not None:
-        before = plan.nothing if counted is None else counted
-        more = [] if other is None else [other]
-        *outputs, active = run(plan.reduce, [*results, plan.inputs[0], before, *more])
-    return outputs, active
+    *outputs, last = run(plan.gemv, plan.first_inputs(x, counted))
+    if plan.reduce is None or plan.counts is None:
+        return outputs, last
+    sums = [last, plan.inputs[0]]
+    active = None if counted is None else run(plan.counts, [*sums, counted])[0]
+    return run(plan.reduce, sums if other is None else [*sums, other]), active
 
 
 def run(launch: Launch, inputs: list[mx.array]) -> list[mx.array]:
@@ -257,33 +267,35 @@ def _built(kernel: Kernel) -> Callable[..., list[mx.array]]:
     )
 
 
-def _plan(x: mx.array, layers: Sequence["Projection"], *, dense: bool, then: Then = "") -> Plan | None:
+def _plan(x: mx.array, layers: Sequence["Projection"], form: Form) -> Plan | None:
     """The plan of a call, made once; None where the layers can't share a launch."""
     plans = layers[0].__dict__.setdefault("_gpu_plans", {})
-    key = (x.shape, x.dtype, dense, then, *map(id, layers))
+    norm = (id(form.norm.weight), form.norm.eps) if form.norm else None
+    key = (x.shape, x.dtype, form.dense, form.then, norm, *map(id, layers))
     if key in plans:
         plan = plans[key]
         known = iter(plan.known if plan else ())
         if all(one.get("weight") is next(known) and one.threshold is next(known) for one in layers if plan):
             return plan
-    shared = gpu_plan.one_launch(layers)
-    plan = plans[key] = _usable(x, layers, dense=dense, then=then) if shared else None
+    plan = plans[key] = _usable(x, layers, form) if gpu_plan.one_launch(layers) else None
     return plan
 
 
-def _usable(x: mx.array, layers: Sequence["Projection"], *, dense: bool, then: Then) -> Plan:
+def _usable(x: mx.array, layers: Sequence["Projection"], form: Form) -> Plan:
     """A plan whose kernels were checked; without launches where they failed or can't take the arrays."""
     from spqt_cli import trust
 
-    cut = choose(layers)
-    plan = gpu_plan.make_plan(x.shape, x.dtype, layers, cut, dense=dense, then=then)
+    cut = choose(layers, x.dtype)
+    plan = gpu_plan.make_plan(x.shape, x.dtype, layers, cut, form)
     if plan.gemv is None:
         return plan
-    if gpu_plan.tiny(layers) or trust.verdict(x.dtype, layers, cut, dense=dense, then=then):
+    if gpu_plan.tiny(layers) or trust.verdict(x.dtype, layers, cut, form):
         return plan._replace(gemv=None)
     return plan
 
 
-def choose(layers: Sequence["Projection"]) -> geometry.Geometry:
-    """The launch geometry of these projections on this device."""
-    return geometry.choose(device_class(), gpu_plan.bands(layers), layers[0].weight.shape[1])
+def choose(layers: Sequence["Projection"], dtype: mx.Dtype) -> geometry.Geometry:
+    """The launch geometry of these projections on this device, for an x of this dtype."""
+    cut = geometry.choose(device_class(), gpu_plan.bands(layers), layers[0].weight.shape[1])
+    # In 16 bits the result's own rounding hides the sums'; in float32 codes around their middle halve it.
+    return cut._replace(decode=0) if dtype == mx.float32 else cut

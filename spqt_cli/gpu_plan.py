@@ -13,10 +13,23 @@ from spqt_cli import geometry, gpu_text
 from spqt_cli.gpu_text import COUNTS, Constants, Kernel, Rotary, Then
 
 if TYPE_CHECKING:
-    from spqt_cli.kernels import Projection
+    from spqt_cli.kernels import Norm, Projection
 
 MAX_SHARED = 6  # projections in one launch: Metal binds at most 31 buffers, this takes 4 P + 4
 TYPES = {mx.float16: "float16_t", mx.bfloat16: "bfloat16_t", mx.float32: "float"}
+
+
+class Form(NamedTuple):
+    """What a call computes besides its layers' products.
+
+    dense: all channels are used, whatever the thresholds. then: "glu" gives silu(first) * second of two
+    layers, "residual" y plus another array, a Rotary turned heads, (1, heads, 1, width) each. norm: what x
+    goes through first; its weight has x's dtype.
+    """
+
+    dense: bool = False
+    then: Then = ""
+    norm: "Norm | None" = None
 
 
 @dataclass(eq=False)
@@ -34,10 +47,11 @@ class Plan(NamedTuple):
     """All that a call can reuse: what depends on the layers and on x's shape and dtype."""
 
     known: tuple[mx.array | None, ...]  # weights and thresholds, to see that they are still the same
-    inputs: list[mx.array]  # settings and packed weights
+    inputs: list[mx.array]  # settings, packed weights and the norm's
     nothing: mx.array  # (layers,) uint32 zeros: the counts to begin with
     gemv: Launch | None  # None where MLX's own matmul is to run: see gpu.py
     reduce: Launch | None
+    counts: Launch | None  # beside `reduce`
 
     def first_inputs(self, x: mx.array, counted: mx.array | None = None) -> list[mx.array]:
         """The arrays of the first launch; where it is the only one it takes the counts so far."""
@@ -57,45 +71,39 @@ def tiny(layers: Sequence["Projection"]) -> bool:
 
 
 def make_plan(
-    shape: tuple[int, ...],
-    dtype: mx.Dtype,
-    layers: Sequence[Any],
-    cut: geometry.Geometry,
-    *,
-    dense: bool,
-    then: Then = "",
+    shape: tuple[int, ...], dtype: mx.Dtype, layers: Sequence[Any], cut: geometry.Geometry, form: Form
 ) -> Plan:
     """The launches and the settings array for these layers and an x of this shape and dtype.
 
-    dense: all channels are used, whatever the thresholds. then: "glu" gives silu(first) * second of two
-    layers, "residual" y plus another array, a Rotary turned heads, (1, heads, 1, width) each; no launches
-    where there are no stripes to add up.
+    No launches where something is to follow the sums, and there are no stripes to add up.
     """
     stripes = cut.stripes(shape[-1])
     tiles = sum(cut.tiles(band) * number for band, number in bands(layers))
-    settings = _settings(layers, cut, tiles, dense=dense)
-    constants = _constants(dtype, layers, cut, dense=dense)
-    y_shapes = [_y_shape(shape, layer.outputs, then) for layer in layers]
+    settings = _settings(layers, cut, tiles, form)
+    constants = _constants(dtype, layers, cut, form)
+    y_shapes = [_y_shape(shape, layer.outputs, form.then) for layer in layers]
     packed = [array for layer in layers for array in (layer.weight, layer.scales, layer.biases)]
     nothing = mx.zeros(len(layers), mx.uint32)
     known = tuple(array for layer in layers for array in (layer.weight, layer.threshold))
-    plan = Plan(known, [settings, *packed], nothing, None, None)
+    weights = [form.norm.weight] if form.norm else []
+    plan = Plan(known, [settings, *packed, *weights], nothing, None, None, None)
     mx.eval(nothing)
-    results = y_shapes[:1] if then == "glu" else y_shapes
-    outputs = [*results, (len(layers),)]
-    dtypes = [*[dtype] * len(results), mx.uint32]
-    if stripes == 1 and then:
+    results = y_shapes[:1] if form.then == "glu" else y_shapes
+    dtypes = [dtype] * len(results)
+    if stripes == 1 and form.then:
         return plan
     if stripes == 1:
         kernel = gpu_text.gemv_kernel(constants, cut.threads)
-        return plan._replace(gemv=Launch(kernel, (tiles, 1), outputs, dtypes))
+        shapes = [*results, (len(layers),)]
+        return plan._replace(gemv=Launch(kernel, (tiles, 1), shapes, [*dtypes, mx.uint32]))
     positions = tiles * cut.tile
     partials = (stripes, positions + COUNTS)
     kernel = gpu_text.gemv_kernel((*constants, ("PARTIAL", 1)), cut.threads)
     gemv = Launch(kernel, (tiles, stripes), [partials], [mx.float32])
-    kernel = gpu_text.reduce_kernel(constants, then)
-    grid = (positions // geometry.SIMD // (2 if then == "glu" else 1), 1)
-    return plan._replace(gemv=gemv, reduce=Launch(kernel, grid, outputs, dtypes))
+    grid = (positions // geometry.SIMD // (2 if form.then == "glu" else 1), 1)
+    reduce = Launch(gpu_text.reduce_kernel(constants, form.then), grid, results, dtypes)
+    counts = Launch(gpu_text.count_kernel(), (1, 1), [(len(layers),)], [mx.uint32])
+    return plan._replace(gemv=gemv, reduce=reduce, counts=counts)
 
 
 def _y_shape(shape: tuple[int, ...], outputs: int, then: Then) -> tuple[int, ...]:
@@ -116,19 +124,22 @@ def bands(layers: Sequence["Projection"]) -> list[tuple[int, int]]:
     return [(layer.weight.shape[2] * 32 // layer.bits, layer.weight.shape[0]) for layer in layers]
 
 
-def _settings(layers: Sequence["Projection"], cut: geometry.Geometry, tiles: int, *, dense: bool) -> mx.array:
+def _settings(layers: Sequence["Projection"], cut: geometry.Geometry, tiles: int, form: Form) -> mx.array:
     """The uint32 array that sparse_gemv.metal describes; evaluated, so that any thread may use it."""
     inputs = layers[0].weight.shape[1]
-    numbers = [inputs, cut.stripe, tiles * cut.tile + COUNTS]
+    head = [inputs, cut.stripe, tiles * cut.tile + COUNTS, len(layers)]
+    numbers: list[int] = []
     first = 0
     for layer, (band, number) in zip(layers, bands(layers), strict=True):
         numbers += [first, band, cut.tiles(band), layer.outputs]
         first += cut.tiles(band) * number
-    given = [None if dense else layer.threshold for layer in layers]
+    given = [None if form.dense else layer.threshold for layer in layers]
     thresholds = [mx.zeros((1,)) if one is None else one.astype(mx.float32) for one in given]
-    if per_channel(layers, dense=dense):
+    if per_channel(layers, dense=form.dense):
         thresholds = [mx.broadcast_to(one, (inputs,)) for one in thresholds]
-    floats = [mx.array(numbers, dtype=mx.uint32).view(mx.float32), *thresholds]
+    eps = mx.array([form.norm.eps if form.norm else 0.0])
+    integers = [mx.array(part, dtype=mx.uint32).view(mx.float32) for part in (head, numbers)]
+    floats = [integers[0], eps, integers[1], *thresholds]
     if _has_bias(layers):
         biases = [layer.get("bias") for layer in layers]
         floats += [
@@ -151,7 +162,7 @@ def per_channel(layers: Sequence["Projection"], *, dense: bool) -> bool:
 
 
 def _constants(
-    dtype: mx.Dtype, layers: Sequence["Projection"], cut: geometry.Geometry, *, dense: bool
+    dtype: mx.Dtype, layers: Sequence["Projection"], cut: geometry.Geometry, form: Form
 ) -> Constants:
     return (
         ("T", TYPES[dtype]),
@@ -159,8 +170,9 @@ def _constants(
         ("BITS", layers[0].bits),
         ("GROUP", layers[0].group_size),
         ("P", len(layers)),
-        ("PER_CHANNEL", int(per_channel(layers, dense=dense))),
+        ("PER_CHANNEL", int(per_channel(layers, dense=form.dense))),
         ("HAS_BIAS", int(_has_bias(layers))),
+        ("NORMED", int(form.norm is not None)),
         ("OUTPUTS", cut.outputs),
         ("LANES", cut.lanes),
         ("ROWS", cut.rows),

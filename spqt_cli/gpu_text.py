@@ -13,6 +13,7 @@ from spqt_cli import geometry
 Constants = tuple[tuple[str, int | str], ...]
 REDUCE_PARTS = 8  # simdgroups that share the stripes of 32 outputs: short loops, 256 threads
 COUNTS = 32  # entries after the partial sums of a stripe: a whole 128-byte line
+FIRST = 5  # where the projections begin in settings
 
 
 class Rotary(NamedTuple):
@@ -58,7 +59,7 @@ def cuda(kernel: Kernel) -> tuple[str, str]:
     MLX hashes the text of a CUDA kernel in every launch; the bodies' 10 KB are most of it.
     """
     source, head = kernel.source, f"#define SPQT_THREADS {kernel.threads}\n"
-    for name in ("sparse_gemv.metal", "reduce_stripes.metal"):
+    for name in ("sparse_gemv.metal", "reduce_stripes.metal", "count_active.metal"):
         source = source.replace(body(name), _include(name))
     return source, head + _include("shim_cuda.h") + _include("lane_order.h")
 
@@ -74,12 +75,13 @@ def _include(name: str) -> str:
 def gemv_kernel(constants: Constants, threads: int) -> Kernel:
     """sparse_gemv.metal with its constants; with PARTIAL it writes partial sums, not y."""
     named = dict(constants)
-    count, partial = int(named["P"]), "PARTIAL" in named
+    count, partial, normed = int(named["P"]), "PARTIAL" in named, bool(named["NORMED"])
     lines = _declared({**named, "Y": "float" if partial else named["T"], "THREADS": threads})
     lines += [
         f"constexpr int PARTIAL = {int(partial)};" if not partial else "",
         f"constexpr int COUNTS = {COUNTS if partial else 'P'};",
         "const uint tile = threadgroup_position_in_grid.x;",
+        "const device T* norm = x;" if not normed else "",
         *_projection_of_tile(count),
     ]
     for name, kind in (("weight", "uint32_t"), ("scales", "S"), ("biases", "S")):
@@ -102,7 +104,7 @@ def gemv_kernel(constants: Constants, threads: int) -> Kernel:
     ys = ["partials"] if partial else [*(f"y_{p}" for p in range(count)), "active"]
     return Kernel(
         _name("gemv", named),
-        ("x", "settings", *packed, *(() if partial else ("counted",))),
+        ("x", "settings", *packed, *(("norm",) if normed else ()), *(() if partial else ("counted",))),
         tuple(ys),
         "\n".join(filter(None, lines)) + "\n" + body("sparse_gemv.metal"),
         threads,
@@ -129,11 +131,18 @@ def reduce_kernel(constants: Constants, then: Then) -> Kernel:
     ]
     return Kernel(
         _name("reduce", named),
-        ("partials", "settings", "counted", *more),
-        (*(f"y_{p}" for p in range(results)), "active"),
+        ("partials", "settings", *more),
+        tuple(f"y_{p}" for p in range(results)),
         "\n".join(filter(None, lines)) + "\n" + body("reduce_stripes.metal"),
         REDUCE_PARTS * geometry.SIMD,
     )
+
+
+@cache
+def count_kernel() -> Kernel:
+    """count_active.metal: the active channels of a launch that wrote partial sums."""
+    text = body("count_active.metal")
+    return Kernel("spqt_count", ("partials", "settings", "counted"), ("active",), text, geometry.SIMD)
 
 
 def _declared(named: dict[str, int | str]) -> list[str]:
@@ -149,12 +158,12 @@ def _name(kernel: str, named: dict[str, int | str]) -> str:
 
 def _projection_of_tile(count: int) -> list[str]:
     """Lines that find a tile's projection, by how many later ones have begun, and its bias."""
-    begun = [f"uint(tile >= settings[{3 + 4 * p}])" for p in range(1, count)]
-    before = [f"(projection > {p} ? settings[{6 + 4 * p}] : 0)" for p in range(count - 1)]
+    begun = [f"uint(tile >= settings[{FIRST + 4 * p}])" for p in range(1, count)]
+    before = [f"(projection > {p} ? settings[{FIRST + 3 + 4 * p}] : 0)" for p in range(count - 1)]
     thresholds = "(PER_CHANNEL ? P * settings[0] : P)"
     return [
         f"const uint projection = {' + '.join(begun) or '0'};",
-        f"const uint bias_first = {' + '.join(['3 + 4 * P', thresholds, *before])};",
+        f"const uint bias_first = {' + '.join([f'{FIRST} + 4 * P', thresholds, *before])};",
     ]
 
 

@@ -37,16 +37,19 @@ class Projection(Protocol):
     def get(self, key: str, default: Any = None) -> Any: ...
 
 
+Count = mx.array | None  # of active channels, (layers,) uint32; None where nobody counts
+
+
 class Step(Protocol):
     """One token through projections of one input: x (..., inputs), one row -> y of each, and counts.
 
-    counts: (layers,) uint32, `counted` plus the channels active now; None counts from zero. On a GPU the
-    kernels add up, so that keeping count costs nothing.
+    counts: (layers,) uint32, `counted` plus the channels active now. Where `counted` is None nobody counts,
+    and counts may be None too.
     """
 
     def __call__(
-        self, x: mx.array, counted: mx.array | None, /
-    ) -> tuple[list[mx.array], mx.array]: ...  # pragma: no cover
+        self, x: mx.array, counted: Count, /
+    ) -> tuple[list[mx.array], Count]: ...  # pragma: no cover
 
 
 class GatedStep(Protocol):
@@ -56,8 +59,8 @@ class GatedStep(Protocol):
     """
 
     def __call__(
-        self, x: mx.array, counted: mx.array | None, counted_down: mx.array | None, /
-    ) -> tuple[mx.array, mx.array, mx.array]: ...  # pragma: no cover
+        self, x: mx.array, counted: Count, counted_down: Count, /
+    ) -> tuple[mx.array, Count, Count]: ...  # pragma: no cover
 
 
 class Norm(NamedTuple):
@@ -80,8 +83,8 @@ class HeadStep(Protocol):
     """One token through a norm and projections of its result: x -> norm(x), y of each, and counts."""
 
     def __call__(
-        self, x: mx.array, counted: mx.array | None, /
-    ) -> tuple[mx.array, list[mx.array], mx.array]: ...  # pragma: no cover
+        self, x: mx.array, counted: Count, /
+    ) -> tuple[mx.array, list[mx.array], Count]: ...  # pragma: no cover
 
 
 class RotaryStep(Protocol):
@@ -92,8 +95,8 @@ class RotaryStep(Protocol):
     """
 
     def __call__(
-        self, x: mx.array, turns: mx.array, counted: mx.array | None, /
-    ) -> tuple[list[mx.array], mx.array]: ...  # pragma: no cover
+        self, x: mx.array, turns: mx.array, counted: Count, /
+    ) -> tuple[list[mx.array], Count]: ...  # pragma: no cover
 
 
 class TailStep(Protocol):
@@ -103,8 +106,8 @@ class TailStep(Protocol):
     """
 
     def __call__(
-        self, attended: mx.array, x: mx.array, counted: Sequence[mx.array | None], /
-    ) -> tuple[mx.array, list[mx.array]]: ...  # pragma: no cover
+        self, attended: mx.array, x: mx.array, counted: Sequence[Count], /
+    ) -> tuple[mx.array, Sequence[Count]]: ...  # pragma: no cover
 
 
 class Backend(NamedTuple):

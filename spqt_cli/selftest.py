@@ -15,7 +15,9 @@ import mlx.core as mx
 import numpy as np
 
 from spqt_cli import gpu_plan, judgement, layout
-from spqt_cli.gpu_text import Rotary, Then
+from spqt_cli.gpu_plan import Form
+from spqt_cli.gpu_text import Rotary
+from spqt_cli.kernels import Norm
 from spqt_cli.layers import ZigzagLinear
 
 
@@ -70,24 +72,26 @@ def _sparse_rows() -> list[dict[str, Any]]:
 
 
 def _reduction_rows() -> list[dict[str, Any]]:
-    """Reductions of a GPU that do more than add up, held against those that only add up."""
+    """Launches of a GPU that do more: norms before the product, and reductions that do not just add up."""
     from spqt_cli import gpu, kernels, trust
 
     if kernels.backend().name not in ("metal", "cuda"):
         return []
     rows = []
-    kinds: list[tuple[str, Then, tuple[int, ...]]] = [
-        ("silu(gate) * up", "glu", (320, 320)),
-        ("residual", "residual", (320,)),
-        ("turned heads", Rotary(64, 48, traditional=False, rotated=2), (320, 64, 64)),
-    ]
+    turned = Rotary(64, 48, traditional=False, rotated=2)
     for dtype in (mx.float16, mx.bfloat16, mx.float32):
-        for name, then, outputs in kinds:
+        norm = Norm(mx.ones((trust.INPUTS,), dtype), 1e-5)
+        kinds = [
+            ("silu(gate) * up", Form(then="glu", norm=norm), (320, 320)),
+            ("residual", Form(then="residual"), (320,)),
+            ("turned heads", Form(then=turned, norm=norm), (320, 64, 64)),
+        ]
+        for name, form, outputs in kinds:
             case = Case(outputs, trust.INPUTS, dtype=dtype)
             layers = matrices(case)
-            cut = gpu.choose(layers)._replace(stripe=trust.INPUTS // 2)
+            cut = gpu.choose(layers, dtype)._replace(stripe=trust.INPUTS // 2)
             try:
-                fault = trust.fault(dtype, layers, cut, dense=False, then=then)
+                fault = trust.fault(dtype, layers, cut, form)
             except RuntimeError as error:
                 fault = str(error).strip().splitlines()[0]
             rows.append(_row(name, case, fault[:60] or "equal", not fault))
@@ -194,6 +198,32 @@ def vector(case: Case, active: float | int | None = None) -> mx.array:
     sizes[random.permutation(case.inputs)[:count]] = random.uniform(1.15, 3.0, count)
     signed = sizes * random.choice((-1.0, 1.0), case.inputs)
     return mx.array(signed.astype(np.float32)).astype(case.dtype).reshape(1, 1, case.inputs)
+
+
+def before_norm(case: Case) -> tuple[mx.array, Norm, mx.array]:
+    """An x, a norm, and what that makes of x: much like `vector`, and the same however squares are added up.
+
+    The mean square plus eps is 4, so that x is halved: no rounding hangs on the last bit of a sum. Two
+    channels make up for what the others lack.
+    """
+    wanted = judgement.wide(vector(case)).ravel()
+    weight = np.random.default_rng(41).uniform(1.0, 4.0, case.inputs)
+    weight[:2] = 0.25
+    eps = 0.25
+
+    def rounded(values: np.ndarray) -> np.ndarray:
+        return judgement.wide(mx.array(values.astype(np.float32)).astype(case.dtype))
+
+    weight = rounded(weight)
+    x = rounded(2.0 * wanted / weight)
+    x[:2] = 0.0
+    lacking = (4.0 - eps) * case.inputs - np.square(x).sum()
+    x[0] = rounded(np.sqrt(lacking) * (1.0 - 2.0**-7))
+    x[1] = rounded(np.sqrt(lacking - x[0] ** 2))
+    arrays = [
+        mx.array(one.astype(np.float32)).astype(case.dtype) for one in (x, weight, rounded(x / 2) * weight)
+    ]
+    return arrays[0].reshape(1, 1, -1), Norm(arrays[1], eps), arrays[2].reshape(1, 1, -1)
 
 
 def _many_rows(case: Case, count: int) -> float:

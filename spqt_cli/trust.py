@@ -19,6 +19,7 @@ from typing import Any
 import mlx.core as mx
 
 from spqt_cli import __version__, geometry, gpu, gpu_plan, gpu_text, judgement, selftest
+from spqt_cli.gpu_plan import Form
 
 INPUTS = 300  # channels of the problem: several rows and stripes, no multiple of anything
 _broken: list[str] = []
@@ -40,9 +41,7 @@ def suspended() -> Iterator[None]:
         _suspended.pop()
 
 
-def verdict(
-    dtype: mx.Dtype, layers: Sequence[Any], cut: geometry.Geometry, *, dense: bool, then: gpu_text.Then = ""
-) -> str:
+def verdict(dtype: mx.Dtype, layers: Sequence[Any], cut: geometry.Geometry, form: Form) -> str:
     """Why the kernels that these layers need must not be used; empty where they are right.
 
     The first failure of a process is told in one line, and turns all its later layers to MLX's matmul.
@@ -52,11 +51,11 @@ def verdict(
     if _broken:
         return _broken[0]
     shape = (1, 1, layers[0].weight.shape[1])
-    key = _key(gpu_plan.make_plan(shape, dtype, layers, cut, dense=dense, then=then))
+    key = _key(gpu_plan.make_plan(shape, dtype, layers, cut, form))
     if key in _passed():
         return ""
     try:
-        reason = fault(dtype, layers, cut, dense=dense, then=then)
+        reason = fault(dtype, layers, cut, form)
     except RuntimeError as error:  # MLX's word for a kernel that does not compile or start
         reason = f"a kernel does not run: {str(error).strip().splitlines()[0][:200]}"
     if reason:
@@ -75,18 +74,16 @@ def _forget_backend() -> None:
     kernels._implementation.cache_clear()
 
 
-def fault(
-    dtype: mx.Dtype, layers: Sequence[Any], cut: geometry.Geometry, *, dense: bool, then: gpu_text.Then
-) -> str:
+def fault(dtype: mx.Dtype, layers: Sequence[Any], cut: geometry.Geometry, form: Form) -> str:
     """What is wrong with such kernels on a small random problem, run twice; empty where nothing is."""
     one_stripe = cut.stripes(layers[0].weight.shape[1]) == 1
     small = cut._replace(stripe=INPUTS if one_stripe else INPUTS // 2)
-    group = layers[0].group_size
+    group, then = layers[0].group_size, form.then
     head = then.head if isinstance(then, gpu_text.Rotary) else 1
     step = math.lcm(group, head)
     band = -(-cut.tile // step) * step
     missing = [0 if head > 1 else 3 if then == "glu" else 3 + p for p in range(len(layers))]
-    per_channel = gpu_plan.per_channel(layers, dense=dense)
+    per_channel = gpu_plan.per_channel(layers, dense=form.dense)
     case = selftest.Case(
         tuple(band - few for few in missing),
         INPUTS,
@@ -99,16 +96,19 @@ def fault(
         per_channel=per_channel,
     )
     matrices = selftest.matrices(case)
-    x = selftest.vector(case)
-    if dense:
+    x = multiplied = selftest.vector(case)
+    if form.norm is not None:
+        x, norm, multiplied = selftest.before_norm(case)
+        form = form._replace(norm=norm)
+    if form.dense:
         for matrix in matrices:
             matrix.set_threshold(0.0)
-    plan = gpu_plan.make_plan(x.shape, dtype, matrices, small, dense=dense)
-    first, second = gpu.launch(x, plan), gpu.launch(x, plan)
-    found = judgement.judge(x, matrices, first, second)
+    plan = gpu_plan.make_plan(x.shape, dtype, matrices, small, form._replace(then=""))
+    first, second = _result(x, plan), _result(x, plan)
+    found = judgement.judge(multiplied, matrices, first, second)
     words = "" if found.passed else found.words()
     if then and not words:
-        plan = gpu_plan.make_plan(x.shape, dtype, matrices, small, dense=dense, then=then)
+        plan = gpu_plan.make_plan(x.shape, dtype, matrices, small, form)
         words = _fault_of_reduction(x, plan, first, then)
     return f"a GPU kernel is wrong on this machine ({words})" if words else ""
 
@@ -118,17 +118,24 @@ def _fault_of_reduction(
 ) -> str:
     """What is wrong with a reduction that does more than add up, from one that does not."""
     if then == "glu":
-        return judgement.judge_gated(apart, gpu.launch(x, plan))
+        return judgement.judge_gated(apart, _result(x, plan))
     if isinstance(then, gpu_text.Rotary):
         angles = mx.random.uniform(0.0, 6.0, (then.dims // 2,), key=mx.random.key(37))
         turns = mx.concatenate([mx.cos(angles), mx.sin(angles)])
-        return judgement.judge_rotary(apart, turns, gpu.launch(x, plan, other=turns), then)
+        return judgement.judge_rotary(apart, turns, _result(x, plan, turns), then)
     more = mx.random.normal(apart[0][0].shape, key=mx.random.key(31)).astype(x.dtype)
-    return judgement.judge_residual(apart, more, gpu.launch(x, plan, other=more))
+    return judgement.judge_residual(apart, more, _result(x, plan, more))
+
+
+def _result(x: mx.array, plan: gpu_plan.Plan, other: mx.array | None = None) -> judgement.Result:
+    outputs, active = gpu.launch(x, plan, plan.nothing, other)
+    assert active is not None
+    return outputs, active
 
 
 def _key(plan: gpu.Plan) -> str:
-    kernels = [launch.kernel for launch in (plan.gemv, plan.reduce) if launch is not None]
+    launches = (plan.gemv, plan.reduce, plan.counts)
+    kernels = [launch.kernel for launch in launches if launch is not None]
     words = [
         _machine(),
         gpu_text.header(),

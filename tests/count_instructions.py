@@ -59,7 +59,7 @@ def problem(cut: geometry.Geometry, bits: int) -> tuple[gpu_plan.Launch, list[mx
     case = selftest.Case((cut.tile,), 100, bits)
     (matrix,) = selftest.matrices(case)
     x = selftest.vector(case)
-    plan = gpu_plan.make_plan(x.shape, x.dtype, [matrix], cut, dense=False)
+    plan = gpu_plan.make_plan(x.shape, x.dtype, [matrix], cut, gpu_plan.Form())
     assert plan.gemv is not None
     return plan.gemv, plan.first_inputs(x)
 

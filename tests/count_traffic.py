@@ -48,7 +48,7 @@ def count(shape: tuple[int, int], bits: int, band: int, active: np.ndarray, kind
     layer.set_threshold(1.0)
     x = mx.array(np.where(active, 2.0, 0.5).astype(np.float16)).reshape(1, 1, inputs)
     cut = geometry.choose(kind, [(band, codes[0])], inputs)
-    plan = gpu_plan.make_plan(x.shape, x.dtype, [layer], cut, dense=False)
+    plan = gpu_plan.make_plan(x.shape, x.dtype, [layer], cut, gpu_plan.Form())
     assert plan.gemv is not None
     found = emulate(plan.gemv, plan.first_inputs(x), gpu_text.header())
     read = [

@@ -89,7 +89,7 @@ def test_bodies_keep_to_their_address_spaces(clang, monkeypatch, tmp_path, kind,
     bits, dtype = kind
     found = texts(monkeypatch, case_of(count, bits, dtype), cut)
     assert ("bfloat16_t" in found[0]) == (dtype == mx.bfloat16)
-    assert len(found) == (2 if cut is WIDE else 1)
+    assert len(found) == (3 if cut is WIDE else 1)
     for text in found:
         assert refusals(clang, text, tmp_path) == ""
 
@@ -121,11 +121,22 @@ TURNED = gpu_text.Rotary(64, 48, traditional=False, rotated=2)
 @pytest.mark.parametrize("then", ["residual", TURNED, TURNED._replace(dims=64, traditional=True)], ids=str)
 def test_reductions_that_take_one_array_more_keep_to_their_address_spaces(clang, tmp_path, then, dtype):
     layers = selftest.matrices(case_of(1 if then == "residual" else 3, 4, dtype))
-    plan = gpu_plan.make_plan((1, 1, 100), dtype, layers, WIDE, dense=False, then=then)
+    plan = gpu_plan.make_plan((1, 1, 100), dtype, layers, WIDE, gpu_plan.Form(then=then))
     other = mx.zeros((128,), dtype) if then == "residual" else mx.zeros((then.dims,))
-    inputs = [mx.zeros(plan.gemv.shapes[0]), plan.inputs[0], plan.nothing, other]
+    inputs = [mx.zeros(plan.gemv.shapes[0]), plan.inputs[0], other]
     text = metal_text(plan.reduce, inputs, gpu_text.header())
     assert f"constexpr int ROTATED = {0 if then == 'residual' else 2};" in text
+    assert refusals(clang, text, tmp_path) == ""
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32])
+def test_norms_keep_to_their_address_spaces(clang, tmp_path, dtype):
+    case = case_of(3, 4, dtype)
+    x, norm, _ = selftest.before_norm(case)
+    form = gpu_plan.Form(norm=norm)
+    plan = gpu_plan.make_plan(x.shape, dtype, selftest.matrices(case), NARROW, form)
+    text = metal_text(plan.gemv, plan.first_inputs(x), gpu_text.header())
+    assert "constexpr int NORMED = 1;" in text
     assert refusals(clang, text, tmp_path) == ""
 
 

@@ -10,10 +10,10 @@ from mlx_lm.models import gemma, gemma3_text, llama, olmo2, qwen2, qwen3
 from mlx_lm.models.base import scaled_dot_product_attention
 from mlx_lm.models.cache import KVCache, QuantizedKVCache, RotatingKVCache
 
-from spqt_cli import activity, around, blocks, gated, gpu, halves, patch, selftest, trust
+from spqt_cli import activity, around, blocks, gated, gpu, gpu_plan, halves, patch, selftest, trust
 from tests.conftest import layer_settings
 from tests.test_gated import on_emulator
-from tests.test_kernels_gpu import CUTS, emulated, use
+from tests.test_kernels_gpu import CUTS, emulated, kinds, use
 from tests.test_trust import fresh_trust, run_emulated
 
 __all__ = ["emulated", "fresh_trust", "on_emulator"]  # fixtures
@@ -131,11 +131,13 @@ def test_two_calls_give_what_the_block_gives(striped, model):
     assert turned_by_the_kernel is (model is not qwen3)  # which normalizes its heads before it turns them
     striped.clear()
     found, counted = steps(made)
-    kinds = [one.kernel.name.split("_")[1] for one in striped]
-    assert kinds == ["gemv", "reduce"] * 4 * 3
+    assert kinds(striped) == ["gemv", "count", "reduce"] * 4 * 3
     # The same products; silu and float32 sums in other orders: a few hundred roundings of 2^-24.
     assert np.allclose(found, expected, rtol=1e-4, atol=1e-4)
     assert counted == shares
+    striped.clear()
+    made(token(8), None, cache=KVCache())
+    assert kinds(striped) == ["gemv", "reduce"] * 4  # nobody counts
 
 
 @pytest.mark.parametrize("kind", CACHES)
@@ -309,7 +311,7 @@ def test_the_first_use_check_judges_the_residual_sum(monkeypatch, fresh_trust, c
     use(monkeypatch, CUTS["wide"])
     case = selftest.Case((128,), 301)
     layers, x = selftest.matrices(case), selftest.vector(case)
-    assert (gpu._plan(x, layers, dense=False, then="residual").gemv is None) is wrong
+    assert (gpu._plan(x, layers, gpu_plan.Form(then="residual")).gemv is None) is wrong
     assert bool(trust.broken()) is wrong
     assert ("y + residual is off" in capfd.readouterr().err) is wrong
     gpu.gpu_text.reduce_kernel.cache_clear()

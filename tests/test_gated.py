@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from mlx_lm.models import gemma, llama, qwen2
 
-from spqt_cli import activity, gated, gpu, kernels, selftest, trust
+from spqt_cli import activity, gated, gpu, gpu_plan, kernels, selftest, trust
 from spqt_cli.layers import SharedInput, ZigzagLinear
-from tests.test_kernels_gpu import CUTS, emulated, use
+from tests.test_kernels_gpu import CUTS, emulated, kinds, use
 from tests.test_trust import fresh_trust, run_emulated
 
 __all__ = ["emulated", "fresh_trust"]  # fixtures
@@ -76,7 +76,7 @@ def test_one_call_gives_what_the_module_gives(on_emulator, bias):
     assert isinstance(made, Plain)
     with activity.counting() as together:
         found = made(X)
-    assert [one.kernel.name.split("_")[1] for one in on_emulator] == ["gemv", "reduce"] * 2
+    assert kinds(on_emulator) == ["gemv", "count", "reduce"] * 2
     # float32 sums of 704 terms in two orders, after silu: 704 * 2^-24 of the largest term, times a few.
     assert mx.allclose(found, expected, rtol=1e-4, atol=2e-4).item()
     assert {id(one): share for one, share in together.densities()} == {
@@ -142,7 +142,7 @@ def test_one_stripe_is_no_fault_of_the_kernels(monkeypatch, fresh_trust):
     use(monkeypatch, CUTS["narrow"])
     some, x = selftest.matrices(selftest.Case((128, 128), 301)), selftest.vector(selftest.Case((128,), 301))
     assert gpu.prepare_gated(x, some, some[0]) is None
-    assert gpu._plan(x, some[:1], dense=False, then="residual").gemv is None
+    assert gpu._plan(x, some[:1], gpu_plan.Form(then="residual")).gemv is None
     assert trust.broken() == []
 
 

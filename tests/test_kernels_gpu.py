@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from spqt_cli import geometry, gpu, gpu_text, judgement, layout, selftest, stock, trust
+from spqt_cli import geometry, gpu, gpu_plan, gpu_text, judgement, layout, selftest, stock, trust
 from spqt_cli.selftest import Case
 from tests.emulator import emulate
 
@@ -42,6 +42,10 @@ def assert_right(case, actives=(0.5,)):
         assert found.passed, (active, found.words())
 
 
+def kinds(launches):
+    return [one.kernel.name.split("_")[1] for one in launches]
+
+
 CUTS = {
     "wide": geometry.Geometry(32, 32, 4, 2, 128, 8, 0, 100),
     "narrow": geometry.Geometry(32, 4, 32, 2, 256, 4, 0, 1000),
@@ -67,6 +71,19 @@ def test_every_width_of_code(emulated, monkeypatch, bits, decode):
 def test_every_cut(emulated, monkeypatch, cut):
     use(monkeypatch, CUTS[cut])
     assert_right(Case((1100,), 257, bits=3, bias=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cut", CUTS)
+def test_x_is_normalized_on_the_way_in(emulated, cut, dtype):
+    case = Case((320, 64), 301, dtype=dtype, per_channel=True)
+    some = selftest.matrices(case)
+    x, norm, normed = selftest.before_norm(case)
+    assert mx.allclose(mx.fast.rms_norm(x, norm.weight, norm.eps), normed, rtol=1e-6).item()
+    plan = gpu_plan.make_plan(x.shape, dtype, some, CUTS[cut], gpu_plan.Form(norm=norm))
+    found = [gpu.launch(x, plan, plan.nothing) for _ in range(2)]
+    assert judgement.judge(normed, some, *found).passed
+    assert not judgement.judge(x, some, *found).passed
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -106,7 +123,7 @@ def test_shared_launch_with_unequal_bands_and_thresholds(emulated, monkeypatch, 
     x = selftest.vector(case)
     ys, active = gpu.sparse_gemv(x, some)
     assert judgement.judge(x, some, (ys, active), (ys, active)).passed
-    assert len(emulated) == (1 if cut == "narrow" else 2)
+    assert kinds(emulated) == (["gemv"] if cut == "narrow" else ["gemv", "count", "reduce"])
     assert len(set(np.array(active).tolist())) == 3
 
 
@@ -131,7 +148,7 @@ def test_counts_are_added_up_by_the_kernels(emulated, monkeypatch, cut):
     some = selftest.matrices(Case((128, 96), 301))
     step = gpu.prepare(some)
     x = selftest.vector(Case((128, 96), 301))
-    ys, once = step(x, None)
+    ys, once = step(x, mx.zeros(2, mx.uint32))
     _, twice = step(x, once)
     assert judgement.judge(x, some, (ys, once), (ys, once)).passed
     assert np.array_equal(np.array(twice), 2 * np.array(once))
@@ -142,8 +159,8 @@ def test_layers_without_thresholds_share_a_launch_densely(emulated, monkeypatch)
     some = selftest.matrices(Case((128, 96), 301))
     x = selftest.vector(Case((128, 96), 301))
     some[1].set_threshold(None)
-    (first, second), active = gpu.prepare(some)(x, None)
-    assert len(emulated) == 2  # products and reduction
+    (first, second), active = gpu.prepare(some)(x, mx.zeros(2, mx.uint32))
+    assert kinds(emulated) == ["gemv", "count", "reduce"]
     assert active[1].item() == 301
     some[1].set_threshold(0.0)
     assert judgement.judge(x, some, ([first, second], active), ([first, second], active)).passed

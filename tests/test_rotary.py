@@ -23,11 +23,11 @@ def turned(case, form, cut):
     """What is wrong with the turned heads of a case."""
     layers, x = selftest.matrices(case), selftest.vector(case)
     assert gpu_plan.turns(layers, form)
-    apart = gpu.launch(x, gpu_plan.make_plan(x.shape, x.dtype, layers, cut, dense=False))
-    plan = gpu_plan.make_plan(x.shape, x.dtype, layers, cut, dense=False, then=form)
+    apart = trust._result(x, gpu_plan.make_plan(x.shape, x.dtype, layers, cut, gpu_plan.Form()))
+    plan = gpu_plan.make_plan(x.shape, x.dtype, layers, cut, gpu_plan.Form(then=form))
     angles = mx.random.uniform(0.0, 6.0, (form.dims // 2,), key=mx.random.key(3))
     turns = mx.concatenate([mx.cos(angles), mx.sin(angles)])
-    found = gpu.launch(x, plan, other=turns)
+    found = trust._result(x, plan, turns)
     assert [y.shape for y in found[0]] == [(1, n // form.head, 1, form.head) for n in case.outputs]
     return judgement.judge_rotary(apart, turns, found, form)
 
@@ -68,7 +68,7 @@ def test_a_wrong_turn_is_found_on_first_use(monkeypatch, fresh_trust, capfd, wro
     use(monkeypatch, CUTS["eight lanes"])
     case = Case((128, 64), 301)
     layers, x = selftest.matrices(case), selftest.vector(case)
-    assert gpu._plan(x, layers, dense=False, then=FORMS["halves"]).gemv is None
+    assert gpu._plan(x, layers, gpu_plan.Form(then=FORMS["halves"])).gemv is None
     assert "a GPU kernel is wrong" in capfd.readouterr().err
     assert trust.broken()
     gpu.gpu_text.reduce_kernel.cache_clear()

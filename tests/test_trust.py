@@ -3,7 +3,7 @@
 import mlx.core as mx
 import pytest
 
-from spqt_cli import gpu, gpu_text, kernels, selftest, stock, trust
+from spqt_cli import gpu, gpu_plan, gpu_text, kernels, selftest, stock, trust
 from spqt_cli.selftest import Case
 from tests.emulator import emulate
 from tests.test_kernels_gpu import CUTS, use
@@ -73,6 +73,29 @@ def test_right_kernel_is_checked_once_per_machine(monkeypatch, fresh_trust):
     trust._passed.cache_clear()  # as a new process would
     gpu.sparse_gemv(x, selftest.matrices(case))
     assert len(launches) == 4
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("float(norm[k]) * float", "float(norm[0]) * float"),
+        ("+ as_type<float>(settings[4])", ""),
+        ("squares += square_sum[g]", "squares = square_sum[g]"),
+        ("T(float(x[k]) * factor)", "T(float(x[k]))"),
+    ],
+)
+def test_a_wrong_norm_is_found_on_first_use(monkeypatch, fresh_trust, capfd, old, new):
+    case = Case((128,), 301, dtype=mx.bfloat16)
+    some, norm = selftest.matrices(case), kernels.Norm(mx.ones((301,), mx.bfloat16), 1e-5)
+    monkeypatch.setattr(gpu, "run", run_emulated)
+    use(monkeypatch, CUTS["narrow"])
+    form, x = gpu_plan.Form(norm=norm), selftest.vector(case)
+    assert gpu._plan(x, some, form).gemv is not None
+    trust._passed.cache_clear()
+    planted(monkeypatch, old, new)
+    assert gpu._plan(x, selftest.matrices(case), form).gemv is None
+    assert "a GPU kernel is wrong" in capfd.readouterr().err
+    gpu_text.gemv_kernel.cache_clear()
 
 
 def test_selftest_table_sees_a_wrong_backend(monkeypatch):

@@ -36,5 +36,6 @@ __device__ inline unsigned int __shfl_up_sync(unsigned int lanes, unsigned int v
   return __nvvm_shfl_sync_up_i32(lanes, value, distance, 0);
 }
 __device__ inline float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+__device__ inline float rsqrt(float a) { return 1.0f / __builtin_sqrtf(a); }
 __device__ inline float fabs(float a) { return __builtin_fabsf(a); }
 __device__ inline unsigned int min(unsigned int a, unsigned int b) { return a < b ? a : b; }
