@@ -1,6 +1,6 @@
 """Ways to compute all Zigzag products of a network, each of which keeps what it gave; for check_decode.py."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.core as mx
 
@@ -98,13 +98,19 @@ class Forced(Run):
         return outputs, mx.zeros(len(layers), mx.uint32)
 
 
-class Kept(NamedTuple):
+class Kept:
     """A layer that skips exact zeros alone: what the kernels see when the masks are given."""
 
-    layer: Any
+    threshold = ALMOST_ZERO
+
+    def __init__(self, layer: Any) -> None:
+        self.__dict__["layer"] = layer
 
     def __getattr__(self, name: str) -> Any:
-        return ALMOST_ZERO if name == "threshold" else getattr(self.layer, name)
+        return getattr(self.layer, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.layer, name, value)
 
     def __getitem__(self, name: Any) -> Any:
         return self.layer[name]

@@ -6,10 +6,11 @@
 //   x         (inputs,) T
 //   settings  uint32: inputs, channels per stripe, positions of one stripe's partial sums, P, and the
 //             float32 that NORMED adds to the mean square; for each projection its first tile, band, tiles
-//             per band, outputs; then, as float32, the thresholds, (P,) or with PER_CHANNEL (P, inputs),
-//             and with HAS_BIAS for each projection (outputs,)
-//   weight    (bands, inputs, band * BITS / 32) uint32;  scales, biases (bands, inputs, band / GROUP) S
-//   norm      (inputs,) T, the weights of NORMED
+//             per band, outputs, and where its weight, scales and biases begin in `packed`; then, as
+//             float32, the thresholds, (P,) or with PER_CHANNEL (P, inputs), with HAS_BIAS for each
+//             projection (outputs,), and with NORMED the norm's weights, (inputs,)
+//   packed    uint32 words of all projections: weight (bands, inputs, band * BITS / 32) uint32; scales and
+//             biases (bands, inputs, band / GROUP) S
 //   y         with one stripe (outputs,) Y of the projection; else this stripe's part of
 //             (stripes, positions), float32, in the order in which the lanes hold the sums
 //   counts    (COUNTS,) uint32: active channels met in this stripe, entry i for projection i % P; with one
@@ -32,7 +33,7 @@ const uint inputs = settings[0];
 const uint stripe_first = min(threadgroup_position_in_grid.y * settings[1], inputs);
 const uint stripe_last = min(stripe_first + settings[1], inputs);
 
-const uint about = 5 + 4 * projection;
+const uint about = 5 + 7 * projection;
 const uint band = settings[about + 1];
 const uint tile_here = tile - settings[about];
 const uint band_index = tile_here / settings[about + 2];
@@ -43,10 +44,12 @@ const uint unit = lane % LANES;  // which outputs of the tile
 const uint output = tile_first + unit * OUTPUTS;
 const uint words = band / 32 * BITS;  // of one chunk
 const uint groups = band / GROUP;
-const device uint32_t* codes = weight + ulong(band_index) * inputs * words + output / 32 * BITS;
-const device S* scale = scales + ulong(band_index) * inputs * groups + output / GROUP;
-const device S* offset = biases + ulong(band_index) * inputs * groups + output / GROUP;
-constexpr uint THRESHOLDS = 5 + 4 * P;  // where they begin in settings
+const ulong codes_before = ulong(band_index) * inputs * words + output / 32 * BITS;
+const ulong groups_before = ulong(band_index) * inputs * groups + output / GROUP;
+const device uint32_t* codes = packed + settings[about + 4] + codes_before;
+const device S* scale = (const device S*)(packed + settings[about + 5]) + groups_before;
+const device S* offset = (const device S*)(packed + settings[about + 6]) + groups_before;
+constexpr uint THRESHOLDS = 5 + 7 * P;  // where they begin in settings
 
 // Active channels of this pass, counted from its first, and x there.
 threadgroup ushort channel_list[LIST];
@@ -109,7 +112,7 @@ for (uint pass = stripe_first; pass < stripe_last; pass += LIST) {
     const uint k = tested + e * 32;
     if (k < stripe_last) {
       const uint at = PER_CHANNEL ? projection * inputs + k : projection;
-      const T value = NORMED ? T(float(norm[k]) * float(T(float(x[k]) * factor))) : x[k];
+      const T value = NORMED ? T(as_type<float>(settings[norm_first + k]) * float(T(float(x[k]) * factor))) : x[k];
       if (!(fabs(float(value)) < as_type<float>(settings[THRESHOLDS + at]))) {
         kept |= 1u << e;
         mine += 1;
@@ -134,7 +137,7 @@ for (uint pass = stripe_first; pass < stripe_last; pass += LIST) {
     if (kept & (1u << e)) {
       const uint k = tested + e * 32;
       channel_list[at] = ushort(k - pass);
-      value_list[at] = NORMED ? T(float(norm[k]) * float(T(float(x[k]) * factor))) : x[k];
+      value_list[at] = NORMED ? T(as_type<float>(settings[norm_first + k]) * float(T(float(x[k]) * factor))) : x[k];
       at += 1;
     }
   }

@@ -146,6 +146,7 @@ class Block:
         layers = [attention.get("q_proj"), attention.get(OUT), *(mlp.get(name) for name in names)]
         shared = layers[0]._siblings.layers if isinstance(layers[0], ZigzagLinear) else []
         self._form, self._head, self._tail, self._around = (x.dtype, x.ndim), None, None, None
+        parts.arrange(layers)
         self._parts = Parts(
             [
                 *((self.module, name) for name in PARTS),

@@ -86,6 +86,7 @@ class Gated:
     def _prepare(self, x: mx.array) -> None:
         layers = [self.module.get(name) for name in self.names]
         self._form, self._step = (x.dtype, x.ndim), None
+        parts.arrange(layers)
         self._parts = Parts([*((self.module, name) for name in self.names), *parts.of_layers(layers)])
         if not all(isinstance(layer, ZigzagLinear) for layer in layers):
             return  # a profile's row-grouped layer, or a watched one

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from spqt_cli import geometry, gpu_plan, gpu_text, stock
+from spqt_cli import geometry, gpu_join, gpu_plan, gpu_text, stock
 from spqt_cli.gpu_plan import Form, Launch, Plan
 from spqt_cli.gpu_text import Kernel, Rotary
 
@@ -73,6 +73,12 @@ def sparse_gemv(x: mx.array, layers: Sequence["Projection"]) -> tuple[list[mx.ar
     outputs, active = launch(x, plan, plan.nothing)
     assert active is not None
     return outputs, active
+
+
+def arrange(layers: Sequence["Projection"]) -> None:
+    """Lay the weights of a launch out as the kernels want them; the layers get other, equal arrays."""
+    for some in [layers] if gpu_plan.one_launch(layers) else [[layer] for layer in layers]:
+        gpu_join.join(some)
 
 
 def prepare(layers: Sequence["Projection"]) -> "Step":

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import mlx.core as mx
 
-from spqt_cli import geometry, gpu_text
+from spqt_cli import geometry, gpu_join, gpu_text
 from spqt_cli.gpu_text import COUNTS, Constants, Kernel, Rotary, Then
 
 if TYPE_CHECKING:
@@ -47,7 +47,8 @@ class Plan(NamedTuple):
     """All that a call can reuse: what depends on the layers and on x's shape and dtype."""
 
     known: tuple[mx.array | None, ...]  # weights and thresholds, to see that they are still the same
-    inputs: list[mx.array]  # settings, packed weights and the norm's
+    form: Form
+    inputs: list[mx.array]  # settings and packed weights
     nothing: mx.array  # (layers,) uint32 zeros: the counts to begin with
     gemv: Launch | None  # None where MLX's own matmul is to run: see gpu.py
     reduce: Launch | None
@@ -77,16 +78,15 @@ def make_plan(
 
     No launches where something is to follow the sums, and there are no stripes to add up.
     """
+    joined = gpu_join.join(layers)
     stripes = cut.stripes(shape[-1])
     tiles = sum(cut.tiles(band) * number for band, number in bands(layers))
-    settings = _settings(layers, cut, tiles, form)
+    settings = _settings(layers, [one.starts for one in joined], cut, form)
     constants = _constants(dtype, layers, cut, form)
     y_shapes = [_y_shape(shape, layer.outputs, form.then) for layer in layers]
-    packed = [array for layer in layers for array in (layer.weight, layer.scales, layer.biases)]
     nothing = mx.zeros(len(layers), mx.uint32)
     known = tuple(array for layer in layers for array in (layer.weight, layer.threshold))
-    weights = [form.norm.weight] if form.norm else []
-    plan = Plan(known, [settings, *packed, *weights], nothing, None, None, None)
+    plan = Plan(known, form, [settings, joined[0].words], nothing, None, None, None)
     mx.eval(nothing)
     results = y_shapes[:1] if form.then == "glu" else y_shapes
     dtypes = [dtype] * len(results)
@@ -124,15 +124,20 @@ def bands(layers: Sequence["Projection"]) -> list[tuple[int, int]]:
     return [(layer.weight.shape[2] * 32 // layer.bits, layer.weight.shape[0]) for layer in layers]
 
 
-def _settings(layers: Sequence["Projection"], cut: geometry.Geometry, tiles: int, form: Form) -> mx.array:
+def _settings(
+    layers: Sequence["Projection"],
+    starts: Sequence[Sequence[int]],
+    cut: geometry.Geometry,
+    form: Form,
+) -> mx.array:
     """The uint32 array that sparse_gemv.metal describes; evaluated, so that any thread may use it."""
     inputs = layers[0].weight.shape[1]
-    head = [inputs, cut.stripe, tiles * cut.tile + COUNTS, len(layers)]
     numbers: list[int] = []
     first = 0
-    for layer, (band, number) in zip(layers, bands(layers), strict=True):
-        numbers += [first, band, cut.tiles(band), layer.outputs]
+    for layer, (band, number), start in zip(layers, bands(layers), starts, strict=True):
+        numbers += [first, band, cut.tiles(band), layer.outputs, *start]
         first += cut.tiles(band) * number
+    head = [inputs, cut.stripe, first * cut.tile + COUNTS, len(layers)]
     given = [None if form.dense else layer.threshold for layer in layers]
     thresholds = [mx.zeros((1,)) if one is None else one.astype(mx.float32) for one in given]
     if per_channel(layers, dense=form.dense):
@@ -146,6 +151,8 @@ def _settings(layers: Sequence["Projection"], cut: geometry.Geometry, tiles: int
             mx.zeros((layer.outputs,)) if bias is None else bias.astype(mx.float32)
             for layer, bias in zip(layers, biases, strict=True)
         ]
+    if form.norm:
+        floats.append(form.norm.weight.astype(mx.float32))
     settings = mx.concatenate(floats).view(mx.uint32)
     mx.eval(settings)
     return settings

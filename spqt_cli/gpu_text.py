@@ -13,7 +13,7 @@ from spqt_cli import geometry
 Constants = tuple[tuple[str, int | str], ...]
 REDUCE_PARTS = 8  # simdgroups that share the stripes of 32 outputs: short loops, 256 threads
 COUNTS = 32  # entries after the partial sums of a stripe: a whole 128-byte line
-FIRST = 5  # where the projections begin in settings
+FIRST, EACH = 5, 7  # where the projections begin in settings, and the numbers of one
 
 
 class Rotary(NamedTuple):
@@ -81,11 +81,9 @@ def gemv_kernel(constants: Constants, threads: int) -> Kernel:
         f"constexpr int PARTIAL = {int(partial)};" if not partial else "",
         f"constexpr int COUNTS = {COUNTS if partial else 'P'};",
         "const uint tile = threadgroup_position_in_grid.x;",
-        "const device T* norm = x;" if not normed else "",
         *_projection_of_tile(count),
+        f"const uint norm_first = {_norm_first(count)};" if normed else "const uint norm_first = 0;",
     ]
-    for name, kind in (("weight", "uint32_t"), ("scales", "S"), ("biases", "S")):
-        lines.append(f"const device {kind}* {name} = {_pick(name, count)};")
     if partial:
         lines += [
             "device float* stripe_partials = partials + ulong(threadgroup_position_in_grid.y) * settings[2];",
@@ -100,11 +98,10 @@ def gemv_kernel(constants: Constants, threads: int) -> Kernel:
             "device uint32_t* counts = active;",
             f"const uint counted_before = {thread} < {count} ? counted[{thread}] : 0;",
         ]
-    packed = [f"{name}_{p}" for p in range(count) for name in ("weight", "scales", "biases")]
     ys = ["partials"] if partial else [*(f"y_{p}" for p in range(count)), "active"]
     return Kernel(
         _name("gemv", named),
-        ("x", "settings", *packed, *(("norm",) if normed else ()), *(() if partial else ("counted",))),
+        ("x", "settings", "packed", *(() if partial else ("counted",))),
         tuple(ys),
         "\n".join(filter(None, lines)) + "\n" + body("sparse_gemv.metal"),
         threads,
@@ -158,13 +155,22 @@ def _name(kernel: str, named: dict[str, int | str]) -> str:
 
 def _projection_of_tile(count: int) -> list[str]:
     """Lines that find a tile's projection, by how many later ones have begun, and its bias."""
-    begun = [f"uint(tile >= settings[{FIRST + 4 * p}])" for p in range(1, count)]
-    before = [f"(projection > {p} ? settings[{FIRST + 3 + 4 * p}] : 0)" for p in range(count - 1)]
-    thresholds = "(PER_CHANNEL ? P * settings[0] : P)"
+    begun = [f"uint(tile >= settings[{FIRST + EACH * p}])" for p in range(1, count)]
+    before = [f"(projection > {p} ? settings[{FIRST + 3 + EACH * p}] : 0)" for p in range(count - 1)]
     return [
         f"const uint projection = {' + '.join(begun) or '0'};",
-        f"const uint bias_first = {' + '.join([f'{FIRST} + 4 * P', thresholds, *before])};",
+        f"const uint bias_first = {' + '.join([_BIASES, *before])};",
     ]
+
+
+# Where biases begin in settings.
+_BIASES = f"{FIRST} + {EACH} * P + (PER_CHANNEL ? P * settings[0] : P)"
+
+
+def _norm_first(count: int) -> str:
+    """Where a norm's weights begin in settings: after all biases."""
+    outputs = [f"settings[{FIRST + 3 + EACH * p}]" for p in range(count)]
+    return f"{_BIASES} + (HAS_BIAS ? {' + '.join(outputs)} : 0)"
 
 
 def _pick(name: str, count: int) -> str:

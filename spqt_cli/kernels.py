@@ -173,6 +173,15 @@ def sparse_gemv(x: mx.array, layers: Sequence[Projection]) -> tuple[list[mx.arra
     return _implementation().sparse_gemv(x, layers)
 
 
+def arrange(layers: Sequence[Projection]) -> None:
+    """Lay the weights of projections of one input out as the backend's kernels want them.
+
+    A layer's arrays may become other, equal ones: to be called before somebody remembers which they are.
+    """
+    if on_gpu():
+        _implementation().arrange(layers)
+
+
 def prepare(layers: Sequence[Projection]) -> Step:
     """What `sparse_gemv` does, for these layers as they are now; a layer without threshold runs densely.
 

@@ -28,6 +28,13 @@ class Parts:
         return True
 
 
+def arrange(layers: Iterable[Any]) -> None:
+    """Let the backend lay the Zigzag layers' weights out, before their arrays are remembered."""
+    for layer in layers:
+        if isinstance(layer, ZigzagLinear):
+            layer._siblings.arrange()
+
+
 def of_layers(layers: Iterable[Any]) -> list[Place]:
     """The places of the weights and thresholds of those that are Zigzag layers."""
     zigzag = [layer for layer in layers if isinstance(layer, ZigzagLinear)]

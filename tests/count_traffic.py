@@ -51,16 +51,14 @@ def count(shape: tuple[int, int], bits: int, band: int, active: np.ndarray, kind
     plan = gpu_plan.make_plan(x.shape, x.dtype, [layer], cut, gpu_plan.Form())
     assert plan.gemv is not None
     found = emulate(plan.gemv, plan.first_inputs(x), gpu_text.header())
-    read = [
-        lines for name, lines in found.traffic.items() if name.split("_")[0] in ("weight", "scales", "biases")
-    ]
-    distinct = sum(one.lines for one in read)
+    read = found.traffic["packed"]
+    distinct = read.lines
     size = outputs * inputs * (bits / 8 + 4 / 64) / LINE
     written = found.traffic["partials"].written_bytes / LINE if plan.reduce else 0.0
     return Count(
         float(active.mean()),
         distinct / size,
-        sum(one.lines_summed for one in read) / max(distinct, 1),
+        read.lines_summed / max(distinct, 1),
         (found.traffic["x"].lines_summed + found.traffic["settings"].lines_summed) / size,
         2 * written / size,
         found.reports,

@@ -77,7 +77,7 @@ def case_of(count, bits, dtype=mx.float16):
 
 
 WIDE = geometry.Geometry(32, 32, 4, 2, 128, 8, 0, 50)
-CODES = "const device uint32_t* codes = weight"
+CODES = "const device uint32_t* codes = packed"
 NARROW = geometry.Geometry(32, 4, 32, 2, 128, 4, 1, 1000)
 
 
@@ -149,9 +149,9 @@ def test_norms_keep_to_their_address_spaces(clang, tmp_path, dtype):
             "const device uint* wrong = channel_sums;\nconst uint inputs =",
             "channel_sums",
         ),
-        (CODES, "threadgroup const uint32_t* codes = weight", "address_space(3)"),
+        (CODES, "threadgroup const uint32_t* codes = packed", "address_space(3)"),
         # losing the address space, which Metal does not allow for a pointer
-        (CODES, "const uint32_t* codes = weight", "address_space(1)"),
+        (CODES, "const uint32_t* codes = packed", "address_space(1)"),
         # a constant pointer passed as device
         ("inputs = settings[0];", "inputs = takes_constant(settings);", "takes_constant"),
         # min of a signed and an unsigned number is ambiguous in Metal
@@ -173,7 +173,9 @@ def test_planted_wrong_address_space_is_refused(clang, monkeypatch, tmp_path, ol
 
 def test_planted_pointer_to_another_16_bit_type_is_refused(clang, monkeypatch, tmp_path):
     (text,) = texts(monkeypatch, case_of(1, 4, mx.bfloat16), NARROW)
-    old = "const device S* scale = scales"
+    old = "const device S* scale = (const device S*)"
     assert old in text
     assert refusals(clang, text, tmp_path) == ""
-    assert "half" in refusals(clang, text.replace(old, "const device half* scale = scales"), tmp_path)
+    assert "half" in refusals(
+        clang, text.replace(old, "const device half* scale = (const device S*)"), tmp_path
+    )

@@ -119,7 +119,7 @@ BODY_FAULTS = [
         "const uint entry = first + u * ROWS;",
         "uninit",
     ),
-    ("ulong(k) * words;", "ulong(k + 1) * words;", "out of bounds"),
+    ("offset[group_at]", "offset[group_at + 64]", "out of bounds"),
     ("total += count;", "total += count; value_list[count] = T(0.0f);", "race"),
     ("in_band < band && at < settings[about + 3]", "in_band < band + 32", "out of bounds"),
     ("threadgroup_barrier(mem_flags::mem_threadgroup);\n  total", "total", "race"),

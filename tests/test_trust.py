@@ -78,7 +78,7 @@ def test_right_kernel_is_checked_once_per_machine(monkeypatch, fresh_trust):
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("float(norm[k]) * float", "float(norm[0]) * float"),
+        ("settings[norm_first + k]", "settings[norm_first]"),
         ("+ as_type<float>(settings[4])", ""),
         ("squares += square_sum[g]", "squares = square_sum[g]"),
         ("T(float(x[k]) * factor)", "T(float(x[k]))"),

@@ -1,0 +1,55 @@
+"""The arrays of a launch as one: equal views, shared once, noticed when somebody puts others in."""
+
+import mlx.core as mx
+import numpy as np
+
+from spqt_cli import gpu_join, gpu_plan, layout, selftest
+from spqt_cli.selftest import Case
+from tests.test_kernels_gpu import CUTS
+
+
+def layers():
+    return selftest.matrices(Case((96, 160, 64), 45, group_size=32))
+
+
+def test_a_layer_s_arrays_become_equal_views():
+    some, same = layers(), layers()
+    found = gpu_join.join(some)
+    assert len({id(one.words) for one in found}) == 1
+    for one, other, entry in zip(some, same, found, strict=True):
+        for name, start in zip(("weight", "scales", "biases"), entry.starts, strict=True):
+            array, expected = one[name], other[name]
+            assert mx.array_equal(array, expected).item()
+            assert start * 4 % gpu_join.LINE == 0
+            flat = np.array(entry.words[start : start + -(-array.nbytes // 4)]).tobytes()[: array.nbytes]
+            assert flat == np.array(expected).tobytes()
+        assert mx.array_equal(one.dequantized(), other.dequantized()).item()
+
+
+def test_layers_are_joined_once_in_any_company():
+    some = layers()
+    together = gpu_join.join(some)
+    weights = [one.weight for one in some]
+    assert gpu_join.join(some[1:2])[0] is together[1]  # as for one dense row
+    assert gpu_join.join(some) == together
+    assert all(one.weight is weight for one, weight in zip(some, weights, strict=True))
+
+
+def test_other_arrays_are_joined_anew():
+    some = layers()
+    before = gpu_join.join(some)
+    w = mx.random.normal((160, 45), key=mx.random.key(3)).astype(mx.float16)
+    some[1].weight, some[1].scales, some[1].biases = layout.quantize(w, 4, 32, some[1].band)
+    expected = some[1].dequantized()
+    after = gpu_join.join(some)
+    assert after[0].words is not before[0].words
+    assert mx.array_equal(some[1].dequantized(), expected).item()
+    plan = gpu_plan.make_plan((1, 1, 45), mx.float16, some, CUTS["wide"], gpu_plan.Form())
+    assert plan.inputs[1] is after[0].words
+
+
+def test_a_joined_group_frees_what_it_was_made_of():
+    some = selftest.matrices(Case((960, 1600, 640), 450, group_size=32))
+    before = mx.get_active_memory()
+    gpu_join.join(some)
+    assert mx.get_active_memory() - before < 9 * gpu_join.LINE
