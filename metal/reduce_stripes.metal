@@ -2,7 +2,7 @@
 // with RESIDUAL plus the residual stream, with ROTATED turned by a position.
 // Used after sparse_gemv.metal when K was cut into stripes.
 //
-// Arrays (P projections; gpu_text.py writes the lines that pick this threadgroup's own)
+// Arrays (P projections; gpu_text.py writes constants and OWN_Y)
 //   partials  (stripes, positions) float32, as sparse_gemv.metal writes them: tiles, then 32 counts
 //   settings  as there
 //   y         (outputs,) Y of the projection; with GLU there is one, of the two projections' size
@@ -23,7 +23,11 @@ const uint part = simdgroup_index_in_threadgroup;
 const uint positions = settings[2];
 const uint stripes = (settings[0] + settings[1] - 1) / settings[1];
 const uint first = threadgroup_position_in_grid.x * 32;
-const uint about = 5 + 7 * projection;
+const uint tile = threadgroup_position_in_grid.x * 32 / (LANES * OUTPUTS);
+const uint projection = projection_of(tile, settings, P);
+const uint bias_first = biases_of(projection, settings, P, PER_CHANNEL ? P * settings[0] : P);
+const uint about = numbers_of(projection);
+device Y* y = OWN_Y;
 const uint band = settings[about + 1];
 const uint tiles = settings[about + 2];
 const uint outputs = settings[about + 3];
@@ -41,7 +45,7 @@ const bool turned = projection < uint(ROTATED) && owns && in_head < uint(DIMS);
 const bool leads = TRADITIONAL ? in_head % 2 == 0 : in_head < HALF;  // which of the pair
 const uint pair = TRADITIONAL ? in_head / 2 : in_head % (HALF > 0 ? HALF : 1);
 const uint apart = TRADITIONAL ? 1 : HALF;
-uint other = GLU ? settings[5 + 7 * (P - 1)] * (LANES * OUTPUTS) + first + in_group : first + in_group;
+uint other = GLU ? settings[numbers_of(P - 1)] * (LANES * OUTPUTS) + first + in_group : first + in_group;
 if (turned) {
   const uint partner = leads ? in_band + apart : in_band - apart;
   const uint partner_tile = tile - tile_here % tiles + partner / (LANES * OUTPUTS);

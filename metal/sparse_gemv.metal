@@ -2,7 +2,7 @@
 // Used for every decode step of a Zigzag layer; q/k/v or gate/up share one launch. With NORMED x is first
 // normalized by its root mean square, as mx.fast.rms_norm does it.
 //
-// Arrays (P projections of one input; gpu.py writes the lines that pick this threadgroup's own)
+// Arrays (P projections of one input; gpu_text.py writes constants and OWN_Y)
 //   x         (inputs,) T
 //   settings  uint32: inputs, channels per stripe, positions of one stripe's partial sums, P, and the
 //             float32 that NORMED adds to the mean square; for each projection its first tile, band, tiles
@@ -33,7 +33,10 @@ const uint inputs = settings[0];
 const uint stripe_first = min(threadgroup_position_in_grid.y * settings[1], inputs);
 const uint stripe_last = min(stripe_first + settings[1], inputs);
 
-const uint about = 5 + 7 * projection;
+const uint tile = threadgroup_position_in_grid.x;
+const uint projection = projection_of(tile, settings, P);
+const uint about = numbers_of(projection);
+device Y* y = OWN_Y;
 const uint band = settings[about + 1];
 const uint tile_here = tile - settings[about];
 const uint band_index = tile_here / settings[about + 2];
@@ -49,7 +52,10 @@ const ulong groups_before = ulong(band_index) * inputs * groups + output / GROUP
 const device uint32_t* codes = packed + settings[about + 4] + codes_before;
 const device S* scale = (const device S*)(packed + settings[about + 5]) + groups_before;
 const device S* offset = (const device S*)(packed + settings[about + 6]) + groups_before;
-constexpr uint THRESHOLDS = 5 + 7 * P;  // where they begin in settings
+const uint thresholds = PER_CHANNEL ? P * inputs : P;
+const uint thresholds_first = numbers_of(P);
+const uint bias_first = biases_of(projection, settings, P, thresholds);
+const uint norm_first = HAS_BIAS ? biases_of(P, settings, P, thresholds) : thresholds_first + thresholds;
 
 // Active channels of this pass, counted from its first, and x there.
 threadgroup ushort channel_list[LIST];
@@ -113,7 +119,7 @@ for (uint pass = stripe_first; pass < stripe_last; pass += LIST) {
     if (k < stripe_last) {
       const uint at = PER_CHANNEL ? projection * inputs + k : projection;
       const T value = NORMED ? T(as_type<float>(settings[norm_first + k]) * float(T(float(x[k]) * factor))) : x[k];
-      if (!(fabs(float(value)) < as_type<float>(settings[THRESHOLDS + at]))) {
+      if (!(fabs(float(value)) < as_type<float>(settings[thresholds_first + at]))) {
         kept |= 1u << e;
         mine += 1;
       }

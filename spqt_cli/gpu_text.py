@@ -1,7 +1,8 @@
-"""The texts of the GPU kernels: bodies from `metal/`, with their constants and the lines that pick a
+"""The texts of the GPU kernels: bodies from `metal/`, with their constants and OWN_Y, the output array of a
 threadgroup's own projection. It knows no arrays.
 """
 
+import hashlib
 import re
 from functools import cache
 from importlib import resources
@@ -13,7 +14,6 @@ from spqt_cli import geometry
 Constants = tuple[tuple[str, int | str], ...]
 REDUCE_PARTS = 8  # simdgroups that share the stripes of 32 outputs: short loops, 256 threads
 COUNTS = 32  # entries after the partial sums of a stripe: a whole 128-byte line
-FIRST, EACH = 5, 7  # where the projections begin in settings, and the numbers of one
 
 
 class Rotary(NamedTuple):
@@ -43,7 +43,7 @@ class Kernel(NamedTuple):
 
 def header() -> str:
     """The helper functions of the bodies."""
-    return body("lane_order.h")
+    return body("lane_order.h") + body("settings.h")
 
 
 @cache
@@ -61,7 +61,7 @@ def cuda(kernel: Kernel) -> tuple[str, str]:
     source, head = kernel.source, f"#define SPQT_THREADS {kernel.threads}\n"
     for name in ("sparse_gemv.metal", "reduce_stripes.metal", "count_active.metal"):
         source = source.replace(body(name), _include(name))
-    return source, head + _include("shim_cuda.h") + _include("lane_order.h")
+    return source, head + "".join(map(_include, ("shim_cuda.h", "lane_order.h", "settings.h")))
 
 
 @cache
@@ -75,26 +75,23 @@ def _include(name: str) -> str:
 def gemv_kernel(constants: Constants, threads: int) -> Kernel:
     """sparse_gemv.metal with its constants; with PARTIAL it writes partial sums, not y."""
     named = dict(constants)
-    count, partial, normed = int(named["P"]), "PARTIAL" in named, bool(named["NORMED"])
+    count, partial = int(named["P"]), "PARTIAL" in named
     lines = _declared({**named, "Y": "float" if partial else named["T"], "THREADS": threads})
     lines += [
         f"constexpr int PARTIAL = {int(partial)};" if not partial else "",
         f"constexpr int COUNTS = {COUNTS if partial else 'P'};",
-        "const uint tile = threadgroup_position_in_grid.x;",
-        *_projection_of_tile(count),
-        f"const uint norm_first = {_norm_first(count)};" if normed else "const uint norm_first = 0;",
     ]
     if partial:
         lines += [
             "device float* stripe_partials = partials + ulong(threadgroup_position_in_grid.y) * settings[2];",
-            "device float* y = stripe_partials + tile * (LANES * OUTPUTS);",
+            "#define OWN_Y stripe_partials + threadgroup_position_in_grid.x * (LANES * OUTPUTS)",
             f"device uint32_t* counts = (device uint32_t*)(stripe_partials + settings[2] - {COUNTS});",
             "const uint counted_before = 0;",
         ]
     else:
         thread = "thread_position_in_threadgroup.x"
         lines += [
-            f"device Y* y = {_pick('y', count)};",
+            f"#define OWN_Y {_pick('y', count)}",
             "device uint32_t* counts = active;",
             f"const uint counted_before = {thread} < {count} ? counted[{thread}] : 0;",
         ]
@@ -120,10 +117,8 @@ def reduce_kernel(constants: Constants, then: Then) -> Kernel:
     more = ["residual"] if then == "residual" else ["turns"] if turn.rotated else []
     lines = [
         *_declared({**named, "Y": named["T"], "PARTS": REDUCE_PARTS}),
-        f"const uint tile = threadgroup_position_in_grid.x * {geometry.SIMD} / (LANES * OUTPUTS);",
-        *_projection_of_tile(count),
-        f"device Y* y = {_pick('y', results)};",
-        "" if "residual" in more else "const device Y* residual = y;",
+        f"#define OWN_Y {_pick('y', results)}",
+        "" if "residual" in more else "const device Y* residual = y_0;",
         "" if "turns" in more else "const device float* turns = partials;",
     ]
     return Kernel(
@@ -143,37 +138,20 @@ def count_kernel() -> Kernel:
 
 
 def _declared(named: dict[str, int | str]) -> list[str]:
-    return [
-        f"typedef {value} {name};" if isinstance(value, str) else f"constexpr int {name} = {value};"
-        for name, value in named.items()
-    ]
+    """Lines that declare types and constants; few, because MLX hashes the text in every launch."""
+    types = [f"typedef {value} {name};" for name, value in named.items() if isinstance(value, str)]
+    numbers = [f"{name} = {value}" for name, value in named.items() if isinstance(value, int)]
+    return [*types, f"constexpr int {', '.join(numbers)};"]
 
 
 def _name(kernel: str, named: dict[str, int | str]) -> str:
-    return f"spqt_{kernel}_" + "_".join(str(value) for value in named.values())
-
-
-def _projection_of_tile(count: int) -> list[str]:
-    """Lines that find a tile's projection, by how many later ones have begun, and its bias."""
-    begun = [f"uint(tile >= settings[{FIRST + EACH * p}])" for p in range(1, count)]
-    before = [f"(projection > {p} ? settings[{FIRST + 3 + EACH * p}] : 0)" for p in range(count - 1)]
-    return [
-        f"const uint projection = {' + '.join(begun) or '0'};",
-        f"const uint bias_first = {' + '.join([_BIASES, *before])};",
-    ]
-
-
-# Where biases begin in settings.
-_BIASES = f"{FIRST} + {EACH} * P + (PER_CHANNEL ? P * settings[0] : P)"
-
-
-def _norm_first(count: int) -> str:
-    """Where a norm's weights begin in settings: after all biases."""
-    outputs = [f"settings[{FIRST + 3 + EACH * p}]" for p in range(count)]
-    return f"{_BIASES} + (HAS_BIAS ? {' + '.join(outputs)} : 0)"
+    """A short name of a kernel with these constants: MLX looks it up by it in every launch."""
+    digest = hashlib.sha256(repr(sorted(named.items())).encode()).hexdigest()
+    return f"spqt_{kernel}_{named['P']}_{digest[:8]}"
 
 
 def _pick(name: str, count: int) -> str:
+    """A projection's own of the arrays `name`_0, ...; the body says which projection it is."""
     chain = f"{name}_{count - 1}"
     for p in reversed(range(count - 1)):
         chain = f"projection == {p} ? {name}_{p} : {chain}"

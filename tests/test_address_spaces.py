@@ -110,7 +110,7 @@ def test_the_gated_reduction_keeps_to_its_address_spaces(clang, monkeypatch, tmp
     )(selftest.vector(case), None, None)
     mx.enable_compile()
     text = metal_text(*seen[1], gpu_text.header())
-    assert "constexpr int GLU = 1;" in text
+    assert " GLU = 1," in text
     assert refusals(clang, text, tmp_path) == ""
 
 
@@ -125,7 +125,7 @@ def test_reductions_that_take_one_array_more_keep_to_their_address_spaces(clang,
     other = mx.zeros((128,), dtype) if then == "residual" else mx.zeros((then.dims,))
     inputs = [mx.zeros(plan.gemv.shapes[0]), plan.inputs[0], other]
     text = metal_text(plan.reduce, inputs, gpu_text.header())
-    assert f"constexpr int ROTATED = {0 if then == 'residual' else 2};" in text
+    assert f" ROTATED = {0 if then == 'residual' else 2}," in text
     assert refusals(clang, text, tmp_path) == ""
 
 
@@ -136,7 +136,7 @@ def test_norms_keep_to_their_address_spaces(clang, tmp_path, dtype):
     form = gpu_plan.Form(norm=norm)
     plan = gpu_plan.make_plan(x.shape, dtype, selftest.matrices(case), NARROW, form)
     text = metal_text(plan.gemv, plan.first_inputs(x), gpu_text.header())
-    assert "constexpr int NORMED = 1;" in text
+    assert " NORMED = 1," in text
     assert refusals(clang, text, tmp_path) == ""
 
 
