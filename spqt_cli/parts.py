@@ -5,6 +5,7 @@ asks hundreds of times a token, so the question is a few dictionary lookups.
 """
 
 from collections.abc import Iterable
+from operator import is_
 from typing import Any
 
 import mlx.nn as nn
@@ -18,14 +19,14 @@ class Parts:
     """What lay at some places when this was made."""
 
     def __init__(self, places: Iterable[Place]) -> None:
-        self._places = [(holder, key, holder.get(key)) for holder, key in places]
+        places = list(places)
+        self._holders = [holder for holder, _ in places]
+        self._keys = [key for _, key in places]
+        self._known = list(map(dict.get, self._holders, self._keys))
 
     def unchanged(self) -> bool:
         """Whether the very same things lie there now."""
-        for holder, key, known in self._places:  # noqa: SIM110 - a generator costs as much as the lookups
-            if holder.get(key) is not known:
-                return False
-        return True
+        return all(map(is_, map(dict.get, self._holders, self._keys), self._known))
 
 
 def arrange(layers: Iterable[Any]) -> None:
