@@ -15,7 +15,10 @@ from spqt_cli.gpu_text import COUNTS, Constants, Kernel, Rotary, Then
 if TYPE_CHECKING:
     from spqt_cli.kernels import Norm, Projection
 
-MAX_SHARED = 6  # projections in one launch: Metal binds at most 31 buffers, this takes 4 P + 4
+# Numbers in `settings`, 16 KB: MLX's CUDA allocator hands smaller arrays out of buffers that the host wrote
+# before, which lie in managed memory; where the host touches their page again, a kernel waits 10 us for it.
+LEAST_SETTINGS = 4096
+MAX_SHARED = 6  # projections in one launch; Metal binds at most 31 buffers, this takes P + 5
 TYPES = {mx.float16: "float16_t", mx.bfloat16: "bfloat16_t", mx.float32: "float"}
 
 
@@ -153,7 +156,8 @@ def _settings(
         ]
     if form.norm:
         floats.append(form.norm.weight.astype(mx.float32))
-    settings = mx.concatenate(floats).view(mx.uint32)
+    missing = LEAST_SETTINGS - sum(part.size for part in floats)
+    settings = mx.concatenate([*floats, mx.zeros(max(missing, 0))]).view(mx.uint32)
     mx.eval(settings)
     return settings
 
