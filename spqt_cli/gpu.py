@@ -237,8 +237,11 @@ def launch(
     if plan.reduce is None or plan.counts is None:
         return outputs, last
     sums = [last, plan.inputs[0]]
-    active = None if counted is None else run(plan.counts, [*sums, counted])[0]
-    return run(plan.reduce, sums if other is None else [*sums, other]), active
+    outputs = run(plan.reduce, sums if other is None else [*sums, other])
+    if counted is None:
+        return outputs, None
+    (active,) = run(plan.counts, [*sums, counted])
+    return mx.depends(outputs, [active]), active  # else a count that nobody reads yet would keep the sums
 
 
 def run(launch: Launch, inputs: list[mx.array]) -> list[mx.array]:

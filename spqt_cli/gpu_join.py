@@ -49,6 +49,7 @@ def join(layers: Sequence["Projection"]) -> list[Joined]:
         found.append(Joined(words, tuple(starts[own]), tuple(views[own])))
         layer.weight, layer.scales, layer.biases = views[own]
         object.__setattr__(layer, "_joined", found[-1])
+        layer.__dict__.pop("_gpu_plans", None)  # they would keep what the arrays were before
     return found
 
 

@@ -3,9 +3,9 @@
 import mlx.core as mx
 import numpy as np
 
-from spqt_cli import gpu_join, gpu_plan, layout, selftest
+from spqt_cli import gpu, gpu_join, gpu_plan, layout, selftest, trust
 from spqt_cli.selftest import Case
-from tests.test_kernels_gpu import CUTS
+from tests.test_kernels_gpu import CUTS, use
 
 
 def layers():
@@ -53,3 +53,15 @@ def test_a_joined_group_frees_what_it_was_made_of():
     before = mx.get_active_memory()
     gpu_join.join(some)
     assert mx.get_active_memory() - before < 9 * gpu_join.LINE
+
+
+def test_plans_of_other_company_do_not_keep_their_copies(monkeypatch):
+    use(monkeypatch, CUTS["wide"])
+    monkeypatch.setattr(trust, "verdict", lambda *_: "")
+    some = selftest.matrices(Case((960, 1600, 640), 450, group_size=32))
+    x = selftest.vector(Case((960,), 450))
+    before = mx.get_active_memory()
+    gpu._plan(x, some[:1], gpu_plan.Form())
+    gpu._plan(x, some, gpu_plan.Form())
+    settings = 2 * 4 * gpu_plan.LEAST_SETTINGS
+    assert mx.get_active_memory() - before < 9 * gpu_join.LINE + settings

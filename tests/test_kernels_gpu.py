@@ -154,6 +154,21 @@ def test_counts_are_added_up_by_the_kernels(emulated, monkeypatch, cut):
     assert np.array_equal(np.array(twice), 2 * np.array(once))
 
 
+def test_counts_that_nobody_reads_keep_no_sums(emulated, monkeypatch):
+    use(monkeypatch, CUTS["wide"])
+    case = Case((4096,), 301)
+    some = selftest.matrices(case)
+    x = selftest.vector(case)
+    counts = mx.zeros(1, mx.uint32)
+    monkeypatch.setattr(gpu, "run", lambda launch, _: [mx.random.normal(shape) for shape in launch.shapes])
+    step = gpu.prepare(some)
+    (y,), counts = step(x, counts)
+    mx.eval(y)
+    before = mx.get_active_memory()
+    mx.eval(counts)
+    assert mx.get_active_memory() == before  # it was there already
+
+
 def test_layers_without_thresholds_share_a_launch_densely(emulated, monkeypatch):
     use(monkeypatch, CUTS["wide"])
     some = selftest.matrices(Case((128, 96), 301))
