@@ -5,14 +5,13 @@ kernel is built once. It knows layers only through `kernels.Projection` and deci
 thresholds or models.
 """
 
-import contextlib
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from spqt_cli import geometry, gpu_join, gpu_plan, gpu_text, stock
+from spqt_cli import geometry, gpu_join, gpu_plan, gpu_rows, gpu_text, stock
 from spqt_cli.gpu_plan import Form, Launch, Plan
 from spqt_cli.gpu_text import Kernel, Rotary
 
@@ -29,9 +28,6 @@ if TYPE_CHECKING:
     )
 
 Count = mx.array | None  # of active channels, (layers,) uint32; None where nobody counts
-DEQUANTIZE_ROWS = 16  # from here dequantizing once and a plain matmul is faster on CUDA (docs/kernel-log.md)
-MOST_UNFREED = 512 << 20  # bytes of dequantized matrices that wait to be freed
-_unfreed: list[int] = []  # bytes of those matrices
 
 
 def status() -> tuple[str | None, str]:
@@ -201,27 +197,7 @@ def matmul(x: mx.array, layer: "Projection") -> mx.array:
         if plan is None or plan.gemv is None:
             return stock.matmul(x, layer)
         return launch(x, plan)[0][0]
-    if rows < DEQUANTIZE_ROWS or device_class() != "cuda":
-        return stock.matmul(x, layer)
-    packed = (layer.weight, layer.scales, layer.biases)
-    w = mx.dequantize(*packed, group_size=layer.group_size, bits=layer.bits)  # (bands, inputs, band)
-    y = (x.reshape(1, rows, -1) @ w.astype(x.dtype)).swapaxes(0, 1)  # (rows, bands, band)
-    y = y.reshape(rows, -1)[:, : layer.outputs].reshape(*x.shape[:-1], layer.outputs)
-    _free_in_time(y, w.nbytes)
-    bias = layer.get("bias")
-    return y if bias is None else y + bias
-
-
-def _free_in_time(y: mx.array, size: int) -> None:
-    """Evaluate y when the matrices dequantized since the last time are many bytes.
-
-    MLX frees temporaries once some hundred operations have run, which would keep several blocks' matrices.
-    """
-    _unfreed.append(size)
-    if sum(_unfreed) > MOST_UNFREED:
-        _unfreed.clear()
-        with contextlib.suppress(ValueError):  # within mx.compile or mx.grad nothing can be evaluated
-            mx.eval(y)
+    return gpu_rows.matmul(x, layer)
 
 
 def launch(

@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from spqt_cli import geometry, gpu, gpu_plan, gpu_text, judgement, layout, selftest, stock, trust
+from spqt_cli import geometry, gpu, gpu_plan, gpu_rows, gpu_text, judgement, layout, selftest, stock, trust
 from spqt_cli.selftest import Case
 from tests.emulator import emulate
 
@@ -212,7 +212,7 @@ def test_a_layer_without_threshold_runs_dense(emulated, monkeypatch):
 
 @pytest.mark.parametrize("outputs", [250, 256])
 def test_many_rows_on_cuda_are_dequantized_once(monkeypatch, outputs):
-    monkeypatch.setattr(gpu, "device_class", lambda: "cuda")
+    monkeypatch.setattr(gpu_rows.mx.cuda, "is_available", lambda: True)
     (matrix,) = selftest.matrices(Case((outputs,), 96, dtype=mx.float32, band=64, bias=True))
     x = mx.random.normal((2, 20, 96), key=mx.random.key(1))
     # Two float32 sums of 96 terms below 1 in size: 96 * 2^-24 * 96 < 1e-3.
@@ -221,10 +221,10 @@ def test_many_rows_on_cuda_are_dequantized_once(monkeypatch, outputs):
 
 def test_dequantized_matrices_do_not_pile_up(monkeypatch):
     """MLX keeps temporaries for a hundred operations; a prompt dequantizes every matrix of the model."""
-    monkeypatch.setattr(gpu, "device_class", lambda: "cuda")
+    monkeypatch.setattr(gpu_rows.mx.cuda, "is_available", lambda: True)
     (matrix,) = selftest.matrices(Case((128,), 96, dtype=mx.float32))
-    monkeypatch.setattr(gpu, "MOST_UNFREED", 3 * 128 * 96 * 4)
-    gpu._unfreed.clear()
+    monkeypatch.setattr(gpu_rows, "MOST_UNFREED", 3 * 128 * 96 * 4)
+    gpu_rows._unfreed.clear()
     evaluated = []
     original = mx.eval
     monkeypatch.setattr(mx, "eval", lambda *arrays: evaluated.extend(arrays) or original(*arrays))
