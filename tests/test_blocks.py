@@ -140,6 +140,17 @@ def test_two_calls_give_what_the_block_gives(striped, model):
     assert kinds(striped) == ["gemv", "reduce"] * 4  # nobody counts
 
 
+def test_steps_are_prepared_once_though_weights_are_laid_out_anew(striped, monkeypatch):
+    made, prepared = block(llama), []
+    installed(made)
+    real = blocks.Block._prepare
+    monkeypatch.setattr(blocks.Block, "_prepare", lambda self, x: prepared.append(x) or real(self, x))
+    weight = made.mlp.down_proj.weight
+    steps(made)
+    assert made.mlp.down_proj.weight is not weight
+    assert len(prepared) == 1
+
+
 @pytest.mark.parametrize("kind", CACHES)
 @pytest.mark.parametrize("model", [llama, qwen3])
 def test_every_kind_of_cache_is_asked_itself(striped, model, kind):
