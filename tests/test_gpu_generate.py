@@ -1,0 +1,41 @@
+"""Whole models on the GPU kernels under emulation: greedy tokens and shares of active channels as defined."""
+
+import mlx.core as mx
+import pytest
+from mlx_lm.generate import generate_step
+
+from spqt_cli import activity, calibrate, convert, kernels, model
+from tests.conftest import tiny_checkpoint
+from tests.test_gated import on_emulator
+from tests.test_kernels_gpu import emulated, kinds
+
+__all__ = ["emulated", "on_emulator"]  # fixtures
+PROMPT = mx.array([60, 70, 80, 90, 100])
+
+
+def decoded(folder):
+    """Tokens, and the mean share of active channels of every layer, counted in one step of four."""
+    with activity.counting(4) as counter:
+        steps = generate_step(PROMPT, model.load(folder).model, max_tokens=9)
+        tokens = [int(token) for token, _ in steps]
+    return tokens, sorted(share for _, share in counter.densities())
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "gemma3"])
+def test_tokens_and_counts_are_the_definition_s(arch, tmp_path, monkeypatch, request):
+    sizes = {"hidden_size": 128, "intermediate_size": 320, "head_dim": 32}  # two stripes and more
+    source = tiny_checkpoint(tmp_path / "source", arch, **sizes)
+    folder = tmp_path / "model"
+    convert.convert(str(source), folder, convert.ConvertOptions(bits=4, group_size=32))
+    options = calibrate.CalibrateOptions(sparsity=0.4, tokens=512, method="uniform")
+    calibrate.calibrate(folder, options, lambda *_: None)
+    with monkeypatch.context() as stock:
+        stock.setenv("SPQT_BACKEND", "stock")
+        kernels.backend.cache_clear()
+        kernels._implementation.cache_clear()
+        expected = decoded(folder)
+    kernels.backend.cache_clear()
+    kernels._implementation.cache_clear()
+    launches = request.getfixturevalue("on_emulator")
+    assert decoded(folder) == expected
+    assert set(kinds(launches)) == {"gemv", "reduce", "count"}
