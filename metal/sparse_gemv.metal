@@ -47,13 +47,11 @@ const uint unit = lane % LANES;  // which outputs of the tile
 const uint output = tile_first + unit * OUTPUTS;
 const uint words = band / 32 * BITS;  // of one chunk
 const uint groups = band / GROUP;
-const ulong codes_before = ulong(band_index) * inputs * words + output / 32 * BITS;
-const ulong groups_before = ulong(band_index) * inputs * groups + output / GROUP;
-const device uint32_t* codes = packed + settings[about + 4] + codes_before;
-const device S* scale = (const device S*)(packed + settings[about + 5]) + groups_before;
-const device S* offset = (const device S*)(packed + settings[about + 6]) + groups_before;
-const uint thresholds = PER_CHANNEL ? P * inputs : P;
-const uint thresholds_first = numbers_of(P);
+const ulong chunks_before = ulong(band_index) * inputs;  // of the bands before
+const device uint32_t* codes = packed + settings[about + 4] + chunks_before * words + output / 32 * BITS;
+const device S* scale = (const device S*)(packed + settings[about + 5]) + chunks_before * groups + output / GROUP;
+const device S* offset = (const device S*)(packed + settings[about + 6]) + chunks_before * groups + output / GROUP;
+const uint thresholds_first = numbers_of(P), thresholds = PER_CHANNEL ? P * inputs : P;
 const uint bias_first = biases_of(projection, settings, P, thresholds);
 const uint norm_first = HAS_BIAS ? biases_of(P, settings, P, thresholds) : thresholds_first + thresholds;
 
@@ -73,18 +71,11 @@ constexpr bool TOP_UNMASKED = DECODE == 1 && 32 % BITS == 0;  // one instruction
 constexpr int WORDS = OUTPUTS / 32 * BITS;   // of a lane's part of a chunk
 constexpr int SCALES = OUTPUTS > GROUP ? OUTPUTS / GROUP : 1;
 
-float sums[OUTPUTS];
-for (int c = 0; c < OUTPUTS; ++c) {
-  sums[c] = 0.0f;
-}
-float constant_part[SCALES];  // of the biases: the same for all outputs of a group
-for (int g = 0; g < SCALES; ++g) {
-  constant_part[g] = 0.0f;
-}
+float sums[OUTPUTS] = {};
+float constant_part[SCALES] = {};  // of the biases: the same for all outputs of a group
 uint total = 0;
 
-// Every threadgroup needs the mean square of the whole x: a few loads a thread, and one launch less.
-threadgroup float square_sum[NORMED ? THREADS / 32 : 1];
+threadgroup float square_sum[NORMED ? THREADS / 32 : 1];  // every threadgroup needs that of the whole x
 float factor = 1.0f;
 if (NORMED) {
   float squares = 0.0f;

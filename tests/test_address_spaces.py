@@ -159,7 +159,7 @@ def test_norms_keep_to_their_address_spaces(clang, tmp_path, dtype):
         # C++17
         ("if (BITS % 4 == 0)", "if constexpr (BITS % 4 == 0)", "C++17"),
         # double is no type of Metal's
-        ("constant_part[g] = 0.0f;", "constant_part[g] = double(0.0f);", "double"),
+        ("float factor = 1.0f;", "float factor = double(1.0f);", "double"),
     ],
 )
 def test_planted_wrong_address_space_is_refused(clang, monkeypatch, tmp_path, old, new, reason):
