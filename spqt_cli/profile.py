@@ -227,12 +227,13 @@ def _repack_head(model: nn.Module, choices: dict[str, Choice]) -> str:
 def way(choice: Choice, unit: Unit, density: float, kept: tuple[str, ...]) -> str:
     """SPARSE, ZIGZAG or ROWS for a unit of a model.
 
-    kept: beginnings of the paths of blocks that run whole on a GPU. Their layers stay as they are: taken out
-    of the block's two calls, its other launches lose more than one product gains.
+    kept: beginnings of the paths of blocks that run whole on a GPU. Their layers stay as they are, thresholds
+    too: a product alone waits for the host, which the block's two calls spare it, and taken out of them it
+    would cost the block's other launches more than it gains.
     """
-    chosen = choice.at(density)
-    if chosen == ROWS and any(path.startswith(kept) for path in unit.layers):
+    if any(path.startswith(kept) for path in unit.layers):
         return SPARSE
+    chosen = choice.at(density)
     return ZIGZAG if chosen == ROWS and not repacking.can_repack(unit) else chosen
 
 

@@ -259,11 +259,13 @@ def test_layers_of_blocks_that_run_whole_on_a_gpu_stay_as_they_are(monkeypatch):
     layers = sized("self_attn.o_proj") | {"other.o_proj": profile.Size(64, 64, 4, 32)}
     profile.write({"64x64 4 bits group 32": Choice(0.0, ROWS)}, {})
     assert profile.better_as_rows(layers, 1.0, kept) == ["other.o_proj"]
-    profile.write({unit.key: Choice(0.0, ROWS) for unit in profile.units(one.model)}, {})
     before = list(zigzag_layers(one.model))
     monkeypatch.setattr(kernels, "on_gpu", lambda: True)
-    profile.apply(one)
-    assert list(zigzag_layers(one.model)) == before
+    for other in (ZIGZAG, ROWS):
+        profile.write({unit.key: Choice(0.0, other) for unit in profile.units(one.model)}, {})
+        profile.apply(one)
+        assert list(zigzag_layers(one.model)) == before
+        assert all(layer.threshold is not None for layer in zigzag_layers(one.model).values())
     monkeypatch.setattr(kernels, "on_gpu", lambda: False)
     profile.apply(one)
     assert len(zigzag_layers(one.model)) < len(before)
