@@ -21,6 +21,7 @@ NB_MODULE(_cpu, m) {
     return std::to_string(MLX_VERSION_MAJOR) + "." + std::to_string(MLX_VERSION_MINOR) + "." +
         std::to_string(MLX_VERSION_PATCH);
   });
+  m.def("running_mlx_version", [] { return std::string(mlx::core::version()); });  // of the library loaded
   nb::class_<spqt::SparseStep>(m, "SparseStep")
       .def(nb::init<const std::vector<spqt::Projection>&>())
       .def("__call__", &spqt::SparseStep::operator(), nb::arg(), nb::arg().none());

@@ -210,9 +210,9 @@ def _extension() -> tuple[Any, str]:
         return None, f"it was not built: install a C++ compiler (apt: g++ python3-dev), then {_REINSTALL}"
     except ImportError as error:
         return None, f"it does not load ({error}): {_REINSTALL}"
-    running = mx.__version__  # type: ignore[attr-defined]
-    if module.mlx_version() != running:
-        return None, f"it was built for MLX {module.mlx_version()}, but {running} runs: {_REINSTALL}"
+    built, running = module.mlx_version(), module.running_mlx_version()
+    if built != running:
+        return None, f"it was built for MLX {built}, but {running} runs: {_REINSTALL}"
     if fault := _smoke_fault(module):
         return None, f"it fails on this machine ({fault}): {_REINSTALL}"
     module.set_threads(default_threads())

@@ -6,6 +6,7 @@ It knows the plan's units and no files. Nothing larger than a tensor is ever eva
 from collections.abc import Iterator
 
 import mlx.core as mx
+import numpy as np
 
 from spqt_cli import checks, layout
 from spqt_cli.errors import ResourceError, SpqtError
@@ -93,4 +94,4 @@ def raw(array: mx.array) -> memoryview:
         return memoryview(b"")
     flat = mx.contiguous(array).reshape(-1).view(mx.uint8)
     mx.eval(flat)
-    return memoryview(flat)  # type: ignore[arg-type]
+    return np.asarray(flat).data

@@ -28,21 +28,32 @@ class ZigzagLinear(nn.QuantizedLinear):
         self.set_threshold(None)
 
     @classmethod
-    def from_linear(  # type: ignore[override]
-        cls, linear: nn.Linear, group_size: int, bits: int, *, spqt: dict[str, Any] | None = None
+    def from_linear(
+        cls,
+        linear_layer: nn.Module,
+        group_size: int = 64,
+        bits: int = 4,
+        mode: str = "zigzag",
+        *,
+        spqt: dict[str, Any] | None = None,
     ) -> Self:
-        """A layer whose weights are `linear`'s, quantized when evaluated.
+        """A layer whose weights are `linear_layer`'s, quantized when evaluated.
 
         mlx-lm calls this on a layer with random weights and loads the packed ones over it, so nothing
         may be evaluated here. spqt: the layer's entry in config.json: `band` and `threshold`.
+        Raises ValueError for another mode than "zigzag".
         """
+        if mode != cls.mode:
+            raise ValueError(f"a Zigzag layer has no mode {mode!r}")
         entry = spqt or {}
-        outputs, _ = linear.weight.shape
+        outputs, _ = linear_layer.weight.shape
         band = entry.get("band") or layout.band_of(outputs, group_size)
         layer = cls(outputs, bits, group_size, band)
-        layer.weight, layer.scales, layer.biases = layout.quantize(linear.weight, bits, group_size, band)
-        if "bias" in linear:
-            layer.bias = linear.bias
+        layer.weight, layer.scales, layer.biases = layout.quantize(
+            linear_layer.weight, bits, group_size, band
+        )
+        if "bias" in linear_layer:
+            layer.bias = linear_layer.bias
         layer.set_threshold(entry.get("threshold"))
         layer.freeze()
         return layer

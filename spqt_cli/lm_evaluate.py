@@ -28,7 +28,7 @@ def prepare(arguments: Sequence[str]) -> list[str]:
         raise UnsupportedError("lm-eval is not installed", "pip install 'spqt[lm-eval]'")
     from mlx_lm import evaluate
 
-    wrapper = evaluate.MLXLM
+    wrapper: Any = evaluate.MLXLM  # a class whose methods are replaced
     stock = wrapper.loglikelihood, wrapper.loglikelihood_rolling
 
     def loglikelihood(self: Any, requests: list[Any]) -> list[tuple[float, bool]]:
@@ -43,7 +43,7 @@ def prepare(arguments: Sequence[str]) -> list[str]:
         result: list[float] = stock[1](self, requests)
         return result
 
-    wrapper.loglikelihood, wrapper.loglikelihood_rolling = loglikelihood, rolling  # type: ignore[method-assign]
+    wrapper.loglikelihood, wrapper.loglikelihood_rolling = loglikelihood, rolling
     return _at_batch_one(arguments)
 
 

@@ -179,7 +179,8 @@ def weighted(shares: Mapping[str, float], layers: Mapping[str, ZigzagLinear]) ->
 def hooked(modules: Iterable[nn.Module], hook: Callable[..., Any]) -> Iterator[None]:
     """Calls of these modules go to hook(module, call, x, ...) here; `call` is their class's own code."""
     known = {id(module): module for module in modules}
-    originals = {type(module): type(module).__call__ for module in known.values()}
+    kinds: set[Any] = {type(module) for module in known.values()}  # classes whose calls are replaced
+    originals = {kind: kind.__call__ for kind in kinds}
 
     def through(call: Callable[..., Any]) -> Callable[..., Any]:
         def ask(module: nn.Module, x: mx.array, *rest: Any, **named: Any) -> Any:
@@ -191,8 +192,8 @@ def hooked(modules: Iterable[nn.Module], hook: Callable[..., Any]) -> Iterator[N
 
     try:
         for kind, call in originals.items():
-            kind.__call__ = through(call)  # type: ignore[method-assign]
+            kind.__call__ = through(call)
         yield
     finally:
         for kind, call in originals.items():
-            kind.__call__ = call  # type: ignore[method-assign]
+            kind.__call__ = call

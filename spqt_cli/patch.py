@@ -102,8 +102,9 @@ def zigzag_layers(model: nn.Module) -> dict[str, ZigzagLinear]:
 
 def install() -> None:
     """Patch MLX's modules; doing it twice changes nothing."""
-    nn.Linear.to_quantized = _to_quantized  # type: ignore[method-assign, assignment]
-    nn.Module.load_weights = _load_weights_and_prepare  # type: ignore[method-assign]
+    linear: Any = nn.Linear
+    module: Any = nn.Module
+    linear.to_quantized, module.load_weights = _to_quantized, _load_weights_and_prepare
 
 
 install()

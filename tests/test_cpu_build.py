@@ -31,6 +31,7 @@ def stand_in(**changes):
 
     answers = {
         "mlx_version": lambda: mx.__version__,
+        "running_mlx_version": lambda: mx.__version__,
         "sparse_gemv": product,
         "set_threads": lambda count: None,
         "threads": lambda: 1,

@@ -179,3 +179,10 @@ def test_from_linear_evaluates_nothing(monkeypatch):
     monkeypatch.setattr(mx, "eval", lambda *a: evaluated.extend(a) or original(*a))
     ZigzagLinear.from_linear(linear, 32, 4, spqt={"band": 32, "threshold": 0.5})
     assert all(array.size == 1 for array in evaluated)
+
+
+def test_from_linear_takes_mlx_s_arguments_and_no_other_mode():
+    linear = nn.Linear(64, 96)
+    assert ZigzagLinear.from_linear(linear, 32, 4, "zigzag").group_size == 32
+    with pytest.raises(ValueError, match="mxfp4"):
+        ZigzagLinear.from_linear(linear, 32, 4, "mxfp4")

@@ -21,7 +21,7 @@ def search(target: float) -> tuple[Search, Candidate, np.ndarray]:
     found = {"one": counts()}
     candidate = Candidate("uniform", {"one": SHARES})
     dense = np.array(thresholds.quantile(found["one"], SHARES))
-    return Search(SimpleNamespace(settled=None), found, target), candidate, dense  # type: ignore[arg-type]
+    return Search(SimpleNamespace(settled=None), found, target), candidate, dense
 
 
 @pytest.mark.parametrize(("target", "other"), [(0.24, 0.5), (0.6, 0.3)])
@@ -74,7 +74,7 @@ def test_curves_settle_a_second_share_only_where_they_can() -> None:
         asked.append((levels["one"], rounds, windows))
         return {"one": float(dense[20])}
 
-    run.bench = SimpleNamespace(settled=settled)  # type: ignore[assignment]
+    run.bench = SimpleNamespace(settled=settled)
     candidate.chosen = {"one": float(dense[12])}
     assert run.curves(candidate, "auto", None)["one"] == pytest.approx(dense.tolist())
     assert asked == []
