@@ -83,7 +83,9 @@ def first_use() -> list[dict[str, Any]]:
 def checked(state: str, name: str, layers: list[Packed], kind: str) -> dict[str, Any]:
     """One verdict, timed. Ends the program where a kernel is not right: its time would say nothing."""
     began = time.perf_counter()
-    reason = trust.verdict(mx.float16, layers, gpu.choose(layers, mx.float16), gpu_plan.Form(KINDS[kind]))
+    cut, form = gpu.choose(layers, mx.float16), gpu_plan.Form(KINDS[kind])
+    plan = gpu_plan.make_plan((1, 1, layers[0].weight.shape[1]), mx.float16, layers, cut, form)
+    reason = trust.verdict(plan, mx.float16, layers, cut)
     seconds = time.perf_counter() - began
     if reason:
         raise SystemExit(f"{name}: {reason}")

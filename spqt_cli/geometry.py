@@ -51,10 +51,11 @@ class Geometry(NamedTuple):
         return -(-inputs // self.stripe)
 
 
-def choose(kind: str, bands: Sequence[tuple[int, int]], inputs: int) -> Geometry:
+def choose(kind: str, bands: Sequence[tuple[int, int]], inputs: int, precise: bool = False) -> Geometry:
     """The geometry for projections with these (band, number of bands) and `inputs` channels.
 
-    kind: "cuda", or Metal's GPU class: "p", "g", "s" or "d" for phone, base and Pro, Max, Ultra.
+    kind: "cuda", or Metal's GPU class: "p", "g", "s" or "d" for phone, base and Pro, Max, Ultra. precise: x
+    is float32, so that the rounding of sums shows; in 16 bits the result's own hides it.
     """
     widest = _units(max(band for band, _ in bands))
     parts = -(-widest // MOST_LANES.get(kind, METAL_LANES))
@@ -73,6 +74,8 @@ def choose(kind: str, bands: Sequence[tuple[int, int]], inputs: int) -> Geometry
     listed = -(-stripe // (passes * threads)) * threads
     # Subnormal codes need no conversion, but Apple GPUs flush them to zero.
     unroll, decode = (4, 2) if kind == "cuda" else (2, 1)
+    if precise:
+        decode = 0  # codes around their middle
     return Geometry(OUTPUTS, lanes, rows, unroll, listed, SLICE, decode, stripe)
 
 

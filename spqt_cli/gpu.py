@@ -17,6 +17,7 @@ from spqt_cli.gpu_text import Kernel, Rotary
 
 if TYPE_CHECKING:
     from spqt_cli.kernels import (
+        Count,
         GatedStep,
         HeadStep,
         Norm,
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
         Tail,
         TailStep,
     )
-
-Count = mx.array | None  # of active channels, (layers,) uint32; None where nobody counts
 
 
 def status() -> tuple[str | None, str]:
@@ -84,9 +83,8 @@ def prepare(layers: Sequence["Projection"]) -> "Step":
     dense = all(layer.threshold is None for layer in layers)
 
     @mx.compile
-    def step(x: mx.array, counted: Count) -> tuple[list[mx.array], Count]:
-        plan = _plan(x, layers, Form(dense))
-        if plan is not None and plan.gemv is not None:
+    def step(x: mx.array, counted: "Count") -> "tuple[list[mx.array], Count]":
+        if plan := _usable(x, layers, Form(dense)):
             return launch(x, plan, counted)
         return stock.add_counts(sparse_gemv(x, layers), counted)
 
@@ -104,7 +102,7 @@ def prepare_gated(x: mx.array, pair: Sequence["Projection"], down: "Projection")
     last = prepare([down])
 
     @mx.compile
-    def step(x: mx.array, counted: Count, counted_down: Count) -> tuple[mx.array, Count, Count]:
+    def step(x: mx.array, counted: "Count", counted_down: "Count") -> "tuple[mx.array, Count, Count]":
         (h,), counted = launch(x, plan, counted)
         (y,), counted_down = last(h, counted_down)
         return y, counted, counted_down
@@ -118,9 +116,9 @@ def prepare_head(norm: "Norm", layers: Sequence["Projection"]) -> "HeadStep":
     dense = all(layer.threshold is None for layer in layers)
 
     @mx.compile
-    def step(x: mx.array, counted: Count) -> tuple[mx.array, list[mx.array], Count]:
+    def step(x: mx.array, counted: "Count") -> "tuple[mx.array, list[mx.array], Count]":
         normed = mx.fast.rms_norm(x, norm.weight, norm.eps)  # the module's own code may use it as well
-        plan = _normed_plan(x, layers, Form(dense, norm=norm))
+        plan = _usable(x, layers, Form(dense, norm=norm))
         return normed, *(products(normed, counted) if plan is None else launch(x, plan, counted))
 
     return step
@@ -131,12 +129,12 @@ def prepare_rotary(
 ) -> "RotaryStep | None":
     """As `kernels.prepare_rotary`, in one traced call: the reduction of q/k/v turns their heads."""
     dense = all(layer.threshold is None for layer in layers)
-    plan = _normed_plan(x, layers, Form(dense, rotary, norm)) if gpu_plan.turns(layers, rotary) else None
+    plan = _usable(x, layers, Form(dense, rotary, norm)) if gpu_plan.turns(layers, rotary) else None
     if plan is None:
         return None
 
     @mx.compile
-    def step(x: mx.array, turns: mx.array, counted: Count) -> tuple[list[mx.array], Count]:
+    def step(x: mx.array, turns: mx.array, counted: "Count") -> "tuple[list[mx.array], Count]":
         return launch(x, plan, counted, turns)
 
     return step
@@ -150,7 +148,7 @@ def prepare_tail(x: mx.array, tail: "Tail") -> "TailStep | None":
     out, down = _residual(tail.out), _residual(tail.down)
 
     @mx.compile
-    def step(attended: mx.array, x: mx.array, counted: Sequence[Count]) -> tuple[mx.array, list[Count]]:
+    def step(attended: mx.array, x: mx.array, counted: "Sequence[Count]") -> "tuple[mx.array, list[Count]]":
         h, count = out(attended, x, counted[0])
         (gated,), count_pair = launch(h, plan, counted[1])
         y, count_down = down(gated, h, counted[2])
@@ -163,24 +161,24 @@ def _gated_plan(x: mx.array, pair: Sequence["Projection"], norm: "Norm | None") 
     """The plan for silu(gate) * up, of x or of its norm; None where the kernels can't."""
     dense = all(layer.threshold is None for layer in pair)
     shapes = {(layer.outputs, *bands) for layer, bands in zip(pair, gpu_plan.bands(pair), strict=True)}
-    return _normed_plan(x, pair, Form(dense, "glu", norm)) if len(shapes) == 1 else None
+    return _usable(x, pair, Form(dense, "glu", norm)) if len(shapes) == 1 else None
 
 
-def _normed_plan(x: mx.array, layers: Sequence["Projection"], form: Form) -> Plan | None:
-    """A plan that may begin with a norm; None where the kernels can't."""
+def _usable(x: mx.array, layers: Sequence["Projection"], form: Form) -> Plan | None:
+    """The plan of a call; None where the kernels can't."""
     if form.norm is not None and form.norm.weight.dtype != x.dtype:
         return None  # MLX would go on in the wider of the two
     plan = _plan(x, layers, form)
     return None if plan is None or plan.gemv is None else plan
 
 
-def _residual(layer: "Projection") -> Callable[..., tuple[mx.array, Count]]:
+def _residual(layer: "Projection") -> "Callable[..., tuple[mx.array, Count]]":
     """layer(x) + residual, and the count, as one call of a trace."""
     products = prepare([layer])
 
-    def step(x: mx.array, residual: mx.array, counted: Count) -> tuple[mx.array, Count]:
-        plan = _plan(x, [layer], Form(layer.threshold is None, "residual"))
-        if plan is None or plan.gemv is None:
+    def step(x: mx.array, residual: mx.array, counted: "Count") -> "tuple[mx.array, Count]":
+        plan = _usable(x, [layer], Form(layer.threshold is None, "residual"))
+        if plan is None:
             (y,), counted = products(x, counted)
             return y + residual, counted
         (y,), counted = launch(x, plan, counted, residual)
@@ -193,16 +191,14 @@ def matmul(x: mx.array, layer: "Projection") -> mx.array:
     """x @ W.T + bias with all channels: x (..., inputs) -> (..., outputs); lazy."""
     rows = x.size // x.shape[-1]
     if rows == 1:
-        plan = _plan(x, [layer], Form(dense=True))
-        if plan is None or plan.gemv is None:
-            return stock.matmul(x, layer)
-        return launch(x, plan)[0][0]
+        plan = _usable(x, [layer], Form(dense=True))
+        return stock.matmul(x, layer) if plan is None else launch(x, plan)[0][0]
     return gpu_rows.matmul(x, layer)
 
 
 def launch(
-    x: mx.array, plan: Plan, counted: Count = None, other: mx.array | None = None
-) -> tuple[list[mx.array], Count]:
+    x: mx.array, plan: Plan, counted: "Count" = None, other: mx.array | None = None
+) -> "tuple[list[mx.array], Count]":
     """The outputs of a plan's one or two kernel calls, and `counted` plus the active channels; lazy.
 
     Counting partial sums takes a call of its own, left out where nobody counts.
@@ -254,7 +250,7 @@ def _built(kernel: Kernel) -> Callable[..., list[mx.array]]:
 
 def _plan(x: mx.array, layers: Sequence["Projection"], form: Form) -> Plan | None:
     """The plan of a call, made once; None where the layers can't share a launch."""
-    plans = layers[0].__dict__.setdefault("_gpu_plans", {})
+    plans = layers[0].__dict__.get("_gpu_plans", {})
     norm = (id(form.norm.weight), form.norm.eps) if form.norm else None
     key = (x.shape, x.dtype, form.dense, form.then, norm, *map(id, layers))
     if key in plans:
@@ -262,11 +258,12 @@ def _plan(x: mx.array, layers: Sequence["Projection"], form: Form) -> Plan | Non
         known = iter(plan.known if plan else ())
         if all(one.get("weight") is next(known) and one.threshold is next(known) for one in layers if plan):
             return plan
-    plan = plans[key] = _usable(x, layers, form) if gpu_plan.one_launch(layers) else None
+    plan = _checked(x, layers, form) if gpu_plan.one_launch(layers) else None
+    layers[0].__dict__.setdefault("_gpu_plans", {})[key] = plan  # joining the layers has forgotten the others
     return plan
 
 
-def _usable(x: mx.array, layers: Sequence["Projection"], form: Form) -> Plan:
+def _checked(x: mx.array, layers: Sequence["Projection"], form: Form) -> Plan:
     """A plan whose kernels were checked; without launches where they failed or can't take the arrays."""
     from spqt_cli import trust
 
@@ -274,13 +271,12 @@ def _usable(x: mx.array, layers: Sequence["Projection"], form: Form) -> Plan:
     plan = gpu_plan.make_plan(x.shape, x.dtype, layers, cut, form)
     if plan.gemv is None:
         return plan
-    if gpu_plan.tiny(layers) or trust.verdict(x.dtype, layers, cut, form):
+    if gpu_plan.tiny(layers) or trust.verdict(plan, x.dtype, layers, cut):
         return plan._replace(gemv=None)
     return plan
 
 
 def choose(layers: Sequence["Projection"], dtype: mx.Dtype) -> geometry.Geometry:
     """The launch geometry of these projections on this device, for an x of this dtype."""
-    cut = geometry.choose(device_class(), gpu_plan.bands(layers), layers[0].weight.shape[1])
-    # In 16 bits the result's own rounding hides the sums'; in float32 codes around their middle halve it.
-    return cut._replace(decode=0) if dtype == mx.float32 else cut
+    inputs = layers[0].weight.shape[1]
+    return geometry.choose(device_class(), gpu_plan.bands(layers), inputs, dtype == mx.float32)

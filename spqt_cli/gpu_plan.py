@@ -50,7 +50,7 @@ class Plan(NamedTuple):
     """All that a call can reuse: what depends on the layers and on x's shape and dtype."""
 
     known: tuple[mx.array | None, ...]  # weights and thresholds, to see that they are still the same
-    form: Form
+    form: Form  # its norm is kept: a plan is found by the identity of its arrays
     inputs: list[mx.array]  # settings and packed weights
     nothing: mx.array  # (layers,) uint32 zeros: the counts to begin with
     gemv: Launch | None  # None where MLX's own matmul is to run: see gpu.py

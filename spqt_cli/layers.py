@@ -125,10 +125,6 @@ class SharedInput:
         self._skips = False
         self._weights: list[tuple[ZigzagLinear, mx.array]] = []
 
-    def arrange(self) -> None:
-        """Let the backend lay the weights out before anybody remembers the arrays."""
-        kernels.arrange(self.layers)
-
     def output(self, x: mx.array, layer: ZigzagLinear) -> mx.array:
         """layer's y for x, one row; computes its siblings' as well."""
         if self.postponed:
@@ -151,7 +147,7 @@ class SharedInput:
     def _products(self, x: mx.array) -> list[mx.array]:
         step = self._step
         if step is None or any(layer["weight"] is not weight for layer, weight in self._weights):
-            self.arrange()
+            kernels.arrange(self.layers)
             step = self._step = kernels.prepare(self.layers)
             self._weights = [(layer, layer["weight"]) for layer in self.layers]
             self._skips = any(layer.threshold is not None for layer in self.layers)

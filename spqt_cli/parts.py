@@ -10,6 +10,7 @@ from typing import Any
 
 import mlx.nn as nn
 
+from spqt_cli import kernels
 from spqt_cli.layers import ZigzagLinear
 
 Place = tuple[dict[str, Any], str]  # where something is kept: a module, or its attributes, and a key
@@ -33,7 +34,7 @@ def arrange(layers: Iterable[Any]) -> None:
     """Let the backend lay the Zigzag layers' weights out, before their arrays are remembered."""
     for layer in layers:
         if isinstance(layer, ZigzagLinear):
-            layer._siblings.arrange()
+            kernels.arrange(layer._siblings.layers)
 
 
 def of_layers(layers: Iterable[Any]) -> list[Place]:

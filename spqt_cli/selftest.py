@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from spqt_cli import gpu_plan, judgement, layout
+from spqt_cli import gpu_plan, judgement, kernels, layout
 from spqt_cli.gpu_plan import Form
 from spqt_cli.gpu_text import Rotary
 from spqt_cli.kernels import Norm
@@ -50,14 +50,10 @@ def run() -> list[dict[str, Any]]:
 
 def _half_sums() -> bool:
     """Whether float16 is added up in float16, as MLX's CPU matmul does: then only float32 can be judged."""
-    from spqt_cli import kernels
-
     return kernels.backend().name == "stock"
 
 
 def _sparse_rows() -> list[dict[str, Any]]:
-    from spqt_cli import kernels
-
     rows = []
     for name, case in _cases():
         if _half_sums() and case.dtype != mx.float32:
@@ -73,9 +69,9 @@ def _sparse_rows() -> list[dict[str, Any]]:
 
 def _reduction_rows() -> list[dict[str, Any]]:
     """Launches of a GPU that do more: norms before the product, and reductions that do not just add up."""
-    from spqt_cli import gpu, kernels, trust
+    from spqt_cli import gpu, trust
 
-    if kernels.backend().name not in ("metal", "cuda"):
+    if not kernels.on_gpu():
         return []
     rows = []
     turned = Rotary(64, 48, traditional=False, rotated=2)
@@ -156,10 +152,8 @@ def _variants(dtypes: Sequence[mx.Dtype]) -> list[tuple[int, int, mx.Dtype]]:
 
 def _worst(case: Case, sparse_gemv: Any) -> judgement.Judgement:
     """The worst over none, one, a quarter, half, three quarters and all of the channels active."""
-    from spqt_cli import kernels
-
     some = matrices(case)
-    rounded = kernels.backend().name in ("metal", "cuda") and gpu_plan.tiny(some)  # MLX's own matmul runs
+    rounded = kernels.on_gpu() and gpu_plan.tiny(some)  # MLX's own matmul runs
     found = []
     for active in (0, 1, 0.25, 0.5, 0.75, 1.0):
         x = vector(case, active)
@@ -232,8 +226,6 @@ def _many_rows(case: Case, count: int) -> float:
     Kernels for many rows may round weights to x's dtype, multiply as tensor units do (TF32: 10 bits of
     mantissa for float32) and add up blocks in x's dtype: 4 roundings of a term to the coarser of the two.
     """
-    from spqt_cli import kernels
-
     (matrix,) = matrices(case)
     x = mx.random.normal((1, count, case.inputs), key=mx.random.key(29)).astype(case.dtype)
     w, sizes = judgement.reference(matrix)

@@ -41,8 +41,8 @@ def suspended() -> Iterator[None]:
         _suspended.pop()
 
 
-def verdict(dtype: mx.Dtype, layers: Sequence[Any], cut: geometry.Geometry, form: Form) -> str:
-    """Why the kernels that these layers need must not be used; empty where they are right.
+def verdict(plan: gpu_plan.Plan, dtype: mx.Dtype, layers: Sequence[Any], cut: geometry.Geometry) -> str:
+    """Why the kernels of these layers' plan must not be used; empty where they are right.
 
     The first failure of a process is told in one line, and turns all its later layers to MLX's matmul.
     """
@@ -50,12 +50,11 @@ def verdict(dtype: mx.Dtype, layers: Sequence[Any], cut: geometry.Geometry, form
         return ""
     if _broken:
         return _broken[0]
-    shape = (1, 1, layers[0].weight.shape[1])
-    key = _key(gpu_plan.make_plan(shape, dtype, layers, cut, form))
+    key = _key(plan)
     if key in _passed():
         return ""
     try:
-        reason = fault(dtype, layers, cut, form)
+        reason = fault(dtype, layers, cut, plan.form)
     except RuntimeError as error:  # MLX's word for a kernel that does not compile or start
         reason = f"a kernel does not run: {str(error).strip().splitlines()[0][:200]}"
     if reason:

@@ -144,7 +144,7 @@ def test_steps_are_prepared_once_though_weights_are_laid_out_anew(striped, monke
 def test_one_launch_a_product_adds_the_residual_outside(on_emulator, monkeypatch):
     """Where o and down have no reduction that could carry the sum, the pair has."""
     wide, whole = CUTS["wide"], CUTS["wide"]._replace(stripe=1000)
-    monkeypatch.setattr(gpu.geometry, "choose", lambda _, bands, inputs: wide if len(bands) == 2 else whole)
+    monkeypatch.setattr(gpu.geometry, "choose", lambda _, bands, *__: wide if len(bands) == 2 else whole)
     made = block()
     expected, shares = steps(made)
     found, counted = steps(installed(made))

@@ -4,7 +4,7 @@ import mlx.core as mx
 import pytest
 from mlx_lm.generate import generate_step
 
-from spqt_cli import activity, calibrate, convert, kernels, model
+from spqt_cli import activity, calibrate, convert, kernels, model, stock
 from tests.conftest import tiny_checkpoint
 from tests.test_gated import on_emulator
 from tests.test_kernels_gpu import emulated, kinds
@@ -29,13 +29,10 @@ def test_tokens_and_counts_are_the_definition_s(arch, tmp_path, monkeypatch, req
     convert.convert(str(source), folder, convert.ConvertOptions(bits=4, group_size=32))
     options = calibrate.CalibrateOptions(sparsity=0.4, tokens=512, method="uniform")
     calibrate.calibrate(folder, options, lambda *_: None)
-    with monkeypatch.context() as stock:
-        stock.setenv("SPQT_BACKEND", "stock")
-        kernels.backend.cache_clear()
-        kernels._implementation.cache_clear()
+    with monkeypatch.context() as definition:
+        definition.setattr(kernels, "backend", lambda: kernels.Backend("stock", "the definition"))
+        definition.setattr(kernels, "_implementation", lambda: stock)
         expected = decoded(folder)
-    kernels.backend.cache_clear()
-    kernels._implementation.cache_clear()
     launches = request.getfixturevalue("on_emulator")
     assert decoded(folder) == expected
     assert set(kinds(launches)) == {"gemv", "reduce", "count"}

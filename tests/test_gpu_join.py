@@ -65,3 +65,10 @@ def test_plans_of_other_company_do_not_keep_their_copies(monkeypatch):
     gpu._plan(x, some, gpu_plan.Form())
     settings = 2 * 4 * gpu_plan.LEAST_SETTINGS
     assert mx.get_active_memory() - before < 9 * gpu_join.LINE + settings
+
+
+def test_the_first_plan_of_a_fresh_group_is_kept(monkeypatch):
+    use(monkeypatch, CUTS["wide"])
+    monkeypatch.setattr(trust, "verdict", lambda *_: "")
+    some, x = layers(), selftest.vector(Case((96,), 45))
+    assert gpu._plan(x, some, gpu_plan.Form()) is gpu._plan(x, some, gpu_plan.Form())

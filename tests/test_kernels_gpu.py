@@ -67,6 +67,21 @@ def test_every_width_of_code(emulated, monkeypatch, bits, decode):
     assert_right(Case((1000,), 333, bits))
 
 
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_float32_rounds_less_with_codes_around_their_middle(emulated, monkeypatch, bits):
+    (matrix,) = selftest.matrices(Case((1000,), 777, bits, dtype=mx.float32))
+    x = selftest.vector(Case((1000,), 777, dtype=mx.float32), 1.0)
+    exact = judgement.reference(matrix)[0] @ judgement.wide(x).ravel()
+    decodes = [geometry.choose("g", [(1000, 1)], 777, precise).decode for precise in (True, False)]
+    errors = []
+    for decode in decodes:
+        use(monkeypatch, CUTS["wide"]._replace(decode=decode))
+        (y,), _ = gpu.sparse_gemv(x, [matrix])
+        matrix.__dict__.pop("_gpu_plans")
+        errors.append(np.sqrt(np.mean((judgement.wide(y).ravel() - exact) ** 2)))
+    assert errors[0] < 0.7 * errors[1]
+
+
 @pytest.mark.parametrize("cut", CUTS)
 def test_every_cut(emulated, monkeypatch, cut):
     use(monkeypatch, CUTS[cut])
