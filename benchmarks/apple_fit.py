@@ -17,6 +17,7 @@ SEED = 0
 # index collection not included: (outputs, inputs): (stock dense, half active, quarter active).
 PUBLIC_CHIP = "M4 Pro"
 PUBLIC_BAND = 64
+DENSITIES = (None, 0.5, 0.25)  # of the table's columns; None: stock's dense product
 PUBLIC = {
     (1024, 1024): (11, 13, 12),
     (2048, 2048): (15, 17, 19),
@@ -103,21 +104,23 @@ def public_errors(found: Fit, line: int | None, above_bytes: float = 0) -> list[
 
     above_bytes: leave out smaller matrices.
     """
-    errors = []
-    for (outputs, inputs), (stock, half, quarter) in PUBLIC.items():
-        size = matrix_bytes(outputs, inputs)
-        if size <= above_bytes:
-            continue
-        speed = (
-            found.cached_gb_per_s if size <= CACHED_MB * 1e6 else found.share * CHIPS[PUBLIC_CHIP].gb_per_s
-        )
-        if line is None:
-            errors.append((found.launch_us + size / speed / 1e3) / stock - 1)
-            continue
-        for density, measured in ((0.5, half), (0.25, quarter)):
-            read = touched(outputs, inputs, density, PUBLIC_BAND, line)
-            errors.append((found.launch_us + read / speed / 1e3) / measured - 1)
-    return errors
+    return [
+        public_us(found, shape, density, line) / measured - 1
+        for shape, row in PUBLIC.items()
+        if matrix_bytes(*shape) > above_bytes
+        for density, measured in zip(DENSITIES, row, strict=True)
+        if (density is None) == (line is None)
+    ]
+
+
+def public_us(found: Fit, shape: tuple[int, int], density: float | None, line: int | None) -> float:
+    """The model's microseconds for an entry of the table; density None: stock's dense product."""
+    size = matrix_bytes(*shape)
+    cached = size <= CACHED_MB * 1e6
+    speed = found.cached_gb_per_s if cached else found.share * CHIPS[PUBLIC_CHIP].gb_per_s
+    if density is not None and line is not None:
+        size = touched(*shape, density, PUBLIC_BAND, line)
+    return found.launch_us + size / speed / 1e3
 
 
 def best_line(found: Fit) -> int:

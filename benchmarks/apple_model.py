@@ -16,7 +16,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from apple_fit import CHIPS, Chip, Fit, best_line, fit, fit_report, matrix_bytes, rms, touched
+from apple_fit import (
+    CHIPS,
+    DENSITIES,
+    PUBLIC,
+    PUBLIC_CHIP,
+    Chip,
+    Fit,
+    best_line,
+    fit,
+    fit_report,
+    matrix_bytes,
+    public_us,
+    rms,
+    touched,
+)
 
 from spqt_cli import layout, shapes
 
@@ -105,12 +119,23 @@ def report(shape: str) -> str:
     per_token = ["chip", "stock", "0 % skipped", "25 %", "50 %", "at most, 25 %", "at most, 50 %"]
     return "\n\n".join([
         fit_report(found),
+        f"us per call on the {PUBLIC_CHIP}, table (model):",
+        _table(["outputs x inputs", "stock", "half active", "quarter active"], _public(found, line)),
         f"PREDICTION, not a measurement: {shape}, 4 bits, group 64, us per call, weights in memory.",
         _table([*per_call, "stock / ours at 50 %", "ALU / memory at 50 %"], calls),
         "PREDICTION: ms a token for the weights alone (no launches, attention, norms or host), and the\n"
         "ratio to stock that this would allow at most.",
         _table(per_token, tokens),
     ])  # fmt: skip
+
+
+def _public(found: Fit, line: int) -> list[list[str]]:
+    """Rows of the public table, each time with the model's beside it."""
+    return [
+        [f"{shape[0]} x {shape[1]}"]
+        + [f"{us} ({public_us(found, shape, d, line):.0f})" for us, d in zip(row, DENSITIES, strict=True)]
+        for shape, row in PUBLIC.items()
+    ]
 
 
 def _names(sizes: Sequence[tuple[int, int]]) -> str:

@@ -150,3 +150,12 @@ def test_the_emulated_kernel_touches_the_lines_that_are_worked_out(density, monk
     chunks = traffic.chunk_bytes(4, 64, 256, 2)
     product = [one for one in seen if "packed" in one][-1]  # after the first-use check, before the sum
     assert product["packed"].lines * 128 == traffic.line_bytes(active, 1, chunks, 128)
+
+
+def test_the_page_shows_what_the_command_prints():
+    page = (BENCHMARKS.parent / "docs" / "apple-model.md").read_text(encoding="utf-8")
+    printed = apple_model.report("llama-3-8b").splitlines()
+    numbers = [line for line in page.splitlines() if line.startswith("| ") and any(map(str.isdigit, line))]
+    assert len(numbers) > 30
+    assert [line for line in numbers if line not in printed] == []
+    assert [line for line in printed[:8] if line not in page] == []
