@@ -73,9 +73,8 @@ def main() -> None:
     for shape in SHAPES:
         outputs, inputs = shape
         rule = layout.band_of(outputs, 64)
-        for band in sorted(
-            {rule, outputs, outputs // 2 if outputs > 8192 else outputs, 64 if outputs == 4096 else rule}
-        ):
+        others = {64} if outputs == 4096 else {outputs // 4, outputs // 2}  # beside the rule's and the widest
+        for band in sorted({rule, outputs} | others):
             for bits in (3, 4, 8):
                 for clustered, density in ((False, 0.5), (True, 0.5), (False, 0.25), (False, 1.0)):
                     if band not in (rule,) and (clustered or density == 0.25 or bits == 8):
