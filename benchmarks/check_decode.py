@@ -45,7 +45,7 @@ import mlx.core as mx  # noqa: E402
 from decode_runs import Forced, Run, dequantized, exact, intercept  # noqa: E402
 from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache  # noqa: E402
 
-from spqt_cli import judgement, kernels, model, stock  # noqa: E402
+from spqt_cli import judgement, kernels, model, phase, stock  # noqa: E402
 
 TEXT = Path(__file__).resolve().parent.parent / "configs" / "calibration.txt"
 # Issue: mean KL, top-1 agreement and channels that differ, against the masked stock path.
@@ -76,7 +76,8 @@ def as_generated(loaded: model.Loaded, tokens: list[int], prompt: int) -> mx.arr
     mx.eval(loaded.model(mx.array([tokens[:prompt]]), cache=cache))
     rows = []
     for token in tokens[prompt:]:
-        logits = loaded.model(mx.array([[token]]), cache=cache)[0, -1].astype(mx.float32)
+        with phase.decoding():
+            logits = loaded.model(mx.array([[token]]), cache=cache)[0, -1].astype(mx.float32)
         rows.append(logits - mx.logsumexp(logits))
         mx.async_eval(rows[-1])
     return mx.stack(rows)

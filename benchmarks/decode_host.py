@@ -24,7 +24,7 @@ from_bare_tree()
 import mlx.core as mx  # noqa: E402
 from mlx_lm.models.cache import trim_prompt_cache  # noqa: E402
 
-from spqt_cli import activity, bench, bench_model, kernels  # noqa: E402
+from spqt_cli import activity, bench, bench_model, kernels, phase  # noqa: E402
 from spqt_cli.patch import zigzag_layers  # noqa: E402
 
 WARM_STEPS, STEPS, ROUNDS = 4, 60, 4
@@ -66,7 +66,8 @@ class Prepared:
                 if watch is not None and step == WARM_STEPS:  # steps are prepared by now
                     watching.enter_context(watch)
                 began = time.perf_counter()
-                token = model(token[None], cache=cache)[:, -1, :].argmax(-1)
+                with phase.decoding():
+                    token = model(token[None], cache=cache)[:, -1, :].argmax(-1)
                 built = time.perf_counter()
                 mx.async_eval(token)
                 encoded = time.perf_counter()

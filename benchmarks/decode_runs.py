@@ -4,7 +4,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from spqt_cli import kernels, layout
+from spqt_cli import kernels, layout, phase
 
 ALMOST_ZERO = mx.array([1e-30])
 RECORD_EVERY = 32  # steps between those whose launches are held against float64
@@ -35,7 +35,8 @@ class Run:
         """One token through the network; starts the evaluation without waiting for it."""
         under_way[:] = [self]
         self.now = []
-        logits = network(mx.array([[token]]), cache=cache)[0, -1].astype(mx.float32)
+        with phase.decoding():
+            logits = network(mx.array([[token]]), cache=cache)[0, -1].astype(mx.float32)
         self.rows.append(logits - mx.logsumexp(logits))
         self.skipped.append(mx.concatenate([mask for launch in self.now for mask in launch]))
         if self.keep:

@@ -1,13 +1,16 @@
 """spqt: sparse decoding of quantized language models on MLX.
 
 `load(path)` returns `(model, tokenizer)` like `mlx_lm.load`; it is imported on first use, so that
-`import spqt_cli` stays cheap.
+`import spqt_cli` stays cheap. `with decoding():` around a call of the model says that the tokens fed were
+generated, so that channels are skipped; mlx-lm's own loops say it by themselves.
 """
 
 from typing import Any
 
+from spqt_cli.phase import decoding
+
 __version__ = "0.1.0"
-__all__ = ["__version__", "load"]
+__all__ = ["__version__", "decoding", "load"]
 
 
 def load(path: str, **kwargs: Any) -> tuple[Any, Any]:

@@ -1,12 +1,12 @@
 """Counts of active channels while generating: what sparsity was really reached.
 
-Counts stay on the device and are added up there, so that decoding never waits for them. Where even that
-costs time, only some of the steps are counted.
+Decode steps are counted, of one row or of many; prompts are not. Counts stay on the device and are added up
+there, so that decoding never waits for them. Where even that costs time, only some of the steps are counted.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -21,12 +21,14 @@ class Tally:
     """
 
     EVALUATE_EVERY = 32  # steps: a backend that adds up outside its kernels leaves a lazy sum
-    LONGEST = 1 << 16  # steps that one uint32 count takes, for layers of up to 65,536 inputs
+    LONGEST = 1 << 15  # rows that one uint32 count takes, for layers of up to 65,536 inputs, and to spare
 
     def __init__(self, groups: Sequence[Any]) -> None:
         self.groups = groups
         self.steps = 0  # that were counted
+        self.rows = 0  # of them: tokens
         self.calls = 0  # counted or not
+        self._held = 0  # rows in `running`
         self.running: Sequence[mx.array] = self._zeros()
         self._finished: list[Sequence[mx.array]] = []
         self._since: list[Sequence[mx.array]] = []  # one entry: the counts that are still running
@@ -34,15 +36,17 @@ class Tally:
     def _zeros(self) -> list[mx.array]:
         return [mx.zeros(len(group.layers), mx.uint32) for group in self.groups]
 
-    def keep(self, counted: Sequence[Any]) -> None:
-        """Take the counts after one more step, arrays as in `running`."""
+    def keep(self, counted: Sequence[Any], rows: int = 1) -> None:
+        """Take the counts after one more step of so many rows, arrays as in `running`."""
         self.steps += 1
+        self.rows += rows
+        self._held += rows
         self.running, self._since = counted, [counted]
         if self.steps % self.EVALUATE_EVERY == 0:
             mx.async_eval(counted)
-        if self.steps % self.LONGEST == 0:
+        if self._held + rows > self.LONGEST:
             self._finished.append(counted)
-            self.running, self._since = self._zeros(), []
+            self.running, self._since, self._held = self._zeros(), [], 0
 
     def totals(self) -> Iterator[tuple[Any, int]]:
         """Each layer and the channels that were active, summed over the steps."""
@@ -53,29 +57,77 @@ class Tally:
                 yield layer, sum(numbers)
 
 
+class One(NamedTuple):
+    """A layer that runs alone, as a tally wants its groups."""
+
+    layers: list[Any]
+
+
+class Share(NamedTuple):
+    """What one layer did. active: share of its channels that was active, the mean over rows; read: share of
+    its weights that was read, the mean over steps: those of one row read what is active, others all.
+    """
+
+    layer: Any
+    active: float
+    read: float
+
+
 class Counter:
     """Active channels of all layers that ran in a block; of every `every`-th step, the first one included."""
 
     def __init__(self, every: int = 1) -> None:
         self.every = every
         self._tallies: dict[int, Tally] = {}
+        self._many: dict[int, Tally] = {}  # of steps of many rows, by layer
+        self._steps: dict[int, int] = {}
 
     def tally(self, groups: Sequence[Any]) -> Tally | None:
         """The tally of these groups, known by the sequence's identity; None where a step isn't counted."""
         tally = self._tallies.get(id(groups))
         if tally is None:
             tally = self._tallies[id(groups)] = Tally(groups)
+        return self._due(tally)
+
+    def count_rows(self, layer: Any, inactive: mx.array) -> None:
+        """Count a step of many rows through `layer`. inactive: (..., inputs) bool, the channels skipped."""
+        tally = self._many.get(id(layer))
+        if tally is None:
+            tally = self._many[id(layer)] = Tally([One([layer])])
+        if self._due(tally) is not None:
+            active = (inactive.size - inactive.sum()).astype(mx.uint32)
+            tally.keep([tally.running[0] + active], inactive.size // inactive.shape[-1])
+
+    def _due(self, tally: Tally) -> Tally | None:
         tally.calls += 1
         return tally if self.every == 1 or tally.calls % self.every == 1 else None
 
+    def stepped(self, model: Any) -> None:
+        """Note one decode step of a model."""
+        self._steps[id(model)] = self._steps.get(id(model), 0) + 1
+
+    def steps(self, model: Any) -> int:
+        """The decode steps of a model that were noted."""
+        return self._steps.get(id(model), 0)
+
+    def shares(self) -> list[Share]:
+        """What each counted layer did."""
+        sums: dict[int, tuple[Any, int, int, int, int]] = {}
+        for tallies, many in ((self._tallies, False), (self._many, True)):
+            for tally in tallies.values():
+                for layer, active in tally.totals():
+                    read = tally.steps * layer.inputs if many else active
+                    _, *before = sums.get(id(layer), (layer, 0, 0, 0, 0))
+                    more = (active, tally.rows, read, tally.steps)
+                    sums[id(layer)] = layer, *map(sum, zip(before, more, strict=True))
+        return [
+            Share(layer, active / rows / layer.inputs, read / steps / layer.inputs)
+            for layer, active, rows, read, steps in sums.values()
+        ]
+
     def densities(self) -> list[tuple[Any, float]]:
         """Each counted layer with the mean share of its channels that was active."""
-        sums: dict[int, tuple[Any, int, int]] = {}
-        for tally in self._tallies.values():
-            for layer, active in tally.totals():
-                _, before, steps = sums.get(id(layer), (layer, 0, 0))
-                sums[id(layer)] = layer, before + active, steps + tally.steps
-        return [(layer, active / steps / layer.inputs) for layer, active, steps in sums.values()]
+        return [(share.layer, share.active) for share in self.shares()]
 
 
 def current() -> Counter | None:

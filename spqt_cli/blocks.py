@@ -15,7 +15,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from spqt_cli import activity, around, kernels, parts
+from spqt_cli import activity, around, kernels, parts, phase
 from spqt_cli.around import Counts
 from spqt_cli.layers import SharedInput, ZigzagLinear
 from spqt_cli.parts import Parts
@@ -93,7 +93,10 @@ def _ends_with_out(kind: type) -> bool:
 
 
 class Block:
-    """One block's calls, prepared for its layers as they are; None where they can't be."""
+    """One block's calls, prepared for its layers as they are; None where they can't be.
+
+    None for a prompt of one row, too, where layers skip channels: prompts run dense.
+    """
 
     def __init__(self, module: Any) -> None:
         self.module = module
@@ -109,7 +112,7 @@ class Block:
         """y for x, one row; None where the module's own code is to run."""
         if (x.dtype, x.ndim) != self._form or not self._parts.unchanged():
             self._prepare(x)
-        if self._head is None or self._tail is None:
+        if self._head is None or self._tail is None or (self._skips and not phase.decodes()):
             return None
         step: Any = self.step
         if self._around is not None and self._around.takes(x, mask, cache):

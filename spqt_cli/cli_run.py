@@ -99,11 +99,13 @@ def generate(
     cache.update({"kv_group_size": kv_group_size, "quantized_kv_start": quantized_kv_start})
     if not dense and (chosen := profile.apply(loaded)):
         loaded.note = "; ".join(filter(None, [loaded.note, chosen]))
-    draft = models.load_draft(draft_model, loaded) if draft_model else None
+    draft = models.load_draft(draft_model, loaded, dense=dense) if draft_model else None
     if draft is not None:
         cache = {**cache, "num_draft_tokens": num_draft_tokens}
         if loaded.sparsity:
-            several = "proposed tokens are checked several at a time, which runs dense"
+            several = (
+                "proposed tokens are checked several at a time, which skips channels but reads all weights"
+            )
             loaded.note = "; ".join(filter(None, [loaded.note, several]))
     options = generator.Options(max_tokens, stop or (), extra_eos_token or (), cache, draft)
     tokens = generator.encode(loaded, request)

@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from spqt_cli import activity, kernels, parts
+from spqt_cli import activity, kernels, parts, phase
 from spqt_cli.layers import SharedInput, ZigzagLinear
 from spqt_cli.parts import Parts
 
@@ -60,7 +60,10 @@ def _is_gated(kind: type, names: tuple[str, str, str]) -> bool:
 
 
 class Gated:
-    """One module's call, prepared for its layers as they are; the module's own code where that can't be."""
+    """One module's call, prepared for its layers as they are; the module's own code where that can't be.
+
+    So it is for a prompt of one row, too, where layers skip channels: prompts run dense.
+    """
 
     def __init__(self, module: Any, names: tuple[str, str, str], original: Callable[..., mx.array]) -> None:
         self.module, self.names, self.original = module, names, original
@@ -73,7 +76,7 @@ class Gated:
     def __call__(self, x: mx.array) -> mx.array:
         if (x.dtype, x.ndim) != self._form or not self._parts.unchanged():
             self._prepare(x)
-        if self._step is None:
+        if self._step is None or (self._skips and not phase.decodes()):
             return self.original(self.module, x)
         counter = activity.current() if self._skips else None
         tally = None if counter is None else counter.tally(self._groups)

@@ -43,18 +43,24 @@ class Prompt:
 
 @dataclass
 class Options:
-    """Length, stops and cache of one generation; cache settings are mlx-lm's."""
+    """Length, stops, cache and draft model of one generation; cache settings are mlx-lm's."""
 
     max_tokens: int = 256
     stop: Sequence[str] = ()
     extra_eos_tokens: Sequence[str] = ()
     cache: dict[str, Any] = field(default_factory=dict)
-    draft: Any = None
+    draft: model.Loaded | None = None
 
 
 @dataclass
 class Statistics:
-    """What one generation did. Rates in tokens per second, sizes in bytes, sparsity 0 to 1."""
+    """What one generation did. Rates in tokens per second, sizes in bytes, sparsity 0 to 1.
+
+    Of what was decoded: prompts run dense. sparsity: share of Zigzag weights skipped, the mean over tokens
+    fed. weight_bytes_per_token: read for each token written, by the draft model too; steps that verify drafts
+    read all weights whatever they skip. dense_weight_bytes_per_token: what the same steps would read dense.
+    draft_sparsity: the draft model's; None without one.
+    """
 
     prompt_tokens: int
     prompt_tps: float
@@ -68,14 +74,16 @@ class Statistics:
     dense_weight_bytes_per_token: float
     finish_reason: str | None
     note: str = ""
+    draft_sparsity: float | None = None
 
     def line(self) -> str:
         """One line for people."""
+        draft = "" if self.draft_sparsity is None else f" ({self.draft_sparsity:.1%} of the draft model's)"
         return (
             f"prompt {self.prompt_tokens} tokens, {self.prompt_tps:.1f} tok/s | "
             f"generation {self.generation_tokens} tokens, {self.generation_tps:.1f} tok/s | "
             f"peak memory {self.peak_memory_bytes / 1e9:.2f} GB | backend {self.backend} | "
-            f"skipped {self.sparsity:.1%} of the Zigzag weights | "
+            f"skipped {self.sparsity:.1%} of the Zigzag weights{draft} | "
             f"{self.weight_bytes_per_token / 1e6:.1f} MB of weights a token "
             f"(dense {self.dense_weight_bytes_per_token / 1e6:.1f})"
         )
@@ -180,7 +188,7 @@ def stream(loaded: model.Loaded, tokens: list[int], sampling: Sampling, options:
                 break
     if not stopped and (rest := gate.flush()):
         yield rest
-    yield _statistics(loaded, response, counter, "stop string" if stopped else None)
+    yield _statistics(loaded, response, counter, options.draft, "stop string" if stopped else None)
 
 
 def _loop_arguments(loaded: model.Loaded, sampling: Sampling, options: Options) -> dict[str, Any]:
@@ -203,7 +211,7 @@ def _loop_arguments(loaded: model.Loaded, sampling: Sampling, options: Options) 
             repetition_penalty=sampling.repetition_penalty
         )
     if options.draft is not None:
-        arguments["draft_model"] = options.draft
+        arguments["draft_model"] = options.draft.model
     return arguments
 
 
@@ -215,9 +223,19 @@ def _check_finite(response: Any) -> None:
 
 
 def _statistics(
-    loaded: model.Loaded, response: Any, counter: activity.Counter, reason: str | None
+    loaded: model.Loaded,
+    response: Any,
+    counter: activity.Counter,
+    draft: model.Loaded | None,
+    reason: str | None,
 ) -> Statistics:
-    read, dense, skipped = model.touched_bytes(loaded, counter.densities())
+    shares = counter.shares()
+    read, dense, skipped = model.touched_bytes(loaded, shares)
+    draft_skipped = None
+    if draft is not None:
+        more, more_dense, draft_skipped = model.touched_bytes(draft, shares)
+        of_draft, own = (counter.steps(one.model) / response.generation_tokens for one in (draft, loaded))
+        read, dense = own * read + of_draft * more, own * dense + of_draft * more_dense
     backend = kernels.backend()
     return Statistics(
         prompt_tokens=response.prompt_tokens,
@@ -232,6 +250,7 @@ def _statistics(
         dense_weight_bytes_per_token=dense,
         finish_reason=reason or response.finish_reason,
         note=loaded.note,
+        draft_sparsity=draft_skipped,
     )
 
 

@@ -1,6 +1,7 @@
-"""ZigzagLinear: the layer that mlx-lm's models call, dense for many rows and sparse for one.
+"""ZigzagLinear: the layer that mlx-lm's models call, dense for prompts and sparse in decode steps.
 
-It knows kernels and thresholds; it does not know models, files or the mlx-lm hook.
+Which of the two, phase.py is told and not the shape of x. It knows kernels and thresholds; it does not know
+models, files or the mlx-lm hook.
 """
 
 from typing import Any, Self
@@ -8,7 +9,7 @@ from typing import Any, Self
 import mlx.core as mx
 import mlx.nn as nn
 
-from spqt_cli import activity, kernels, layout
+from spqt_cli import activity, kernels, layout, phase
 
 
 class ZigzagLinear(nn.QuantizedLinear):
@@ -24,8 +25,8 @@ class ZigzagLinear(nn.QuantizedLinear):
     def __init__(self, outputs: int, bits: int, group_size: int, band: int) -> None:
         nn.Module.__init__(self)
         self.outputs, self.bits, self.group_size, self.band = outputs, bits, group_size, band
+        object.__setattr__(self, "_threshold", None)
         self._siblings = SharedInput([self])
-        self.set_threshold(None)
 
     @classmethod
     def from_linear(
@@ -77,9 +78,18 @@ class ZigzagLinear(nn.QuantizedLinear):
         self._siblings.forget()
 
     def __call__(self, x: mx.array) -> mx.array:
-        if x.size == x.shape[-1]:
+        decodes = phase.decodes()
+        if x.size == x.shape[-1] and (decodes or not self._siblings.skips):
             return self._siblings.output(x, self)
+        if decodes and self._threshold is not None:
+            return self._masked(x, self._threshold)
         return kernels.matmul(x, self)
+
+    def _masked(self, x: mx.array, threshold: mx.array) -> mx.array:
+        """y for x (..., inputs) of many rows, each masked by itself; all weights are read."""
+        if counter := activity.current():
+            counter.count_rows(self, layout.inactive(x, threshold))
+        return kernels.matmul(layout.mask(x, threshold), self)
 
     def share_input(self, siblings: "SharedInput") -> None:
         """Compute this layer together with the others of `siblings`, in one launch."""
@@ -108,7 +118,7 @@ class SharedInput:
 
     The first one called computes all; the others fetch theirs, recognised by the identity of x, and
     the results are dropped once fetched. postponed: the caller of the module around computes this product
-    itself, so x is handed back as it is (see blocks.py).
+    itself, so x is handed back as it is (see blocks.py). skips: whether any of the layers has a threshold.
     """
 
     def __init__(self, layers: list[ZigzagLinear]) -> None:
@@ -122,7 +132,7 @@ class SharedInput:
     def forget(self) -> None:
         """Prepare anew before the next product: a threshold has changed."""
         self._step: kernels.Step | None = None
-        self._skips = False
+        self.skips = any(layer.threshold is not None for layer in self.layers)
         self._weights: list[tuple[ZigzagLinear, mx.array]] = []
 
     def output(self, x: mx.array, layer: ZigzagLinear) -> mx.array:
@@ -150,8 +160,7 @@ class SharedInput:
             kernels.arrange(self.layers)
             step = self._step = kernels.prepare(self.layers)
             self._weights = [(layer, layer["weight"]) for layer in self.layers]
-            self._skips = any(layer.threshold is not None for layer in self.layers)
-        counter = activity.current() if self._skips else None
+        counter = activity.current() if self.skips else None
         tally = None if counter is None else counter.tally(self._alone)
         if tally is None:
             return step(x, None)[0]

@@ -1,29 +1,23 @@
 """`spqt mlx-lm evaluate`: lm-eval's tasks on a converted model, answered as it decodes.
 
-mlx-lm's wrapper scores many rows at once, and many rows run dense: left alone it measures
-quantization and no skipping. For a model with Zigzag layers its loglikelihood is replaced by that of
-multiple_choice.py, which masks the rows that generate would decode; tasks that write text run at batch 1.
+mlx-lm's wrapper scores context and ending in one pass, which runs dense as a prompt does: left alone it
+measures quantization and no skipping. For a model with Zigzag layers its loglikelihood is replaced by that of
+multiple_choice.py, which masks the rows that generate would decode. Tasks that write text need nothing.
 """
 
 import importlib.util
 from collections import defaultdict
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from spqt_cli import multiple_choice, observe
-from spqt_cli.errors import UnsupportedError, UsageError
+from spqt_cli.errors import UnsupportedError
 from spqt_cli.patch import zigzag_layers
 
-BATCH_FLAG = "--batch-size"
 
-
-def prepare(arguments: Sequence[str]) -> list[str]:
-    """Patch mlx-lm's wrapper and return its arguments, at batch 1.
-
-    Raises UnsupportedError without lm-eval, UsageError for another batch size.
-    """
+def prepare() -> None:
+    """Patch mlx-lm's wrapper. Raises UnsupportedError without lm-eval."""
     if importlib.util.find_spec("lm_eval") is None:
         raise UnsupportedError("lm-eval is not installed", "pip install 'spqt[lm-eval]'")
     from mlx_lm import evaluate
@@ -44,17 +38,6 @@ def prepare(arguments: Sequence[str]) -> list[str]:
         return result
 
     wrapper.loglikelihood, wrapper.loglikelihood_rolling = loglikelihood, rolling
-    return _at_batch_one(arguments)
-
-
-def _at_batch_one(arguments: Sequence[str]) -> list[str]:
-    """The rows of a larger batch would be decoded dense."""
-    for at, argument in enumerate(arguments):
-        name, _, value = argument.partition("=")
-        if name == BATCH_FLAG and (value or "".join(arguments[at + 1 : at + 2])) != "1":
-            raise UsageError("channels are skipped at batch 1 only", f"leave {BATCH_FLAG} out")
-    given = any(argument.partition("=")[0] == BATCH_FLAG for argument in arguments)
-    return [*arguments] if given else [*arguments, BATCH_FLAG, "1"]
 
 
 def _loglikelihood(self: Any, requests: list[Any]) -> list[tuple[float, bool]]:

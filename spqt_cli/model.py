@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from spqt_cli import format, identity, source, thresholds
+from spqt_cli import activity, format, identity, source, thresholds
 from spqt_cli.errors import ResourceError, SpqtError
 from spqt_cli.patch import wished_sparsity, zigzag_layers
 
@@ -151,15 +151,17 @@ def known(loaded: Loaded, tokens: list[int]) -> list[int]:
     return tokens
 
 
-def load_draft(path: str, target: Loaded) -> nn.Module:
+def load_draft(path: str, target: Loaded, *, dense: bool = False) -> Loaded:
     """A smaller model for speculative decoding: converted or any that mlx-lm loads.
 
+    It skips what it is calibrated for, or what SPQT_SPARSITY says; nothing with `dense`.
     Raises SpqtError when its vocabulary is not the target's.
     """
     import mlx_lm
 
     folder = source.local_folder(path)
-    if "spqt" in format.read_config(folder):
+    config = format.read_config(folder)
+    if "spqt" in config:
         identity.check_model(folder)
     with plain_path(folder) as readable, _load_errors(folder):
         draft, tokenizer, *_ = mlx_lm.load(str(readable))
@@ -168,7 +170,10 @@ def load_draft(path: str, target: Loaded) -> nn.Module:
             f"{path} has {tokenizer.vocab_size} tokens, {target.folder} {target.tokenizer.vocab_size}",
             "a draft model needs the same tokenizer",
         )
-    return draft
+    loaded = Loaded(draft, tokenizer, config, folder, None)
+    if "spqt" in config:
+        _set_thresholds(loaded, wished_sparsity(), dense)
+    return loaded
 
 
 @contextlib.contextmanager
@@ -242,10 +247,15 @@ def _experts_share(config: dict[str, Any]) -> float:
     return chosen / total if chosen and total else 1.0
 
 
-def touched_bytes(loaded: Loaded, densities: list[tuple[Any, float]]) -> tuple[float, float, float]:
-    """(bytes of weights read per token, bytes of a dense step, share of Zigzag weights skipped)."""
+def touched_bytes(loaded: Loaded, shares: list[activity.Share]) -> tuple[float, float, float]:
+    """(bytes of weights read per step, bytes of a dense step, share of Zigzag weights skipped per token).
+
+    The last may be more than is saved in reading: steps of many rows read all weights.
+    """
     other, zigzag = weight_bytes(loaded.model, loaded.config)
-    density = {id(layer): value for layer, value in densities}
-    read = sum(size * density.get(key, 1.0) for key, size in zigzag.items())
+    by_layer = {id(share.layer): share for share in shares}
     dense = sum(zigzag.values())
-    return other + read, other + dense, 1 - read / dense if dense else 0.0
+    counted = [(size, by_layer[key]) for key, size in zigzag.items() if key in by_layer]
+    unread = sum(size * (1 - share.read) for size, share in counted)
+    skipped = sum(size * (1 - share.active) for size, share in counted)
+    return other + dense - unread, other + dense, skipped / dense if dense else 0.0

@@ -1,9 +1,9 @@
 """`spqt eval FILE.jsonl`: how often a model prefers the right ending, dense and with channels skipped.
 
 An ending's score is the sum of the log-probabilities of its tokens after the context. As generate
-decodes it: the context but for its last token is a prompt, run dense; that token and the ending's
-are decode steps, computed as many masked rows at once. Definitions as lm-eval's: acc takes the
-ending of the highest score, acc_norm of the highest score per character of the ending's text.
+decodes it: the context is a prompt, run dense; the ending's tokens are decode steps, computed as many
+masked rows at once. Definitions as lm-eval's: acc takes the ending of the highest score, acc_norm of the
+highest score per character of the ending's text.
 """
 
 import copy
@@ -49,7 +49,8 @@ class Difference:
 class Answers:
     """One variant's accuracies, 0 to 1, with standard errors. correct, correct_norm: per question.
 
-    realised: share of Zigzag weights skipped over the rows that were decode steps.
+    realised: share of Zigzag weights skipped over the rows that were decode steps: all tokens of an ending
+    but its last, after which nothing is predicted.
     """
 
     name: str
@@ -109,7 +110,7 @@ def encode(question: questions.Question, tokenizer: Any, limit: int | None, file
 
 
 def after_context(network: nn.Module, question: Encoded) -> list[Any]:
-    """The model's cache after the question's context but for its last token, run dense."""
+    """The model's cache after the question's context but for its last token, which `predictions` feeds."""
     prompt = question.context[:-1]
     return observe.prompt_cache(network, mx.array([prompt])) if prompt else observe.empty_cache(network)
 
@@ -146,12 +147,12 @@ def predictions(
     for at in range(0, len(question.endings), batch):
         endings = question.endings[at : at + batch]
         rows = np.zeros((len(endings), max(map(len, endings))), np.int32)
-        real = np.zeros(rows.shape, bool)
+        decoded = np.zeros(rows.shape, bool)
         for row, ending in enumerate(endings):
             rows[row, : len(ending)] = [question.context[-1], *ending[:-1]]
-            real[row, : len(ending)] = True
+            decoded[row, 1 : len(ending)] = True
         if masking is not None:
-            masking.rows = real
+            masking.rows = decoded
         harness.masking = masking
         logits = observe.continuation(network, mx.array(rows), _repeated(cache, len(endings)))
         mx.eval(logits)

@@ -56,7 +56,7 @@ class Masking:
     def realised(self) -> dict[str, float]:
         """Path -> share of its inputs masked so far; only layers that ran."""
         skipped = {path: float(np.array(count)) for path, count in self._skipped.items()}
-        return {path: skipped.get(path, 0.0) / seen for path, seen in self._seen.items()}
+        return {path: skipped.get(path, 0.0) / seen for path, seen in self._seen.items() if seen}
 
 
 class Harness:

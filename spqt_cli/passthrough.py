@@ -33,7 +33,7 @@ def run(arguments: Sequence[str]) -> None:
     if arguments[0] == "evaluate":
         from spqt_cli import lm_evaluate
 
-        arguments = lm_evaluate.prepare(arguments)
+        lm_evaluate.prepare()
     sys.argv = ["mlx_lm", *arguments]
     from mlx_lm import cli
 

@@ -2,16 +2,17 @@
 
 `nn.quantize` passes each layer's entry of config.json to `to_quantized`, so one wrapped method is a
 complete loader hook; a second one, on `load_weights`, sees the whole model once its weights are in.
-Everything that leans on MLX's or mlx-lm's insides stands here and in cpu_patch.py.
+Everything that leans on MLX's or mlx-lm's insides stands here, in cpu_patch.py and in patch_generate.py.
 """
 
 import os
+import sys
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from spqt_cli import attention, blocks, cpu_patch, gated, kernels, thresholds
+from spqt_cli import attention, blocks, cpu_patch, gated, kernels, patch_generate, thresholds
 from spqt_cli.errors import UsageError
 from spqt_cli.layers import SharedInput, ZigzagLinear
 
@@ -51,6 +52,7 @@ def _load_weights_and_prepare(self: nn.Module, *args: Any, **kw: Any) -> nn.Modu
     """Load weights; a model with Zigzag layers is then made ready for its backend."""
     result = _load_weights(self, *args, **kw)
     if zigzag_layers(self):
+        patch_generate.install()  # not before: it imports mlx_lm.generate, which holds on to MLX's device
         _share_inputs(self)
         if mx.default_device().type == mx.DeviceType.cpu:
             compute_in_float32(self)
@@ -105,6 +107,8 @@ def install() -> None:
     linear: Any = nn.Linear
     module: Any = nn.Module
     linear.to_quantized, module.load_weights = _to_quantized, _load_weights_and_prepare
+    if "mlx_lm.generate" in sys.modules:
+        patch_generate.install()
 
 
 install()

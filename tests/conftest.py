@@ -123,6 +123,15 @@ def _no_cache_of_the_developer(tmp_path_factory: pytest.TempPathFactory) -> Iter
         yield
 
 
+@pytest.fixture
+def decode_steps() -> Iterator[None]:
+    """All that the test feeds to layers were generated tokens."""
+    from spqt_cli import phase
+
+    with phase.decoding():
+        yield
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny llama checkpoint, shared: don't write to it."""

@@ -7,7 +7,7 @@ import mlx.core as mx
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
 
-from spqt_cli import convert, model
+from spqt_cli import convert, model, phase
 from spqt_cli.patch import zigzag_layers
 from tests.conftest import SIZES, random_weights, write_tokenizer
 
@@ -72,4 +72,5 @@ def test_convert_load_and_step(name, tmp_path):
 def _last_step(network, ids: mx.array) -> mx.array:
     cache = make_prompt_cache(network)
     network(ids[:, :-1], cache=cache)
-    return network(ids[:, -1:], cache=cache)[0, -1]
+    with phase.decoding():
+        return network(ids[:, -1:], cache=cache)[0, -1]

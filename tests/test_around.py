@@ -16,6 +16,7 @@ from tests.test_gated import on_emulator
 from tests.test_kernels_gpu import emulated
 
 __all__ = ["emulated", "on_emulator", "striped"]  # fixtures
+pytestmark = pytest.mark.usefixtures("decode_steps")
 
 CACHES = {
     "plain": KVCache,

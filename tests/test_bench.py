@@ -8,7 +8,7 @@ import pytest
 from mlx import nn
 from typer.testing import CliRunner
 
-from spqt_cli import activity, bench, bench_model, bench_runs, cpu_patch, kernels, profile
+from spqt_cli import activity, bench, bench_model, bench_runs, cpu_patch, kernels, phase, profile
 from spqt_cli.bench_report import ModelRow
 from spqt_cli.cli import app
 from spqt_cli.errors import ResourceError, SpqtError, UsageError
@@ -146,7 +146,7 @@ def test_fitted_thresholds_skip_the_wanted_share_in_a_sparse_run(subject, sparsi
     cache = bench_model.caches(subject, depth)["zigzag"]
     thresholds = subject.thresholds(sparsity, cache, 16)
     runs(subject).prepare(bench_runs.Variant("sparse", "zigzag", sparsity, thresholds))
-    with activity.counting() as counter:
+    with activity.counting() as counter, phase.decoding():
         for token in subject.tokens[:16]:  # those it was fitted to, one at a time
             mx.eval(subject.zigzag(mx.array([[token]]), cache=cache))
     densities = [density for _, density in counter.densities()]

@@ -14,6 +14,7 @@ from tests.test_kernels_gpu import CUTS, emulated, kinds, use
 from tests.test_trust import fresh_trust, run_emulated
 
 __all__ = ["emulated", "fresh_trust", "on_emulator"]  # fixtures
+pytestmark = pytest.mark.usefixtures("decode_steps")
 WIDTH = 192
 
 

@@ -9,7 +9,7 @@ from spqt_cli import cpu, cpu_patch, gated, kernels, patch
 from tests.test_blocks import block, installed, steps, token
 
 USABLE, REASON = cpu.status()
-pytestmark = pytest.mark.skipif(not USABLE, reason=REASON)
+pytestmark = [pytest.mark.skipif(not USABLE, reason=REASON), pytest.mark.usefixtures("decode_steps")]
 
 
 @pytest.fixture(autouse=True)

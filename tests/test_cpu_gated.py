@@ -9,7 +9,7 @@ from spqt_cli import activity, cpu, gated, kernels
 from spqt_cli.layers import SharedInput, ZigzagLinear
 
 USABLE, REASON = cpu.status()
-pytestmark = pytest.mark.skipif(not USABLE, reason=REASON)
+pytestmark = [pytest.mark.skipif(not USABLE, reason=REASON), pytest.mark.usefixtures("decode_steps")]
 INPUTS, OUTPUTS = 301, 96
 
 

@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from spqt_cli import evaluate, model, observe
+from spqt_cli import evaluate, model, observe, phase
 from spqt_cli.errors import SpqtError, UsageError
 from spqt_cli.evaluate import EvaluateOptions, parse_shares
 
@@ -43,7 +43,8 @@ def test_masked_rows_are_one_token_steps(calibrated):
     loaded = model.load(calibrated)
     cache = make_prompt_cache(loaded.model)
     loaded.model(tokens[:, :12], cache=cache)  # a dense prompt
-    steps = [loaded.model(tokens[:, i : i + 1], cache=cache) for i in range(12, 24)]
+    with phase.decoding():
+        steps = [loaded.model(tokens[:, i : i + 1], cache=cache) for i in range(12, 24)]
     layers = model.zigzag_layers(loaded.model)
     masking = observe.Masking({path: layer.threshold.item() for path, layer in layers.items()})
     with observe.probing(loaded.model) as harness:

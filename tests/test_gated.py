@@ -12,6 +12,7 @@ from tests.test_kernels_gpu import CUTS, emulated, kinds, use
 from tests.test_trust import fresh_trust, run_emulated
 
 __all__ = ["emulated", "fresh_trust"]  # fixtures
+pytestmark = pytest.mark.usefixtures("decode_steps")
 NAMES = gated.GATED[0]
 
 

@@ -1,11 +1,14 @@
-"""ZigzagLinear: sparse for one row, dense for more, siblings in one launch."""
+"""ZigzagLinear: sparse in decode steps, dense in prompts, whatever the shape; siblings in one launch."""
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 import pytest
 
-from spqt_cli import activity, kernels, layout
+from spqt_cli import activity, kernels, layout, phase
 from spqt_cli.layers import SharedInput, ZigzagLinear
+
+pytestmark = pytest.mark.usefixtures("decode_steps")
 
 
 def make_layer(outputs: int = 96, inputs: int = 64, threshold: float | None = 0.5, bias: bool = False):
@@ -27,21 +30,38 @@ def close(a: mx.array, b: mx.array) -> bool:
     return bool(mx.allclose(a, b, rtol=1e-4, atol=2e-5))
 
 
+SHAPES = [(64,), (1, 64), (1, 1, 64), (1, 2, 64), (3, 1, 64), (2, 5, 64), (3, 1, 1, 64)]
+
+
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("shape", [(64,), (1, 64), (1, 1, 64)])
-def test_one_row_is_sparse_in_every_shape(shape, bias):
+@pytest.mark.parametrize("shape", SHAPES)
+def test_fault_47_prompts_are_dense_in_every_shape(shape, bias):
     layer = make_layer(bias=bias)
     x = mx.random.normal(shape)
-    assert layer(x).shape == (*shape[:-1], 96)
-    assert close(layer(x), expected(layer, x, masked=True))
-    assert not close(layer(x), expected(layer, x, masked=False))
+    with phase.prompting():
+        assert close(layer(x), expected(layer, x, masked=False))
 
 
-@pytest.mark.parametrize("shape", [(1, 2, 64), (3, 1, 64), (2, 5, 64)])
-def test_fault_47_more_rows_are_dense(shape):
-    layer = make_layer()
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_fault_47_each_row_of_a_decode_step_is_masked_by_itself(shape, bias):
+    layer = make_layer(bias=bias)
     x = mx.random.normal(shape)
-    assert close(layer(x), expected(layer, x, masked=False))
+    y = layer(x)
+    rows = [layer(row) for row in x.reshape(-1, 64)]
+    assert y.shape == (*shape[:-1], 96)
+    assert close(y, expected(layer, x, masked=True))
+    assert close(y.reshape(-1, 96), mx.stack(rows))
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_siblings_of_which_one_skips_are_dense_in_prompts(rows):
+    """The one without a threshold must not compute the other's product for it."""
+    dense, sparse = siblings(None, 0.5)
+    x = mx.random.normal((1, rows, 64))
+    with phase.prompting():
+        for layer in (dense, sparse):
+            assert close(layer(x), expected(layer, x, masked=False))
 
 
 def test_without_threshold_one_row_is_dense():
@@ -154,6 +174,31 @@ def test_counts_are_the_active_channels():
     for layer in [*layers, alone]:
         share = 1 - layout.inactive(inputs, layer.threshold).astype(mx.float32).mean().item()
         assert counted[id(layer)] == pytest.approx(share, abs=1e-6)
+
+
+def test_counts_of_many_rows_are_a_mean_over_rows():
+    """Three steps of one row and two of four: 11 rows; siblings, whose rows run in two ways."""
+    layers = siblings(0.3, 0.8)
+    steps = [
+        mx.random.normal((1, rows, 64), key=mx.random.key(rows + at))
+        for at, rows in enumerate((1, 4, 1, 1, 4))
+    ]
+    with activity.counting() as counter:
+        for x in steps:
+            for layer in layers:
+                layer(x)
+        with phase.prompting():
+            layers[0](steps[0])
+            layers[0](steps[1])
+    found = {id(share.layer): share for share in counter.shares()}
+    for layer in layers:
+        kept = [np.abs(np.array(x)) >= layer.threshold.item() for x in steps]
+        share = found[id(layer)]
+        assert share.active == pytest.approx(np.concatenate(kept, axis=1).mean())
+        # a step of four rows reads all weights, one of one row those of its active channels
+        assert share.read == pytest.approx(
+            np.mean([one.mean() if one.shape[1] == 1 else 1.0 for one in kept])
+        )
 
 
 def test_nothing_is_counted_outside_the_block():

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from spqt_cli import lm_evaluate, model, multiple_choice, observe, questions
-from spqt_cli.errors import UsageError
+from spqt_cli import model, multiple_choice, observe, questions
 from tests.test_cli import assert_error, process
 
 CONTEXT, ENDINGS = "the quick brown", (" fox jumps over", " dog")
@@ -91,11 +90,3 @@ def test_without_the_extra_one_line(calibrated, tmp_path):
     (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['lm_eval'] = None\n")
     result = process("mlx-lm", "evaluate", "--model", calibrated, "--tasks", "x", PYTHONPATH=str(tmp_path))
     assert_error(result, 4, "pip install 'spqt[lm-eval]'")
-
-
-def test_other_batch_sizes_are_refused():
-    assert lm_evaluate._at_batch_one(["evaluate"]) == ["evaluate", "--batch-size", "1"]
-    assert lm_evaluate._at_batch_one(["evaluate", "--batch-size=1"]) == ["evaluate", "--batch-size=1"]
-    for arguments in (["--batch-size", "8"], ["--batch-size=2"], ["--batch-size"]):
-        with pytest.raises(UsageError, match="batch 1"):
-            lm_evaluate._at_batch_one(arguments)

@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from spqt_cli import convert, model, multiple_choice, observe, questions
+from spqt_cli import convert, model, multiple_choice, observe, phase, questions
 from spqt_cli.errors import SpqtError, UsageError
 from spqt_cli.evaluate import EvaluateOptions
 from tests.conftest import random_weights, tiny_config, write_tokenizer
@@ -75,15 +75,11 @@ def stepwise(loaded: model.Loaded, context: list[int], ending: list[int]) -> flo
     from mlx_lm.models.cache import make_prompt_cache
 
     cache = make_prompt_cache(loaded.model)
-    if len(context) == 2:  # a lone prompt token would count as a decode step: run it without thresholds
-        model.set_sparsity(loaded, 0)
-    if len(context) > 1:
-        loaded.model(mx.array([context[:-1]]), cache=cache)
-    model.set_sparsity(loaded, 0.4)
-    total = 0.0
-    for token, following in zip([context[-1], *ending[:-1]], ending, strict=True):
-        logits = loaded.model(mx.array([[token]]), cache=cache)[0, -1]
-        total += (logits[following] - mx.logsumexp(logits)).item()
+    logits, total = loaded.model(mx.array([context]), cache=cache)[0, -1], 0.0
+    for token in ending:
+        total += (logits[token] - mx.logsumexp(logits)).item()
+        with phase.decoding():
+            logits = loaded.model(mx.array([[token]]), cache=cache)[0, -1]
     return total
 
 
@@ -151,7 +147,11 @@ def test_variants_and_paired_differences(calibrated, checkpoint, tmp_path):
     words = ["fox", "dog", "box", "jugs", "quick", "lazy"]
     draw = np.random.default_rng(3)
     entries = [
-        {"ctx": f"the {draw.choice(words)}", "endings": list(draw.permutation(words)[:3]), "label": i % 3}
+        {
+            "ctx": f"the {draw.choice(words)}",
+            "endings": [f"{word} jumps over" for word in draw.permutation(words)[:3]],
+            "label": i % 3,
+        }
         for i in range(8)
     ]
     options = EvaluateOptions(sparsity="0.4,0.9", baseline=str(checkpoint), rows=True, limit=6)

@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from spqt_cli import calibrate, convert, model, observe
+from spqt_cli import calibrate, convert, model, observe, phase
 from tests.conftest import tiny_checkpoint
 
 
@@ -31,7 +31,8 @@ def test_masked_rows_are_one_token_steps(folder):
     loaded = model.load(folder)
     cache = make_prompt_cache(loaded.model)
     loaded.model(tokens[:, :80], cache=cache)
-    steps = [loaded.model(tokens[:, i : i + 1], cache=cache) for i in range(80, 100)]
+    with phase.decoding():
+        steps = [loaded.model(tokens[:, i : i + 1], cache=cache) for i in range(80, 100)]
     layers = model.zigzag_layers(loaded.model)
     with observe.probing(loaded.model) as harness:
         cache = observe.prompt_cache(loaded.model, tokens[:, :80])
