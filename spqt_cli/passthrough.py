@@ -3,11 +3,13 @@
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from spqt_cli.errors import SpqtError, UsageError
 
 # Flags of mlx-lm's commands that name a model to load.
 MODEL_FLAGS = ("--model", "--draft-model")
+WRITING = ("generate", "chat", "server", "benchmark", "evaluate")  # commands that generate tokens
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -29,6 +31,8 @@ def run(arguments: Sequence[str]) -> None:
                 raise SpqtError(
                     f"{path} has no thresholds for SPQT_SPARSITY={wished}", f"spqt calibrate {path}"
                 )
+            if arguments[0] in WRITING:
+                print(f"spqt: {path}: {_mode(config, wished)}", file=sys.stderr, flush=True)
     patch.install()
     if arguments[0] == "evaluate":
         from spqt_cli import lm_evaluate
@@ -47,6 +51,15 @@ def run(arguments: Sequence[str]) -> None:
             f"mlx-lm's own command failed: {type(error).__name__}: {said}",
             "spqt mlx-lm COMMAND --help lists its options; spqt --debug mlx-lm ... shows the traceback",
         ) from error
+
+
+def _mode(config: dict[str, Any], wished: float | None) -> str:
+    """How requests to a model run, for people."""
+    calibrated: float = (config["spqt"].get("calibration") or {}).get("sparsity") or 0.0
+    share = calibrated if wished is None else wished
+    if not share:
+        return "all runs dense, nothing is skipped"
+    return f"prompts run dense, generated tokens at {share:.0%} sparsity, in batches too"
 
 
 def _models(arguments: Sequence[str]) -> list[Path]:

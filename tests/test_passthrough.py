@@ -21,6 +21,7 @@ def test_passthrough_runs_mlx_lm_on_a_converted_model(calibrated):
     result = process("mlx-lm", "generate", "--model", calibrated, "--prompt", "fox", "--max-tokens", "4")
     assert result.returncode == 0, result.stderr.decode()
     assert b"tokens-per-sec" in result.stdout
+    assert b"prompts run dense, generated tokens at 40% sparsity, in batches too" in result.stderr
 
 
 def test_passthrough_checks_the_model_first(calibrated, tmp_path):
@@ -34,8 +35,10 @@ def test_passthrough_checks_the_model_first(calibrated, tmp_path):
 
 def test_passthrough_derives_sparsity_from_the_environment(calibrated):
     command = ("mlx-lm", "generate", "--model", calibrated, "--prompt", "fox", "-m", "8")
-    dense, sparse = (process(*command, SPQT_SPARSITY=wish).stdout for wish in ("0", "0.9"))
-    assert dense.split(b"==========")[1] != sparse.split(b"==========")[1]
+    dense, sparse = (process(*command, SPQT_SPARSITY=wish) for wish in ("0", "0.9"))
+    assert dense.stdout.split(b"==========")[1] != sparse.stdout.split(b"==========")[1]
+    assert b"all runs dense, nothing is skipped" in dense.stderr
+    assert b"generated tokens at 90% sparsity" in sparse.stderr
     assert_error(process(*command, SPQT_SPARSITY="2"), 2, "SPQT_SPARSITY")
 
 

@@ -23,10 +23,7 @@ from spqt_cli import activity, bench_model, convert, kernels, model, observe, pa
 from spqt_cli.layers import ZigzagLinear
 from spqt_cli.patch import zigzag_layers
 from tests.conftest import SIZES, random_weights, tiny_checkpoint, write_tokenizer
-from tests.test_gated import on_emulator
-from tests.test_kernels_gpu import emulated, kinds
 
-__all__ = ["emulated", "on_emulator"]  # fixtures
 PROMPTS = [[60], [70, 80], [90, 61, 62, 63, 64], [81, 82, 83, 84, 85, 86, 87, 88, 89]]
 COUNT = 10  # tokens written
 
@@ -251,17 +248,6 @@ def test_products_made_token_by_token_are_dense_in_prompts(name, tmp_path):
         (dense, following), (first, second) = log_p(prompt, None), log_p(prompt, 0.4)
         assert np.allclose(first, dense, rtol=1e-4, atol=1e-4)
         assert np.abs(second - following).max() > 0.01
-
-
-def test_on_a_gpu_s_kernels_too(on_emulator, tmp_path):
-    sizes = {"hidden_size": 128, "intermediate_size": 160, "head_dim": 32, "num_hidden_layers": 1}
-    source = tiny_checkpoint(tmp_path / "source", **sizes)
-    convert.convert(str(source), tmp_path / "out", convert.ConvertOptions(bits=4, group_size=32))
-    loaded, prompts = half_skipped(model.load(tmp_path / "out")), PROMPTS[:2]
-    assert alone(loaded.model, prompts[0], 3) == continued(loaded.model, prompts[0], 3)
-    found = together(loaded.model, prompts, [1, 3])
-    assert found == [continued(loaded.model, p, n) for p, n in zip(prompts, [1, 3], strict=True)]
-    assert "gemv" in kinds(on_emulator)
 
 
 def test_requests_in_two_threads_are_apart(loaded):
