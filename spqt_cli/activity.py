@@ -107,7 +107,7 @@ class Counter:
         self._steps[id(model)] = self._steps.get(id(model), 0) + 1
 
     def steps(self, model: Any) -> int:
-        """The decode steps of a model that were noted."""
+        """The decode steps of a model that were noted: those of requests alone, not of batches."""
         return self._steps.get(id(model), 0)
 
     def shares(self) -> list[Share]:

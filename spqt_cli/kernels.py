@@ -225,5 +225,7 @@ def prepare_tail(x: mx.array, tail: Tail) -> TailStep | None:
 
 
 def matmul(x: mx.array, layer: Projection) -> mx.array:
-    """x @ W.T + bias, all channels used: x (..., inputs) -> (..., outputs). Prefill and dense decode."""
+    """x @ W.T + bias, all channels used: x (..., inputs) -> (..., outputs). For prompts, and for many
+    rows that were masked before.
+    """
     return _implementation().matmul(x, layer)
