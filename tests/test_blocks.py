@@ -7,7 +7,7 @@ import pytest
 from mlx_lm.models import gemma, gemma3_text, llama, olmo2, qwen2, qwen3
 from mlx_lm.models.cache import KVCache
 
-from spqt_cli import activity, around, blocks, gated, gpu, gpu_plan, patch, selftest, trust
+from spqt_cli import activity, around, blocks, gated, gpu, gpu_plan, patch, phase, selftest, trust
 from tests.conftest import layer_settings
 from tests.test_gated import on_emulator
 from tests.test_kernels_gpu import CUTS, emulated, kinds, use
@@ -151,6 +151,20 @@ def test_one_launch_a_product_adds_the_residual_outside(on_emulator, monkeypatch
     found, counted = steps(installed(made))
     assert np.allclose(found, expected, rtol=1e-4, atol=1e-4)
     assert counted == shares
+
+
+def test_fault_47_a_prompt_of_one_row_is_dense_and_decoding_goes_on_sparse(striped):
+    made = installed(block())
+    before, _ = steps(made)  # traced in decode steps
+    with phase.prompting():
+        prompt, counted = steps(made)
+    assert counted == {}
+    assert np.array_equal(steps(made)[0], before)
+    for layer in patch.zigzag_layers(made).values():
+        layer.set_threshold(0.0)  # skips nothing, by the kernels that are built already
+    dense, _ = steps(made)
+    assert np.allclose(prompt, dense, rtol=1e-4, atol=1e-4)
+    assert not np.allclose(before, dense, rtol=1e-2, atol=1e-2)
 
 
 def test_new_thresholds_of_any_layer_are_seen(striped):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from mlx_lm.models import gemma, llama, qwen2
 
-from spqt_cli import activity, gated, gpu, gpu_plan, kernels, selftest, trust
+from spqt_cli import activity, gated, gpu, gpu_plan, kernels, phase, selftest, trust
 from spqt_cli.layers import SharedInput, ZigzagLinear
 from tests.test_kernels_gpu import CUTS, emulated, kinds, use
 from tests.test_trust import fresh_trust, run_emulated
@@ -94,6 +94,21 @@ def test_counts_go_on_from_step_to_step(on_emulator):
     shares = {id(one): share for one, share in counter.densities()}
     one_step = 1 - (mx.abs(X) < 0.4).astype(mx.float32).mean().item()
     assert shares[id(made.gate_proj)] == pytest.approx(one_step / 2)
+
+
+def test_fault_47_a_prompt_of_one_row_is_dense(on_emulator):
+    made = module()
+    gated.install(made)
+    sparse = made(X)  # prepared for decode steps
+    with phase.prompting(), activity.counting() as counter:
+        found = made(X)
+    assert counter.shares() == []
+    for one in (made.gate_proj, made.up_proj, made.down_proj):
+        one.set_threshold(0.0)  # skips nothing, by the kernels that are built already
+    expected = made(X)
+    # float32 sums of 704 terms in two orders, after silu: 704 * 2^-24 of the largest term, times a few.
+    assert mx.allclose(found, expected, rtol=1e-4, atol=2e-4).item()
+    assert not mx.allclose(sparse, expected, rtol=1e-2, atol=1e-2).item()
 
 
 def test_new_thresholds_and_other_layers_are_seen(on_emulator):
