@@ -41,21 +41,22 @@ def compare(
     for target in sparsities:
         on_row(f"sparsity {target:.0%}" if target else "dense")
         model.set_sparsity(loaded, target)
-        *pieces, statistics = generate.stream(
-            loaded, tokens, generate.Sampling(), generate.Options(max_tokens=max_tokens)
-        )
+        answer: list[int] = []
+        options = generate.Options(max_tokens=max_tokens, on_token=answer.append)
+        *pieces, statistics = generate.stream(loaded, tokens, generate.Sampling(), options)
         model.set_sparsity(loaded, 0)
-        text = "".join(pieces)
-        rows.append(Row(target, text, statistics, perplexity(loaded, tokens, text)))
+        rows.append(Row(target, "".join(pieces), statistics, perplexity(loaded, tokens, answer)))
     return rows
 
 
-def perplexity(loaded: model.Loaded, prompt_tokens: list[int], text: str) -> float:
-    """exp of the mean negative log-likelihood per token of `text` after the prompt, by `loaded` as set."""
+def perplexity(loaded: model.Loaded, prompt_tokens: list[int], answer: list[int]) -> float:
+    """exp of the mean negative log-likelihood per token of an answer after its prompt, by `loaded` as set.
+
+    answer: the tokens as they were written; NaN where there are none.
+    """
     import mlx.core as mx
     import mlx.nn as nn
 
-    answer = loaded.tokenizer.encode(text, add_special_tokens=False)
     if not answer:
         return math.nan
     ids = mx.array([prompt_tokens + answer])

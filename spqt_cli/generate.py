@@ -1,15 +1,15 @@
 """Text from a prompt: mlx-lm's own loop, with counts of what was really skipped.
 
-It knows prompts, sampling and stop strings; the loop, cache and detokenizer are mlx-lm's.
+It knows prompts, sampling and stop strings; the loop and the cache are mlx-lm's.
 """
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from spqt_cli import activity, bounds, files, format, kernels, limits, model
+from spqt_cli import activity, borders, bounds, files, format, kernels, limits, model
 from spqt_cli.errors import BackendError, SpqtError, UsageError
 
 CHECK_EVERY = 32  # tokens between looks at the log-probabilities: a look waits for the device
@@ -43,13 +43,17 @@ class Prompt:
 
 @dataclass
 class Options:
-    """Length, stops, cache and draft model of one generation; cache settings are mlx-lm's."""
+    """Length, stops, cache and draft model of one generation; cache settings are mlx-lm's.
+
+    on_token: told each token of the text as it comes.
+    """
 
     max_tokens: int = 256
     stop: Sequence[str] = ()
     extra_eos_tokens: Sequence[str] = ()
     cache: dict[str, Any] = field(default_factory=dict)
     draft: model.Loaded | None = None
+    on_token: Callable[[int], object] = lambda _: None
 
 
 @dataclass
@@ -100,7 +104,7 @@ def encode(loaded: model.Loaded, prompt: Prompt) -> list[int]:
         raise SpqtError("the prompt is not UTF-8", "convert it to UTF-8")
     tokenizer = loaded.tokenizer
     if prompt.ignore_chat_template or not tokenizer.has_chat_template:
-        tokens = tokenizer.encode(prompt.text)
+        tokens = borders.encode(tokenizer, prompt.text)
     elif any(token in prompt.text for token in tokenizer.get_added_vocab()):
         tokens = _encode_literally(tokenizer, prompt)
     else:
@@ -177,11 +181,12 @@ def stream(loaded: model.Loaded, tokens: list[int], sampling: Sampling, options:
     arguments = _loop_arguments(loaded, sampling, options)
     mx.reset_peak_memory()
     gate, response, stopped = StopStrings(options.stop), None, False
+    answer = borders.Answer(loaded.tokenizer, tokens)
     with activity.counting(kernels.counted_steps()) as counter:
         for response in mlx_lm.stream_generate(loaded.model, loaded.tokenizer, tokens, **arguments):
             if response.generation_tokens % CHECK_EVERY == 1 or response.finish_reason:
                 _check_finite(response)
-            text, stopped = gate.push(response.text)
+            text, stopped = gate.push(_text(answer, response, options))
             if text:
                 yield text
             if stopped:
@@ -189,6 +194,15 @@ def stream(loaded: model.Loaded, tokens: list[int], sampling: Sampling, options:
     if not stopped and (rest := gate.flush()):
         yield rest
     yield _statistics(loaded, response, counter, options.draft, "stop string" if stopped else None)
+
+
+def _text(answer: borders.Answer, response: Any, options: Options) -> str:
+    """The text that a step adds; the token that ends a turn has none."""
+    text = ""
+    if response.finish_reason != "stop":
+        options.on_token(response.token)
+        text = answer.push(response.token)
+    return text + answer.flush() if response.finish_reason else text
 
 
 def _loop_arguments(loaded: model.Loaded, sampling: Sampling, options: Options) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from spqt_cli import multiple_choice, observe
+from spqt_cli import borders, multiple_choice, observe
 from spqt_cli.errors import UnsupportedError
 from spqt_cli.patch import zigzag_layers
 
@@ -65,13 +65,18 @@ def _loglikelihood(self: Any, requests: list[Any]) -> list[tuple[float, bool]]:
 
 
 def _encode(self: Any, context: str, endings: list[str]) -> multiple_choice.Encoded:
-    """In tokens as mlx-lm's wrapper does it; a context that is too long loses its beginning."""
+    """In tokens as mlx-lm's wrapper does it, with one BOS; a context that is too long loses its beginning."""
     from mlx_lm.evaluate import DEFAULT_MAX_TOKENS
 
-    (prompt,) = self._tokenize([context])
-    whole = [list(tokens) for tokens in self._tokenize([context + ending for ending in endings])]
+    def encoded(text: str) -> list[int]:
+        if self.use_chat_template:
+            return list(self.tokenizer.encode(text, add_special_tokens=False))
+        return borders.encode(self.tokenizer, text)
+
+    prompt = encoded(context)
+    whole = [encoded(context + ending) for ending in endings]
     cut = [tokens[len(prompt) :] or tokens[-1:] for tokens in whole]
-    prompt = list(prompt) or [self.tokenizer.eos_token_id]  # lm-eval's stand-in for no context
+    prompt = prompt or [self.tokenizer.eos_token_id]  # lm-eval's stand-in for no context
     room = (self._max_tokens or DEFAULT_MAX_TOKENS) - max(map(len, cut))
     characters = np.array([len(ending) for ending in endings], np.float64)
     return multiple_choice.Encoded(prompt[-max(room, 1) :], cut, characters, 0)

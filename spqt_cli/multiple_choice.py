@@ -17,7 +17,7 @@ import numpy as np
 from mlx import nn
 from mlx.utils import tree_map
 
-from spqt_cli import blas, generate, model, observe, questions, scoring, variants
+from spqt_cli import blas, borders, generate, model, observe, questions, scoring, variants
 from spqt_cli.errors import SpqtError
 from spqt_cli.quality import DENSE, SOURCE
 from spqt_cli.variants import Choice, EvaluateOptions, OnProgress
@@ -95,8 +95,9 @@ def encode(question: questions.Question, tokenizer: Any, limit: int | None, file
     """A question in tokens: context and ending are tokenized together, the context's own tokens cut off."""
     context = question.context.rstrip()  # its last space, if any, begins the ending, as words do
     space = question.context[len(context) :] + " "
-    prompt = list(tokenizer.encode(context))
-    endings = [list(tokenizer.encode(context + space + end))[len(prompt) :] for end in question.endings]
+    prompt = borders.encode(tokenizer, context)
+    whole = [borders.encode(tokenizer, context + space + end) for end in question.endings]
+    endings = [tokens[len(prompt) :] for tokens in whole]
     where = f"{file}, line {question.line}"
     if not prompt or not all(endings):
         raise SpqtError(f"{where}: a text without tokens of its own", "leave the question out")

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from spqt_cli import bounds, files
+from spqt_cli import borders, bounds, files
 from spqt_cli.errors import SpqtError
 
 SHIPPED = "the shipped text"
@@ -65,7 +65,8 @@ def tokens(text: Text, tokenizer: Any) -> list[int]:
     stream: list[int] = []
     for document in text.documents:
         turns = _turns(document)
-        stream += _dialogue(turns, tokenizer) if turns else tokenizer.encode(document.strip("\n"))
+        plain = document.strip("\n")
+        stream += _dialogue(turns, tokenizer) if turns else borders.encode(tokenizer, plain)
     return stream
 
 
@@ -80,7 +81,7 @@ def _turns(document: str) -> list[dict[str, str]]:
 def _dialogue(turns: list[dict[str, str]], tokenizer: Any) -> list[int]:
     if not getattr(tokenizer, "has_chat_template", False):
         plain = "\n\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in turns)
-        return list(tokenizer.encode(plain))
+        return borders.encode(tokenizer, plain)
     try:
         with bounds.bounded("the model's chat template"):
             text = tokenizer.apply_chat_template(turns, tokenize=False)
