@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from spqt_cli import bounds, checks, files
+from spqt_cli import bounds
 from spqt_cli.errors import SpqtError
 from spqt_cli.plan import Plan
 from spqt_cli.source import Checkpoint
@@ -12,15 +12,6 @@ from spqt_cli.source import Checkpoint
 NAME = "README.md"
 LICENCE_KEYS = ("license", "license_name", "license_link", "language")  # taken over from the source's card
 LONGEST_FRONT = 1 << 16  # bytes of a card that are read, and of a value that is taken over
-
-
-def clean_tokenizer_config(folder: Path) -> None:
-    """Take the names of custom code out of a copied tokenizer_config.json."""
-    path = folder / "tokenizer_config.json"
-    if path.exists():
-        config = checks.read_json(path)
-        if config.pop("auto_map", None):
-            files.write_text(path, json.dumps(config, indent=2) + "\n")
 
 
 def text(config: dict[str, Any], checkpoint: Checkpoint, planned: Plan) -> str:

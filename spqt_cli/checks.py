@@ -20,6 +20,7 @@ from spqt_cli.format import INDEX, LONGEST_JSON
 FLOATING = {"BF16": 2, "F16": 2, "F32": 4}  # bytes per element
 INTEGER = {"BOOL": 1, "U8": 1, "I8": 1, "U16": 2, "I16": 2, "U32": 4, "I32": 4, "U64": 8, "I64": 8}
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+NAMED_TEMPLATES = "additional_chat_templates"  # a folder: one chat template a file, each by its name
 MOST_NAMED = 10  # tensors named in one message
 LONGEST_HEADER = 32 << 20  # bytes; safetensors allows 100 MB, which takes Python 1 GB to read
 AGAIN = "download it again"
@@ -78,9 +79,17 @@ def confined(folder: Path, name: str) -> Path:
     return path
 
 
+def listed(folder: Path) -> list[Path]:
+    """What lies in a folder that may be missing."""
+    try:
+        return sorted(folder.iterdir()) if folder.is_dir() else []
+    except OSError as error:
+        raise SpqtError(f"{folder} can't be read: {error.strerror}", "check its permissions") from None
+
+
 def refuse_pipes(folder: Path) -> None:
     """Refuse a folder that holds a pipe or a device: whatever library reads one waits for ever."""
-    for path in folder.iterdir():
+    for path in (*folder.iterdir(), *listed(folder / NAMED_TEMPLATES)):
         if path.exists() and not path.is_file() and not path.is_dir():
             raise SpqtError(f"{path} is no file", AGAIN)
 

@@ -13,7 +13,18 @@ from typing import Any
 
 import mlx.core as mx
 
-from spqt_cli import __version__, card, checks, encode, files, format, identity, shards, source
+from spqt_cli import (
+    __version__,
+    card,
+    checks,
+    encode,
+    files,
+    format,
+    identity,
+    shards,
+    source,
+    tokenizer_files,
+)
 from spqt_cli.errors import SpqtError
 from spqt_cli.journal import Journal, job_id
 from spqt_cli.plan import Plan, Unit, Wishes
@@ -117,24 +128,18 @@ class Conversion:
         for path in self.folder.iterdir():
             if path.name not in shard_names:
                 with files.disk_errors(path):
-                    path.unlink()
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def publish(self) -> None:
         """Add all but the weights, make everything durable, and give the folder its name."""
         self._sweep()
-        for path in self.checkpoint.kept_files():
-            files.copy(path, self.folder / path.name)
-        card.clean_tokenizer_config(self.folder)
         self.config["spqt"]["shards"] = {
             shard.name: files.sha256(self.folder / shard.name) for shard in self.shards
         }
         identity.write_index(self.folder, self.shards)
         with files.disk_errors(self.folder):
             format.write_config(self.folder, self.config)
-        if self.checkpoint.gguf is not None:
-            from spqt_cli.gguf.checkpoint import write_tokenizer
-
-            write_tokenizer(self.checkpoint.files()[0], self.folder)
+        tokenizer_files.write(self.checkpoint, self.folder)
         files.write_text(self.folder / card.NAME, card.text(self.config, self.checkpoint, self.plan))
         files.publish(self.folder, self.output)
         with files.disk_errors(self.work):

@@ -11,7 +11,7 @@ from pathlib import Path
 import mlx.core as mx
 import psutil
 
-from spqt_cli import checks, files, layout, plan, source
+from spqt_cli import checks, files, layout, plan, source, tokenizer_files
 from spqt_cli.conversion import Conversion, Progress
 from spqt_cli.errors import ResourceError, UsageError
 from spqt_cli.plan import ZIGZAG, Plan
@@ -101,6 +101,7 @@ def convert(
     if options.dry_run:
         checkpoint = source.open_source(source_name, options.revision, trust, headers_only=True)
         planned, _, _ = _plan(checkpoint, options)
+        tokenizer_files.rehearse(checkpoint)
         return _result(output, planned, checkpoint, options)
     local = files.expanded(source_name)
     files.check_target(output, local)
@@ -108,6 +109,7 @@ def convert(
         files.check_target(output, local)
         checkpoint = source.open_source(source_name, options.revision, trust)
         planned, weights, wishes = _plan(checkpoint, options)
+        tokenizer_files.rehearse(checkpoint)
         _check_memory(planned, options)
         conversion = Conversion(output, checkpoint, planned, wishes)
         resumed = conversion.write(weights, on_progress or (lambda done, total, name: None))

@@ -117,6 +117,9 @@ class Checkpoint:
         if self.gguf is not None:
             return []
         found = {path for path in self.folder.iterdir() for pattern in KEPT if path.match(pattern)}
+        found |= {
+            path for path in checks.listed(self.folder / checks.NAMED_TEMPLATES) if path.match("*.jinja")
+        }
         return sorted(path for path in found if path.is_file() and checks.is_own(self.folder, path))
 
 
