@@ -15,8 +15,8 @@ def encode(tokenizer: Any, text: str) -> list[int]:
     bos = tokenizer.bos_token_id
     if bos is None or framed[:2] != [bos, bos]:
         return framed
-    spelled = tokenizer.encode(text, add_special_tokens=False)[:1] == [bos]
-    return framed[1:] if spelled else framed
+    spelled = tokenizer.encode(text, add_special_tokens=False)
+    return framed[1:] if framed[1 : len(spelled) + 1] == spelled else framed
 
 
 class Answer:

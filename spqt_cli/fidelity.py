@@ -18,7 +18,8 @@ LINES = (
     "0 12 345 6789 10203 1234567890 3.14159 1,234,567.89 2024-02-29T23:59:59Z v1.2.3 0xDEADBEEF 1e-10",
     "abc123def 123abc 4K 100% $5.00 №7 ½ ¾ x² H₂O ٣٤٥ १२३ １２３ Ⅷ ⑫ 𝟘𝟙",
     # contractions, apostrophes, case
-    "I'm you're he'll she'd we've it's don't CAN'T I'LL WE'VE O'Neill rock'n'roll 'tis l'été d’accord it’s",
+    "I'm you're he'll she'd we've it's don't CAN'T I'LL WE'VE O'Neill rock'n'roll 'tis l'été d’accord",
+    "it’s 'Twas 'Saturday' 'Real' 'real' 'LLM' 'medium' 'Dog' 'VE'",
     "HTTPServer camelCase snake_case kebab-case SHOUTING iPhone ﬁne ǅ ß ẞ İstanbul ıI ΑΣΣΟΣ",
     # white space: leading, trailing, runs, tabs, newlines of all kinds
     " a",

@@ -46,6 +46,8 @@ def write(checkpoint: Checkpoint, folder: Path) -> str | None:
 
         write_tokenizer(checkpoint.files()[0], folder)
     _drop_code(folder)
+    if (folder / checks.NAMED_TEMPLATES).is_dir():
+        _unfold_templates(folder)
     return _keep(folder, checkpoint.name) if (folder / "tokenizer.json").is_file() else None
 
 
@@ -54,6 +56,13 @@ def _drop_code(folder: Path) -> None:
     settings = _settings(folder)
     if settings.pop("auto_map", None):
         _write_settings(folder, settings)
+
+
+def _unfold_templates(folder: Path) -> None:
+    """Give the default template a file: beside named ones transformers overlooks that of the settings."""
+    template, path = _settings(folder).get("chat_template"), folder / "chat_template.jinja"
+    if isinstance(template, str) and files.is_utf8(template) and not path.exists():
+        files.write_text(path, template)
 
 
 def _keep(folder: Path, name: str) -> str | None:

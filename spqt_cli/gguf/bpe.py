@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spqt_cli.errors import SpqtError, UnsupportedError
-from spqt_cli.gguf.file import AGAIN, ORIGINAL
+from spqt_cli.gguf.file import AGAIN
 from spqt_cli.gguf.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -51,11 +51,8 @@ PRES = {
 }
 
 
-def find_pre(path: Path, pre: object, model_type: str) -> Pre:
-    """The pre-tokenizer of that name; refused unless it is known and survives loading.
-
-    model_type: the HF architecture. transformers 5 ignores tokenizer.json for qwen2 and uses its own.
-    """
+def find_pre(path: Path, pre: object) -> Pre:
+    """The pre-tokenizer of that name; refused unless it is known."""
     if not isinstance(pre, str):
         raise UnsupportedError(
             f"{path} has no tokenizer.ggml.pre, so its text can't be cut as its model learned it",
@@ -64,10 +61,6 @@ def find_pre(path: Path, pre: object, model_type: str) -> Pre:
     if pre not in PRES:
         known = ", ".join(PRES)
         raise UnsupportedError(f"{path} has the pre-tokenizer {pre[:40]!r}", f"spqt knows {known}")
-    if model_type == "qwen2" and pre != "qwen2":
-        raise UnsupportedError(
-            f"{path} is a qwen2 model with the pre-tokenizer {pre!r}, which is not its own", ORIGINAL
-        )
     return PRES[pre]
 
 

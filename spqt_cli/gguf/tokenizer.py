@@ -34,7 +34,7 @@ def check(header: Header) -> None:
     refuse_unknown_keys(header)
     kind, pre = (header.metadata.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
     if kind == "gpt2":
-        bpe.find_pre(header.path, pre, str(header.metadata.get("general.architecture")))
+        bpe.find_pre(header.path, pre)
     elif kind == "llama":
         sentencepiece.check(header.path, kind, pre)
     else:
@@ -95,7 +95,7 @@ def _tokenizer(header: Header, vocabulary: Vocabulary) -> dict[str, Any]:
     from tokenizers import AddedToken
 
     if vocabulary.kind == "gpt2":
-        pre = bpe.find_pre(header.path, vocabulary.pre, str(header.metadata["general.architecture"]))
+        pre = bpe.find_pre(header.path, vocabulary.pre)
         tokenizer, tokens = bpe.build(header.path, vocabulary, pre), vocabulary.tokens
         literal, adds_bos = vocabulary.of_type(USER_DEFINED), pre.bos
     else:
