@@ -19,7 +19,7 @@ LINES = (
     "abc123def 123abc 4K 100% $5.00 №7 ½ ¾ x² H₂O ٣٤٥ १२३ １２３ Ⅷ ⑫ 𝟘𝟙",
     # contractions, apostrophes, case
     "I'm you're he'll she'd we've it's don't CAN'T I'LL WE'VE O'Neill rock'n'roll 'tis l'été d’accord",
-    "it’s 'Twas 'Saturday' 'Real' 'real' 'LLM' 'medium' 'Dog' 'VE'",
+    "it’s 'Twas O'Malley D'Souza L'Tour O'Dea o'reilly Q'Veren x'LLama 'real' 'LLM'",
     "HTTPServer camelCase snake_case kebab-case SHOUTING iPhone ﬁne ǅ ß ẞ İstanbul ıI ΑΣΣΟΣ",
     # white space: leading, trailing, runs, tabs, newlines of all kinds
     " a",
