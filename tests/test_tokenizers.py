@@ -4,16 +4,17 @@ text begins where the prompt's ends. The tokenizers are put together here."""
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import mlx.core as mx
 import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from spqt_cli import borders, convert, fidelity, model, texts, tokenizer_files
+from spqt_cli import borders, compare, convert, fidelity, generate, model, texts, tokenizer_files
 from spqt_cli.errors import SpqtError, UnsupportedError
 from tests.conftest import tiny_checkpoint
 from tests.converting import OPTIONS, contents, run
-from tests.test_cli import assert_error, process
 from tests.test_gguf_tokenizer import write_bpe
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -189,7 +190,7 @@ def test_a_tokenizer_that_does_not_load_is_refused_in_a_line(tmp_path: Path) -> 
     source = checkpoint(tmp_path / "source", "llama", byte_level(), settings)
     with pytest.raises(SpqtError, match="can't be loaded"):
         convert.convert(str(source), tmp_path / "out", OPTIONS)
-    assert_error(process("convert", source, "-o", tmp_path / "out"), 3, "can't be loaded", "hint")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 def test_a_class_of_mlx_lms_own_is_asked_for(tmp_path: Path) -> None:
@@ -334,17 +335,9 @@ def test_named_templates_go_along(tmp_path: Path) -> None:
     turn = [{"role": "user", "content": "x"}]
     assert loaded.tokenizer.apply_chat_template(turn, tokenize=False, chat_template="rag") == "RAG x"
     assert loaded.tokenizer.chat_template["default"] == inline  # transformers alone would overlook it
-    for template, count in (("default", 4), ("rag", 5)):
-        config = json.dumps({"chat_template": template})
-        flags = ("--prompt", "x", "--chat-template-config", config, "-m", 1, "--json")
-        result = process("generate", tmp_path / "out", *flags)
-        tokens = loaded.tokenizer.encode(
-            loaded.tokenizer.apply_chat_template(
-                turn, tokenize=False, add_generation_prompt=True, chat_template=template
-            ),
-            add_special_tokens=False,
-        )
-        assert json.loads(result.stdout)["prompt_tokens"] == len(tokens), count
+    for name, text in (("default", "<|user|>x</s><|assistant|>"), ("rag", "RAG x")):
+        asked = generate.Prompt("x", template_config=json.dumps({"chat_template": name}))
+        assert generate.encode(loaded, asked) == loaded.tokenizer.encode(text, add_special_tokens=False)
 
 
 def test_a_folder_of_templates_that_leads_away(tmp_path: Path) -> None:
@@ -361,3 +354,44 @@ def test_a_pipe_among_templates_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(source / "additional_chat_templates" / "x.jinja")
     with pytest.raises(SpqtError, match=r"x\.jinja is no file"):
         convert.convert(str(source), tmp_path / "out", OPTIONS)
+
+
+def scripted(tokens: list[int], end: int | None) -> Any:
+    """A stand-in for mlx-lm's loop, which gives these tokens and then the one that ends, if any."""
+
+    def stream(network: Any, tokenizer: Any, prompt: Any, **_: Any) -> Any:
+        given = [*tokens, *([] if end is None else [end])]
+        for i, token in enumerate(given):
+            reason = ("length" if end is None else "stop") if i == len(given) - 1 else None
+            step = {"token": token, "generation_tokens": i + 1, "finish_reason": reason, "text": "?"}
+            rates = {
+                "prompt_tokens": len(prompt),
+                "prompt_tps": 1.0,
+                "generation_tps": 1.0,
+                "peak_memory": 0.0,
+            }
+            yield SimpleNamespace(**step, **rates, logprobs=mx.zeros(512))
+
+    return stream
+
+
+@pytest.mark.parametrize("ends", [False, True])
+@pytest.mark.parametrize("answer", [" fox jumps", "\nfox", " ", "fox 😀"])
+def test_what_is_written_is_the_whole_answer(
+    converted: Path, monkeypatch: pytest.MonkeyPatch, answer: str, ends: bool
+) -> None:
+    """Its first space and its last token, whether a token or the length ends it; in compare as well."""
+    loaded = model.load(converted)
+    tokens = loaded.tokenizer.encode(answer, add_special_tokens=False)
+    end = loaded.tokenizer.eos_token_id if ends else None
+    monkeypatch.setattr("mlx_lm.stream_generate", scripted(tokens, end))
+    told: list[int] = []
+    prompt = generate.encode(loaded, generate.Prompt("the quick", ignore_chat_template=True))
+    *given, _ = generate.stream(loaded, prompt, generate.Sampling(), generate.Options(on_token=told.append))
+    assert ("".join(given), told) == (answer, tokens)
+    *given, _ = generate.stream(loaded, prompt, generate.Sampling(), generate.Options(stop=["zzz"]))
+    assert "".join(given) == answer
+    (row,) = compare.compare(str(converted), generate.Prompt("the quick"), [0.0])
+    assert row.text == answer
+    templated = generate.encode(loaded, generate.Prompt("the quick"))
+    assert row.perplexity == compare.perplexity(loaded, templated, tokens)
