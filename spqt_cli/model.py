@@ -13,9 +13,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from spqt_cli import format, identity, source, thresholds
-from spqt_cli.errors import ResourceError, SpqtError
-from spqt_cli.patch import wished_sparsity, zigzag_layers
+from spqt_cli import format, identity, profile, source, thresholds
+from spqt_cli.errors import ResourceError, SpqtError, Terminated, UnsupportedError
+from spqt_cli.patch import as_stored, wished_sparsity, zigzag_layers
 
 
 @dataclass
@@ -46,7 +46,8 @@ def load(
     """A converted model from a folder or hub id, with its tokenizer.
 
     sparsity: derive thresholds for this share from the stored curves instead of the calibrated ones;
-    None takes SPQT_SPARSITY, where that is set. dense: skip nothing.
+    None takes SPQT_SPARSITY, where that is set. dense: skip nothing, and run every layer as it is stored;
+    else each runs as this device's profile says.
     Raises SpqtError when the folder is damaged, was edited, or is not a converted model.
     """
     folder = source.local_folder(str(path), revision=revision)
@@ -57,6 +58,8 @@ def load(
     model, tokenizer = _through_mlx_lm(folder, wishes)
     loaded = Loaded(model, tokenizer, config, folder, None)
     _set_thresholds(loaded, wished_sparsity() if sparsity is None else sparsity, dense)
+    if not dense:
+        loaded.note = "; ".join(filter(None, [loaded.note, profile.apply(loaded)]))
     return loaded
 
 
@@ -72,7 +75,8 @@ def _through_mlx_lm(folder: Path, wishes: dict[str, Any]) -> tuple[nn.Module, An
     """mlx-lm's model and tokenizer of a checked folder."""
     import mlx_lm
 
-    with plain_path(folder) as readable, _load_errors(folder):
+    source.classes(format.read_config(folder), str(folder))  # a class that ends the process is met here
+    with plain_path(folder) as readable, _load_errors(folder), as_stored():
         model, tokenizer, *_ = mlx_lm.load(
             str(readable),
             tokenizer_config={"trust_remote_code": wishes.get("trust_remote_code", False)},
@@ -161,6 +165,7 @@ def load_draft(path: str, target: Loaded) -> nn.Module:
     folder = source.local_folder(path)
     if "spqt" in format.read_config(folder):
         identity.check_model(folder)
+    source.classes(format.read_config(folder), str(folder))
     with plain_path(folder) as readable, _load_errors(folder):
         draft, tokenizer, *_ = mlx_lm.load(str(readable))
     if tokenizer.vocab_size != target.tokenizer.vocab_size:
@@ -176,8 +181,10 @@ def _load_errors(folder: Path) -> Iterator[None]:
     """Turn what mlx-lm and transformers raise over a damaged config or tokenizer into an SpqtError."""
     try:
         yield
-    except (SpqtError, ImportError, MemoryError):
+    except (SpqtError, ImportError, MemoryError, Terminated):
         raise
+    except SystemExit as end:
+        raise UnsupportedError(f"{folder}: what loads it ends the process ({end.code})") from None
     except Exception as error:  # others' code over others' files: it may raise anything
         said = " ".join(str(error).split())[:200]
         if isinstance(error, RuntimeError) and "alloc" in said:

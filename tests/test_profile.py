@@ -118,7 +118,10 @@ def test_densities_come_from_the_layer_s_own_curve():
     one = loaded(sparsity=0.4)
     zigzag_layers(one.model)[PATHS[0]].set_threshold(1.5)  # the curve is 2 * sparsity
     zigzag_layers(one.model)[PATHS[1]].set_threshold(None)
-    by_layer = {id(layer): density for layer, density in profile.expected_densities(one)}
+    by_layer = {
+        id(layer): density
+        for layer, density in profile.expected_densities(one.model, profile.curves(one), one.sparsity)
+    }
     layers = zigzag_layers(one.model)
     assert by_layer[id(layers[PATHS[0]])] == pytest.approx(0.25)
     assert by_layer[id(layers[PATHS[1]])] == 1.0
