@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from spqt_cli import format, identity, profile, source, thresholds
+from spqt_cli import format, identity, profile, reads, source, thresholds
 from spqt_cli.errors import ResourceError, SpqtError, Terminated, UnsupportedError
 from spqt_cli.patch import as_stored, wished_sparsity, zigzag_layers
 
@@ -217,36 +217,19 @@ def plain_path(folder: Path) -> Iterator[Path]:
 def weight_bytes(model: nn.Module, config: dict[str, Any]) -> tuple[float, dict[int, int]]:
     """Bytes of weights that a dense decode step reads: of all other layers, and per Zigzag layer by id.
 
-    Of a mixture of experts only the chosen experts count; of an embedding that is not also the head,
-    nothing (one row).
+    Of a mixture of experts only the chosen experts count, of an embedding that is not also the head one row.
     """
     zigzag = {
         id(layer): sum(layer[name].nbytes for name in ("weight", "scales", "biases"))
         for layer in zigzag_layers(model).values()
     }
     other = 0.0
-    tied = config.get("tie_word_embeddings", False) or not hasattr(model, "lm_head")
-    for path, module in model.named_modules():
-        if isinstance(module, (nn.Embedding, nn.QuantizedEmbedding)) and (not tied or "head" in module):
-            continue  # one row is read; a head of its own (heads.py) comes as a module
-        arrays = [value for value in module.values() if hasattr(value, "nbytes")]
-        size = sum(array.nbytes for array in arrays)
-        if id(module) in zigzag:
-            size -= zigzag[id(module)]
-        if "switch_mlp" in path or "experts" in path.split("."):
-            size = int(size * _experts_share(config))
-        other += size
+    modules = dict(model.named_modules())
+    fractions = reads.Fractions(modules, config)
+    for path, module in modules.items():
+        size = sum(value.nbytes for value in module.values() if hasattr(value, "nbytes"))
+        other += (size - zigzag.get(id(module), 0)) * fractions.of(path)
     return other, zigzag
-
-
-def _experts_share(config: dict[str, Any]) -> float:
-    config = format.sizes(config)
-    chosen = config.get("num_experts_per_tok") or config.get("top_k_experts")
-    total = next(
-        (config[key] for key in ("num_experts", "num_local_experts", "n_routed_experts") if config.get(key)),
-        None,
-    )
-    return chosen / total if chosen and total else 1.0
 
 
 def touched_bytes(loaded: Loaded, densities: list[tuple[Any, float]]) -> tuple[float, float, float]:
