@@ -267,12 +267,12 @@ class Decisions:
             return f"a {type(module).__name__}, no linear layer of a block"
         if path.endswith(self.wishes.skip):
             return KEPT_BY_WISH
-        if min(module.weight.shape) < MIN_SIZE:
-            return f"narrower than a group of {MIN_SIZE}"
         block = path[: found.end()]
         gate_widths = (1, self.experts.get(block))  # of shared experts' gates and of routers
         is_gate = ROUTER.search(path) or module.weight.shape[0] in gate_widths
-        return "chooses among experts" if is_gate else ""
+        if is_gate:
+            return "chooses among experts"
+        return f"narrower than a group of {MIN_SIZE}" if min(module.weight.shape) < MIN_SIZE else ""
 
     def reason(self, path: str, leaf: str, dimensions: int) -> str:
         """Why a tensor that is not Zigzag is not."""

@@ -118,7 +118,7 @@ class Fractions:
         if TOWER.search(path):
             return 0.0
         if isinstance(module, (nn.Embedding, nn.QuantizedEmbedding)):
-            return 1.0 if path == self.head and "head" not in module else 1 / module.weight.shape[0]
+            return 1.0 if path == self.head else 1 / module.weight.shape[0]
         total = getattr(module, "num_experts", None) if is_experts(module) else None
         if total is None and (found := EXPERT.search(path)):
             listed = self._modules_of(path[: found.start()])
@@ -148,7 +148,8 @@ class Fractions:
             around = self._modules_of(path)
             parts = [around, *(value for value in around.values() if isinstance(value, nn.Module))]
             for part in parts if path else ():
-                settings = [vars(part), *(_settings(vars(part).get(name)) for name in ("args", "config"))]
+                own = {**part, **vars(part)}  # a module keeps lists and tables among its arrays
+                settings = [own, *(_settings(own.get(name)) for name in ("args", "config"))]
                 for one in settings:
                     if found := _named(one, total, CHOSEN_BY_MODULE):
                         return found
@@ -187,6 +188,13 @@ def _named(settings: Mapping[str, Any], total: int, names: tuple[str, ...]) -> i
     return None
 
 
+def _outputs(module: nn.Module) -> int | None:
+    """How many outputs a linear layer, packed or not, has; None for other modules."""
+    if isinstance(module, (nn.Linear, nn.QuantizedLinear)) and "spqt" not in type(module).__module__:
+        return int(module.weight.shape[0])
+    return getattr(module, "outputs", None)  # ours, whose weight has another form
+
+
 def _tied(modules: Mapping[str, nn.Module]) -> str:
     """The path of the embedding that is the head as well; "" where there is a matrix of as many outputs."""
     embeddings = {
@@ -197,9 +205,7 @@ def _tied(modules: Mapping[str, nn.Module]) -> str:
     if not embeddings:
         return ""
     own = any(
-        isinstance(module, (nn.Linear, nn.QuantizedLinear)) and not BLOCK.search(path)
-        and module.weight.shape[0] in embeddings.values()
-        for path, module in modules.items()
-    )  # fmt: skip
+        not BLOCK.search(path) and _outputs(one) in embeddings.values() for path, one in modules.items()
+    )
     words = [path for path in embeddings if re.search(r"(^|\.)(embed_tokens|wte|word_embeddings)$", path)]
     return "" if own else (words or list(embeddings))[0]

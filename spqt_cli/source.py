@@ -191,7 +191,10 @@ def open_folder(folder: Path, trust: Trust) -> Checkpoint:
     shards, unused = checks.shard_names(folder)
     if not shards:
         checks.refuse_no_weights(folder)
-    tensors = checks.read_headers(folder, shards)
+    absent: list[str] = []
+    tensors = checks.read_headers(folder, shards, absent)
+    if {**config, **text_config(config)}.get("tie_word_embeddings") is False:
+        checks.refuse_lost_head(folder, absent)
     _check_tokenizer(folder, trust)
     quantized = quantized or any(name.endswith((".qweight", ".scales")) for name in tensors)
     if quantized and not trust.requantize:
@@ -200,6 +203,8 @@ def open_folder(folder: Path, trust: Trust) -> Checkpoint:
     checkpoint = Checkpoint(name, folder, config, tensors, quantized=quantized)
     if unused:
         checkpoint.warnings.append(f"ignored, since the index does not name them: {checks.named(unused)}")
+    if absent:
+        checkpoint.warnings.append(f"the index names what no shard has, unused here: {checks.named(absent)}")
     return checkpoint
 
 

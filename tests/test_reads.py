@@ -1,4 +1,4 @@
-"""What a token reads: chosen experts, one row of an embedding, a tied head whole; and why modules stay out."""
+"""What a token reads: chosen experts, one row of an embedding, a tied head whole; why modules stay out."""
 
 import json
 from types import SimpleNamespace
