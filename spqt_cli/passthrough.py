@@ -22,6 +22,7 @@ REFUSED = {
 }
 SHORT_M = tuple(REFUSED)  # where `-m` is the model; with generate it is the number of tokens
 MEASURES = ("evaluate", "perplexity")  # quality: of the model as it is stored
+DENSE = "note: mlx-lm's perplexity runs many tokens at once, which skips nothing; spqt eval measures skipping"
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -40,6 +41,8 @@ def run(arguments: Sequence[str]) -> None:
     for name in _models(arguments):
         _check(name, command, patch.wished_sparsity())
     patch.install()
+    if command == "perplexity":
+        print(DENSE, file=sys.stderr)
     if command == "evaluate":
         from spqt_cli import lm_evaluate
 
