@@ -38,10 +38,9 @@ def run(arguments: Sequence[str]) -> None:
     from spqt_cli import patch
 
     command = arguments[0]
-    for name in _models(arguments):
-        _check(name, command, patch.wished_sparsity())
+    converted = [name for name in _models(arguments) if _check(name, command, patch.wished_sparsity())]
     patch.install()
-    if command == "perplexity":
+    if converted and command == "perplexity":
         print(DENSE, file=sys.stderr)
     if command == "evaluate":
         from spqt_cli import lm_evaluate
@@ -80,20 +79,24 @@ def _hand_over() -> None:
         ) from error
 
 
-def _check(name: str, command: str, wished: float | None) -> None:
-    """Refuse a model that is not there, one that is damaged, and a converted one where the command can't."""
+def _check(name: str, command: str, wished: float | None) -> bool:
+    """Whether a model is a converted folder, which is sound then and one that the command can take.
+
+    Raises SpqtError where it is not, and for a path with nothing there.
+    """
     from spqt_cli import files, format, identity, names
 
     path = files.expanded(name)
     if not path.exists() and not names.is_hub_id(name):
         raise SpqtError(f"{name} is not found", "give a model's folder or a hub id (org/name)")
     if not path.is_dir() or "spqt" not in format.read_config(path):
-        return
+        return False
     if command in REFUSED:
         raise _refusal(f"{name}, a converted model", command)
     config = identity.check_model(path)
     if wished and "calibration" not in config["spqt"]:
         raise SpqtError(f"{path} has no thresholds for SPQT_SPARSITY={wished}", f"spqt calibrate {path}")
+    return True
 
 
 def _refusal(what: str, command: str) -> UnsupportedError:
