@@ -98,7 +98,7 @@ def _load_weights_and_prepare(self: nn.Module, file_or_weights: Any, strict: boo
             from spqt_cli import profile  # which knows the layers, and so imports this module
 
             if said := profile.follow(self, profile.stored_curves(self), wished_sparsity()):
-                _log.info(said)
+                _log.warning(said)
     return result
 
 
