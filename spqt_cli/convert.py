@@ -217,5 +217,5 @@ def _result(
         unquantized=planned.unquantized,
         warnings=[*checkpoint.warnings, *_too_few_bits(planned)],
         rows=rows,
-        reads=planned.reads(*_expected(planned, options)),
+        reads=planned.account(*_expected(planned, options)),
     )

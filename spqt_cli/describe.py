@@ -8,7 +8,6 @@ from typing import Any
 from mlx.utils import tree_flatten
 
 from spqt_cli import calibration, checks, format, identity, parameters, plan, presets, source
-from spqt_cli.errors import SpqtError
 from spqt_cli.reads import Piece, Reads, summed
 
 PACKED = ("weight", "scales", "biases")
@@ -84,14 +83,11 @@ def _reads(folder: Path, config: dict[str, Any], tensors: dict[str, checks.Tenso
     """What a token reads; the reasons are those of a plan made today for the same model."""
     checkpoint = source.Checkpoint(str(folder), folder, config, tensors)
     model = parameters.build(checkpoint)
-    default = config["quantization"]
-    decide = plan.Decisions(model, plan.Wishes(default["bits"], default["group_size"]), config)
+    decide = plan.Decisions(model, plan.Wishes(), config)
     entries = format.entries(config)
     pieces = []
     for name, tensor in tensors.items():
         path, _, leaf = name.rpartition(".")
-        if path not in decide.modules:
-            raise SpqtError(f"{folder}: tensor {name} is not one of its model's", checks.AGAIN)
         packed = f"{path}.scales" in tensors and leaf in PACKED
         if packed and leaf != PACKED[0]:
             continue

@@ -104,7 +104,7 @@ class Plan:
     experts: str = ""
     weights: int = 0
 
-    def reads(self, sparsity: float, origin: str) -> reads.Reads:
+    def account(self, sparsity: float, origin: str) -> reads.Reads:
         """What a token reads of the model as it will be written."""
         pieces = [
             reads.Piece(unit.path, unit.written_bytes, unit.read * unit.written_bytes, unit.reason)
@@ -276,12 +276,12 @@ class Decisions:
 
     def reason(self, path: str, leaf: str, dimensions: int) -> str:
         """Why a tensor that is not Zigzag is not."""
-        module = self.modules[path]
-        if leaf != "weight" or dimensions < 2:
-            return reads.VECTORS if dimensions < 2 else f"{leaf} of a {type(module).__name__}"
-        if why := self.why_not(path, module):
-            return why
-        return BY_RULE
+        module = self.modules[reads.owner(self.modules, path)]
+        if dimensions < 2:
+            return reads.VECTORS
+        if leaf != "weight":
+            return f"{leaf} of a {type(module).__name__}"
+        return self.why_not(path, module) or BY_RULE
 
     def note(self, path: str, kind: str, bits: int, group_size: int, band: int) -> None:
         """List the layer in config.json: every Zigzag one, and others that differ from the default."""

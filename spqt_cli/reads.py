@@ -114,7 +114,7 @@ class Fractions:
 
     def of(self, path: str) -> float:
         """0 to 1; modules of other senses than text are not read at all."""
-        module = self._modules[path]
+        module = self._modules[owner(self._modules, path)]
         if TOWER.search(path):
             return 0.0
         if isinstance(module, (nn.Embedding, nn.QuantizedEmbedding)):
@@ -155,6 +155,13 @@ class Fractions:
                         return found
         inner = [value for value in self._config.values() if isinstance(value, dict)]
         return next((found for one in [*inner, self._config] if (found := _named(one, total, CHOSEN))), None)
+
+
+def owner(modules: Mapping[str, nn.Module], path: str) -> str:
+    """The path of the innermost module that holds what lies at `path`: itself, unless that is a list."""
+    while path not in modules:
+        path = path.rpartition(".")[0]
+    return path
 
 
 def is_experts(module: nn.Module) -> bool:

@@ -10,7 +10,7 @@ from mlx import nn
 from mlx_lm.models.switch_layers import SwitchLinear
 from safetensors import safe_open
 
-from spqt_cli import convert, describe, model, reads
+from spqt_cli import convert, describe, model, plan, reads
 from spqt_cli.reads import Fractions
 from tests.conftest import random_weights, tiny_checkpoint, write_tokenizer
 from tests.test_architectures import COMMON, CONFIGS
@@ -69,6 +69,17 @@ def test_else_the_config_has_it(config):
 def test_what_is_unknown_is_said_and_counted_whole(config):
     """A sampler's top_k, and numbers that make no sense, are none."""
     assert fractions(Mixture(), config) == (1.0, "experts per token unknown: all are counted")
+
+
+def test_arrays_in_a_list_belong_to_the_module_around():
+    """Some of mlx-lm's modules keep their matrices so."""
+    holder = Mixture(top_k=2)
+    holder.matrices = [mx.zeros((4, 4))]
+    network = nn.Module()
+    network.layers = [holder]
+    decide = plan.Decisions(network, plan.Wishes())
+    unit = decide.unit("layers.0.matrices.0", holder.matrices[0], None, None)
+    assert (unit.reason, unit.read) == ("0 of a Mixture", 1.0)
 
 
 def written(folder) -> dict[str, int]:
