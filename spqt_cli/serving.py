@@ -9,6 +9,7 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
@@ -27,7 +28,9 @@ def ending() -> Iterator[None]:
         started.append(self)
         begin(self, *args, **kwargs)
 
-    handlers = {number: signal.signal(number, _end) for number in (signal.SIGTERM, signal.SIGINT)}
+    in_main = threading.current_thread() is threading.main_thread()  # where alone signals can be taken
+    numbers = (signal.SIGTERM, signal.SIGINT) if in_main else ()
+    handlers = {number: signal.signal(number, _end) for number in numbers}
     generator.__init__ = beginning
     try:
         yield
