@@ -144,19 +144,9 @@ def test_a_port_that_is_taken_ends_the_server(calibrated):
     assert b"Address already in use" in result.stderr
 
 
-def serving(model, port: int) -> tuple[subprocess.Popen, str]:
-    """A server that has begun to listen, and what it said so far."""
-    command = [
-        sys.executable,
-        "-m",
-        "spqt_cli",
-        "mlx-lm",
-        "server",
-        "--model",
-        str(model),
-        "--port",
-        str(port),
-    ]
+def serving(model) -> subprocess.Popen:
+    """A server that has begun to listen."""
+    command = [sys.executable, "-m", "spqt_cli", "mlx-lm", "server", "--model", str(model), "--port", "0"]
     server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ})
     said = ""
     while "Starting httpd" not in said:
