@@ -5,6 +5,7 @@ more than they compute where a model is small. Modules, caches and rotary positi
 they are.
 """
 
+import copy
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +26,7 @@ def install(module: nn.Module) -> None:
     form = rope_form(module["rope"])
     if form is not None and is_plain(type(module)):
         step = cpu.prepare_token(module.n_heads, module.n_kv_heads, module.scale, form)
-        object.__setattr__(module, "_token", Token(module, step))
+        object.__setattr__(module, "_token", Token(module, step, module["rope"]))
         module.__class__ = _traced(type(module))
 
 
@@ -95,11 +96,14 @@ def is_plain(kind: type) -> bool:
 class Token:
     """One module's step; None where the module's own code is to run."""
 
-    def __init__(self, module: Any, step: Any) -> None:
+    def __init__(self, module: Any, step: Any, rope: Any) -> None:
         from mlx_lm.models.cache import KVCache
 
-        self.module, self.step, self.kind = module, step, KVCache
-        self.rope = module["rope"]
+        self.module, self.step, self.rope, self.kind = module, step, rope, KVCache
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Token":
+        """The same for the copied module; the step holds settings alone."""
+        return Token(copy.deepcopy(self.module, memo), self.step, copy.deepcopy(self.rope, memo))
 
     def __call__(self, x: mx.array, cache: Any) -> mx.array | None:
         """The module's result for x, one row, whose keys and values join the cache."""

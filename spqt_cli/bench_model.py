@@ -15,10 +15,10 @@ import psutil
 from mlx import nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from spqt_cli import blas, cpu_patch, kernels, layout, observe, plan
+from spqt_cli import blas, cpu_patch, kernels, layout, observe, plan, source
 from spqt_cli.errors import ResourceError, SpqtError
 from spqt_cli.layers import ZigzagLinear
-from spqt_cli.patch import zigzag_layers
+from spqt_cli.patch import as_stored, zigzag_layers
 
 SEED = 0
 CHUNK_TOKENS = 2048  # of an untimed pass: mlx-lm's own step
@@ -90,7 +90,7 @@ def loaded_subject(path: str) -> Subject:
     """A converted and calibrated model; prompts are the shipped calibration text."""
     from spqt_cli import model, texts
 
-    loaded = model.load(path)
+    loaded = model.load(path, dense=True)
     calibration = loaded.config["spqt"].get("calibration")
     if calibration is None:
         raise SpqtError(f"{path} has no thresholds, so nothing would be skipped", f"spqt calibrate {path}")
@@ -110,11 +110,11 @@ def lazy_model(path: str) -> nn.Module:
     """A converted model whose weights are not read yet."""
     from mlx_lm.utils import load_model
 
-    from spqt_cli import identity, model, source
+    from spqt_cli import identity, model
 
     folder = source.local_folder(path)
     identity.check_model(folder)
-    with model.plain_path(folder) as readable:
+    with model.plain_path(folder) as readable, as_stored():
         return load_model(readable, lazy=True)[0]
 
 
@@ -137,9 +137,7 @@ def random_model(config: dict[str, Any], bits: int, group_size: int, dtype: mx.D
 
 
 def _build(config: dict[str, Any]) -> nn.Module:
-    from mlx_lm.utils import _get_classes
-
-    model_class, args_class = _get_classes(config)
+    model_class, args_class = source.classes(config, str(config.get("model_type")))
     return model_class(args_class.from_dict(config))
 
 

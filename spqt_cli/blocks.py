@@ -6,6 +6,7 @@ both. Attention itself is the model's own code. Blocks of any other form run as 
 """
 
 import ast
+import copy
 import inspect
 import textwrap
 from functools import cache
@@ -107,6 +108,10 @@ class Block:
         self._around: around.Around | None = None
         self._groups: list[SharedInput] = []  # q/k/v; o; gate and up; down
         self._skips = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Block":
+        """The same for the copied module; what was prepared belongs to the old one."""
+        return Block(copy.deepcopy(self.module, memo))
 
     def __call__(self, x: mx.array, mask: Any, cache: Any) -> mx.array | None:
         """y for x, one row; None where the module's own code is to run."""

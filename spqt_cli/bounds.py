@@ -5,6 +5,7 @@ strings (measured), and one bad template must not hang or exhaust the machine.
 """
 
 import contextlib
+import io
 import resource
 import signal
 import sys
@@ -13,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from spqt_cli.errors import SpqtError
+from spqt_cli.errors import SpqtError, Terminated, UnsupportedError
 
 SECONDS = 2.0
 BYTES = 512 << 20  # of address space on top of what the process has; allocators take it in large steps
@@ -37,6 +38,27 @@ def bounded(what: str) -> Iterator[None]:
             yield
         except MemoryError:
             raise SpqtError(f"{what} wants more than {BYTES >> 20} MB of memory", DAMAGED) from None
+
+
+@contextlib.contextmanager
+def no_exit(what: str) -> Iterator[None]:
+    """Turn an exit of the process, which mlx-lm's olmo asks for on import, into an UnsupportedError.
+
+    what: whose code runs. What it prints becomes part of the error; none of it reaches stdout.
+    """
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said):
+            yield
+    except Terminated:
+        raise
+    except SystemExit as end:
+        words = " ".join(said.getvalue().split())[:200] or f"exit {end.code}"
+        raise UnsupportedError(
+            f"{what} ends the process: {words}", "do what it asks for, or use another model"
+        ) from None
+    if said.getvalue():
+        sys.stderr.write(said.getvalue())
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from spqt_cli.calibration import Calibration, LayerRow, Tried, print_table
 from spqt_cli.errors import SpqtError, UnsupportedError, UsageError
 from spqt_cli.format import CURVE_SPARSITIES
 from spqt_cli.methods import CANDIDATES, Search, steps
+from spqt_cli.presets import default_sparsity
 from spqt_cli.progress import Progress
 from spqt_cli.workbench import FIRST_TOKENS, Workbench, windows_done
 
@@ -112,14 +113,6 @@ def _strip(config: dict[str, Any]) -> None:
     for entry in format.entries(config).values():
         for key in ("threshold", "curve"):
             (entry.get("spqt") or {}).pop(key, None)
-
-
-def default_sparsity(weights: int) -> float:
-    """The share to skip for a model of that many weights: small models pay more for skipping.
-
-    Embedding and head count: sizes are those that models are named by. docs/quality.md has the evidence.
-    """
-    return 0.25 if weights < 0.5e9 else 0.3 if weights < 1.5e9 else 0.4
 
 
 def _check_options(options: CalibrateOptions) -> None:

@@ -125,8 +125,12 @@ def shard_names(folder: Path) -> tuple[list[str], list[str]]:
     return [], []
 
 
-def read_headers(folder: Path, names: list[str]) -> dict[str, Tensor]:
-    """Every tensor of the shards `names` of a folder, by name, all checked against the index."""
+def read_headers(folder: Path, names: list[str], absent: list[str] | None = None) -> dict[str, Tensor]:
+    """Every tensor of the shards `names` of a folder, by name, all checked against the index.
+
+    absent: takes the names that the index has and no shard; None refuses them. Indexes list buffers and
+    tied heads that were never written: whether the model needs them, its parameters tell.
+    """
     tensors: dict[str, Tensor] = {}
     for name in names:
         declared, _ = read_shard(confined(folder, name), name)
@@ -134,18 +138,27 @@ def read_headers(folder: Path, names: list[str]) -> dict[str, Tensor]:
             raise SpqtError(f"{folder}: in two shards: {named(twice)}", AGAIN)
         tensors |= declared
     if (folder / INDEX).is_file():
-        _check_index(folder, tensors)
+        _check_index(folder, tensors, absent)
     return tensors
 
 
-def _check_index(folder: Path, tensors: dict[str, Tensor]) -> None:
+def _check_index(folder: Path, tensors: dict[str, Tensor], absent: list[str] | None) -> None:
     weight_map = read_json(folder / INDEX)["weight_map"]
-    if missing := weight_map.keys() - tensors.keys():
+    missing = weight_map.keys() - tensors.keys()
+    if absent is not None:
+        absent.extend(sorted(missing))
+    elif missing:
         raise SpqtError(f"{folder}: the index names tensors that no shard has: {named(missing)}", AGAIN)
     if extra := tensors.keys() - weight_map.keys():
         raise SpqtError(f"{folder}: the index lacks tensors that shards have: {named(extra)}", AGAIN)
     if moved := [name for name, tensor in tensors.items() if weight_map[name] != tensor.shard]:
         raise SpqtError(f"{folder}: in another shard than the index says: {named(moved)}", AGAIN)
+
+
+def refuse_lost_head(folder: Path, absent: list[str]) -> None:
+    """Of a model whose head is not tied: some of mlx-lm's classes would take the embedding in its place."""
+    if heads := [name for name in absent if name.endswith("lm_head.weight")]:
+        raise SpqtError(f"{folder}: the index names {heads[0]}, which no shard has", AGAIN)
 
 
 def read_shard(path: Path, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:

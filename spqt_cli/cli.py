@@ -16,7 +16,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from spqt_cli import __version__, cli_bench, cli_make, cli_run, worker
-from spqt_cli.errors import BackendError, ResourceError, SpqtError
+from spqt_cli.errors import BackendError, ResourceError, SpqtError, Terminated
 from spqt_cli.terminal import harmless
 
 INSTALL_HINT = (
@@ -139,7 +139,7 @@ def _is_mlx(error: ImportError) -> bool:
 
 
 def _terminate(number: int, frame: Any) -> NoReturn:
-    raise SystemExit(128 + number)
+    raise Terminated(128 + number)
 
 
 def _fail(error: SpqtError, debug: bool, wants_json: bool) -> NoReturn:

@@ -142,6 +142,7 @@ def convert(
         head_bits=wishes.head_bits,
         projections=wishes.projections,
         profile=profile,
+        sparsity=wishes.sparsity,
     )
     target = output or converter.default_output(source, options)
     if upload_repo:

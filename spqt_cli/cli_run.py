@@ -69,7 +69,9 @@ def generate(
     text = _prompt_text(prompt, prompt_file)
     _check_max_tokens(max_tokens)
     _check_sparsity(sparsity)
-    from spqt_cli import calibration, profile
+    if dense and sparsity is not None:
+        raise UsageError("--dense and --sparsity exclude one another", "give one of them")
+    from spqt_cli import calibration
     from spqt_cli import generate as generator
     from spqt_cli import model as models
 
@@ -97,8 +99,6 @@ def generate(
     )
     cache = {"max_kv_size": max_kv_size, "prefill_step_size": prefill_step_size, "kv_bits": kv_bits}
     cache.update({"kv_group_size": kv_group_size, "quantized_kv_start": quantized_kv_start})
-    if not dense and (chosen := profile.apply(loaded)):
-        loaded.note = "; ".join(filter(None, [loaded.note, chosen]))
     draft = models.load_draft(draft_model, loaded, dense=dense) if draft_model else None
     if draft is not None:
         cache = {**cache, "num_draft_tokens": num_draft_tokens}
@@ -130,6 +130,8 @@ def _prompt_text(prompt: str | None, prompt_file: Path | None) -> str:
         try:
             data = files.read_bounded(prompt_file) if prompt_file else files.drain(sys.stdin.buffer, where)
             text = data.decode("utf-8")
+            if prompt_file is None:  # `echo` ends its line, which is no part of what was meant
+                text = text.removesuffix("\n").removesuffix("\r")
         except UnicodeDecodeError as error:
             raise SpqtError(
                 f"{where} is not UTF-8: byte {error.start}", "convert the text to UTF-8"

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 from spqt_cli import generate, identity, model, source
+from spqt_cli.quality import shown
 from spqt_cli.terminal import harmless
 
 
@@ -35,17 +36,22 @@ def compare(
     """
     folder = source.local_folder(path)
     model.calibrated_share(identity.check_model(folder), folder, max(sparsities))
-    loaded = model.load(path)
-    tokens = generate.encode(loaded, prompt)
-    rows = []
+    rows: list[Row] = []
+    answers: list[list[int]] = []
     for target in sparsities:
         on_row(f"sparsity {target:.0%}" if target else "dense")
-        model.set_sparsity(loaded, target)
+        # Loaded anew each time: a profile repacks layers for one share, and there is no way back.
+        loaded = model.load(path, sparsity=target, dense=not target)
         answer: list[int] = []
         options = generate.Options(max_tokens=max_tokens, on_token=answer.append)
+        tokens = generate.encode(loaded, prompt)
         *pieces, statistics = generate.stream(loaded, tokens, generate.Sampling(), options)
-        model.set_sparsity(loaded, 0)
-        rows.append(Row(target, "".join(pieces), statistics, perplexity(loaded, tokens, answer)))
+        rows.append(Row(target, "".join(pieces), statistics, math.nan))
+        answers.append(answer)
+        del loaded
+    judge = model.load(path, dense=True)
+    for row, answer in zip(rows, answers, strict=True):
+        row.perplexity = perplexity(judge, generate.encode(judge, prompt), answer)
     return rows
 
 
@@ -82,7 +88,9 @@ def report(rows: Sequence[Row]) -> str:
         name = f"{row.sparsity_target:.0%}" if row.sparsity_target else "dense"
         parts.append(
             f"{name:>8} {statistics.generation_tps:7.1f} {statistics.sparsity:8.1%} "
-            f"{statistics.weight_bytes_per_token / 1e6:9.1f} {row.perplexity:20.2f}"
+            f"{statistics.weight_bytes_per_token / 1e6:9.1f} {shown(row.perplexity, 2):>20}"
         )
+        if statistics.note:
+            parts.append(f"{'':>8} {statistics.note}")
     parts.append(f"backend {rows[0].statistics.backend}: {rows[0].statistics.backend_reason}")
     return "\n".join(parts)

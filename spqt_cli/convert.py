@@ -11,10 +11,11 @@ from pathlib import Path
 import mlx.core as mx
 import psutil
 
-from spqt_cli import checks, files, layout, plan, source, tokenizer_files
+from spqt_cli import checks, files, layout, plan, presets, source, tokenizer_files
 from spqt_cli.conversion import Conversion, Progress
 from spqt_cli.errors import ResourceError, UsageError
 from spqt_cli.plan import ZIGZAG, Plan
+from spqt_cli.reads import Reads
 
 DTYPES = ("float16", "bfloat16", "float32")
 
@@ -26,6 +27,7 @@ class ConvertOptions:
     skip: suffixes of layer paths to keep row-grouped. force: go on although memory looks short.
     head_bits, projections: as in `plan.Wishes`. profile: the share that will be skipped, for which layers
     that this device's profile runs faster row-grouped are stored so; None stores all in Zigzag.
+    sparsity: the share that will be skipped, to tell what it can gain; None for what calibrate chooses.
     """
 
     bits: int = 4
@@ -40,6 +42,7 @@ class ConvertOptions:
     head_bits: int | None = None
     projections: tuple[tuple[str, int, int], ...] = ()
     profile: float | None = None
+    sparsity: float | None = None
 
 
 @dataclass
@@ -48,7 +51,8 @@ class ConvertResult:
 
     zigzag_share: of the written weight bytes, 0 to 1. bytes: of all shards. layers: Zigzag layers.
     rows: [layer, kind, bits, group size, bytes]. unquantized: layers whose inputs are no multiple of
-    the group. resumed: tensors taken over from an interrupted run.
+    the group. reads: what a token reads, and what of it is always read. resumed: tensors taken over from
+    an interrupted run.
     """
 
     output: Path
@@ -60,6 +64,7 @@ class ConvertResult:
     unquantized: list[str]
     warnings: list[str]
     rows: list[tuple[str, str, int, int, int]] = field(repr=False)
+    reads: Reads
     resumed: int = 0
 
     def summary(self) -> str:
@@ -71,12 +76,13 @@ class ConvertResult:
             f"{self.output} {verb} {self.layers} Zigzag layers, {self.zigzag_share:.0%} of "
             f"{self.bytes / 1e6:.1f} MB of weights"
         )
+        lines += self.reads.lines()
         if self.dry_run:
             lines.append(f"memory needed: {self.memory_bytes / 1e9:.2f} GB")
         if self.unquantized:
             lines.append(f"not quantized, inputs no multiple of the group: {checks.named(self.unquantized)}")
-        if self.zigzag_share < 0.5:
-            lines.append("warning: less than half of the weights can be skipped; expect little speed")
+        if self.reads.skippable < 0.5:
+            lines.append("warning: less than half of what a token reads can be skipped; expect little speed")
         return "\n".join([*lines, *(f"warning: {warning}" for warning in self.warnings)])
 
 
@@ -189,6 +195,15 @@ def _too_few_bits(planned: Plan) -> list[str]:
     ]
 
 
+def _expected(planned: Plan, options: ConvertOptions) -> tuple[float, str]:
+    """The share that will be skipped, and where that number is from."""
+    if options.profile is not None:
+        return options.profile, "as given by --profile"
+    if options.sparsity is not None:
+        return options.sparsity, "the preset's"
+    return presets.default_sparsity(planned.weights), "calibrate's default for this size"
+
+
 def _result(
     output: Path, planned: Plan, checkpoint: source.Checkpoint, options: ConvertOptions
 ) -> ConvertResult:
@@ -204,4 +219,5 @@ def _result(
         unquantized=planned.unquantized,
         warnings=[*checkpoint.warnings, *_too_few_bits(planned)],
         rows=rows,
+        reads=planned.account(*_expected(planned, options)),
     )

@@ -1,11 +1,16 @@
-"""What a converted folder holds, read from config.json and the shards' headers alone."""
+"""What a converted folder holds and what a token reads of it, from config.json and headers alone."""
 
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spqt_cli import calibration, format, identity, source
+from mlx.utils import tree_flatten
+
+from spqt_cli import calibration, checks, format, identity, parameters, plan, presets, source
+from spqt_cli.reads import Piece, Reads, summed
+
+PACKED = ("weight", "scales", "biases")
 
 
 @dataclass
@@ -13,7 +18,7 @@ class Summary:
     """Sizes in bytes; `calibration`: what it says, or None.
 
     kinds: Zigzag layers per (bits, group size). own: likewise, row-grouped layers that differ from the
-    model's default, such as embedding and head.
+    model's default, such as embedding and head. reads: what a token reads, and what of it is always read.
     """
 
     folder: Path
@@ -24,6 +29,7 @@ class Summary:
     other_bytes: int
     calibration: dict[str, Any] | None
     own: dict[str, int]
+    reads: Reads
 
     def text(self) -> str:
         """A few lines for people."""
@@ -45,26 +51,17 @@ class Summary:
             lines.append("calibrated: " + ", ".join(facts))
             if said := calibration.stored_warning(self.calibration):
                 lines.append(said)
-        return "\n".join(lines)
+        return "\n".join(lines + self.reads.lines())
 
 
 def describe(path: str, revision: str | None = None) -> Summary:
     """The summary of a converted folder or hub id."""
-    from safetensors import safe_open
-
     folder = source.local_folder(path, revision=revision)
     config = identity.check_model(folder)
+    tensors = checks.read_headers(folder, sorted(config["spqt"]["shards"]))
     entries = format.entries(config)
-    zigzag = other = 0
-    for shard in config["spqt"]["shards"]:
-        with safe_open(str(folder / shard), framework="numpy") as file:
-            for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
-                part = file.get_slice(name)
-                size = _bytes(part.get_dtype(), part.get_shape())
-                if name.rpartition(".")[0] in entries:
-                    zigzag += size
-                else:
-                    other += size
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    zigzag = sum(one.nbytes for name, one in tensors.items() if name.rpartition(".")[0] in entries)
     listed = [entry for entry in config["quantization"].values() if isinstance(entry, dict)]
     kinds, own = (
         Counter(_kind(one) for one in listed if one.get("mode") == mode) for mode in (format.MODE, "affine")
@@ -73,16 +70,38 @@ def describe(path: str, revision: str | None = None) -> Summary:
     if facts is not None:
         facts = {key: value for key, value in facts.items() if not isinstance(value, (dict, list))}
     model_type = str(config.get("model_type"))
-    return Summary(folder, model_type, len(entries), dict(kinds), zigzag, other, facts, dict(own))
+    reads = _reads(folder, config, tensors)
+    layers, other = len(entries), total - zigzag
+    return Summary(folder, model_type, layers, dict(kinds), zigzag, other, facts, dict(own), reads)
 
 
 def _kind(entry: dict[str, Any]) -> str:
     return f"{entry.get('bits')} bits, group {entry.get('group_size')}"
 
 
-def _bytes(dtype: str, shape: list[int]) -> int:
-    digits = "".join(filter(str.isdigit, dtype.partition("_")[0]))
-    size = int(digits or 8) // 8
-    for length in shape:
-        size *= length
-    return size
+def _reads(folder: Path, config: dict[str, Any], tensors: dict[str, checks.Tensor]) -> Reads:
+    """What a token reads; the reasons are those of a plan made today for the same model."""
+    checkpoint = source.Checkpoint(str(folder), folder, config, tensors)
+    model = parameters.build(checkpoint)
+    decide = plan.Decisions(model, plan.Wishes(), config)
+    entries = format.entries(config)
+    pieces = []
+    for name, tensor in tensors.items():
+        path, _, leaf = name.rpartition(".")
+        packed = f"{path}.scales" in tensors and leaf in PACKED
+        if packed and leaf != PACKED[0]:
+            continue
+        size = sum(tensors[f"{path}.{each}"].nbytes for each in PACKED) if packed else tensor.nbytes
+        reason = decide.reason(path, leaf, len(tensor.shape))
+        if packed and path in entries:
+            reason = ""
+        elif packed and reason == plan.BY_RULE:
+            reason = plan.KEPT_BY_WISH  # today's plan would take it
+        pieces.append(Piece(path, size, decide.fractions.of(path) * size, reason))
+    found = config["spqt"].get("calibration")
+    if found is not None and found["sparsity"]:
+        share, origin = found["sparsity"], "calibrated"
+    else:
+        count = sum(array.size for array in dict(tree_flatten(model.parameters())).values())
+        share, origin = presets.default_sparsity(count), "not calibrated yet: the default for this size"
+    return summed(pieces, decide.fractions.experts, share, origin)

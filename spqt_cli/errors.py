@@ -40,3 +40,7 @@ class BusyError(SpqtError):
     """The output exists or another run owns it (exit 7)."""
 
     exit_code = 7
+
+
+class Terminated(SystemExit):
+    """SIGTERM came: the process ends with 143. Told apart from a library that exits the process."""

@@ -4,6 +4,7 @@ The GPU kernels then apply silu and the product where they add up gate and up, a
 module instead of once per layer. It changes how modules are called, not what they hold.
 """
 
+import copy
 from collections.abc import Callable
 from functools import cache
 from types import SimpleNamespace
@@ -72,6 +73,10 @@ class Gated:
         self._step: kernels.GatedStep | None = None
         self._groups: list[SharedInput] = []  # gate and up; down
         self._skips = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Gated":
+        """The same for the copied module; what was prepared belongs to the old one."""
+        return Gated(copy.deepcopy(self.module, memo), self.names, self.original)
 
     def __call__(self, x: mx.array) -> mx.array:
         if (x.dtype, x.ndim) != self._form or not self._parts.unchanged():

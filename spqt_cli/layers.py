@@ -4,6 +4,7 @@ Which of the two, phase.py is told and not the shape of x. It knows kernels and 
 models, files or the mlx-lm hook.
 """
 
+import copy
 from typing import Any, Self
 
 import mlx.core as mx
@@ -128,6 +129,12 @@ class SharedInput:
         self._x: mx.array | None = None
         self._outputs: dict[int, mx.array] = {}
         self.forget()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """The same for the copied layers; what was prepared belongs to the old ones."""
+        memo[id(self)] = made = type(self)([])
+        made.layers.extend(copy.deepcopy(layer, memo) for layer in self.layers)
+        return made
 
     def forget(self) -> None:
         """Prepare anew before the next product: a threshold has changed."""

@@ -13,9 +13,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from spqt_cli import activity, format, identity, source, thresholds
-from spqt_cli.errors import ResourceError, SpqtError
-from spqt_cli.patch import wished_sparsity, zigzag_layers
+from spqt_cli import activity, format, identity, profile, reads, source, thresholds
+from spqt_cli.errors import ResourceError, SpqtError, Terminated, UnsupportedError
+from spqt_cli.patch import as_stored, wished_sparsity, zigzag_layers
 
 
 @dataclass
@@ -46,7 +46,8 @@ def load(
     """A converted model from a folder or hub id, with its tokenizer.
 
     sparsity: derive thresholds for this share from the stored curves instead of the calibrated ones;
-    None takes SPQT_SPARSITY, where that is set. dense: skip nothing.
+    None takes SPQT_SPARSITY, where that is set. dense: skip nothing, and run every layer as it is stored;
+    else each runs as this device's profile says.
     Raises SpqtError when the folder is damaged, was edited, or is not a converted model.
     """
     folder = source.local_folder(str(path), revision=revision)
@@ -57,6 +58,8 @@ def load(
     model, tokenizer = _through_mlx_lm(folder, wishes)
     loaded = Loaded(model, tokenizer, config, folder, None)
     _set_thresholds(loaded, wished_sparsity() if sparsity is None else sparsity, dense)
+    if not dense:
+        loaded.note = "; ".join(filter(None, [loaded.note, profile.apply(loaded)]))
     return loaded
 
 
@@ -72,7 +75,8 @@ def _through_mlx_lm(folder: Path, wishes: dict[str, Any]) -> tuple[nn.Module, An
     """mlx-lm's model and tokenizer of a checked folder."""
     import mlx_lm
 
-    with plain_path(folder) as readable, _load_errors(folder):
+    source.classes(format.read_config(folder), str(folder))  # a class that ends the process is met here
+    with plain_path(folder) as readable, _load_errors(folder), as_stored():
         model, tokenizer, *_ = mlx_lm.load(
             str(readable),
             tokenizer_config={"trust_remote_code": wishes.get("trust_remote_code", False)},
@@ -163,6 +167,7 @@ def load_draft(path: str, target: Loaded, *, dense: bool = False) -> Loaded:
     config = format.read_config(folder)
     if "spqt" in config:
         identity.check_model(folder)
+    source.classes(config, str(folder))
     with plain_path(folder) as readable, _load_errors(folder):
         draft, tokenizer, *_ = mlx_lm.load(str(readable))
     if tokenizer.vocab_size != target.tokenizer.vocab_size:
@@ -181,8 +186,10 @@ def _load_errors(folder: Path) -> Iterator[None]:
     """Turn what mlx-lm and transformers raise over a damaged config or tokenizer into an SpqtError."""
     try:
         yield
-    except (SpqtError, ImportError, MemoryError):
+    except (SpqtError, ImportError, MemoryError, Terminated):
         raise
+    except SystemExit as end:
+        raise UnsupportedError(f"{folder}: what loads it ends the process ({end.code})") from None
     except Exception as error:  # others' code over others' files: it may raise anything
         said = " ".join(str(error).split())[:200]
         if isinstance(error, RuntimeError) and "alloc" in said:
@@ -215,36 +222,19 @@ def plain_path(folder: Path) -> Iterator[Path]:
 def weight_bytes(model: nn.Module, config: dict[str, Any]) -> tuple[float, dict[int, int]]:
     """Bytes of weights that a dense decode step reads: of all other layers, and per Zigzag layer by id.
 
-    Of a mixture of experts only the chosen experts count; of an embedding that is not also the head,
-    nothing (one row).
+    Of a mixture of experts only the chosen experts count, of an embedding that is not also the head one row.
     """
     zigzag = {
         id(layer): sum(layer[name].nbytes for name in ("weight", "scales", "biases"))
         for layer in zigzag_layers(model).values()
     }
     other = 0.0
-    tied = config.get("tie_word_embeddings", False) or not hasattr(model, "lm_head")
-    for path, module in model.named_modules():
-        if isinstance(module, (nn.Embedding, nn.QuantizedEmbedding)) and (not tied or "head" in module):
-            continue  # one row is read; a head of its own (heads.py) comes as a module
-        arrays = [value for value in module.values() if hasattr(value, "nbytes")]
-        size = sum(array.nbytes for array in arrays)
-        if id(module) in zigzag:
-            size -= zigzag[id(module)]
-        if "switch_mlp" in path or "experts" in path.split("."):
-            size = int(size * _experts_share(config))
-        other += size
+    modules = dict(model.named_modules())
+    fractions = reads.Fractions(modules, config)
+    for path, module in modules.items():
+        size = sum(value.nbytes for value in module.values() if hasattr(value, "nbytes"))
+        other += (size - zigzag.get(id(module), 0)) * fractions.of(path)
     return other, zigzag
-
-
-def _experts_share(config: dict[str, Any]) -> float:
-    config = format.sizes(config)
-    chosen = config.get("num_experts_per_tok") or config.get("top_k_experts")
-    total = next(
-        (config[key] for key in ("num_experts", "num_local_experts", "n_routed_experts") if config.get(key)),
-        None,
-    )
-    return chosen / total if chosen and total else 1.0
 
 
 def touched_bytes(loaded: Loaded, shares: list[activity.Share]) -> tuple[float, float, float]:

@@ -19,7 +19,7 @@ from mlx.utils import tree_map
 
 from spqt_cli import blas, borders, generate, model, observe, questions, scoring, variants
 from spqt_cli.errors import SpqtError
-from spqt_cli.quality import DENSE, SOURCE
+from spqt_cli.quality import DENSE, SOURCE, shown
 from spqt_cli.variants import Choice, EvaluateOptions, OnProgress
 
 ROWS_AT_ONCE = 512  # rows of endings in one pass
@@ -248,11 +248,11 @@ def report(result: Result) -> str:
     for row in result.variants:
         skipped = f"{row.realised:.1%}" if row.sparsity else ""
         values = ((row.acc, row.acc_se), (row.acc_norm, row.acc_norm_se))
-        cells = "".join(f"{f'{100 * value:.1f} ± {100 * se:.1f}':>16}" for value, se in values)
+        cells = "".join(f"{f'{100 * value:.1f} ± {shown(100 * se, 1)}':>16}" for value, se in values)
         other = row.against.get(DENSE)
         if other is not None:
             pairs = ((other.acc, other.acc_se), (other.acc_norm, other.acc_norm_se))
-            cells += "".join(f"{f'{100 * value:+.1f} ± {100 * se:.1f}':>18}" for value, se in pairs)
+            cells += "".join(f"{f'{100 * value:+.1f} ± {shown(100 * se, 1)}':>18}" for value, se in pairs)
         lines.append(f"{row.name:<12}{skipped:>8}{cells}".rstrip())
     lines.append("± standard errors; differences are paired by question")
     return "\n".join(lines)

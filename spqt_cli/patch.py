@@ -5,15 +5,19 @@ complete loader hook; a second one, on `load_weights`, sees the whole model once
 Everything that leans on MLX's or mlx-lm's insides stands here, in cpu_patch.py and in patch_generate.py.
 """
 
+import contextlib
+import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from spqt_cli import attention, blocks, cpu_patch, gated, kernels, patch_generate, thresholds
-from spqt_cli.errors import UsageError
+from spqt_cli.errors import SpqtError, UsageError
 from spqt_cli.layers import SharedInput, ZigzagLinear
 
 # Names of sibling layers that read one input in mlx-lm's models. Where a model feeds them different
@@ -22,13 +26,19 @@ SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1"
 
 _linear_to_quantized = nn.Linear.to_quantized
 _load_weights = nn.Module.load_weights
+_refusal: ContextVar[SpqtError | None] = ContextVar("refusal", default=None)
+_follows_profile: ContextVar[bool] = ContextVar("follows_profile", default=True)
+_log = logging.getLogger("spqt")
 
 
 def _to_quantized(self: nn.Linear, group_size: Any = None, bits: Any = None, mode: str = "affine", **kw: Any):
     if mode != "zigzag":
         return _linear_to_quantized(self, group_size, bits, mode, **kw)
+    if error := _refusal.get():
+        raise error
     layer = ZigzagLinear.from_linear(self, group_size, bits, **kw)
     sparsity, curve = wished_sparsity(), (kw.get("spqt") or {}).get("curve")
+    object.__setattr__(layer, "curve", curve)  # not as a module keeps it, among its parameters
     if sparsity is not None and curve:
         layer.set_threshold(thresholds.derive(curve, sparsity) if sparsity else None)
     return layer
@@ -48,9 +58,29 @@ def wished_sparsity() -> float | None:
     return value
 
 
-def _load_weights_and_prepare(self: nn.Module, *args: Any, **kw: Any) -> nn.Module:
+@contextlib.contextmanager
+def refusing(error: SpqtError) -> Iterator[None]:
+    """Within the block loading a model with Zigzag layers raises `error`."""
+    token = _refusal.set(error)
+    try:
+        yield
+    finally:
+        _refusal.reset(token)
+
+
+@contextlib.contextmanager
+def as_stored() -> Iterator[None]:
+    """Within the block models are loaded as their folder has them, whatever this device's profile says."""
+    token = _follows_profile.set(False)
+    try:
+        yield
+    finally:
+        _follows_profile.reset(token)
+
+
+def _load_weights_and_prepare(self: nn.Module, file_or_weights: Any, strict: bool = True) -> nn.Module:
     """Load weights; a model with Zigzag layers is then made ready for its backend."""
-    result = _load_weights(self, *args, **kw)
+    result = _load_weights(self, file_or_weights, strict)
     if zigzag_layers(self):
         patch_generate.install()  # not before: it imports mlx_lm.generate, which holds on to MLX's device
         _share_inputs(self)
@@ -66,6 +96,11 @@ def _load_weights_and_prepare(self: nn.Module, *args: Any, **kw: Any) -> nn.Modu
         if kernels.backend().name == "cpu":
             for module in self.modules():
                 attention.install(module)
+        if strict and _follows_profile.get():  # with only a part of the weights nothing is repacked
+            from spqt_cli import profile  # which knows the layers, and so imports this module
+
+            if said := profile.follow(self, profile.stored_curves(self), wished_sparsity()):
+                _log.warning(said)
     return result
 
 

@@ -13,15 +13,14 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from spqt_cli import checks, layout, parameters
+from spqt_cli import checks, layout, parameters, reads
 from spqt_cli.errors import UnsupportedError
 from spqt_cli.format import MODE
+from spqt_cli.reads import BLOCK, TOWER
 from spqt_cli.source import DTYPES, Checkpoint, text_config
 
 ZIGZAG, ROWS, PLAIN = "zigzag", "row-grouped", "kept"
 NAMES = {dtype: name for name, dtype in DTYPES.items()}  # MLX dtype -> safetensors' name
-BLOCK = re.compile(r"\.\d+\.")  # a path inside a numbered list of modules: a transformer block
-TOWER = re.compile(r"(^|[._])(vision|visual|audio|image|speech)([._]|$)")
 ROUTER = re.compile(r"(^|\.)(\w*router\w*|gate|\w*expert_gate)(\.|$)")
 BASE_BYTES = 300 << 20  # Python, MLX, mlx-lm and its tokenizer library (measured: benchmarks/memory.py)
 LARGEST_TENSORS = 3  # held at once while one is cast, quantized and written
@@ -46,7 +45,8 @@ class Unit:
     """One tensor of the model and the parts it is written as.
 
     source: its name in the checkpoint, None where mlx-lm makes it of several tensors.
-    nbytes: of the tensor before quantization.
+    nbytes: of the tensor before quantization. reason: why it is not Zigzag. read: the part of it that a
+    token reads, 0 to 1.
     """
 
     name: str
@@ -58,6 +58,8 @@ class Unit:
     bits: int = 0
     group_size: int = 0
     band: int = 0
+    reason: str = ""
+    read: float = 1.0
 
     @property
     def path(self) -> str:
@@ -91,6 +93,7 @@ class Plan:
     """Units in the order they are written; `quantization` as config.json will have it.
 
     unquantized: layers that stay as they are because their inputs are no multiple of the group.
+    experts: what is known of a mixture, "" for other models. weights: how many the model has.
     """
 
     units: list[Unit]
@@ -98,6 +101,16 @@ class Plan:
     dtype: str | None
     keep_vision_config: bool = False
     unquantized: list[str] = field(default_factory=list)
+    experts: str = ""
+    weights: int = 0
+
+    def account(self, sparsity: float, origin: str) -> reads.Reads:
+        """What a token reads of the model as it will be written."""
+        pieces = [
+            reads.Piece(unit.path, unit.written_bytes, unit.read * unit.written_bytes, unit.reason)
+            for unit in self.units
+        ]
+        return reads.summed(pieces, self.experts, sparsity, origin)
 
     @property
     def written_bytes(self) -> int:
@@ -123,12 +136,15 @@ def make(checkpoint: Checkpoint, wishes: Wishes) -> tuple[Plan, dict[str, mx.arr
     """The plan for a checkpoint, and its lazy tensors under the names of the model's parameters."""
     model, weights, sources = parameters.load(checkpoint)
     dtype = wishes.dtype or _stored_dtype(checkpoint.config)
-    decide = Decisions(model, wishes)
+    decide = Decisions(model, wishes, checkpoint.config)
     units = [
         decide.unit(name, weights[name], dtype, sources.get(name)) for name in sorted(weights, key=_natural)
     ]
     keeps_vision = "vision_tower" in getattr(model, "model", {})
-    plan = Plan(units, decide.quantization, dtype, keeps_vision, decide.unquantized)
+    count = sum(array.size for array in weights.values())
+    plan = Plan(
+        units, decide.quantization, dtype, keeps_vision, decide.unquantized, decide.fractions.experts, count
+    )
     if not any(unit.kind == ZIGZAG for unit in units):
         raise UnsupportedError(
             f"{checkpoint.name}: no layer of this model can be stored in the Zigzag layout",
@@ -149,13 +165,15 @@ def _stored_dtype(config: dict[str, Any]) -> str | None:
     return found if found in ("float16", "bfloat16", "float32") else None
 
 
+BY_RULE = "kept as it is by mlx-lm's rules for this architecture"
+KEPT_BY_WISH = "asked to stay row-grouped, by the preset or the device's profile"
 MIN_SIZE = layout.GROUP_SIZES[0]  # a layer narrower than a group (gemma3n's 4-wide mixers) gains nothing
 
 
 class Decisions:
     """What becomes of each tensor, and what config.json must say about it."""
 
-    def __init__(self, model: nn.Module, wishes: Wishes) -> None:
+    def __init__(self, model: nn.Module, wishes: Wishes, config: dict[str, Any] | None = None) -> None:
         self.modules = dict(model.named_modules())
         self.wishes = wishes
         self.default = {"group_size": wishes.group_size, "bits": wishes.bits, "mode": "affine"}
@@ -163,9 +181,10 @@ class Decisions:
         self.unquantized: list[str] = []
         self.predicate = getattr(model, "quant_predicate", None)
         self.cast: Callable[[str], bool] = getattr(model, "cast_predicate", lambda _: True)
-        self.experts = _experts(self.modules)
+        self.experts = reads.expert_counts(self.modules)
         embeddings = [one for one in self.modules.values() if isinstance(one, nn.Embedding)]
         self.vocabularies = {one.weight.shape[0] for one in embeddings}
+        self.fractions = reads.Fractions(self.modules, config or {})
 
     def unit(self, name: str, array: mx.array, dtype: str | None, source: str | None) -> Unit:
         kept = array.dtype
@@ -176,9 +195,11 @@ class Decisions:
         if not mx.issubdtype(kept, mx.floating):
             kind = PLAIN
         shape = tuple(array.shape)
+        read = self.fractions.of(path)
+        reason = "" if kind == ZIGZAG else self.reason(path, leaf, len(shape))
         if kind == PLAIN:
             parts: tuple[Part, ...] = (Part(name, NAMES[kept], shape),)
-            return Unit(name, PLAIN, kept, parts, array.nbytes, source)
+            return Unit(name, PLAIN, kept, parts, array.nbytes, source, reason=reason, read=read)
         band = layout.band_of(shape[0], group_size) if kind == ZIGZAG else 0
         self.note(path, kind, bits, group_size, band)
         weight: tuple[int, ...]
@@ -193,7 +214,8 @@ class Decisions:
             Part(f"{path}.scales", NAMES[kept], scales),
             Part(f"{path}.biases", NAMES[kept], scales),
         )
-        return Unit(name, kind, kept, parts, array.nbytes, source, bits, group_size, band)
+        facts = (bits, group_size, band, reason, read)
+        return Unit(name, kind, kept, parts, array.nbytes, source, *facts)
 
     def kind(self, path: str) -> tuple[str, int, int]:
         """(kind, bits, group size) of a module's weight."""
@@ -227,15 +249,39 @@ class Decisions:
         return self.default
 
     def is_zigzag(self, path: str, module: nn.Module) -> bool:
+        return not self.why_not(path, module)
+
+    def why_not(self, path: str, module: nn.Module) -> str:
+        """Why a module's weight is not stored in Zigzag, in a few words; "" where it is."""
         found = BLOCK.search(path)
-        if type(module) is not nn.Linear or found is None or path.endswith(self.wishes.skip):
-            return False
-        if min(module.weight.shape) < MIN_SIZE:
-            return False
+        if TOWER.search(path):
+            return "no part of the language model"
+        if isinstance(module, nn.Embedding):
+            return "the head too, read whole" if path == self.fractions.head else "one row is looked up"
+        if reads.is_experts(module):
+            return "experts stay row-grouped"
+        if found is None and isinstance(module, nn.Linear):
+            is_head = module.weight.shape[0] in self.vocabularies
+            return "the head is read whole" if is_head else "outside the blocks"
+        if type(module) is not nn.Linear or found is None:
+            return f"a {type(module).__name__}, no linear layer of a block"
+        if path.endswith(self.wishes.skip):
+            return KEPT_BY_WISH
         block = path[: found.end()]
         gate_widths = (1, self.experts.get(block))  # of shared experts' gates and of routers
         is_gate = ROUTER.search(path) or module.weight.shape[0] in gate_widths
-        return not (is_gate or TOWER.search(path))
+        if is_gate:
+            return "chooses among experts"
+        return f"narrower than a group of {MIN_SIZE}" if min(module.weight.shape) < MIN_SIZE else ""
+
+    def reason(self, path: str, leaf: str, dimensions: int) -> str:
+        """Why a tensor that is not Zigzag is not."""
+        module = self.modules[reads.owner(self.modules, path)]
+        if dimensions < 2:
+            return reads.VECTORS
+        if leaf != "weight":
+            return f"{leaf} of a {type(module).__name__}"
+        return self.why_not(path, module) or BY_RULE
 
     def note(self, path: str, kind: str, bits: int, group_size: int, band: int) -> None:
         """List the layer in config.json: every Zigzag one, and others that differ from the default."""
@@ -245,15 +291,3 @@ class Decisions:
             }  # fmt: skip
         elif {"group_size": group_size, "bits": bits, "mode": "affine"} != self.default:
             self.quantization[path] = {"group_size": group_size, "bits": bits, "mode": "affine"}
-
-
-def _experts(modules: dict[str, nn.Module]) -> dict[str, int]:
-    """Block's path -> number of its experts, where it has any: a layer of so many outputs is a router."""
-    from mlx_lm.models.switch_layers import SwitchLinear
-
-    found: dict[str, int] = {}
-    for path, module in modules.items():
-        block = BLOCK.search(path)
-        if block and isinstance(module, SwitchLinear):
-            found[path[: block.end()]] = module.num_experts
-    return found

@@ -120,3 +120,11 @@ def merged(preset: Preset, **overrides: Any) -> Preset:
     result = Preset(**values)
     check(result)
     return result
+
+
+def default_sparsity(weights: int) -> float:
+    """The share to skip for a model of that many weights: small models pay more for skipping.
+
+    Embedding and head count: sizes are those that models are named by. docs/quality.md has the evidence.
+    """
+    return 0.25 if weights < 0.5e9 else 0.3 if weights < 1.5e9 else 0.4

@@ -180,20 +180,29 @@ def _choice(entry: dict[str, Any]) -> Choice:
     return Choice(below, otherwise)
 
 
-def apply(loaded: "Loaded") -> str:
-    """Make each layer of a loaded model run the way this device's profile says.
+Curves = Mapping[str, Sequence[float] | None]  # path of a layer -> its stored curve
 
-    Returns a line for people on what was chosen, with the seconds and the error that repacking cost;
-    "" without a profile for these layers. Call it once, after the thresholds are set.
+
+def apply(loaded: "Loaded") -> str:
+    """`follow` for a loaded model, with the curves of its config.json."""
+    return follow(loaded.model, curves(loaded), loaded.sparsity)
+
+
+def follow(model: nn.Module, curves: Curves, sparsity: float | None) -> str:
+    """Make each layer of a model run the way this device's profile says.
+
+    sparsity: what layers without a curve are taken to skip. Returns a line for people on what was chosen,
+    with the seconds and the error that repacking cost; "" without a profile for these layers. Call it once,
+    after the thresholds are set.
     """
     choices, fault = read()
     if not choices:
         return fault
-    densities = {id(layer): density for layer, density in expected_densities(loaded)}
+    densities = {id(layer): density for layer, density in expected_densities(model, curves, sparsity)}
     counts = dict.fromkeys((SPARSE, ZIGZAG, ROWS), 0)
     repack: dict[str, ZigzagLinear] = {}
-    kept = blocks.whole(loaded.model) if kernels.on_gpu() else ()
-    for unit in units(loaded.model):
+    kept = blocks.whole(model) if kernels.on_gpu() else ()
+    for unit in units(model):
         choice = choices.get(unit.key)
         if choice is None:
             continue
@@ -205,8 +214,8 @@ def apply(loaded: "Loaded") -> str:
         elif chosen == ZIGZAG:
             for layer in unit.layers.values():
                 layer.set_threshold(None)
-    cost = repacking.repack(loaded.model, repack) if repack else ""
-    head = _repack_head(loaded.model, choices)
+    cost = repacking.repack(model, repack) if repack else ""
+    head = _repack_head(model, choices)
     if not any(counts.values()) and not head:
         return ""
     parts = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
@@ -256,18 +265,33 @@ def unit_density(unit: Unit, densities: Sequence[float]) -> float:
     return sum(size * density for size, density in zip(sizes, densities, strict=True)) / sum(sizes)
 
 
-def expected_densities(loaded: "Loaded") -> list[tuple[ZigzagLinear, float]]:
-    """Each Zigzag layer with the share of channels that its threshold keeps, by its stored curve."""
+def curves(loaded: "Loaded") -> Curves:
+    """The curves that a loaded model's config.json has."""
     entries = format.entries(loaded.config)
+    return {path: (entry.get("spqt") or {}).get("curve") for path, entry in entries.items()}
+
+
+def stored_curves(model: nn.Module) -> Curves:
+    """The curves that the layers of a model were loaded with."""
+    return {path: layer.__dict__.get("curve") for path, layer in zigzag_layers(model).items()}
+
+
+def expected_densities(
+    model: nn.Module, curves: Curves, sparsity: float | None
+) -> list[tuple[ZigzagLinear, float]]:
+    """Each Zigzag layer with the share of channels that its threshold keeps, by its curve.
+
+    sparsity: what a layer with a threshold and no curve is taken to skip.
+    """
     result = []
-    for unit in units(loaded.model):
+    for unit in units(model):
         for name, layer in unit.layers.items():
-            curve = ((entries.get(name) or {}).get("spqt") or {}).get("curve")
+            curve = curves.get(name)
             if layer.threshold is None:
-                sparsity = 0.0
+                skipped = 0.0
             elif curve and layer.threshold.size == 1:
-                sparsity = float(np.interp(np.array(layer.threshold)[0], curve, format.CURVE_SPARSITIES))
+                skipped = float(np.interp(np.array(layer.threshold)[0], curve, format.CURVE_SPARSITIES))
             else:
-                sparsity = loaded.sparsity or 0.0
-            result.append((layer, 1 - sparsity))
+                skipped = sparsity or 0.0
+            result.append((layer, 1 - skipped))
     return result

@@ -1,5 +1,6 @@
 """What an evaluation found: the result, its table and its picture for people."""
 
+import math
 from dataclasses import dataclass, field
 
 from spqt_cli import scoring
@@ -47,16 +48,21 @@ def report(quality: Quality) -> str:
     ]
     for row in quality.variants:
         cells = [row.against.get(name) for name in (SOURCE, DENSE)]
-        kl_source, kl_dense = (f"{one.kl:.4f} ± {one.se:.4f}" if one else "" for one in cells)
+        kl_source, kl_dense = (f"{one.kl:.4f} ± {shown(one.se, 4)}" if one else "" for one in cells)
         last = row.against.get(reference)
         tail = f"{last.p99:>8.3f}{last.top1:>8.1%}" if last else ""
         skipped = f"{row.realised:.1%}" if row.sparsity else ""
-        ppl = f"{row.perplexity:.2f} ± {row.perplexity_se:.2f}"
+        ppl = f"{row.perplexity:.2f} ± {shown(row.perplexity_se, 2)}"
         lines.append(f"{row.name:<12}{skipped:>8}{ppl:>18}{kl_source:>18}{kl_dense:>18}{tail}")
     lines.append(
         f"p99 and top-1: against {'the source' if reference == SOURCE else 'dense'}; ± standard errors"
     )
     return "\n".join(lines + _picture(quality))
+
+
+def shown(value: float, digits: int) -> str:
+    """A figure for people; a dash for what doesn't exist, such as the standard error of one window."""
+    return "-" if math.isnan(value) else f"{value:.{digits}f}"
 
 
 def _picture(quality: Quality) -> list[str]:

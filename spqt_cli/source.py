@@ -14,12 +14,11 @@ from typing import Any, cast
 
 import mlx.core as mx
 
-from spqt_cli import checks, files
+from spqt_cli import bounds, checks, files, names
 from spqt_cli.checks import Tensor
 from spqt_cli.errors import SpqtError, UnsupportedError, UsageError
 from spqt_cli.format import read_config
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 MODEL_TYPE = re.compile(r"\w[\w-]*")
 DTYPES = {
     "BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32, "BOOL": mx.bool_,
@@ -141,7 +140,7 @@ def open_source(source: str, revision: str | None, trust: Trust, *, headers_only
     path = files.expanded(source)
     if not files.is_utf8(path):
         raise SpqtError(f"{source!a} is not UTF-8", "rename it")
-    if path.exists() or not HUB_ID.fullmatch(source) or source.endswith(".gguf"):
+    if path.exists() or not names.is_hub_id(source):
         if revision is not None:
             raise UsageError(f"--revision is for hub ids, and {source} is a path", "leave --revision out")
         return _open_path(path, trust)
@@ -157,10 +156,11 @@ def open_source(source: str, revision: str | None, trust: Trust, *, headers_only
 def local_folder(path: str, revision: str | None = None) -> Path:
     """The folder of a converted model: a local one, or a hub id's in the hub's own cache."""
     local = files.expanded(path)
-    if local.exists() or not HUB_ID.fullmatch(path):
+    if local.exists() or not names.is_hub_id(path):
         if not local.is_dir():
             what = "is no folder" if local.exists() else "is not found"
-            raise SpqtError(f"{path} {what}", "give a converted folder, or a hub id (org/name)")
+            hint = "give a converted folder, or a hub id (org/name)"
+            raise SpqtError(f"{path} {what}", hint + names.elsewhere(path))
         if revision is not None:
             raise UsageError(f"--revision is for hub ids, and {path} is a path", "leave --revision out")
         return local
@@ -182,7 +182,8 @@ def _open_path(path: Path, trust: Trust) -> Checkpoint:
         return _open_gguf(path, trust)
     if is_file or path.exists():
         raise SpqtError(f"{path} is no model", "give a model folder, a hub id or a .gguf file")
-    raise SpqtError(f"{path} is not found", "give a model folder, a hub id (org/name) or a .gguf file")
+    hint = "give a model folder, a hub id (org/name) or a .gguf file"
+    raise SpqtError(f"{path} is not found", hint + names.elsewhere(str(path)))
 
 
 def open_folder(folder: Path, trust: Trust) -> Checkpoint:
@@ -190,10 +191,13 @@ def open_folder(folder: Path, trust: Trust) -> Checkpoint:
     config = read_config(folder)
     checks.refuse_pipes(folder)
     quantized = check_config(config, str(folder), trust)
-    names, unused = checks.shard_names(folder)
-    if not names:
+    shards, unused = checks.shard_names(folder)
+    if not shards:
         checks.refuse_no_weights(folder)
-    tensors = checks.read_headers(folder, names)
+    absent: list[str] = []
+    tensors = checks.read_headers(folder, shards, absent)
+    if {**config, **text_config(config)}.get("tie_word_embeddings") is False:
+        checks.refuse_lost_head(folder, absent)
     _check_tokenizer(folder, trust)
     quantized = quantized or any(name.endswith((".qweight", ".scales")) for name in tensors)
     if quantized and not trust.requantize:
@@ -202,6 +206,8 @@ def open_folder(folder: Path, trust: Trust) -> Checkpoint:
     checkpoint = Checkpoint(name, folder, config, tensors, quantized=quantized)
     if unused:
         checkpoint.warnings.append(f"ignored, since the index does not name them: {checks.named(unused)}")
+    if absent:
+        checkpoint.warnings.append(f"the index names what no shard has, unused here: {checks.named(absent)}")
     return checkpoint
 
 
@@ -263,8 +269,14 @@ def classes(config: dict[str, Any], where: str) -> tuple[Any, Any]:
     if not MODEL_TYPE.fullmatch(model_type):
         raise unsupported
     try:
-        return mlx_lm.utils._get_classes(config)
-    except (ValueError, AttributeError, TypeError):
+        with bounds.no_exit(f"{where}: mlx-lm's {model_type}"):
+            return mlx_lm.utils._get_classes(config)
+    except (ValueError, AttributeError, TypeError) as error:
+        package = getattr(error.__cause__, "name", None)  # of an ImportError, which mlx-lm hides
+        if package and not package.startswith("mlx_lm"):
+            raise UnsupportedError(
+                f"{where}: mlx-lm's {model_type} needs the package {package}", "install it"
+            ) from None
         raise unsupported from None
 
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from spqt_cli import bounds, generate, model
-from spqt_cli.errors import SpqtError
+from spqt_cli.errors import SpqtError, Terminated, UnsupportedError
 
 NESTED = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 GIANT = "{{ 'x' * 4000000000 }}"
@@ -44,3 +44,23 @@ def test_limits_are_lifted_afterwards():
         print(1 / 0)
     assert (resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGALRM)) == before
     assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
+
+
+def test_a_library_that_ends_the_process_is_unsupported_and_keeps_off_stdout(capsys):
+    def leave() -> None:
+        print("install hf_olmo")
+        sys.exit(1)
+
+    with pytest.raises(UnsupportedError, match="x ends the process: install hf_olmo"), bounds.no_exit("x"):
+        leave()
+    with bounds.no_exit("chatty"):
+        print("loading")
+    seen = capsys.readouterr()
+    assert seen.out == ""
+    assert seen.err == "loading\n"
+
+
+def test_sigterm_is_no_exit_of_a_library():
+    with pytest.raises(Terminated) as caught, bounds.no_exit("olmo"):
+        raise Terminated(143)
+    assert caught.value.code == 143

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import struct
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from spqt_cli import checks, source
+from spqt_cli import checks, convert, identity, source
 from spqt_cli.errors import SpqtError, UnsupportedError
 from spqt_cli.format import INDEX
 from tests.conftest import tiny_checkpoint
@@ -210,11 +211,50 @@ def test_fault_14_index_and_shards_differ(folder: Path) -> None:
     name = next(iter(weight_map))
     write_index(folder, {key: value for key, value in weight_map.items() if key != name})
     refused(folder, name)
-    write_index(folder, weight_map | {"model.extra": weight_map[name]})
-    refused(folder, "model.extra")
     other = next(shard for shard in weight_map.values() if shard != weight_map[name])
     write_index(folder, weight_map | {name: other})
     refused(folder, name)
+
+
+UNUSED = "model.layers.0.self_attn.rotary_emb.inv_freq"
+
+
+@pytest.mark.parametrize("name", [UNUSED, "model.layers.0.attn.masked_bias", "lm_head.weight"])
+def test_an_index_may_name_what_the_model_does_not_need(folder: Path, tmp_path: Path, name: str) -> None:
+    """Here a llama model whose head is tied."""
+    weight_map = split(folder)
+    write_index(folder, weight_map | {name: next(iter(weight_map.values()))})
+    result = convert.convert(str(folder), tmp_path / "out", convert.ConvertOptions(group_size=32))
+    assert [line for line in result.warnings if name in line]
+    assert identity.verify(tmp_path / "out")
+
+
+def test_fault_14_a_needed_tensor_that_only_the_index_has(folder: Path, tmp_path: Path) -> None:
+    weight_map = split(folder)
+    lost = "model.layers.1.mlp.up_proj.weight"
+    shard = folder / weight_map[lost]
+    mx.save_safetensors(str(shard), {k: v for k, v in mx.load(str(shard)).items() if k != lost})
+    with pytest.raises(SpqtError, match=f"tensors are missing: {lost}"):
+        convert.convert(str(folder), tmp_path / "out", convert.ConvertOptions(group_size=32))
+    assert not (tmp_path / "out").exists()
+
+
+def test_fault_14_a_head_that_is_lost_is_not_replaced_by_the_embedding(folder: Path) -> None:
+    weight_map = split(folder)
+    write_index(folder, weight_map | {"lm_head.weight": next(iter(weight_map.values()))})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    refused(folder, "lm_head.weight")
+
+
+def test_fault_14_a_converted_folder_is_held_to_its_index(converted: Path, tmp_path: Path) -> None:
+    copied = tmp_path / "copied"
+    shutil.copytree(converted, copied)
+    index = json.loads((copied / INDEX).read_text())
+    index["weight_map"][UNUSED] = next(iter(index["weight_map"].values()))
+    (copied / INDEX).write_text(json.dumps(index))
+    with pytest.raises(SpqtError, match="the index names tensors that no shard has"):
+        identity.check_model(copied)
 
 
 def test_fault_14_at_most_ten_names() -> None:

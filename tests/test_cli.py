@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 
 from spqt_cli import cli, worker
@@ -156,6 +157,58 @@ def test_fault_39_empty_prompt(calibrated):
 
 def test_fault_40_no_tokens(calibrated):
     assert_error(spqt("generate", "--model", calibrated, "-p", "x", "-m", "0"), 2, "--max-tokens 0")
+
+
+@pytest.mark.parametrize("ending", [b"\n", b"\r\n"])
+def test_a_piped_prompt_loses_its_final_newline_and_no_other(calibrated, ending):
+    flags = ("generate", "--model", calibrated, "-m", "1", "-p", "-", "--ignore-chat-template", "--json")
+
+    def tokens(text: bytes) -> int:
+        return json.loads(spqt(*flags, stdin=text).stdout)["prompt_tokens"]
+
+    assert tokens(b"fox" + ending) == tokens(b"fox")
+    assert tokens(b"fox" + 2 * ending) > tokens(b"fox")
+
+
+def test_dense_with_a_sparsity_is_refused(calibrated):
+    flags = ("generate", calibrated, "--prompt", "fox", "--dense", "--sparsity")
+    for share in ("0", "0.3"):
+        assert_error(spqt(*flags, share), 2, "--dense and --sparsity exclude one another")
+
+
+@pytest.mark.parametrize("json_flag", [[], ["--json"]])
+def test_one_window_has_no_standard_error(calibrated, tmp_path, json_flag):
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog " * 200)
+    result = spqt("eval", calibrated, tmp_path / "text.txt", "--windows", "1", *json_flag)
+    assert result.returncode == 0, result.stderr
+    assert b"nan" not in result.stdout.lower()
+    if json_flag:
+        assert {row["perplexity_se"] for row in json.loads(result.stdout)["variants"]} == {None}
+    else:
+        assert " ± -" in result.stdout.decode()
+
+
+@pytest.mark.parametrize("name", ["./no/such", "models/missing", "~/missing", "a/b/c", "org/a.safetensors"])
+def test_a_missing_path_is_no_hub_id(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
+    (tmp_path / "models").mkdir()
+    assert_error(spqt("generate", name, "--prompt", "x"), 3, "is not found")
+    assert_error(spqt("convert", name, "-o", "out"), 3, "is not found")
+    assert_error(spqt("inspect", name), 3, "is not found")
+
+
+def test_a_name_without_a_folder_of_its_org_is_a_hub_id(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    asked = []
+
+    def download(repo, **_):
+        asked.append(repo)
+        raise huggingface_hub.errors.OfflineModeIsEnabled("off")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert_error(spqt("generate", "org/name-v1.5", "--prompt", "x"), 3, "org/name-v1.5 is no path here")
+    assert asked == ["org/name-v1.5"]
 
 
 def test_fault_42_stdin_is_not_utf8(calibrated):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,19 @@ def test_missing_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
     error = refusal(name)
     assert error.exit_code == 3
     assert error.hint
+
+
+def test_a_class_that_ends_the_process_is_unsupported(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "olmo"
+    shutil.copytree(checkpoint, folder)
+    config_of(folder, model_type="olmo")
+    error = refusal(folder)
+    assert error.exit_code == 4
+    assert "olmo" in error.cause
+    assert "ai2-olmo" in error.cause
+    assert capsys.readouterr().out == ""
 
 
 def test_file_that_is_no_model(tmp_path: Path) -> None:

@@ -1,0 +1,56 @@
+"""`spqt mlx-lm server`: it ends when it is told to.
+
+mlx-lm's server ends by itself on Ctrl-C alone, and any other way out of its main thread waits for ever for
+the thread that generates. It holds nothing that would be lost, so a signal ends the process as it stands.
+"""
+
+import atexit
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+from spqt_cli.errors import SpqtError
+
+
+@contextlib.contextmanager
+def ending() -> Iterator[None]:
+    """While mlx-lm's server runs: SIGTERM and SIGINT end the process, and an error the generating thread."""
+    from mlx_lm import server
+
+    generator: Any = server.ResponseGenerator
+    begin, started = generator.__init__, []
+
+    def beginning(self: Any, *args: Any, **kwargs: Any) -> None:
+        started.append(self)
+        begin(self, *args, **kwargs)
+
+    in_main = threading.current_thread() is threading.main_thread()  # where alone signals can be taken
+    numbers = (signal.SIGTERM, signal.SIGINT) if in_main else ()
+    handlers = {number: signal.signal(number, _end) for number in numbers}
+    generator.__init__ = beginning
+    try:
+        yield
+    except SpqtError as error:  # MLX aborts when Python shuts down after another thread has computed
+        atexit.register(_leave, error.exit_code)
+        raise
+    finally:
+        generator.__init__ = begin
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for one in started:
+            one._stop = True  # a port that is taken is met after this thread has begun
+
+
+def _end(number: int, frame: Any) -> NoReturn:
+    _leave(128 + number)
+
+
+def _leave(code: int) -> NoReturn:
+    with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: the signal struck amid a flush
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
