@@ -2,6 +2,7 @@
 
 #include "kernels.h"
 
+#include <cstdlib>
 #include <map>
 #include <mutex>
 #include <new>
@@ -11,7 +12,9 @@ namespace {
 constexpr std::align_val_t LINE{64};  // bytes of a cache line
 }
 
-std::shared_ptr<float[]> scratch(int stream, Purpose purpose, size_t floats) {
+const bool poisoned = std::getenv("SPQT_POISON") != nullptr;
+
+Scratch scratch(int stream, Purpose purpose, size_t floats) {
   struct Block {
     std::shared_ptr<float[]> data;
     size_t size = 0;
@@ -24,10 +27,11 @@ std::shared_ptr<float[]> scratch(int stream, Purpose purpose, size_t floats) {
     block.data = {new (LINE) float[floats], [](float* p) { operator delete[](p, LINE); }};
     block.size = floats;
   }
-  return block.data;
+  return {block.data, floats};
 }
 
 float* thread_work() {
   alignas((size_t)LINE) static thread_local float work[WORK];
+  poison(work, sizeof work);
   return work;
 }
