@@ -1,7 +1,7 @@
 """The CPU backend: the C++ extension `spqt_cli._cpu`, or the reason why it can't be used.
 
-It owns the choice of threads and instruction set, and the check that the extension fits the MLX that runs; it knows layers
-only as `kernels.Projection`s that are modules. Sources and design: cpu/.
+It owns the choice of threads and instruction set, and the check that the extension fits the MLX that runs;
+it knows layers only as `kernels.Projection`s that are modules. Sources and design: cpu/.
 """
 
 import importlib

@@ -10,7 +10,7 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 
-# Memory that CPU kernels work in or write to is NaN beforehand, in child processes too; read when the extension loads.
+# Memory that CPU kernels work in or write to is NaN beforehand, in child processes as well: cpu/scratch.h
 os.environ["SPQT_POISON"] = "1"
 
 VOCAB = 512

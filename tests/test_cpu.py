@@ -76,6 +76,10 @@ def threads():
     cpu.set_threads(before)
 
 
+def test_memory_is_nan_before_a_task():
+    assert cpu._native().is_poisoned()  # or what tests find of memory kept between jobs is chance
+
+
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)
 @pytest.mark.parametrize("group_size", layout.GROUP_SIZES)
 @pytest.mark.parametrize("bits", layout.BITS)

@@ -127,7 +127,8 @@ def test_instruction_set_from_the_environment_runs():
     """In a process of its own: what is asked of the extension there is the environment's choice alone."""
     for name in cpu.isas():
         command = [sys.executable, "-m", "spqt_cli", "doctor"]
-        done = subprocess.run(command, env={**os.environ, "SPQT_ISA": name}, capture_output=True, text=True)
+        chosen = {**os.environ, "SPQT_ISA": name}
+        done = subprocess.run(command, env=chosen, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         assert f"{name} kernels" in done.stdout
 

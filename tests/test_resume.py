@@ -6,14 +6,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from spqt_cli import convert, files, identity, journal
+from spqt_cli import convert, files, identity
 from spqt_cli.convert import ConvertOptions
 from spqt_cli.errors import BusyError, ResourceError, SpqtError
 from tests.conftest import tiny_checkpoint
