@@ -182,6 +182,9 @@ SPQT_INLINE void fill_panel(const Attend& a, int first, int keys, float* keys_t,
   }
 }
 
+static_assert(ATTEND_WIDTH % SLAB == 0 && ATTEND_KEYS % SLAB == 0 && SPLIT_KEYS <= WORK &&
+              2 * ATTEND_WIDTH * ATTEND_KEYS + ATTEND_ROWS * (ATTEND_KEYS + ATTEND_WIDTH) <= WORK);
+
 // Many rows: panels of keys, a running maximum, sums rescaled when it rises. Rows of sums are whole
 // slabs, or the last product would write into the next row.
 static void attend_many(const Attend& a, float* work) {

@@ -9,10 +9,17 @@
 #include <utility>
 
 namespace {
+
 constexpr std::align_val_t LINE{64};  // bytes of a cache line
+
+bool is_set(const char* name) {
+  const char* value = std::getenv(name);
+  return value && *value;
 }
 
-const bool poisoned = std::getenv("SPQT_POISON") != nullptr;
+}  // namespace
+
+const bool poisoned = is_set("SPQT_POISON");
 
 Scratch scratch(int stream, Purpose purpose, size_t floats) {
   struct Block {
