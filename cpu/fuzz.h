@@ -1,6 +1,7 @@
 // What fuzz.cpp's parts share: random arrays, memory that must not be trusted, and sums in double to judge by.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstring>

@@ -12,6 +12,23 @@ bool say(bool right, std::initializer_list<int> sizes) {
   return right;
 }
 
+// softmax(q . k * scale) . v
+Sums attended(const Attend& a) {
+  Sums want((size_t)a.rows * a.width);
+  for (int r = 0; r < a.rows; ++r) {
+    std::vector<double> p(a.visible + r * a.visible_step);
+    double highest = -1e300, total = 0;
+    for (size_t j = 0; j < p.size(); ++j) {
+      for (int d = 0; d < a.width; ++d) p[j] += (double)a.scale * a.q[r * a.q_stride + d] * a.k[j * a.k_stride + d];
+      highest = std::max(highest, p[j]);
+    }
+    for (double& one : p) total += one = std::exp(one - highest);
+    for (size_t j = 0; j < p.size(); ++j)
+      for (int d = 0; d < a.width; ++d) want.add(r * a.width + d, p[j] / total * a.v[j * a.v_stride + d]);
+  }
+  return want;
+}
+
 }  // namespace
 
 bool normalized(Random& random) {
@@ -66,26 +83,14 @@ bool attention(Random& random) {
   const Array k = random_values(random, FLOAT32, (keys - 1) * k_stride + width, 2);
   const Array v = random_values(random, FLOAT32, (keys - 1) * k_stride + width, 2);
   Array y(FLOAT32, (rows - 1) * y_stride + width), top(FLOAT32, rows), sum(FLOAT32, rows), work(FLOAT32, WORK);
-  const float scale = 1 / std::sqrt((float)width);
-  const int visible = causal ? keys - rows + 1 : keys;
-  (many ? kernels().attend_many : kernels().attend_few)(
-      {q.floats(), k.floats(), v.floats(), q_stride, k_stride, k_stride, rows, keys, width, scale, visible, causal,
-       y.floats(), y_stride, top.floats(), sum.floats()}, work.floats());
-  Sums want((size_t)rows * width);
-  for (int r = 0; r < rows; ++r) {
-    std::vector<double> p(visible + r * causal);
-    double highest = -1e300, total = 0;
-    for (size_t j = 0; j < p.size(); ++j) {
-      for (int d = 0; d < width; ++d) p[j] += scale * q[r * q_stride + d] * k[j * k_stride + d];
-      highest = std::max(highest, p[j]);
-    }
-    for (double& one : p) total += one = std::exp(one - highest);
-    for (size_t j = 0; j < p.size(); ++j)
-      for (int d = 0; d < width; ++d) want.add(r * width + d, p[j] / total * v[j * k_stride + d]);
-    for (int d = 0; d < width && !many; ++d) y.floats()[r * y_stride + d] /= sum.floats()[r];
-  }
-  const bool right = close(many ? "attend_many" : "attend_few", y, want, width, y_stride) && top.intact(rows, rows) &&
-      sum.intact(rows, rows) && work.intact(WORK, WORK);
+  const Attend a{q.floats(), k.floats(), v.floats(), q_stride, k_stride, k_stride, rows, keys, width,
+                 1 / std::sqrt((float)width), causal ? keys - rows + 1 : keys, causal, y.floats(), y_stride,
+                 top.floats(), sum.floats()};
+  (many ? kernels().attend_many : kernels().attend_few)(a, work.floats());
+  for (int r = 0; r < rows && !many; ++r)
+    for (int d = 0; d < width; ++d) a.y[r * y_stride + d] /= a.sum[r];
+  const bool right = close(many ? "attend_many" : "attend_few", y, attended(a), width, y_stride) &&
+      top.intact(rows, rows) && sum.intact(rows, rows) && work.intact(WORK, WORK);
   return say(right, {rows, keys, width, causal});
 }
 
