@@ -17,12 +17,13 @@ GGUF := $(MODELS)/SmolLM2-135M-Instruct.Q4_1.gguf
 CONVERTED := $(MODELS)/SmolLM2-135M-Instruct-spqt-4bit
 PROMPT ?= Explain in a few sentences why the sky is blue.
 
-.PHONY: help run test test-newest unit lint format bench-cpu sanitize torture clean
+.PHONY: help run test test-newest unit lint format bench-cpu sanitize isa torture clean
 help:
 	@echo "make run     convert, calibrate and run a real small model (BACKEND=cpu|cuda12|cuda13)"
 	@echo "make test    lint, types and all tests"
 	@echo "make lint    ruff and mypy alone;  make format  mends what ruff can"
 	@echo "make bench-cpu   the CPU kernels against stock MLX (and llama.cpp);  make sanitize  its sanitizers"
+	@echo "make isa     the CPU kernels with every instruction set, emulated where the machine has it not"
 	@echo "make torture MINUTES=n   damaged models and killed runs, summed up over calls"
 	@echo "make clean   remove the environment and build output"
 
@@ -84,6 +85,10 @@ bench-cpu: $(STAMP)
 # The CPU extension under the address, undefined-behaviour and thread sanitizers.
 sanitize: $(STAMP)
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python cpu/sanitize.py
+
+# Every instruction set of the CPU kernels, NEON emulated; says what it could not run, and then fails.
+isa: $(STAMP)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python cpu/isa.py
 
 clean:
 	rm -rf $(VENV) .venv-newest build dist .pytest_cache .ruff_cache .mypy_cache

@@ -2,7 +2,6 @@
 #include <cmath>
 
 #include "check.h"
-#include "mlx/allocator.h"
 #include "mlx/backend/cpu/encoder.h"
 #include "mlx/fast.h"
 #include "mlx/scheduler.h"
@@ -17,7 +16,7 @@ namespace mx = mlx::core;
 namespace {
 
 struct AttentionJob {
-  std::shared_ptr<float[]> memory;
+  Scratch memory;
   Attend first;  // of the first head
   int64_t q_batch, q_head, k_batch, k_head, v_batch, v_head;
   int heads, key_heads, rows, splits, row_tasks;
@@ -92,6 +91,7 @@ void join_splits(const AttentionJob& job, int row) {
 }
 
 void run_token(AttentionJob& job) {
+  job.memory.start();
   parallel(job.tasks, run_split, &job);
   for (int row = 0; row < job.tasks / job.splits * (job.heads / job.key_heads); ++row) join_splits(job, row);
 }
@@ -102,7 +102,7 @@ class Attention : public Native {
       : Native(stream, std::move(fallback)), scale_(scale), causal_(causal) {}
 
   void eval_cpu(const Arrays& in, Arrays& out) override {
-    out[0].set_data(mx::allocator::malloc(out[0].nbytes()));
+    allocate(out[0]);
     mx::cpu::get_command_encoder(stream()).dispatch([job = plan(in, out[0])]() {
       auto* context = const_cast<AttentionJob*>(&job);
       if (job.rows > 1) return parallel(job.tasks, run_rows, context);
@@ -147,7 +147,7 @@ class TokenAttention : public OnCpu {
 
   // inputs: q, k, v, keys, values, the table; outputs: as q, keys, values
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override {
-    outputs[0].set_data(mx::allocator::malloc(outputs[0].nbytes()));
+    allocate(outputs[0]);
     // Each output holds the inputs, all but the first of these for nothing: dropped, or no cache could be reused.
     for (auto& output : outputs)
       if (&output.inputs() != &inputs && !output.is_tracer()) output.inputs().clear();
@@ -168,6 +168,7 @@ class TokenAttention : public OnCpu {
     const Rope rope{in[0].data<float>(), turned, 0, 0, in[3].data<float>(), 1, half_, width, traditional_};
     mx::cpu::get_command_encoder(stream()).dispatch(
         [job, between, rope, k = in[1].data<float>(), v = in[2].data<float>(), offset = offset_]() mutable {
+          between.start();
           join_cache(job, rope, k, v, offset);
           run_token(job);
         });
@@ -185,7 +186,7 @@ class TokenAttention : public OnCpu {
       out.copy_shared_buffer(in);
       return;
     }
-    out.set_data(mx::allocator::malloc(out.nbytes()));
+    allocate(out);
     const mx::array from = in_order(in, stream());
     mx::cpu::get_command_encoder(stream()).dispatch(
         [from = from.data<float>(), to = out.data<float>(), n = out.size()]() { std::copy(from, from + n, to); });

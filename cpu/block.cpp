@@ -69,12 +69,12 @@ class Tail : public OnCpu {
                              {y, normed + width, counts[1], counts[2]}, stream());
     const Norm norm{h, in[1].data<float>(), normed, 1, width, eps_};
     mx::cpu::get_command_encoder(stream()).dispatch([=]() {
+      between.start();
       run_job(*first);
       add_to(h, x, width);
       kernels().rms_norm(norm);
       run_gated(second);
       add_to(y, h, width);
-      (void)between;  // kept until here
     });
   }
 

@@ -94,6 +94,9 @@ inline void require_rows(
   require_bias(bias, weight.shape(0));
 }
 
+// Makes room for the values of an output.
+void allocate(mlx::core::array& out);
+
 // `a` itself where its values lie in order (with `axes` 1: where those of its last axis do), else a copy
 // made on the stream. For use in eval_cpu: a node in the graph for it would cost microseconds a call.
 mlx::core::array in_order(const mlx::core::array& a, mlx::core::Stream s, int axes = 0);

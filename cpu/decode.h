@@ -162,29 +162,41 @@ static void attend_few(const Attend& a, float* scores) {
   }
 }
 
-// keys and values of one panel as slabs: keys_t[d][key], values[key][d]
+// The width as whole slabs, which is what products are of.
+SPQT_INLINE int slabs_of(int width) { return (width + SLAB - 1) / SLAB * SLAB; }
+
+// keys and values of one panel as slabs: keys_t[d][key], values[key][d]; zeros for keys past the last and, in the
+// last slab of values, past the width
 SPQT_INLINE void fill_panel(const Attend& a, int first, int keys, float* keys_t, float* values) {
+  const int length = slabs_of(a.width);
   for (int j = 0; j < ATTEND_KEYS; ++j) {
     const float* k = a.k + (first + j) * a.k_stride;
     const float* v = a.v + (first + j) * a.v_stride;
     float* column = keys_t + j / SLAB * a.width * SLAB + j % SLAB;
+    float* row = values + j * SLAB;
     for (int d = 0; d < a.width; ++d) {
       column[d * SLAB] = j < keys ? k[d] : 0;
-      values[d / SLAB * ATTEND_KEYS * SLAB + j * SLAB + d % SLAB] = j < keys ? v[d] : 0;
+      row[d / SLAB * ATTEND_KEYS * SLAB + d % SLAB] = j < keys ? v[d] : 0;
     }
+    for (int d = a.width; d < length; ++d) row[d / SLAB * ATTEND_KEYS * SLAB + d % SLAB] = 0;
   }
 }
 
-// Many rows: panels of keys, a running maximum, sums rescaled when it rises.
+static_assert(ATTEND_WIDTH % SLAB == 0 && ATTEND_KEYS % SLAB == 0 && SPLIT_KEYS <= WORK &&
+              2 * ATTEND_WIDTH * ATTEND_KEYS + ATTEND_ROWS * (ATTEND_KEYS + ATTEND_WIDTH) <= WORK);
+
+// Many rows: panels of keys, a running maximum, sums rescaled when it rises. Rows of sums are whole
+// slabs, or the last product would write into the next row.
 static void attend_many(const Attend& a, float* work) {
   float* keys_t = work;
   float* values = keys_t + ATTEND_WIDTH * ATTEND_KEYS;
   float* scores = values + ATTEND_WIDTH * ATTEND_KEYS;
   float* sums = scores + ATTEND_ROWS * ATTEND_KEYS;
+  const int length = slabs_of(a.width);
   for (int row = 0; row < a.rows; ++row) {
     a.top[row] = HIDDEN;
     a.sum[row] = 0;
-    for (int d = 0; d < a.width; d += LANES) store(sums + row * a.width + d, vf{});
+    for (int d = 0; d < length; d += LANES) store(sums + row * length + d, vf{});
   }
   const int seen = min_of(a.keys, a.visible + (a.rows - 1) * a.visible_step);
   for (int first = 0; first < seen; first += ATTEND_KEYS) {
@@ -202,15 +214,15 @@ static void attend_many(const Attend& a, float* work) {
         const float shrink = exp_negative(splat(a.top[row] - here))[0];
         a.sum[row] *= shrink;
         for (int d = 0; d < a.width; d += LANES)
-          store(sums + row * a.width + d, load<vf>(sums + row * a.width + d) * splat(shrink));
+          store(sums + row * length + d, load<vf>(sums + row * length + d) * splat(shrink));
         a.top[row] = here;
       }
       a.sum[row] += exp_row(s, ATTEND_KEYS, a.top[row]);
     }
     for (int d = 0; d < a.width; d += SLAB)
-      multiply_slab(a.rows, scores, ATTEND_KEYS, ATTEND_KEYS, values + d * ATTEND_KEYS, sums + d, a.width);
+      multiply_slab(a.rows, scores, ATTEND_KEYS, ATTEND_KEYS, values + d * ATTEND_KEYS, sums + d, length);
   }
   for (int row = 0; row < a.rows; ++row)
     for (int d = 0; d < a.width; d += LANES)
-      store(a.y + row * a.y_stride + d, load<vf>(sums + row * a.width + d) * splat(1.0f / a.sum[row]));
+      store(a.y + row * a.y_stride + d, load<vf>(sums + row * length + d) * splat(1.0f / a.sum[row]));
 }

@@ -4,7 +4,6 @@
 #include <vector>
 
 #include "check.h"
-#include "mlx/allocator.h"
 #include "mlx/backend/cpu/encoder.h"
 #include "native.h"
 #include "pool.h"
@@ -21,7 +20,7 @@ struct GemmJob {
 };
 
 struct RowJob {
-  std::shared_ptr<float[]> memory;
+  Scratch memory;
   Input input;
   Rows rows;  // of the whole matrix
   int rows_per_task, tasks;
@@ -32,12 +31,12 @@ void run_gemm(void* context, int task) {
 }
 
 void run_rows(void* context, int task) {
-  static thread_local float scales[MAX_ROW_GROUPS + PADDING];
+  static_assert(MAX_ROW_GROUPS + PADDING <= WORK);
   const RowJob& job = *static_cast<RowJob*>(context);
   Rows part = job.rows;
   part.first = task * job.rows_per_task;
   part.count = std::min(job.rows_per_task, job.rows.count - part.first);
-  kernels().rows(part, scales);
+  kernels().rows(part, thread_work());
 }
 
 class Dense : public Native {
@@ -49,12 +48,13 @@ class Dense : public Native {
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override {
     auto& encoder = mx::cpu::get_command_encoder(stream());
     mx::array& out = outputs[0];
-    out.set_data(mx::allocator::malloc(out.nbytes()));
+    allocate(out);
     if (out.size() == 0) return;
     Arrays in;
     for (const mx::array& a : inputs) in.push_back(in_order(a, stream()));
     if (along_inputs_ && in[0].size() == (size_t)in[0].shape(-1)) {
       encoder.dispatch([job = plan_rows(in, out)]() {
+        job->memory.start();
         kernels().prepare(job->input, job->rows.weights.bits, job->rows.weights.group_size,
                           const_cast<float*>(job->rows.prepared), const_cast<float*>(job->rows.group_sums));
         parallel(job->tasks, run_rows, job.get());

@@ -3,7 +3,7 @@
 
 #include <cstring>
 
-extern const Kernels kernels_base;
+extern const Kernels kernels_baseline;
 #if defined(__x86_64__)
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
@@ -21,14 +21,13 @@ const Kernels* supported(const char* name) {
   if (avx512 && !std::strcmp(name, "avx512")) return &kernels_avx512;
   if (avx2 && !std::strcmp(name, "avx2")) return &kernels_avx2;
 #endif
-  return std::strcmp(name, "base") ? nullptr : &kernels_base;
+  return std::strcmp(name, "baseline") ? nullptr : &kernels_baseline;
 }
 
 const Kernels* best() {
-  const char* const widest_first[] = {"avx512", "avx2"};
-  for (const char* name : widest_first)
+  for (const char* name : ISAS)
     if (const Kernels* found = supported(name)) return found;
-  return &kernels_base;
+  return &kernels_baseline;
 }
 
 const Kernels*& chosen() {
@@ -39,6 +38,8 @@ const Kernels*& chosen() {
 }  // namespace
 
 const Kernels& kernels() { return *chosen(); }
+
+bool has_isa(const char* name) { return supported(name) != nullptr; }
 
 bool use_isa(const char* name) {
   const Kernels* table = supported(name);

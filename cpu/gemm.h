@@ -138,6 +138,9 @@ static void multiply_slab(int rows, const float* x, int64_t x_stride, int inputs
   multiply_rest<ROW_TILE - 1>(rows - row, x + row * x_stride, x_stride, inputs, slab, sums + row * width, width);
 }
 
+// panels are filled by 32 outputs, slabs are read whole
+static_assert(32 % SLAB == 0 && GEMM_OUTPUTS % 32 == 0 && (GEMM_INPUTS + GEMM_ROWS) * GEMM_OUTPUTS <= WORK);
+
 static void gemm(const Gemm& g, float* work) {
   float* panel = work;
   float* sums = work + GEMM_OUTPUTS * GEMM_INPUTS;

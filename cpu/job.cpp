@@ -38,7 +38,7 @@ struct Task {
 }  // namespace
 
 struct Job {
-  std::shared_ptr<float[]> memory;
+  Scratch memory;
   std::vector<List> lists;      // per projection
   std::vector<TileOf> tiles;
   std::vector<std::atomic<int>> missing;  // by tile, stripes not yet summed: the last one finishes the tile
@@ -64,6 +64,7 @@ void run_task(void* context, int index) {
 }  // namespace
 
 void run_job(Job& job) {
+  job.memory.start();
   for (size_t p = 0; p < job.lists.size(); ++p) {
     List& list = job.lists[p];
     list.count = kernels().collect(list.input, list.channel, list.x);

@@ -121,6 +121,8 @@ constexpr int ATTEND_ROWS = 96;   // at most in one task
 constexpr int SPLIT_KEYS = 128;   // keys of one task when there is one row a head
 constexpr size_t WORK = 65536;    // floats of a thread's scratch: the most that gemm and attend need
 
+// Nothing can be said of what lies in the memory that a kernel is given to work in or to write to.
+
 struct Kernels {
   const char* name;
   // Lists the active channels; returns their number. channel, x: room for `inputs`.
@@ -147,7 +149,11 @@ struct Kernels {
   void (*attend_many)(const Attend&, float* work);
 };
 
+constexpr const char* ISAS[] = {"avx512", "avx2", "baseline"};  // widest first; the last is SSE2 or NEON
+
 // The best table for this machine, or the one chosen by use_isa.
 const Kernels& kernels();
-// Chooses a table by name; false if this machine or build lacks it.
+// Whether this machine and build have a table of that name.
+bool has_isa(const char* name);
+// Chooses a table by name; false if there is none.
 bool use_isa(const char* name);

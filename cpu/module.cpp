@@ -12,6 +12,7 @@
 #include "mlx/version.h"
 #include "ops.h"
 #include "pool.h"
+#include "scratch.h"
 #include "zigzag.h"
 
 namespace nb = nanobind;
@@ -58,6 +59,16 @@ NB_MODULE(_cpu, m) {
       .def("__call__", &spqt::TokenStep::operator());
   m.def("set_threads", &set_threads);
   m.def("threads", &threads);
+  m.def("isas", [] {  // those that this machine can execute, widest first
+    std::vector<std::string> found;
+    for (const char* name : ISAS)
+      if (has_isa(name)) found.push_back(name);
+    return found;
+  });
   m.def("isa", [] { return kernels().name; });
   m.def("use_isa", [](const std::string& name) { return use_isa(name.c_str()); });
+  m.def("is_poisoned", [] {  // whether memory is NaN when a task is handed it, seen in the memory itself
+    const float *first = thread_work(), *last = first + WORK - 1;
+    return *first != *first && *last != *last;
+  });
 }

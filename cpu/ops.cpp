@@ -5,7 +5,6 @@
 #include <vector>
 
 #include "check.h"
-#include "mlx/allocator.h"
 #include "mlx/backend/cpu/encoder.h"
 #include "mlx/fast.h"
 #include "native.h"
@@ -39,7 +38,7 @@ class RmsNorm : public Native {
 
   void eval_cpu(const Arrays& in, Arrays& out) override {
     const int width = in[0].shape(-1), rows = in[0].size() / width;
-    out[0].set_data(mx::allocator::malloc(out[0].nbytes()));
+    allocate(out[0]);
     const mx::array x = in_order(in[0], stream());
     const float* weight = in.size() > 1 ? in_order(in[1], stream()).data<float>() : nullptr;
     NormJob job{{x.data<float>(), weight, out[0].data<float>(), rows, width, eps_},
@@ -60,7 +59,7 @@ class LogSumExp : public Native {
 
   void eval_cpu(const Arrays& in, Arrays& out) override {
     const mx::array x = in_order(in[0], stream());
-    out[0].set_data(mx::allocator::malloc(out[0].nbytes()));
+    allocate(out[0]);
     mx::cpu::get_command_encoder(stream()).dispatch(
         [x = x.data<float>(), n = (int)x.size(), y = out[0].data<float>()]() {
           float largest, sum;
@@ -94,7 +93,7 @@ class RotaryPositions : public Native {
   // inputs: x with its last axis in order, the table
   void eval_cpu(const Arrays& in, Arrays& out) override {
     const mx::array x = in_order(in[0], stream(), 1);
-    out[0].set_data(mx::allocator::malloc(out[0].nbytes()));
+    allocate(out[0]);
     RopeJob job{{x.data<float>(), out[0].data<float>(), x.strides(2), x.shape(3), in[1].data<float>(),
                  x.shape(2), half_, x.shape(3), traditional_},
                 x.strides(0), x.strides(1), x.shape(0), x.shape(1)};

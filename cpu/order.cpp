@@ -3,6 +3,7 @@
 #include "check.h"
 #include "mlx/allocator.h"
 #include "mlx/backend/cpu/encoder.h"
+#include "scratch.h"
 
 namespace spqt {
 namespace mx = mlx::core;
@@ -22,10 +23,15 @@ uint8_t* copy_axis(const uint8_t* from, uint8_t* to, const mx::Shape& shape, con
 
 }  // namespace
 
+void allocate(mx::array& out) {
+  out.set_data(mx::allocator::malloc(out.nbytes()));
+  poison(out.data<uint8_t>(), out.nbytes());
+}
+
 mx::array in_order(const mx::array& a, mx::Stream s, int axes) {
   if (a.flags().row_contiguous || (axes == 1 && (a.shape(-1) == 1 || a.strides(-1) == 1))) return a;
   mx::array copy(a.shape(), a.dtype(), nullptr, {});
-  copy.set_data(mx::allocator::malloc(copy.nbytes()));
+  allocate(copy);
   auto& encoder = mx::cpu::get_command_encoder(s);
   encoder.dispatch([from = a.data<uint8_t>(), to = copy.data<uint8_t>(), shape = a.shape(),
                     strides = a.strides(), item = a.itemsize()]() {

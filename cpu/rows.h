@@ -90,6 +90,8 @@ template <int BITS, int GROUP>
 static void rows_tile(const Rows& r, float* scales) {
   const Tile& w = r.weights;
   const int groups = r.inputs / GROUP;
+  // the last column multiplies scales of groups that are not there by codes of zero: NaN would spread
+  for (int g = groups; g < groups + PADDING; ++g) scales[g] = 0;
   for (int m = r.first; m < r.first + r.count; ++m) {
     const int64_t first = m * (int64_t)w.scale_stride;
     float y = 0;

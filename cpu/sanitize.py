@@ -2,6 +2,8 @@
 
 1. fuzz.cpp under AddressSanitizer and UndefinedBehaviorSanitizer, then under ThreadSanitizer.
 2. The tests of the extension, built with the first two.
+
+Each runs with every instruction set that the machine can execute; isa.py has NEON under the first two.
 """
 
 import os
@@ -16,6 +18,7 @@ SETTINGS = {
     "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0",
     "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
     "TSAN_OPTIONS": "halt_on_error=1",
+    "SPQT_POISON": "1",  # set here because the extension is loaded before the tests set it
 }
 # Puts the built extension in place of the installed one, then runs the tests.
 RUN_TESTS = """
@@ -40,8 +43,8 @@ def run(*command: str, **variables: str) -> None:
 
 
 def build(kind: str, target: str) -> Path:
-    """The folder where a target has been built with sanitizers of that kind."""
-    folder = ROOT / "build" / f"sanitize-{kind.replace(',', '-')}"
+    """The folder where a target has been built with sanitizers of that kind, or with none."""
+    folder = ROOT / "build" / f"sanitize-{kind.replace(',', '-') or 'none'}"
     run("cmake", "-S", "cpu", "-B", str(folder), "-G", "Ninja", "-DCMAKE_BUILD_TYPE=RelWithDebInfo",
         f"-DSPQT_SANITIZE={kind}", f"-DPython_EXECUTABLE={sys.executable}")  # fmt: skip
     run("cmake", "--build", str(folder), "--target", target)

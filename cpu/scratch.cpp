@@ -2,16 +2,26 @@
 
 #include "kernels.h"
 
+#include <cstdlib>
 #include <map>
 #include <mutex>
 #include <new>
 #include <utility>
 
 namespace {
+
 constexpr std::align_val_t LINE{64};  // bytes of a cache line
+
+bool is_set(const char* name) {
+  const char* value = std::getenv(name);
+  return value && *value;
 }
 
-std::shared_ptr<float[]> scratch(int stream, Purpose purpose, size_t floats) {
+}  // namespace
+
+const bool poisoned = is_set("SPQT_POISON");
+
+Scratch scratch(int stream, Purpose purpose, size_t floats) {
   struct Block {
     std::shared_ptr<float[]> data;
     size_t size = 0;
@@ -24,10 +34,11 @@ std::shared_ptr<float[]> scratch(int stream, Purpose purpose, size_t floats) {
     block.data = {new (LINE) float[floats], [](float* p) { operator delete[](p, LINE); }};
     block.size = floats;
   }
-  return block.data;
+  return {block.data, floats};
 }
 
 float* thread_work() {
   alignas((size_t)LINE) static thread_local float work[WORK];
+  poison(work, sizeof work);
   return work;
 }

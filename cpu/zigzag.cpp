@@ -1,7 +1,6 @@
 #include "zigzag.h"
 
 #include "check.h"
-#include "mlx/allocator.h"
 #include "mlx/backend/cpu/encoder.h"
 #include "scratch.h"
 #include "step.h"
@@ -49,7 +48,10 @@ class GatedGemv : public OnCpu {
     const GatedPlaces places{outputs[0].data<float>(), between.get(), {outputs[1].data<uint32_t>(), before},
                              {outputs[2].data<uint32_t>(), before_down}};
     auto job = plan_gated(shape_, row_of(in[0]), {in, 1}, places, stream());
-    mx::cpu::get_command_encoder(stream()).dispatch([job, between]() { run_gated(job); });
+    mx::cpu::get_command_encoder(stream()).dispatch([job, between]() {
+      between.start();
+      run_gated(job);
+    });
   }
 
   const char* name() const override { return "SpqtGatedGemv"; }
@@ -62,7 +64,7 @@ class GatedGemv : public OnCpu {
 }  // namespace
 
 Arrays OnCpu::ready(const Arrays& inputs, Arrays& outputs, size_t first) {
-  for (auto& output : outputs) output.set_data(mx::allocator::malloc(output.nbytes()));
+  for (auto& output : outputs) allocate(output);
   Arrays in(inputs.begin(), inputs.begin() + first);
   for (size_t i = first; i < inputs.size(); ++i) in.push_back(in_order(inputs[i], stream()));
   return in;

@@ -1,7 +1,7 @@
 """The CPU backend: the C++ extension `spqt_cli._cpu`, or the reason why it can't be used.
 
-It owns the choice of threads and the check that the extension fits the MLX that runs; it knows layers
-only as `kernels.Projection`s that are modules. Sources and design: cpu/.
+It owns the choice of threads and instruction set, and the check that the extension fits the MLX that runs;
+it knows layers only as `kernels.Projection`s that are modules. Sources and design: cpu/.
 """
 
 import importlib
@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import psutil
 
-from spqt_cli.errors import UsageError
+from spqt_cli.errors import BackendError, UsageError
 
 if TYPE_CHECKING:
     from spqt_cli.kernels import GatedStep, HeadStep, Norm, Step, Tail, TailStep
 
 _REINSTALL = "reinstall spqt (`pip install --force-reinstall --no-deps .`)"
+ISAS = ("avx512", "avx2", "baseline")  # as cpu/kernels.h names them
 MOST_THREADS = 512  # a typing error of 100,000 would take all that the system has
 _CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
@@ -180,6 +181,23 @@ def default_threads() -> int:
     return count
 
 
+def isas() -> list[str]:
+    """The instruction sets that kernels were built for and that this machine can execute, widest first."""
+    return _native().isas() if status()[0] else []
+
+
+def _choose_isa(module: Any) -> None:
+    """Lets the extension run on the instruction set that SPQT_ISA names; unset, it takes the widest."""
+    wish = os.environ.get("SPQT_ISA")
+    if not wish:
+        return
+    if wish not in ISAS:
+        raise UsageError(f"SPQT_ISA is {wish[:40]!r}", f"set it to one of {', '.join(ISAS)}")
+    if not module.use_isa(wish):
+        has = ", ".join(module.isas())
+        raise BackendError(f"SPQT_ISA is {wish}, which this machine can't execute", f"set it to one of {has}")
+
+
 def _packed(layer: Any, threshold: mx.array | None) -> tuple[Any, ...]:
     # by key: reading an attribute of an nn.Module is a Python call, and this runs 200 times a token
     return (
@@ -213,6 +231,7 @@ def _extension() -> tuple[Any, str]:
     built, running = module.mlx_version(), module.running_mlx_version()
     if built != running:
         return None, f"it was built for MLX {built}, but {running} runs: {_REINSTALL}"
+    _choose_isa(module)
     if fault := _smoke_fault(module):
         return None, f"it fails on this machine ({fault}): {_REINSTALL}"
     module.set_threads(default_threads())

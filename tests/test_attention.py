@@ -10,7 +10,7 @@ from spqt_cli import attention, cpu, cpu_patch
 from tests.conftest import layer_settings
 
 USABLE, REASON = cpu.status()
-pytestmark = pytest.mark.skipif(not USABLE, reason=REASON)
+pytestmark = [pytest.mark.skipif(not USABLE, reason=REASON), pytest.mark.usefixtures("isa")]
 WIDTH = 96
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 64}  # fmt: skip
@@ -77,7 +77,7 @@ def run(made, tokens, prompt=5, kept=None):
 
 @pytest.mark.parametrize("changes", [{}, {"rope_scaling": LLAMA3}, {"rope_traditional": True}], ids=str)
 @pytest.mark.parametrize("model", [llama, qwen2])
-def test_bit_for_bit(isa, model, changes):
+def test_bit_for_bit(model, changes):
     expected, before = run(module(model, **changes), 4)
     found, kept = run(installed(module(model, **changes)), 4)
     assert np.array_equal(found, expected)

@@ -9,7 +9,7 @@ import pytest
 from spqt_cli import cpu, layout
 
 USABLE, REASON = cpu.status()
-pytestmark = pytest.mark.skipif(not USABLE, reason=REASON)
+pytestmark = [pytest.mark.skipif(not USABLE, reason=REASON), pytest.mark.usefixtures("isa")]
 
 FLOAT_TOLERANCE = 1e-5  # float32 sums of a few thousand terms: 24 bits, errors of both signs
 HALF_TOLERANCE = 2e-3  # float16 y: half a unit of its 11 bits is 2**-11 of the largest output at most
@@ -76,41 +76,45 @@ def threads():
     cpu.set_threads(before)
 
 
+def test_memory_is_nan_before_a_task():
+    assert cpu._native().is_poisoned()  # or what tests find of memory kept between jobs is chance
+
+
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)
 @pytest.mark.parametrize("group_size", layout.GROUP_SIZES)
 @pytest.mark.parametrize("bits", layout.BITS)
-def test_every_format(isa, bits, group_size, dtype):
+def test_every_format(bits, group_size, dtype):
     layer = Layer((330, 141), bits, group_size, dtype=dtype, threshold=0.6)
     check(vector(141), [layer])
 
 
 @pytest.mark.parametrize("bits", [3, 4])
-def test_band_wider_than_a_task(isa, bits):
+def test_band_wider_than_a_task(bits):
     check(vector(21), [Layer((9000, 21), bits, 64, band=9024, threshold=0.5)])  # tasks end at 8192 outputs
 
 
 @pytest.mark.parametrize("band", [32, 64, 96, 224, 4096])
-def test_any_band(isa, band):
+def test_any_band(band):
     check(vector(70), [Layer((200, 70), 4, 32, band=band, threshold=0.5)])
 
 
 @pytest.mark.parametrize("bits", layout.BITS)
 @pytest.mark.parametrize("shape", [(1, 1), (31, 3), (33, 17), (576, 64), (2049, 31), (4160, 33)], ids=str)
-def test_band_not_full(isa, shape, bits):
+def test_band_not_full(shape, bits):
     check(vector(shape[1]), [Layer(shape, bits, 32, threshold=0.3)])
 
 
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(mx.float16, HALF_TOLERANCE), (mx.bfloat16, BFLOAT_TOLERANCE)], ids=str
 )
-def test_half_precision_input(isa, dtype, tolerance):
+def test_half_precision_input(dtype, tolerance):
     layer = Layer((300, 200), threshold=0.7)
     layer["bias"] = vector(300, dtype, seed=5)[0]
     check(vector(200, dtype), [layer], tolerance)
 
 
 @pytest.mark.parametrize("count", [0, 1, 15, 16, 17, 32, 33, 200])
-def test_count_of_active_channels(isa, count):
+def test_count_of_active_channels(count):
     layer = Layer((320, 200))
     x = np.zeros((1, 200), np.float32)
     x[0, np.random.default_rng(count).permutation(200)[:count]] = 2.0
@@ -135,7 +139,7 @@ def test_nan_is_active_and_spreads():
     assert np.isnan(np.array(y)).all()
 
 
-def test_several_projections_of_one_input(isa):
+def test_several_projections_of_one_input():
     layers = [Layer((576, 100), threshold=0.2), Layer((192, 100), 8, 32, threshold=0.9, seed=2)]
     layers.append(Layer((64, 100), 3, 64, threshold=None, seed=3))
     layers[1]["bias"] = vector(192, seed=9)[0]

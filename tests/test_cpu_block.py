@@ -9,7 +9,7 @@ from spqt_cli import cpu, cpu_patch, gated, kernels, patch
 from tests.test_blocks import block, installed, steps, token
 
 USABLE, REASON = cpu.status()
-pytestmark = [pytest.mark.skipif(not USABLE, reason=REASON), pytest.mark.usefixtures("decode_steps")]
+pytestmark = [pytest.mark.skipif(not USABLE, reason=REASON), pytest.mark.usefixtures("decode_steps", "isa")]
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +28,7 @@ def separate(model=llama):
 
 
 @pytest.mark.parametrize("model", [llama, qwen2])  # qwen2 has biases
-def test_bit_for_bit(isa, model):
+def test_bit_for_bit(model):
     expected, shares = steps(separate(model))
     found, counted = steps(installed(block(model)))
     assert np.array_equal(found, expected)

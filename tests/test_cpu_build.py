@@ -1,5 +1,6 @@
 """The CPU extension where it can't be had: no compiler, another MLX, a machine it fails on."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import mlx.core as mx
 import pytest
 
 from spqt_cli import cpu
-from spqt_cli.errors import UsageError
+from spqt_cli.errors import BackendError, UsageError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -35,7 +36,9 @@ def stand_in(**changes):
         "sparse_gemv": product,
         "set_threads": lambda count: None,
         "threads": lambda: 1,
-        "isa": lambda: "base",
+        "isa": lambda: "baseline",
+        "isas": lambda: ["baseline"],
+        "use_isa": lambda name: name == "baseline",
     }
     return SimpleNamespace(**(answers | changes))
 
@@ -100,7 +103,34 @@ def test_wrong_numbers_are_noticed(fresh):
 
 def test_good_extension_is_used(fresh):
     fresh.setattr(cpu.importlib, "import_module", lambda name: stand_in())
-    assert cpu.status() == (True, "base kernels, 1 threads")
+    assert cpu.status() == (True, "baseline kernels, 1 threads")
+
+
+@pytest.mark.parametrize("wish", ["sse", "AVX2", " ", "9" * 5000])
+def test_instruction_set_from_the_environment_is_checked(fresh, wish):
+    fresh.setattr(cpu.importlib, "import_module", lambda name: stand_in())
+    fresh.setenv("SPQT_ISA", wish)
+    with pytest.raises(UsageError, match="SPQT_ISA") as error:
+        cpu.status()
+    assert "avx512, avx2, baseline" in error.value.hint
+
+
+def test_instruction_set_that_the_machine_lacks(fresh):
+    fresh.setattr(cpu.importlib, "import_module", lambda name: stand_in())
+    fresh.setenv("SPQT_ISA", "avx512")
+    with pytest.raises(BackendError, match="avx512") as error:
+        cpu.status()
+    assert error.value.hint == "set it to one of baseline"
+
+
+def test_instruction_set_from_the_environment_runs():
+    """In a process of its own: what is asked of the extension there is the environment's choice alone."""
+    for name in cpu.isas():
+        command = [sys.executable, "-m", "spqt_cli", "doctor"]
+        chosen = {**os.environ, "SPQT_ISA": name}
+        done = subprocess.run(command, env=chosen, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert f"{name} kernels" in done.stdout
 
 
 @pytest.mark.parametrize("wish", ["0", "-1", "two", "1.5", "100000", "9" * 5000])

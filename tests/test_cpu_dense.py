@@ -7,7 +7,7 @@ import pytest
 from spqt_cli import cpu, layout
 
 USABLE, REASON = cpu.status()
-pytestmark = pytest.mark.skipif(not USABLE, reason=REASON)
+pytestmark = [pytest.mark.skipif(not USABLE, reason=REASON), pytest.mark.usefixtures("isa")]
 
 TOLERANCE = 1e-5  # float32 sums of a few thousand terms against float64
 
@@ -48,19 +48,19 @@ class Layer(dict):
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)
 @pytest.mark.parametrize("group_size", layout.GROUP_SIZES)
 @pytest.mark.parametrize("bits", layout.BITS)
-def test_every_format_many_rows(isa, bits, group_size, dtype):
+def test_every_format_many_rows(bits, group_size, dtype):
     layer, x = Layer((200, 100), bits, group_size, dtype, bias=True), random(2, 7, 100, seed=1)
     close(cpu.matmul(x, layer), as_float64(x) @ layer.matrix.T + as_float64(layer["bias"]))
 
 
 @pytest.mark.parametrize("rows", [2, 5, 6, 7, 11, 12, 13, 256, 257, 300])
-def test_row_tiles_not_full(isa, rows):
+def test_row_tiles_not_full(rows):
     layer, x = Layer((100, 70), 4, 32), random(rows, 70, seed=1)
     close(cpu.matmul(x, layer), as_float64(x) @ layer.matrix.T)
 
 
 @pytest.mark.parametrize("inputs", [1, 33, 255, 256, 257, 600])
-def test_panels_not_full(isa, inputs):
+def test_panels_not_full(inputs):
     layer, x = Layer((4100, inputs), 4, 64), random(3, inputs, seed=1)
     close(cpu.matmul(x, layer), as_float64(x) @ layer.matrix.T)
 
@@ -106,7 +106,7 @@ def test_bitwise_equal_for_any_thread_count(count):
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)
 @pytest.mark.parametrize("group_size", layout.GROUP_SIZES)
 @pytest.mark.parametrize("bits", layout.BITS)
-def test_every_format_of_mlx_layout(isa, bits, group_size, dtype):
+def test_every_format_of_mlx_layout(bits, group_size, dtype):
     packed = mx.quantize(random(67, 640).astype(dtype), group_size, bits)
     wide = [a.astype(mx.float32) for a in packed[1:]]
     matrix = as_float64(mx.dequantize(packed[0], *wide, group_size=group_size, bits=bits))
@@ -116,7 +116,7 @@ def test_every_format_of_mlx_layout(isa, bits, group_size, dtype):
 
 
 @pytest.mark.parametrize("inputs", [32, 96, 160, 320])
-def test_mlx_layout_columns_not_full(isa, inputs):
+def test_mlx_layout_columns_not_full(inputs):
     for bits in layout.BITS:
         packed = mx.quantize(random(5, inputs), 32, bits)
         matrix = as_float64(mx.dequantize(*packed, group_size=32, bits=bits))

@@ -9,7 +9,7 @@ from spqt_cli import activity, cpu, gated, kernels
 from spqt_cli.layers import SharedInput, ZigzagLinear
 
 USABLE, REASON = cpu.status()
-pytestmark = [pytest.mark.skipif(not USABLE, reason=REASON), pytest.mark.usefixtures("decode_steps")]
+pytestmark = [pytest.mark.skipif(not USABLE, reason=REASON), pytest.mark.usefixtures("decode_steps", "isa")]
 INPUTS, OUTPUTS = 301, 96
 
 
@@ -55,7 +55,7 @@ def product(x, one):
 
 @pytest.mark.parametrize("middle", [704, 300])  # 300 ends in part of a vector and in padding of its band
 @pytest.mark.parametrize("bias", [False, True])
-def test_against_float64(isa, middle, bias):
+def test_against_float64(middle, bias):
     made, x = module(middle, bias, threshold=None), vector()
     gate, up = (
         product(np.array(x).ravel().astype(np.float64), one) for one in (made.gate_proj, made.up_proj)
@@ -96,7 +96,7 @@ def test_it_is_one_operation(tmp_path):
 
 
 @pytest.mark.parametrize("gate", [-np.inf, -200.0, -87.5, -1e-30, 0.0, 200.0, np.inf, np.nan])
-def test_silu_at_its_ends(isa, gate):
+def test_silu_at_its_ends(gate):
     """Gate and up are biases alone, down is ones: the sum of silu(gate) * up."""
     made = module(64, bias=True, threshold=None)
     made.gate_proj.bias, made.up_proj.bias = mx.full((64,), gate), mx.full((64,), 1.0)

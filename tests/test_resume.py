@@ -6,14 +6,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from spqt_cli import convert, files, identity, journal
+from spqt_cli import convert, files, identity
 from spqt_cli.convert import ConvertOptions
 from spqt_cli.errors import BusyError, ResourceError, SpqtError
 from tests.conftest import tiny_checkpoint
@@ -91,15 +90,19 @@ def test_fault_53_sigkill(tmp_path: Path, checkpoint: Path, lines: int) -> None:
     assert contents(output) == whole
 
 
-SLOWLY = """
+# Says so after four units and stays amid the fifth until a signal comes.
+UNTIL_A_SIGNAL = """
 import sys, time
 from spqt_cli import conversion
 from spqt_cli.cli import main
-write = conversion.Conversion._write_unit
-def slow(*args):
-    time.sleep(0.2)
+write, written = conversion.Conversion._write_unit, []
+def stop_at_the_fifth(*args):
+    while len(written) == 4:
+        print("four units", flush=True)
+        time.sleep(1000)
+    written.append(1)
     return write(*args)
-conversion.Conversion._write_unit = slow
+conversion.Conversion._write_unit = stop_at_the_fifth
 sys.argv = ["spqt", "convert", *sys.argv[1:], "--q-group-size", "32"]
 main()
 """
@@ -109,18 +112,18 @@ main()
 def test_fault_54_signals_keep_the_progress(tmp_path: Path, checkpoint: Path, sent: int, code: int) -> None:
     output = tmp_path / "out"
     process = subprocess.Popen(
-        [sys.executable, "-c", SLOWLY, checkpoint, "-o", output], stderr=subprocess.PIPE, text=True
-    )
-    while process.poll() is None:
-        if any(len(journal._lines(folder / journal.NAME)) > 3 for folder in files.work_folders(output)):
-            break
-        time.sleep(0.05)
+        [sys.executable, "-c", UNTIL_A_SIGNAL, checkpoint, "-o", output],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    while "four units" not in (line := process.stdout.readline()):
+        assert line, "it ended before"
     process.send_signal(sent)
     _, stderr = process.communicate()
     assert process.returncode == code
     assert "Traceback" not in stderr
     assert not output.exists()
-    assert convert.convert(str(checkpoint), output, OPTIONS).resumed > 0
+    assert convert.convert(str(checkpoint), output, OPTIONS).resumed == 4
     assert leftovers(tmp_path) == []
 
 

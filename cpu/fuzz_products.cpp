@@ -1,0 +1,123 @@
+// Random products with packed matrices: sparse, of many rows, and of one row in MLX's own layout.
+#include <algorithm>
+#include <memory>
+
+#include "fuzz.h"
+#include "pool.h"
+
+namespace {
+
+struct Stripes {
+  Tile tile;
+  Active active;
+  int stripes;
+  float* partials;
+};
+
+void run_stripe(void* context, int s) {
+  const Stripes& job = *static_cast<Stripes*>(context);
+  const int first = job.active.count * s / job.stripes, last = job.active.count * (s + 1) / job.stripes;
+  float* partial = job.partials + s * partial_size(job.tile.groups, job.tile.group_size);
+  spoil_stack();
+  kernels().gemv(job.tile, {job.active.channel + first, job.active.x + first, last - first}, partial);
+}
+
+bool say(bool right, const Packed& w) {
+  if (!right) std::printf(" rows %d width %d bits %d group %d\n", w.rows, w.width, w.bits, w.group_size);
+  return right;
+}
+
+// a layer's bias, as often as not
+std::unique_ptr<Array> some_bias(Random& random, int n, Sums& want, int rows) {
+  if (below(random, 2)) return nullptr;
+  auto made = std::make_unique<Array>(random_values(random, any_type(random), n, 1));
+  for (int r = 0; r < rows; ++r)
+    for (int i = 0; i < n; ++i) want.add((size_t)r * n + i, (*made)[i]);
+  return made;
+}
+
+Output output(Array& y, int outputs, const std::unique_ptr<Array>& bias) {
+  return {y.data(), y.type, outputs, bias ? bias->data() : nullptr, bias ? bias->type : FLOAT32};
+}
+
+}  // namespace
+
+bool sparse_gemv(Random& random) {
+  const bool wide = below(random, 12) == 0;
+  const Packed w(random, 1 + below(random, wide ? 12 : 70), 1 + below(random, wide ? TILE / 32 : 20));
+  const int step = one_of(random, {1, 1, 3}), inputs = w.rows;
+  const Array x = random_values(random, any_type(random), inputs, 2, step);
+  const bool each = below(random, 2);
+  std::vector<float> thresholds(each ? inputs : 1);
+  for (float& t : thresholds) t = one_of(random, {0.0f, 0.5f, 1.5f, 9.0f});
+  std::vector<int32_t> channel(inputs);
+  Array kept(FLOAT32, inputs);
+  const Input input{x.data(), x.type, step, inputs, below(random, 8) ? thresholds.data() : nullptr, each};
+  const int count = kernels().collect(input, channel.data(), kept.floats());
+  const int stripes = 1 + below(random, 4), outputs = w.width - below(random, w.group_size);
+  Array partials(FLOAT32, stripes * partial_size(w.width / w.group_size, w.group_size)), y(any_type(random), outputs);
+  Stripes job{w.tile(), {channel.data(), kept.floats(), count}, stripes, partials.floats()};
+  parallel(stripes, run_stripe, &job);
+  Sums want(outputs);
+  const auto bias = some_bias(random, outputs, want, 1);
+  spoil_stack();
+  kernels().finish(job.tile, partials.floats(), stripes, output(y, outputs, bias));
+  for (int k = 0; k < inputs; ++k)
+    if (!input.threshold || !((float)std::fabs(x[k * step]) < thresholds[each ? k : 0]))
+      for (int j = 0; j < outputs; ++j) want.add(j, x[k * step] * w.value(k, j));
+  const bool right = close("gemv", y, want, outputs, outputs) && kept.intact(inputs, inputs) &&
+      partials.intact(partials.n, partials.n);
+  return say(right, w);
+}
+
+bool many_rows(Random& random) {
+  const bool along_inputs = below(random, 2);
+  const Packed w(random, 1 + below(random, along_inputs ? 70 : 600), 1 + below(random, along_inputs ? 20 : 6));
+  const int rows = below(random, 16) ? 1 + below(random, 30) : GEMM_ROWS - below(random, 13);
+  const int inputs = along_inputs ? w.width : w.rows, x_stride = inputs + below(random, 3);
+  const int all = along_inputs ? w.rows : w.width, first = below(random, (all + 31) / 32) * 32;
+  const int outputs = std::min(all - first, GEMM_OUTPUTS - below(random, 2) * below(random, 40));
+  const int y_stride = outputs + below(random, 40);
+  const Array x = random_values(random, FLOAT32, (size_t)(rows - 1) * x_stride + inputs, 2);
+  Array y(any_type(random), (size_t)(rows - 1) * y_stride + outputs), work(FLOAT32, WORK);
+  Sums want((size_t)rows * outputs);
+  const auto bias = some_bias(random, outputs, want, rows);
+  spoil_stack();
+  kernels().gemm({x.floats(), x_stride, rows, inputs, w.tile(), first, along_inputs, output(y, outputs, bias), y_stride},
+                 work.floats());
+  for (int k = 0; k < inputs; ++k)
+    for (int j = 0; j < outputs; ++j) {
+      const double one = along_inputs ? w.value(first + j, k) : w.value(k, first + j);
+      for (int r = 0; r < rows; ++r) want.add((size_t)r * outputs + j, x[(size_t)r * x_stride + k] * one);
+    }
+  const bool right = close(along_inputs ? "gemm of rows" : "gemm", y, want, outputs, y_stride);
+  return say(right && work.intact(WORK, WORK), w);
+}
+
+bool one_row(Random& random) {
+  const Packed w(random, 1 + below(random, 40), 1 + below(random, 30));
+  const int step = one_of(random, {1, 1, 3}), groups = w.width / w.group_size;
+  const Array x = random_values(random, any_type(random), w.width, 2, step);
+  Array prepared(FLOAT32, prepared_size(w.width)), sums(FLOAT32, groups), scales(FLOAT32, groups + PADDING);
+  kernels().prepare({x.data(), x.type, step, w.width, nullptr, 0}, w.bits, w.group_size, prepared.floats(), sums.floats());
+  const int first = below(random, w.rows), count = 1 + below(random, w.rows - first);
+  Array y(any_type(random), w.rows);
+  Sums all(w.rows), want(count);
+  const auto bias = some_bias(random, w.rows, all, 1);
+  spoil_stack();
+  kernels().rows({w.tile(), w.width, first, count, prepared.floats(), sums.floats(), output(y, w.rows, bias)},
+                 scales.floats());
+  Array found(y.type, count);  // the rows asked for; the others are as they were
+  for (int m = 0; m < w.rows; ++m) {
+    if (m < first || m >= first + count) {
+      if (!y.is_unwritten(m)) return std::printf("rows: row %d was not asked for;", m), say(false, w);
+      continue;
+    }
+    std::memcpy(&found.bytes[(m - first) * y.size()], &y.bytes[m * y.size()], y.size());
+    want.add(m - first, all.want[m]);
+    for (int k = 0; k < w.width; ++k) want.add(m - first, x[k * step] * w.value(m, k));
+  }
+  const bool right = close("rows", found, want, count, count) && y.intact(y.n, y.n) && sums.intact(groups, groups) &&
+      prepared.intact(prepared.n, prepared.n) && scales.intact(scales.n, scales.n);
+  return say(right, w);
+}
