@@ -109,7 +109,9 @@ def _fill(inner: dict[str, Any], meant: Definition, args_class: Any, keys: set[s
 def _spell_pattern(inner: dict[str, Any], types: list[str], keys: set[str]) -> None:
     """A repeating pattern of layers, from their types."""
     full = [kind == "full_attention" for kind in types]
-    every = full.index(True) + 1 if True in full else len(full) + 1
+    every = (
+        full.index(True) + 1 if True in full else 1
+    )  # classes look for a full layer: `exact` puts windows in
     if "full_attention_interval" in keys:
         inner["full_attention_interval"] = every
     if inner.get("model_type") == "exaone4":

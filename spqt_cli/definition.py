@@ -10,13 +10,14 @@ from typing import Any
 
 # Keys that transformers' classes take as they stand, and keys of old configs that they turn into others.
 GIVEN = (
-    "rope_parameters", "max_position_embeddings", "original_max_position_embeddings", "head_dim",
-    "hidden_size", "num_attention_heads", "num_hidden_layers", "layer_types", "sliding_window",
+    "rope_parameters", "max_position_embeddings", "original_max_position_embeddings", "hidden_size",
+     "num_attention_heads", "num_hidden_layers", "layer_types", "sliding_window",
     "use_sliding_window", "max_window_layers", "attention_chunk_size", "no_rope_layers",
     "no_rope_layer_interval", "qk_rope_head_dim", "qk_nope_head_dim", "global_head_dim",
     "tie_word_embeddings",
 )  # fmt: skip
 OLD = (
+    "head_dim",
     "rope_scaling", "rope_theta", "partial_rotary_factor", "rotary_pct", "rotary_emb_base", "rotary_dim",
     "rope_local_base_freq", "sliding_window_pattern", "_sliding_window_pattern", "full_attention_interval",
 )  # fmt: skip
@@ -45,6 +46,17 @@ class Definition:
 
 def read(config: dict[str, Any], inner: dict[str, Any]) -> Definition:
     """The meaning of a config. inner: its part for the language model, often the config itself."""
+    import transformers
+
+    said = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # its advice is for those who write configs
+    try:
+        return _read(config, inner)
+    finally:
+        transformers.logging.set_verbosity(said)
+
+
+def _read(config: dict[str, Any], inner: dict[str, Any]) -> Definition:
     kind = _kind(config, inner)
     layers = whole(inner.get("num_hidden_layers")) or 0
     tied = inner.get("tie_word_embeddings", config.get("tie_word_embeddings"))
@@ -89,33 +101,34 @@ def _kind(config: dict[str, Any], inner: dict[str, Any]) -> str | None:
 
 def _of_transformers(kind: str, inner: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """(the class's defaults, what it makes of the given keys): None where it refuses them."""
-    import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    said = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # its advice is for those who write configs
+    plain = CONFIG_MAPPING[kind]()
+    given = {
+        key: _copy(inner[key])
+        for key in (*GIVEN, *OLD)
+        if inner.get(key) is not None and (key in OLD or hasattr(plain, key))
+    }
+    if inner.get("sliding_window", 0) is None and hasattr(plain, "sliding_window"):
+        given["sliding_window"] = None
+    if _head_dim(inner) and getattr(plain, "head_dim", 0) is None:  # transformers' own checks need it
+        given["head_dim"] = _head_dim(inner)
     try:
-        plain = CONFIG_MAPPING[kind]()
-        given = {
-            key: _copy(inner[key])
-            for key in (*GIVEN, *OLD)
-            if inner.get(key) is not None and (key in OLD or hasattr(plain, key))
-        }
-        if inner.get("sliding_window", 0) is None and hasattr(plain, "sliding_window"):
-            given["sliding_window"] = None
-        try:
-            return plain.to_dict(), CONFIG_MAPPING[kind](**given).to_dict()
-        except Exception:  # another library's checks of strange values: they may raise anything
-            return plain.to_dict(), None
-    finally:
-        transformers.logging.set_verbosity(said)
+        return plain.to_dict(), CONFIG_MAPPING[kind](**given).to_dict()
+    except Exception:  # another library's checks of strange values: they may raise anything
+        return plain.to_dict(), None
 
 
 def _copy(value: Any) -> Any:
-    """A copy two levels deep: transformers fills in what it is given."""
+    """A copy two levels deep, since transformers fills in what it is given; `rope_type` beside `type`."""
     if not isinstance(value, dict):
         return value
-    return {key: dict(inner) if isinstance(inner, dict) else inner for key, inner in value.items()}
+    copied = {key: dict(inner) if isinstance(inner, dict) else inner for key, inner in value.items()}
+    for rope in (copied, *(inner for inner in copied.values() if isinstance(inner, dict))):
+        if "type" in rope:  # some of transformers' classes overlook it
+            kind = rope.get("rope_type", rope["type"])
+            rope["rope_type"] = {"su": "longrope", "mrope": "default"}.get(str(kind), kind)
+    return copied
 
 
 def _ropes(rope: dict[str, Any], types: list[str] | None, layers: int) -> list[dict[str, Any]]:

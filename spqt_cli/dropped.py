@@ -45,6 +45,11 @@ def refuse(inner: dict[str, Any], meant: Definition, keys: set[str], name: str) 
                 f"{name}: {key} is {value!r}, and mlx-lm's class reads no such key (it does {usual!r})",
                 _HINT,
             )
+    hidden, heads, width = (inner.get(key) for key in ("hidden_size", "num_attention_heads", "head_dim"))
+    if width and hidden and heads and not keys & {"head_dim", "qk_rope_head_dim"} and width * heads != hidden:
+        raise UnsupportedError(
+            f"{name}: head_dim is {width}, and mlx-lm's class takes {hidden} / {heads}", _HINT
+        )
     usual_layers = [int((i + 1) % 4 != 0) for i in range(len(meant.no_rope_layers or []))]
     if meant.no_rope_layers and "no_rope_layers" not in keys and meant.no_rope_layers != usual_layers:
         raise UnsupportedError(f"{name}: no_rope_layers is not what mlx-lm's class computes", _HINT)

@@ -159,8 +159,14 @@ def _templated(tokenizer: Any, prompt: Prompt) -> str:
 
 
 def context_tokens(config: dict[str, Any]) -> int | None:
-    """The model's context length in tokens, None where config.json does not say."""
-    return format.whole(config, "max_position_embeddings")
+    """The model's context length in tokens, None where config.json does not say.
+
+    It is shorter than the config's own where mlx-lm's class is right only up to a length (`settle`).
+    """
+    section = config.get("spqt")
+    shorter = format.whole(section, "context") if isinstance(section, dict) else None
+    longest = format.whole(config, "max_position_embeddings")
+    return min((each for each in (longest, shorter) if each is not None), default=None)
 
 
 def stream(loaded: model.Loaded, tokens: list[int], sampling: Sampling, options: Options) -> Iterator[Any]:
