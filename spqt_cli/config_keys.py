@@ -15,6 +15,7 @@ from spqt_cli.definition import Definition
 BASES = ("rope_theta", "rotary_emb_base")
 SHARES = ("partial_rotary_factor", "rotary_pct")
 LOCAL_BASES = ("rope_local_base_freq",)
+NEEDS_SCALING = {"deepseek_v2", "minicpm3"}  # modules that look into rope_scaling without asking for it
 NESTED = {"gemma4_text", "laguna", "mellum", "spark2_5"}  # modules that read rope_parameters by layer type
 # Module of mlx-lm -> fields of its ModelArgs that nothing reads (docs/config-keys.md has every class).
 IGNORED: dict[str, set[str]] = {
@@ -32,6 +33,7 @@ FIXED: dict[str, dict[str, Any]] = {
     "glm_moe_dsa": {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "moe_layer_freq": 1},
     "llama4": {"rope_scaling": None},
     "minimax": {"shared_intermediate_size": 0},
+    "qwen3_moe": {"norm_topk_prob": True},  # of qwen3_vl_moe
 }
 # Key that a class demands -> the key under which transformers writes the same.
 ALIASES = {"n_ctx": "n_positions", "block_dim": "hidden_size", "num_experts": "num_local_experts"}
@@ -66,7 +68,13 @@ def spell(inner: dict[str, Any], meant: Definition, args_class: Any) -> None:
             inner[key] = value
     if meant.layer_types:
         _spell_pattern(inner, meant.layer_types, keys)
-    _spell_rope(inner, meant, keys, nested=any(name in NESTED for name, _ in _readers(args_class)))
+    names = {name for name, _ in _readers(args_class)}
+    if "granitemoehybrid" in names and isinstance(inner.get("layer_types"), list):
+        old = {"linear_attention": "mamba", "full_attention": "attention"}  # before transformers 5.13
+        inner["layer_types"] = [old.get(str(kind), kind) for kind in inner["layer_types"]]
+    _spell_rope(inner, meant, keys, nested=bool(names & NESTED))
+    if names & NEEDS_SCALING and inner.get("rope_scaling") is None:
+        inner["rope_scaling"] = _plain_yarn(meant.longest)
 
 
 def _names(kind: Any) -> set[str]:
@@ -94,9 +102,7 @@ def _short(module: Any) -> str:
 
 def _fill(inner: dict[str, Any], meant: Definition, args_class: Any, keys: set[str]) -> None:
     """Write transformers' default where config.json leaves a key out: the class's may be another."""
-    for name, kind in _readers(args_class):
-        for key, value in FIXED.get(name, {}).items():
-            inner.setdefault(key, value)
+    for _, kind in _readers(args_class):
         for key in _names(kind) & ALIASES.keys() - inner.keys():
             if ALIASES[key] in inner and key not in SIZES:
                 inner[key] = inner[ALIASES[key]]
@@ -104,6 +110,15 @@ def _fill(inner: dict[str, Any], meant: Definition, args_class: Any, keys: set[s
         value = (meant.defaults or {}).get(key, _ABSENT)
         if value is None or isinstance(value, (bool, int, float, str)):
             inner[key] = value
+    for name, _ in _readers(args_class):
+        for key, value in FIXED.get(name, {}).items():
+            inner.setdefault(key, value)
+    if "head_dim" in keys and inner.get("head_dim") is None and meant.head_dim:
+        inner["head_dim"] = meant.head_dim
+    if "n_inner" in keys and inner.get("n_inner") is None and "n_embd" in inner:
+        inner["n_inner"] = 4 * inner["n_embd"]
+    if "intermediate_size" in keys and {"expand", "hidden_size"} <= inner.keys():
+        inner.setdefault("intermediate_size", inner["expand"] * inner["hidden_size"])
 
 
 def _spell_pattern(inner: dict[str, Any], types: list[str], keys: set[str]) -> None:
@@ -143,6 +158,8 @@ def _spell_rope(inner: dict[str, Any], meant: Definition, keys: set[str], *, nes
         for key in names:
             if key in keys and value is not None:
                 inner[key] = value
+    if isinstance(inner.get("attn_config"), dict) and "attn_config" in keys:  # dbrx
+        inner["attn_config"].setdefault("rope_theta", full["rope_theta"])
     share = full.get("partial_rotary_factor")
     if "rotary_dim" in keys and inner.get("rotary_dim") is None and share is not None:
         inner["rotary_dim"] = int(meant.head_dim * share)
@@ -160,17 +177,21 @@ def _both(rope: dict[str, Any]) -> dict[str, Any]:
     return {**kept, "type": kind, "rope_type": kind}
 
 
+def _plain_yarn(longest: int | None) -> dict[str, Any]:
+    """A scaling by 1."""
+    return {
+        "type": "yarn",
+        "rope_type": "yarn",
+        "factor": 1.0,
+        "original_max_position_embeddings": longest or 1,
+    }
+
+
 def without_scaling(inner: dict[str, Any], args_class: Any, longest: int | None) -> None:
     """Leave the scaling out, for a class that has not this kind of it: the ropes are replaced afterwards."""
-    keys, name = reads(args_class), _readers(args_class)[0][0]
-    if "rope_scaling" in keys:
-        plain = {
-            "type": "yarn",
-            "rope_type": "yarn",
-            "factor": 1.0,
-            "original_max_position_embeddings": longest or 1,
-        }
-        inner["rope_scaling"] = plain if name in ("deepseek_v2", "minicpm3") else None
+    if "rope_scaling" in reads(args_class):
+        needed = any(name in NEEDS_SCALING for name, _ in _readers(args_class))
+        inner["rope_scaling"] = _plain_yarn(longest) if needed else None
     rope = inner.get("rope_parameters")
     if isinstance(rope, dict) and "rope_theta" in rope:
         kept = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}

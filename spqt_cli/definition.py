@@ -58,7 +58,8 @@ def read(config: dict[str, Any], inner: dict[str, Any]) -> Definition:
 
 def _read(config: dict[str, Any], inner: dict[str, Any]) -> Definition:
     kind = _kind(config, inner)
-    layers = whole(inner.get("num_hidden_layers")) or 0
+    names = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
+    layers = next((count for name in names if (count := whole(inner.get(name)))), 0)
     tied = inner.get("tie_word_embeddings", config.get("tie_word_embeddings"))
     if kind is None:
         return _plain(inner, layers, tied)
@@ -77,7 +78,7 @@ def _read(config: dict[str, Any], inner: dict[str, Any]) -> Definition:
         head_dim=_head_dim(values),
         longest=whole(values.get("max_position_embeddings")),
         tied=plain.get("tie_word_embeddings") if tied is None else bool(tied),
-        defaults={**plain, "head_dim": values.get("head_dim")},
+        defaults={key: value for key, value in plain.items() if key != "head_dim"},
     )
 
 
@@ -103,20 +104,20 @@ def _of_transformers(kind: str, inner: dict[str, Any]) -> tuple[dict[str, Any], 
     """(the class's defaults, what it makes of the given keys): None where it refuses them."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    plain = CONFIG_MAPPING[kind]()
+    plain = CONFIG_MAPPING[kind]().to_dict()
     given = {
         key: _copy(inner[key])
         for key in (*GIVEN, *OLD)
-        if inner.get(key) is not None and (key in OLD or hasattr(plain, key))
+        if inner.get(key) is not None and (key in OLD or key in plain)
     }
-    if inner.get("sliding_window", 0) is None and hasattr(plain, "sliding_window"):
+    if inner.get("sliding_window", 0) is None and "sliding_window" in plain:
         given["sliding_window"] = None
-    if _head_dim(inner) and getattr(plain, "head_dim", 0) is None:  # transformers' own checks need it
-        given["head_dim"] = _head_dim(inner)
+    if plain.get("head_dim", 0) is None and "qk_rope_head_dim" not in plain and _head_dim(inner):
+        given["head_dim"] = _head_dim(inner)  # transformers' own checks of longrope need it
     try:
-        return plain.to_dict(), CONFIG_MAPPING[kind](**given).to_dict()
+        return plain, CONFIG_MAPPING[kind](**given).to_dict()
     except Exception:  # another library's checks of strange values: they may raise anything
-        return plain.to_dict(), None
+        return plain, None
 
 
 def _copy(value: Any) -> Any:
@@ -151,7 +152,8 @@ def _windows(values: dict[str, Any], types: list[str] | None, layers: int) -> li
 
 def _head_dim(values: dict[str, Any]) -> int:
     hidden, heads = whole(values.get("hidden_size")), whole(values.get("num_attention_heads"))
-    return whole(values.get("head_dim")) or (hidden // heads if hidden and heads else 0)
+    own = whole(values.get("head_dim")) or whole(values.get("qk_rope_head_dim"))
+    return own or (hidden // heads if hidden and heads else 0)
 
 
 def _plain(inner: dict[str, Any], layers: int, tied: Any) -> Definition:

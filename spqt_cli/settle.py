@@ -24,6 +24,7 @@ SHORTEST = 256  # tokens: a model that is right only for fewer is refused
 LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 TOWER = re.compile(r"(^|[._])(vision|visual|audio|image|speech)([._]|$)")
 EMBEDDING = re.compile(r"(embed_tokens|wte|word_embeddings|embeddings|tok_embeddings|embed_in)\.weight$")
+OWN_DIMS = {"rotary_dim", "global_head_dim"}  # what is turned has a width of its own, which the class reads
 # Keys of layers that turn otherwise than the rest, in classes of which transformers knows nothing.
 MIXED = {"layer_types", "rope_local_base_freq", "rope_local_theta", "swa_rope_theta", "compress_rope_theta",
          "sliding_window_pattern", "sliding_window_layers", "block_configs"}  # fmt: skip
@@ -83,7 +84,7 @@ def _ropes(
 ) -> tuple[list[dict[str, Any]], int | None]:
     """(rotary modules to replace, tokens up to which all hold)."""
     alike = all(rope == meant.ropes[0] for rope in meant.ropes)
-    if not meant.ropes or (meant.defaults is None and (keys & MIXED or not alike)):
+    if not meant.ropes or keys & OWN_DIMS or (meant.defaults is None and (keys & MIXED or not alike)):
         return [], None
     found: list[dict[str, Any]] = []
     limits, seen = [], False
@@ -142,7 +143,9 @@ def _windows(
     """(windows of all layers where the class has not these, tokens up to which they don't matter)."""
     from mlx_lm.models.cache import ChunkedKVCache, KVCache, RotatingKVCache, make_prompt_cache
 
-    if not meant.windows or (meant.defaults is None and keys & {"sliding_window", *MIXED}):
+    if not meant.windows or "attention_window_size" in keys:
+        return None, None
+    if meant.defaults is None and keys & {"sliding_window", *MIXED}:
         return None, None
     caches = make_prompt_cache(model)
     chunk = None if any(type(each) is ChunkedKVCache for each in caches) else meant.chunk

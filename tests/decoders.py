@@ -1,6 +1,6 @@
 """Twelve families of decoders written from their definitions, in NumPy and float64: what a config must give.
 
-One function, steered by config keys under the names of transformers; rotary positions are spelled out here anew.
+One function, steered by config keys under the names of transformers; rotary positions are spelled out anew.
 Weights are those of a checkpoint, under its names. It imports nothing of spqt, MLX or transformers.
 """
 
@@ -35,7 +35,7 @@ def rope_of(config: dict[str, Any], layer: int) -> dict[str, Any]:
 
 
 def angles(rope: dict[str, Any], dims: int, config: dict[str, Any]) -> tuple[np.ndarray, float]:
-    """(radians per position of each pair, factor on queries and keys), for texts within the trained length."""
+    """(radians per position of each pair, factor on queries and keys), within the trained length."""
     kind = rope.get("rope_type", rope.get("type", "default"))
     base, pairs = rope["rope_theta"], np.arange(dims // 2)
     plain = np.array([base ** (-2 * i / dims) for i in pairs])

@@ -2,10 +2,11 @@
 
     python -m tests.fuzz_configs --count 2000
 
-Each case is named by its seed. Weights are multiples of a power of two that 8 bits hold without loss in groups
-along outputs and along inputs, so that a conversion changes none and float32 is all that separates the two.
-A case is right where the logits agree within TOLERANCE, or where spqt refuses it by the very key that the case
-made unsupported. Every `WHOLE`th case is converted and loaded again; the others stop at the settled model.
+Each case is named by its seed. Weights are multiples of a power of two that 8 bits hold without loss in
+groups along outputs and along inputs, so that a conversion changes none and float32 is all that separates
+the two. A case is right where the logits agree within TOLERANCE, or where spqt refuses it by the very key
+that the case made unsupported. Every `WHOLE`th case is converted and loaded again; the others stop at the
+settled model.
 """
 
 import argparse
