@@ -113,7 +113,10 @@ def _fill(inner: dict[str, Any], meant: Definition, args_class: Any, keys: set[s
     for name, _ in _readers(args_class):
         for key, value in FIXED.get(name, {}).items():
             inner.setdefault(key, value)
-    if "head_dim" in keys and inner.get("head_dim") is None and meant.head_dim:
+    longrope = any(
+        rope.get("rope_type") == "longrope" for rope in meant.ropes
+    )  # transformers checks its length
+    if ("head_dim" in keys or longrope) and inner.get("head_dim") is None and meant.head_dim:
         inner["head_dim"] = meant.head_dim
     if "n_inner" in keys and inner.get("n_inner") is None and "n_embd" in inner:
         inner["n_inner"] = 4 * inner["n_embd"]
