@@ -17,7 +17,7 @@ GGUF := $(MODELS)/SmolLM2-135M-Instruct.Q4_1.gguf
 CONVERTED := $(MODELS)/SmolLM2-135M-Instruct-spqt-4bit
 PROMPT ?= Explain in a few sentences why the sky is blue.
 
-.PHONY: help run test test-newest unit lint format bench-cpu sanitize isa torture clean
+.PHONY: help run test test-newest unit lint format bench-cpu sanitize isa torture fuzz-configs clean
 help:
 	@echo "make run     convert, calibrate and run a real small model (BACKEND=cpu|cuda12|cuda13)"
 	@echo "make test    lint, types and all tests"
@@ -25,6 +25,7 @@ help:
 	@echo "make bench-cpu   the CPU kernels against stock MLX (and llama.cpp);  make sanitize  its sanitizers"
 	@echo "make isa     the CPU kernels with every instruction set, emulated where the machine has it not"
 	@echo "make torture MINUTES=n   damaged models and killed runs, summed up over calls"
+	@echo "make fuzz-configs CONFIGS=n   random configs of twelve families against their definitions"
 	@echo "make clean   remove the environment and build output"
 
 $(STAMP): pyproject.toml $(wildcard cpu/*)
@@ -58,6 +59,10 @@ lint: $(STAMP)
 MINUTES ?= 30
 torture: $(STAMP)
 	$(BIN)/python -m tests.torture --minutes $(MINUTES)
+
+CONFIGS ?= 2000
+fuzz-configs: $(STAMP)
+	$(BIN)/python -m tests.fuzz_configs --count $(CONFIGS)
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

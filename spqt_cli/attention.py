@@ -14,6 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from spqt_cli import cpu
+from spqt_cli.exact import ExactRoPE
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _HEADS, _KEY_HEADS, _WIDTH, _SCALE = 4, 2, 8, 0.3  # of the trial
@@ -37,7 +38,7 @@ def rope_form(rope: Any) -> dict[str, Any] | None:
     settings: dict[str, Any]
     if type(rope) is nn.RoPE:
         settings = {"base": rope.base, "scale": rope.scale, "freqs": None}
-    elif type(rope) is Llama3RoPE:
+    elif type(rope) is Llama3RoPE or (type(rope) is ExactRoPE and rope.mscale == 1.0):
         settings = {"base": None, "scale": 1.0, "freqs": rope._freqs}
     else:
         return None

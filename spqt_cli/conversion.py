@@ -161,5 +161,6 @@ def _config(checkpoint: source.Checkpoint, planned: Plan) -> dict[str, Any]:
         "fingerprint": format.fingerprint(config),
         "source": checkpoint.identity(),
         "versions": {"spqt": __version__, "mlx": version("mlx")},
+        **(checkpoint.exact or {}),
     }
     return config

@@ -159,8 +159,17 @@ def _templated(tokenizer: Any, prompt: Prompt) -> str:
 
 
 def context_tokens(config: dict[str, Any]) -> int | None:
-    """The model's context length in tokens, None where config.json does not say."""
-    return format.whole(config, "max_position_embeddings")
+    """The model's context length in tokens, None where config.json does not say.
+
+    It is shorter than the config's own where mlx-lm's class is right only up to a length (`settle`).
+    """
+    limits = (format.whole(config, "max_position_embeddings"), _kept_to(config))
+    return min((each for each in limits if each is not None), default=None)
+
+
+def _kept_to(config: dict[str, Any]) -> int | None:
+    section = config.get("spqt")
+    return format.whole(section, "context") if isinstance(section, dict) else None
 
 
 def stream(loaded: model.Loaded, tokens: list[int], sampling: Sampling, options: Options) -> Iterator[Any]:
@@ -179,6 +188,10 @@ def stream(loaded: model.Loaded, tokens: list[int], sampling: Sampling, options:
                 f"--extra-eos-token {name}: the model has no such token", "see tokenizer.json"
             ) from None
     arguments = _loop_arguments(loaded, sampling, options)
+    kept_to = _kept_to(loaded.config)
+    if kept_to is not None:  # what would come after it would be wrong
+        asked = options.max_tokens if options.max_tokens > 0 else kept_to
+        arguments["max_tokens"] = max(1, min(asked, kept_to - len(tokens)))
     mx.reset_peak_memory()
     gate, response, stopped = StopStrings(options.stop), None, False
     answer = borders.Answer(loaded.tokenizer, tokens)

@@ -4,10 +4,12 @@ It owns the meeting of config.json, mlx-lm's classes with their `sanitize`, and 
 no weights and decides nothing about layouts.
 """
 
+from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
 
-from spqt_cli import checks
+from spqt_cli import checks, exact
 from spqt_cli.errors import SpqtError, UnsupportedError
 from spqt_cli.source import Checkpoint, classes, text_config
 
@@ -15,8 +17,11 @@ from spqt_cli.source import Checkpoint, classes, text_config
 def load(checkpoint: Checkpoint) -> tuple[nn.Module, dict[str, mx.array], dict[str, str]]:
     """Model, lazy weights by parameter, and parameter -> name in the checkpoint where it is one tensor.
 
-    The weights are exactly the model's parameters; the model itself holds none of them.
+    The weights are exactly the model's parameters; the model itself holds none of them. The checkpoint's
+    config is settled first (`settle`).
     """
+    if checkpoint.exact is None:
+        _settle(checkpoint)
     if checkpoint.quantized:
         from spqt_cli import requantize
 
@@ -25,15 +30,21 @@ def load(checkpoint: Checkpoint) -> tuple[nn.Module, dict[str, mx.array], dict[s
     else:
         model, weights, sources = _sanitized(checkpoint)
     _check(model, weights, checkpoint)
-    return model, weights, sources
+    return exact.complete(model, checkpoint.exact or {}), weights, sources
 
 
-def build(checkpoint: Checkpoint) -> nn.Module:
-    """mlx-lm's model for a checkpoint, its weights random and never computed."""
-    from mlx_lm.utils import _decode_tagged_floats
+def _settle(checkpoint: Checkpoint) -> None:
+    from spqt_cli import settle
 
-    config = _decode_tagged_floats(checkpoint.config)
-    model_class, args_class = classes(config, checkpoint.name)
+    _check_layers(checkpoint)
+    if checkpoint.gguf is None:  # its config is our own
+        settle.settle(checkpoint, lambda config: build(config, checkpoint.name))
+    checkpoint.exact = checkpoint.exact or {}
+
+
+def _check_layers(checkpoint: Checkpoint) -> None:
+    """Refuse a number of layers that would take long to build, before anything is built."""
+    config = checkpoint.config
     layers = config.get("num_hidden_layers") or text_config(config).get("num_hidden_layers") or 0
     count = len(checkpoint.tensors)
     if not isinstance(layers, int) or layers > count:
@@ -41,18 +52,27 @@ def build(checkpoint: Checkpoint) -> nn.Module:
             f"{checkpoint.name}: config.json says {layers!r} layers, but there are only {count} tensors",
             checks.AGAIN,
         )
+
+
+def build(config: dict[str, Any], name: str) -> nn.Module:
+    """mlx-lm's model of a config, its weights random and never computed. name: of the checkpoint."""
+    from mlx_lm.utils import _decode_tagged_floats
+
+    config = _decode_tagged_floats(config)
+    model_class, args_class = classes(config, name)
     try:
         return model_class(args_class.from_dict(config))
+    except NotImplementedError as error:
+        raise UnsupportedError(f"{name}: mlx-lm's class can't do this: {error}", "see its source") from None
     except (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, AssertionError) as error:
         raise SpqtError(
-            f"{checkpoint.name}: config.json does not describe a {config['model_type']} model ({error!r})",
-            checks.AGAIN,
+            f"{name}: config.json does not describe a {config['model_type']} model ({error!r})", checks.AGAIN
         ) from None
 
 
 def _sanitized(checkpoint: Checkpoint) -> tuple[nn.Module, dict[str, mx.array], dict[str, str]]:
     """Model, lazy weights by parameter, and parameter -> name in the checkpoint where it is one tensor."""
-    model = build(checkpoint)
+    model = build(checkpoint.config, checkpoint.name)
     loaded = checkpoint.weights()
     by_identity = {id(array): name for name, array in loaded.items()}
     weights = dict(loaded)  # sanitize may change its argument
@@ -65,12 +85,21 @@ def _sanitized(checkpoint: Checkpoint) -> tuple[nn.Module, dict[str, mx.array], 
                 f" ({error!r})",
                 checks.AGAIN,
             ) from None
+    weights = _without_second_head(model, weights)
     sources = {name: by_identity[id(a)] for name, a in weights.items() if id(a) in by_identity}
     if checkpoint.gguf is not None and (made := weights.keys() - sources.keys()):
         raise UnsupportedError(
             f"{checkpoint.name}: mlx-lm would rearrange {checks.named(made)}", "convert the HF original"
         )
     return model, weights, sources
+
+
+def _without_second_head(model: nn.Module, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+    """weights but for a stored head that is the embedding once more, where the class has no place for it."""
+    from mlx.utils import tree_flatten
+
+    wanted = dict(tree_flatten(model.parameters()))
+    return {name: a for name, a in weights.items() if name in wanted or not name.endswith("lm_head.weight")}
 
 
 def _check(model: nn.Module, weights: dict[str, mx.array], checkpoint: Checkpoint) -> None:

@@ -11,12 +11,14 @@ import os
 import sys
 from collections.abc import Iterator
 from contextvars import ContextVar
+from importlib.abc import MetaPathFinder
+from importlib.machinery import PathFinder
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from spqt_cli import attention, blocks, cpu_patch, gated, kernels, patch_generate, thresholds
+from spqt_cli import attention, blocks, cpu_patch, exact, gated, kernels, patch_generate, thresholds
 from spqt_cli.errors import SpqtError, UsageError
 from spqt_cli.layers import SharedInput, ZigzagLinear
 
@@ -104,6 +106,39 @@ def _load_weights_and_prepare(self: nn.Module, file_or_weights: Any, strict: boo
     return result
 
 
+class _OnImport(MetaPathFinder):
+    """Hooks mlx_lm.utils once it is imported, and not before: mlx_lm holds on to MLX's device."""
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
+        if fullname != "mlx_lm.utils":
+            return None
+        sys.meta_path.remove(self)
+        found: Any = PathFinder.find_spec(fullname, path, target)
+        run = found.loader.exec_module
+
+        def exec_module(module: Any) -> None:
+            run(module)
+            _hook_loading(module)
+
+        found.loader.exec_module = exec_module
+        return found
+
+
+def _hook_loading(utils: Any) -> None:
+    """Let mlx-lm's load_model put in what its class leaves out of a config (`exact`)."""
+    stock = utils.load_model
+    if getattr(stock, "is_exact", False):
+        return
+
+    def load_model(path: Any, lazy: bool = False, strict: bool = True, **kw: Any) -> Any:
+        get = kw.pop("get_model_classes", utils._get_classes)
+        return stock(path, lazy, strict, get_model_classes=lambda config: exact.classes(get, config), **kw)
+
+    hooked: Any = load_model
+    hooked.is_exact = True
+    utils.load_model = hooked
+
+
 def _share_inputs(model: nn.Module) -> None:
     """Let q/k/v and gate/up of one block run in one launch."""
     for module in model.modules():
@@ -144,6 +179,10 @@ def install() -> None:
     linear.to_quantized, module.load_weights = _to_quantized, _load_weights_and_prepare
     if "mlx_lm.generate" in sys.modules:
         patch_generate.install()
+    if "mlx_lm.utils" in sys.modules:
+        _hook_loading(sys.modules["mlx_lm.utils"])
+    elif not any(isinstance(finder, _OnImport) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _OnImport())
 
 
 install()

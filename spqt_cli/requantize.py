@@ -1,5 +1,6 @@
 """Sources that are quantized already: mlx-lm loads them, and their weights are widened again, lazily."""
 
+import json
 import tempfile
 from pathlib import Path
 
@@ -49,7 +50,7 @@ def _view(checkpoint: Checkpoint, temporary: Path) -> Path:
     shards = checkpoint.files()
     for i, path in enumerate(shards, 1):
         (folder / f"model-{i:05d}-of-{len(shards):05d}.safetensors").symlink_to(path.resolve())
-    for name in (CONFIG, "hf_quant_config.json"):
-        if (checkpoint.folder / name).exists():
-            (folder / name).symlink_to((checkpoint.folder / name).resolve())
+    (folder / CONFIG).write_text(json.dumps(checkpoint.config), encoding="utf-8")  # as it is settled
+    if (checkpoint.folder / "hf_quant_config.json").exists():
+        (folder / "hf_quant_config.json").symlink_to((checkpoint.folder / "hf_quant_config.json").resolve())
     return folder

@@ -48,7 +48,8 @@ class Checkpoint:
     """A checked source of weights.
 
     tensors: name -> Tensor, from headers. folder: where its small files lie. gguf: the open .gguf
-    file, or None. warnings: lines for the person.
+    file, or None. warnings: lines for the person. exact: what the converted model's `spqt` section is to say
+    for `exact`; None until the config is settled (`settle`).
     """
 
     name: str
@@ -60,6 +61,7 @@ class Checkpoint:
     gguf: Any = None
     quantized: bool = False
     warnings: list[str] = field(default_factory=list)
+    exact: dict[str, Any] | None = None
     keep: Any = None  # what must live as long as the folder is used
     _stamps: dict[Path, tuple[int, int, int]] = field(default_factory=dict)
 

@@ -207,8 +207,9 @@ def test_fault_22_nothing_to_pack(tmp_path: Path) -> None:
 
 def test_fault_24_tied_embeddings_once(tmp_path: Path) -> None:
     config = {**SIZES, **ARCHITECTURES["llama"]}
-    head = mx.zeros((SIZES["vocab_size"], SIZES["hidden_size"]))
-    checkpoint = checkpoint_of(tmp_path / "m", config, **{"lm_head.weight": head})
+    first = checkpoint_of(tmp_path / "first", config)
+    embedding = first.weights()["model.embed_tokens.weight"]
+    checkpoint = checkpoint_of(tmp_path / "m", config, **{"lm_head.weight": embedding})
     result, _ = plan.make(checkpoint, Wishes(group_size=32))
     assert [unit.name for unit in result.units if not unit.name.startswith("model.layers")] == [
         "model.embed_tokens.weight",
