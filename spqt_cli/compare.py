@@ -35,16 +35,17 @@ def compare(
     """
     folder = source.local_folder(path)
     model.calibrated_share(identity.check_model(folder), folder, max(sparsities))
-    loaded = model.load(path)
+    loaded = model.load(path, dense=True)
     tokens = generate.encode(loaded, prompt)
     rows = []
     for target in sparsities:
         on_row(f"sparsity {target:.0%}" if target else "dense")
-        model.set_sparsity(loaded, target)
+        if target:
+            model.set_sparsity(loaded, target)
         *pieces, statistics = generate.stream(
             loaded, tokens, generate.Sampling(), generate.Options(max_tokens=max_tokens)
         )
-        model.set_sparsity(loaded, 0)
+        model.set_dense(loaded)
         text = "".join(pieces)
         rows.append(Row(target, text, statistics, perplexity(loaded, tokens, text)))
     return rows

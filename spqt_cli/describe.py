@@ -13,7 +13,7 @@ class Summary:
     """Sizes in bytes; `calibration`: what it says, or None.
 
     kinds: Zigzag layers per (bits, group size). own: likewise, row-grouped layers that differ from the
-    model's default, such as embedding and head.
+    model's default, such as embedding and head. zeros: a line on layers with exact zeros among their inputs, or "".
     """
 
     folder: Path
@@ -24,6 +24,7 @@ class Summary:
     other_bytes: int
     calibration: dict[str, Any] | None
     own: dict[str, int]
+    zeros: str = ""
 
     def text(self) -> str:
         """A few lines for people."""
@@ -45,6 +46,8 @@ class Summary:
             lines.append("calibrated: " + ", ".join(facts))
             if said := calibration.stored_warning(self.calibration):
                 lines.append(said)
+            if self.zeros:
+                lines.append(self.zeros)
         return "\n".join(lines)
 
 
@@ -70,10 +73,11 @@ def describe(path: str, revision: str | None = None) -> Summary:
         Counter(_kind(one) for one in listed if one.get("mode") == mode) for mode in (format.MODE, "affine")
     )
     facts = config["spqt"].get("calibration")
+    zeros = calibration.stored_zeros(facts)
     if facts is not None:
         facts = {key: value for key, value in facts.items() if not isinstance(value, (dict, list))}
     model_type = str(config.get("model_type"))
-    return Summary(folder, model_type, len(entries), dict(kinds), zigzag, other, facts, dict(own))
+    return Summary(folder, model_type, len(entries), dict(kinds), zigzag, other, facts, dict(own), zeros)
 
 
 def _kind(entry: dict[str, Any]) -> str:

@@ -29,7 +29,7 @@ def _to_quantized(self: nn.Linear, group_size: Any = None, bits: Any = None, mod
     layer = ZigzagLinear.from_linear(self, group_size, bits, **kw)
     sparsity, curve = wished_sparsity(), (kw.get("spqt") or {}).get("curve")
     if sparsity is not None and curve:
-        layer.set_threshold(thresholds.derive(curve, sparsity) if sparsity else None)
+        layer.set_threshold(thresholds.derive(curve, sparsity) or None)
     return layer
 
 
