@@ -17,12 +17,13 @@ GGUF := $(MODELS)/SmolLM2-135M-Instruct.Q4_1.gguf
 CONVERTED := $(MODELS)/SmolLM2-135M-Instruct-spqt-4bit
 PROMPT ?= Explain in a few sentences why the sky is blue.
 
-.PHONY: help run test test-newest unit lint format bench-cpu sanitize torture clean
+.PHONY: help run test test-newest unit lint format architectures bench-cpu sanitize torture clean
 help:
 	@echo "make run     convert, calibrate and run a real small model (BACKEND=cpu|cuda12|cuda13)"
 	@echo "make test    lint, types and all tests"
 	@echo "make lint    ruff and mypy alone;  make format  mends what ruff can"
 	@echo "make bench-cpu   the CPU kernels against stock MLX (and llama.cpp);  make sanitize  its sanitizers"
+	@echo "make architectures   every architecture of mlx-lm against its definition and docs/architectures.md"
 	@echo "make torture MINUTES=n   damaged models and killed runs, summed up over calls"
 	@echo "make clean   remove the environment and build output"
 
@@ -57,6 +58,10 @@ lint: $(STAMP)
 MINUTES ?= 30
 torture: $(STAMP)
 	$(BIN)/python -m tests.torture --minutes $(MINUTES)
+
+# Some 10 minutes on two cores. WRITE=--write: put what was found into the page.
+architectures: $(STAMP)
+	$(BIN)/python -m tests.architectures $(WRITE)
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -29,7 +29,7 @@ class Backwards:
         self._dtype = mx.float32
 
     def costs(self, on_step: Callable[[str], None]) -> dict[str, np.ndarray]:
-        """Path -> price of each of sensitivity.LEVELS; layers with constant inputs, or not reached, are left out."""
+        """Path -> price of each of sensitivity.LEVELS, without layers of constant inputs or not reached."""
         last: list[mx.array] = []
 
         def visit(number: int, run: Run, x: mx.array, paths: list[str]) -> mx.array:
@@ -87,12 +87,14 @@ class Backwards:
         before = mx.array(np.load(self._input_path(number), allow_pickle=False)).astype(self._dtype)
         found = []
         for w, slope in enumerate(slopes):
+            self.harness.slopes = watch = observe.Slopes()
 
-            def objective(origin: mx.array, h: mx.array, slope: mx.array = slope) -> mx.array:
+            def objective(
+                origin: mx.array, h: mx.array, watch: observe.Slopes = watch, slope: mx.array = slope
+            ) -> mx.array:
                 watch.origin = origin
                 return (run(h)[:, self._half :] * slope).sum()
 
-            self.harness.slopes = watch = observe.Slopes()
             try:
                 _, by_input = sensitivity.differentiate(objective, watch.origin, before[w : w + 1])
                 watch.evaluate()
@@ -105,10 +107,11 @@ class Backwards:
         return found
 
     def _price(self, prices: sensitivity.Sensitivity, path: str, x: mx.array, gradient: mx.array) -> None:
-        """Price the second half of a window; layers that see a row for each position are told by their size."""
+        """Price the second half of a window, for layers that see a row for each position."""
         if x.size != self._tokens.shape[1] * x.shape[-1]:
             raise UnsupportedError(
-                f"layer {path} does not see all positions at once", "this model can't be calibrated block by block"
+                f"layer {path} does not see all positions at once",
+                "this model can't be calibrated block by block",
             )
         x, gradient = (a.reshape(-1, a.shape[-1])[self._half :] for a in (x, gradient))
         prices.price(path, x, gradient)

@@ -18,7 +18,7 @@ from spqt_cli import files, format, model, observe, pace, paging, streaming, tar
 from spqt_cli.calibration import Calibration, LayerRow, Tried, print_table
 from spqt_cli.errors import SpqtError, UnsupportedError, UsageError
 from spqt_cli.format import CURVE_SPARSITIES
-from spqt_cli.methods import CANDIDATES, Candidate, Search, steps
+from spqt_cli.methods import CANDIDATES, Search, layer_row, steps
 from spqt_cli.progress import Progress
 from spqt_cli.workbench import FIRST_TOKENS, Workbench, windows_done
 
@@ -240,7 +240,8 @@ class _Run:
             layers=rows,
             tokens_per_second=rate,
             lossless=observe.weighted(zeros, harness.layers),
-            note=search.without_gradients and f"{search.without_gradients}; so all layers skip the same share",
+            note=search.without_gradients
+            and f"{search.without_gradients}; so all layers skip the same share",
         )
         self._store(result, curves)
         return result
@@ -290,16 +291,6 @@ class _Run:
             "seed": self.options.seed,
             "layers": {row.path: row.stored() for row in result.layers},
         }
-
-
-def layer_row(path: str, best: Candidate, target: float, counts: np.ndarray | None) -> LayerRow:
-    """What a layer got. counts: its histogram; None where the text never reached it."""
-    if counts is None:
-        return LayerRow(path, 0.0, 0.0, 0.0, False, unreached=True)
-    if path not in best.chosen:
-        return LayerRow(path, 0.0, 0.0, 0.0, True)
-    zeros = thresholds.zeros(counts) if thresholds.lossless(counts) else 0.0
-    return LayerRow(path, best.at(target)[path], best.chosen[path], best.realised.get(path, 0.0), False, zeros)
 
 
 def _short(value: float) -> float:

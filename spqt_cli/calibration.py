@@ -152,7 +152,9 @@ def _exceptions(result: Calibration) -> list[str]:
 def stored_zeros(section: Any) -> str:
     """A line on exact zeros for what config.json says of a calibration; "" where there are none."""
     rows = section.get("layers") if isinstance(section, dict) else None
-    shares = [row.get("zeros") for row in rows.values() if isinstance(row, dict)] if isinstance(rows, dict) else []
+    shares = (
+        [row.get("zeros") for row in rows.values() if isinstance(row, dict)] if isinstance(rows, dict) else []
+    )
     found = [share for share in shares if isinstance(share, (int, float))]
     if not found:
         return ""

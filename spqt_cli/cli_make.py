@@ -162,7 +162,10 @@ def convert(
 
 def calibrate(
     model: Annotated[Path, typer.Argument(help="A converted folder.", readable=False)],
-    sparsity: Annotated[float | None, typer.Option(help="Share of channels to skip, 0 to 0.95; 0: exact zeros alone, without loss.")] = None,
+    sparsity: Annotated[
+        float | None,
+        typer.Option(help="Share of channels to skip, 0 to 0.95; 0: exact zeros alone, without loss."),
+    ] = None,
     data: Annotated[
         Path | None, typer.Option(help="UTF-8 text; default: the text that ships with spqt.", readable=False)
     ] = None,

@@ -13,7 +13,7 @@ class Summary:
     """Sizes in bytes; `calibration`: what it says, or None.
 
     kinds: Zigzag layers per (bits, group size). own: likewise, row-grouped layers that differ from the
-    model's default, such as embedding and head. zeros: a line on layers with exact zeros among their inputs, or "".
+    model's default, such as embedding and head. zeros: a line on layers whose inputs have exact zeros, or "".
     """
 
     folder: Path

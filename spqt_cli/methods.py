@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from spqt_cli import allocation, blockwise, observe, thresholds
+from spqt_cli.calibration import LayerRow
 from spqt_cli.errors import UnsupportedError
 from spqt_cli.format import CURVE_SPARSITIES
 from spqt_cli.sensitivity import LEVELS
@@ -83,8 +84,22 @@ def allocated(costs: Mapping[str, np.ndarray], weights: Mapping[str, int]) -> di
     priced = {path: cost for path, cost in costs.items() if cost.any()}
     found = dict.fromkeys(costs, np.array(CURVE_SPARSITIES))
     if priced:
-        found |= allocation.cheapest_levels(priced, {path: weights[path] for path in priced}, np.array(LEVELS))
+        found |= allocation.cheapest_levels(
+            priced, {path: weights[path] for path in priced}, np.array(LEVELS)
+        )
     return found
+
+
+def layer_row(path: str, best: Candidate, target: float, counts: np.ndarray | None) -> LayerRow:
+    """What a layer got. counts: its histogram; None where the text never reached it."""
+    if counts is None:
+        return LayerRow(path, 0.0, 0.0, 0.0, False, unreached=True)
+    if path not in best.chosen:
+        return LayerRow(path, 0.0, 0.0, 0.0, True)
+    zeros = thresholds.zeros(counts) if thresholds.lossless(counts) else 0.0
+    return LayerRow(
+        path, best.at(target)[path], best.chosen[path], best.realised.get(path, 0.0), False, zeros
+    )
 
 
 class Search:

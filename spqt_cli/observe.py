@@ -41,7 +41,8 @@ class Masking:
         rows = self.rows
         if rows is not None and rows.size * x.shape[-1] != x.size:
             raise UnsupportedError(
-                f"layer {path} does not see all positions at once", "this model can't be calibrated block by block"
+                f"layer {path} does not see all positions at once",
+                "this model can't be calibrated block by block",
             )
         seen = x.size if rows is None else int(rows.sum()) * x.shape[-1]
         self._seen[path] = self._seen.get(path, 0) + seen

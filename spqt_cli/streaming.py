@@ -67,7 +67,9 @@ class Stream:
 
         self.chain.walk(self._windows, visit)
         self._score(on_step)
-        return {path: self.counts[path] for path in self.harness.layers if path in self.counts}, [self.candidate]
+        return {path: self.counts[path] for path in self.harness.layers if path in self.counts}, [
+            self.candidate
+        ]
 
     def _priced(self, on_step: OnStep) -> dict[str, np.ndarray]:
         """Path -> the layer's share at each total, by gradients; as an interrupted run left them."""

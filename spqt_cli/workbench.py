@@ -67,11 +67,15 @@ class Workbench:
         self._caches: dict[int, list[Any]] = {}
 
     def histograms(self, on_step: OnStep) -> dict[str, np.ndarray]:
-        """Path -> counts of |x| over a dense pass of the calibration windows; layers not reached have none."""
+        """Path -> counts of |x| over a dense pass of the calibration windows, for layers that it reached."""
         saved = self.progress.arrays
         done = int(saved.get("windows", 0))
         total = {path: saved[f"counts/{path}"] for path in self.layers if f"counts/{path}" in saved}
-        self.harness.counting, self.harness.first, self.harness.length = True, FIRST_TOKENS, self.rows.shape[1]
+        self.harness.counting, self.harness.first, self.harness.length = (
+            True,
+            FIRST_TOKENS,
+            self.rows.shape[1],
+        )
         for i in range(done, len(self.rows)):
             on_step("observing activations")
             self._observe(i)

@@ -1,7 +1,7 @@
 """One architecture of mlx-lm: made tiny, converted, calibrated, run, and held against its definition.
 
-The definition: mlx-lm's class with plain float32 layers of the dequantized weights, whose inputs are masked in
-decode steps by `layout.mask`. None of spqt's layers and kernels is in it.
+The definition: mlx-lm's class with plain float32 layers of the dequantized weights, whose inputs are masked
+in decode steps by `layout.mask`. None of spqt's layers and kernels is in it.
 """
 
 import importlib
@@ -15,13 +15,13 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from mlx import nn
-from mlx.utils import tree_unflatten
+from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import _get_classes
 
 from spqt_cli import calibrate, convert, cpu_patch, format, generate, layout, model
 from tests import architecture_configs
-from tests.conftest import random_weights, write_tokenizer
+from tests.conftest import write_tokenizer
 
 RELATIVE = 1e-4  # of the largest logit: float32 sums in another order, through four layers
 PROMPT, STEPS = 40, 6  # tokens; the prompt is longer than the sliding windows of the tiny configs
@@ -64,12 +64,13 @@ class Row:
 # Not to be had on every machine or not of this kind: reasons, and what they are told by.
 REASONS = {
     "No Metal back-end": "needs a kernel that mlx-lm has for Metal alone",
+    "can be stored in the Zigzag layout": "none of its blocks has a plain linear layer",
     "Unsupported Hadamard pack": "its checkpoints are packed in a 2-bit form of their own",
 }
 
 
-def examine(name: str, folder: Path) -> Row | None:
-    """The row of an architecture; None for a module of mlx-lm that is none."""
+def examine(name: str, folder: Path, window: int = 64) -> Row | None:
+    """The row of an architecture; None for a module of mlx-lm that is none. window: tokens of each of 4."""
     try:
         module = importlib.import_module(f"mlx_lm.models.{name}")
     except (SystemExit, ImportError):
@@ -77,7 +78,7 @@ def examine(name: str, folder: Path) -> Row | None:
     if not hasattr(module, "Model") or not hasattr(module, "ModelArgs"):
         return None
     try:
-        return _measured(name, folder)
+        return _measured(name, folder, window)
     except Exception as error:
         for sign, reason in REASONS.items():
             if sign in f"{error}{error.__cause__}{getattr(error, 'cause', '')}":
@@ -85,17 +86,18 @@ def examine(name: str, folder: Path) -> Row | None:
         raise
 
 
-def _measured(name: str, folder: Path) -> Row:
+def _measured(name: str, folder: Path, window: int) -> Row:
     converted = folder / "converted"
     _write_source(name, folder / "source")
     result = convert.convert(str(folder / "source"), converted, convert.ConvertOptions(group_size=32))
     # All settings but the length of the text are the default ones.
-    found = calibrate.calibrate(converted, calibrate.CalibrateOptions(tokens=256, window=64), lambda *_: None)
+    options = calibrate.CalibrateOptions(tokens=4 * window, window=window)
+    found = calibrate.calibrate(converted, options, lambda *_: None)
     _generates(converted)
     names = {one.name for one in found.tried}
     row = Row(name, round(100 * result.zigzag_share), result.layers, "gradient" in names)
-    row.unreached = sum(getattr(one, "unreached", False) for one in found.layers)
-    row.zeros = sum(getattr(one, "zeros", 0) > 0 for one in found.layers)
+    row.unreached = sum(one.unreached for one in found.layers)
+    row.zeros = sum(one.zeros > 0 for one in found.layers)
     thresholds = {
         path: entry["spqt"]["threshold"]
         for path, entry in format.entries(format.read_config(converted)).items()
@@ -110,9 +112,26 @@ def _write_source(name: str, source: Path) -> None:
     source.mkdir(parents=True)
     config = {"torch_dtype": "float32", **architecture_configs.config(name)}
     (source / "config.json").write_text(json.dumps(config))
-    weights = random_weights(config, seed=len(name))
+    weights = _weights(config, seed=len(name))
     mx.save_safetensors(str(source / "model.safetensors"), weights, metadata={"format": "mlx"})
     write_tokenizer(source)
+
+
+def _weights(config: dict[str, Any], seed: int) -> dict[str, mx.array]:
+    """Seeded weights of a model: matrices that keep a vector's length, scales around 1, small biases."""
+    model_class, args_class = _get_classes(config)
+    network = model_class(args_class.from_dict(config))
+    mx.random.seed(seed)
+    weights = {}
+    for name, value in tree_flatten(network.parameters()):
+        if not mx.issubdtype(value.dtype, mx.floating):
+            weights[name] = value
+        elif "norm" in name and value.ndim < 2:
+            weights[name] = mx.random.uniform(0.2, 2.0, value.shape)
+        else:
+            scale = value.shape[-1] ** -0.5 if value.ndim > 1 else 0.05
+            weights[name] = mx.random.normal(value.shape) * scale
+    return weights
 
 
 def _generates(folder: Path) -> None:
@@ -147,7 +166,7 @@ def _is_decoding(x: mx.array) -> bool:
 
 
 def _difference(folder: Path, thresholds: dict[str, float | None]) -> float:
-    """The largest difference of logits between the converted model and its definition, over the largest logit."""
+    """The largest difference of a converted model's logits from its definition's, over the largest logit."""
     definition = _definition(folder, thresholds)
     with _stock():
         expected = _logits(definition)

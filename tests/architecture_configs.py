@@ -25,10 +25,12 @@ VALUES: dict[str, Any] = {
     # experts
     **dict.fromkeys(("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"), 4),
     **dict.fromkeys(("num_experts_per_tok", "moe_topk", "top_k_experts", "moe_k"), 2),
-    **dict.fromkeys(("num_shared_experts", "n_shared_experts", "moe_num_shared_experts", "num_shared_expert"), 1),
+    **dict.fromkeys(("num_shared_experts", "n_shared_experts", "moe_num_shared_experts",
+                     "num_shared_expert"), 1),
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "expert_ffn_hidden_size",
                      "moe_shared_expert_intermediate_size"), 64),
-    **dict.fromkeys(("n_group", "topk_group", "decoder_sparse_step", "moe_layer_freq", "first_k_dense_replace"), 1),
+    **dict.fromkeys(("n_group", "topk_group", "decoder_sparse_step", "moe_layer_freq",
+                     "first_k_dense_replace"), 1),
     "norm_topk_prob": True, "routed_scaling_factor": 1.0, "mlp_only_layers": [],
     # linear attention, state spaces
     **dict.fromkeys(("linear_num_value_heads", "linear_num_key_heads", "mamba_num_heads"), 4),
@@ -43,7 +45,8 @@ VALUES: dict[str, Any] = {
                      "scale_emb", "scale_depth"), 1.0),
     **dict.fromkeys(("use_bias", "use_conv_bias", "use_qkv_bias", "mlp_bias", "conv_bias", "mamba_proj_bias",
                      "use_cla", "use_mixed_mlp_moe", "linear_allow_neg_eigval", "post_norm"), False),
-    **dict.fromkeys(("use_qk_norm", "qk_norm", "use_expert_bias", "mla_scale_q_lora", "mla_scale_kv_lora"), True),
+    **dict.fromkeys(("use_qk_norm", "qk_norm", "use_expert_bias", "mla_scale_q_lora",
+                     "mla_scale_kv_lora"), True),
     "partial_rotary_factor": 0.5, "rotary_dim": 16, "rotary_emb_base": 10000, "rotary_pct": 0.5,
     "scoring_func": "sigmoid", "topk_method": "noaux_tc", "cla_share_factor": 2,
     **dict.fromkeys(("n_positions", "n_ctx", "block_size", "model_max_length"), 512),
@@ -70,14 +73,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "baichuan_m1": {"sliding_window_layers": [1, 3]},
     "dbrx": {
         "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
+        "n_layers": 2,
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10000.0},
     },
     "deepseek_v2": {"rope_scaling": YARN},
     "deepseek_v41": {"o_groups": 2, "o_lora_rank": 64, "compress_ratios": [0, 4, 4, 0]},
-    "exaone4": {"sliding_window_pattern": "LG", "rope_scaling": None},
+    "exaone4": {"sliding_window_pattern": "LG", "layer_types": MIXED, "rope_scaling": None},
     "exaone_moe": {"layer_types": MIXED, "is_moe_layer": [False, True, True, True]},
     "falcon_h1": {"mamba_d_head": 32, "mamba_d_ssm": 128, "mamba_d_state": 32, "mamba_n_heads": 4},
-    "gear": {"layer_types": ["conv_mixer", FULL, SLIDING, FULL]},
+    "gear": {"layer_types": MIXED},  # transformers 5 refuses the name of its third kind, conv_mixer
     "gemma3": {"text_config": "gemma3_text.ModelArgs", "vocab_size": VOCAB},
     "gemma3n": {
         "text_config": "gemma3n.TextConfig",
@@ -107,8 +111,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "kimi_k25": {"text_config": "deepseek_v3.ModelArgs"},
     "kimi_k3": {
-        "text_config": "kimi_k3.TextArgs", "linear_attn_config": LINEAR_ATTENTION, "activation_situ_beta": 1.0,
-        "attn_res_block_size": 2, "num_experts_per_token": 2, "routed_expert_hidden_size": 64,
+        "text_config": "kimi_k3.TextArgs", "linear_attn_config": LINEAR_ATTENTION,
+        "activation_situ_beta": 1.0, "attn_res_block_size": 2, "num_experts_per_token": 2, "routed_expert_hidden_size": 64,
     },
     "kimi_linear": {"linear_attn_config": LINEAR_ATTENTION, "num_experts_per_token": 2},
     "kimi_vl": {"text_config": "kimi_vl.TextArgs"},
@@ -128,6 +132,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "llama4_text": {"no_rope_layers": [1, 1, 1, 0]},
     "longcat_flash": {"attention_method": "MLA", "zero_expert_type": "identity"},
     "longcat_flash_ngram": {"ngram_vocab_size_ratio": 2},
+    "mamba": {"num_hidden_layers": 2},
     "mamba2": {"num_heads": 8, "time_step_limit": [0.0, 100.0], "intermediate_size": 256, "state_size": 32},
     "mellum": {"layer_types": MIXED, "rope_parameters": {SLIDING: ROPE, FULL: ROPE}},
     "mimo_v2_flash": {
@@ -136,7 +141,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "minicpm3": {"rope_scaling": {"original_max_position_embeddings": 512, "type": "longrope"}},
     "minimax_m3_vl": {
-        "text_config": "minimax_m3_vl.TextArgs", "dense_intermediate_size": 192, "moe_layer_freq": [0, 1, 1, 1],
+        "text_config": "minimax_m3_vl.TextArgs", "dense_intermediate_size": 192,
+        "moe_layer_freq": [0, 1, 1, 1],
     },
     "ministral3": {
         "rope_parameters": {**ROPE, "llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 512},
@@ -149,8 +155,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "muse_glimmer": {"layer_types": MIXED},
     "muse_spark": {
         "text_config": "muse_spark.TextArgs", "rope_parameters": ROPE, "layer_types": MIXED,
-        "layer_rope_theta": [10000.0, 0, 10000.0, 0], "final_logit_softcapping": 20.0, "output_multiplier": 1.0,
-        "moe_hidden_size": 128, "num_shared_experts": 0,
+        "layer_rope_theta": [10000.0, 0, 10000.0, 0], "final_logit_softcapping": 20.0,
+        "output_multiplier": 1.0, "moe_hidden_size": 128, "num_shared_experts": 0,
     },
     "nemotron": {"hidden_act": "relu2"},
     "nemotron-nas": {
@@ -159,7 +165,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "nemotron_h": {"hybrid_override_pattern": ["M", "*", "-", "E"], "ssm_state_size": 32},
     "olmo_hybrid": {"layer_types": [LINEAR, FULL, LINEAR, FULL]},
     "openelm": {
-        "ffn_dim_divisor": 32, "num_query_heads": [4] * 4, "num_kv_heads": [2] * 4, "ffn_multipliers": [1.5] * 4,
+        "ffn_dim_divisor": 32, "num_query_heads": [4] * 4, "num_kv_heads": [2] * 4,
+        "ffn_multipliers": [1.5] * 4,
     },
     "phi3small": {"dense_attention_every_n_layers": 2, "gegelu_limit": 20.0, "ff_intermediate_size": 192},
     "phixtral": {"num_vocab": VOCAB, "model_dim": 128, "num_heads": 4, "num_layers": 4, "rotary_dim": 16,

@@ -29,9 +29,12 @@ TIMEOUT = 300  # seconds for one architecture
 HEADER = ("architecture", "Zigzag layers", "of the bytes", "calibrated by", "not reached", "exact zeros",
           "dense", "sparse", "left out")  # fmt: skip
 
+
 def main() -> int:
     """The command; its exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--one", metavar="NAME")
     wished = parser.parse_args()
