@@ -25,6 +25,8 @@ from tests.conftest import write_tokenizer
 
 RELATIVE = 1e-4  # of the largest logit: float32 sums in another order, through four layers
 PROMPT, STEPS = 40, 6  # tokens; the prompt is longer than the sliding windows of the tiny configs
+ROUNDING = 2e-5  # relative difference of two sums of the same products, after some layers
+ROUNDS = 8
 Thresholds = Mapping[str, float | None]
 
 
@@ -122,12 +124,14 @@ def _weights(config: dict[str, Any], seed: int) -> dict[str, mx.array]:
     model_class, args_class = _get_classes(config)
     network = model_class(args_class.from_dict(config))
     mx.random.seed(seed)
+    # Gemma 4 does not divide scores by the head's width: large norms would make attention a step function.
+    largest = 1.0 if config["model_type"].startswith("gemma4") else 2.0
     weights = {}
     for name, value in tree_flatten(network.parameters()):
         if not mx.issubdtype(value.dtype, mx.floating):
             weights[name] = value
         elif "norm" in name and value.ndim < 2:
-            weights[name] = mx.random.uniform(0.2, 2.0, value.shape)
+            weights[name] = mx.random.uniform(0.2, largest, value.shape)
         else:
             scale = value.shape[-1] ** -0.5 if value.ndim > 1 else 0.05
             weights[name] = mx.random.normal(value.shape) * scale
@@ -153,9 +157,13 @@ class Masked(nn.Module):
         super().__init__()
         self.linear = linear
         self._threshold = None if threshold is None else mx.array([threshold], mx.float32)
+        self.gap = 1.0  # the smallest distance of an input from the threshold, relative to it
 
     def __call__(self, x: mx.array) -> mx.array:
         if self._threshold is not None and _is_decoding(x):
+            if self._threshold.item() > 0:
+                distance = mx.abs(mx.abs(x) - self._threshold) / self._threshold
+                self.gap = min(self.gap, distance.min().item())
             x = layout.mask(x, self._threshold)
         return self.linear(x)
 
@@ -167,15 +175,30 @@ def _is_decoding(x: mx.array) -> bool:
 
 def _difference(folder: Path, thresholds: dict[str, float | None]) -> float:
     """The largest difference of a converted model's logits from its definition's, over the largest logit."""
-    definition = _definition(folder, thresholds)
-    with _stock():
-        expected = _logits(definition)
+    expected, thresholds = _expected(folder, thresholds)
     loaded = model.load(folder, dense=True)
     for path, layer in model.zigzag_layers(loaded.model).items():
         layer.set_threshold(thresholds[path])
     found = _logits(loaded.model)
     assert np.isfinite(expected).all()
     return float(np.abs(found - expected).max() / np.abs(expected).max())
+
+
+def _expected(folder: Path, thresholds: Thresholds) -> tuple[np.ndarray, Thresholds]:
+    """The definition's logits, and the thresholds: moved a little where a channel lies within rounding of one.
+
+    Such a channel may fall to either side in another order of summation.
+    """
+    for _ in range(ROUNDS):
+        definition = _definition(folder, thresholds)
+        with _stock():
+            found = _logits(definition)
+        modules = dict(definition.named_modules())
+        close = {path for path in thresholds if modules[path].gap < ROUNDING}
+        if not close:
+            return found, thresholds
+        thresholds = {path: t and t * (1.001 if path in close else 1.0) for path, t in thresholds.items()}
+    raise AssertionError(f"thresholds stay within rounding of an input: {sorted(close)}")
 
 
 def _definition(folder: Path, thresholds: Thresholds) -> nn.Module:

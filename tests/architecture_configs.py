@@ -112,7 +112,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "kimi_k25": {"text_config": "deepseek_v3.ModelArgs"},
     "kimi_k3": {
         "text_config": "kimi_k3.TextArgs", "linear_attn_config": LINEAR_ATTENTION,
-        "activation_situ_beta": 1.0, "attn_res_block_size": 2, "num_experts_per_token": 2, "routed_expert_hidden_size": 64,
+        "activation_situ_beta": 1.0, "attn_res_block_size": 2, "num_experts_per_token": 2,
+        "routed_expert_hidden_size": 64,
     },
     "kimi_linear": {"linear_attn_config": LINEAR_ATTENTION, "num_experts_per_token": 2},
     "kimi_vl": {"text_config": "kimi_vl.TextArgs"},
@@ -139,7 +140,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "hybrid_layer_pattern": [0, 1, 0, 1], "moe_layer_freq": [0, 1, 1, 1], "swa_rope_theta": 10000.0,
         "add_swa_attention_sink_bias": True, "add_full_attention_sink_bias": False,
     },
-    "minicpm3": {"rope_scaling": {"original_max_position_embeddings": 512, "type": "longrope"}},
+    "minicpm3": {
+        "rope_scaling": {
+            "original_max_position_embeddings": 512, "type": "longrope", "short_factor": [1.0] * 16,
+            "long_factor": [1.0] * 16,
+        },
+    },
     "minimax_m3_vl": {
         "text_config": "minimax_m3_vl.TextArgs", "dense_intermediate_size": 192,
         "moe_layer_freq": [0, 1, 1, 1],

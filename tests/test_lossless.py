@@ -86,7 +86,7 @@ def test_people_see_them_in_the_table_and_in_inspect(at_zero):
 
 
 def test_generate_skips_them_by_default_with_the_dense_logits(at_zero):
-    folder, result = at_zero
+    folder, _ = at_zero
     loaded, dense = model.load(folder), model.load(folder, dense=True)
     tokens = mx.array([[7]])
     with activity.counting() as counter:
