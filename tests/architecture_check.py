@@ -174,7 +174,7 @@ def _is_decoding(x: mx.array) -> bool:
 
 
 def _difference(folder: Path, thresholds: Thresholds) -> float:
-    """As `_on_text`. A router's scores may tie within rounding, which another text settles: it decides then."""
+    """As `_on_text`. Scores of a router may tie within rounding; then another text decides."""
     found = _on_text(folder, thresholds, seed=0)
     return found if found <= RELATIVE else _on_text(folder, thresholds, seed=1)
 
