@@ -89,7 +89,12 @@ def _calibrate(
     started = time.monotonic()
     loaded = model.load_lazily(path) if options.stream else model.load(path, dense=True)
     run = _Run(loaded, text, options, on_progress)
-    result = run.finish(started)
+    try:
+        result = run.finish(started)
+    except UnsupportedError:
+        run.progress.clear()  # there is nothing to finish: another method may be tried at once
+        paging.clear(path)
+        raise
     with files.disk_errors(path):
         format.write_config(path, loaded.config)
     run.progress.clear()

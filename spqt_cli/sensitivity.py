@@ -81,7 +81,7 @@ def differentiate(objective: Callable[..., mx.array], *by: mx.array) -> Any:
         found = mx.grad(objective, argnums=tuple(range(len(by))))(*by)
         mx.eval(found)
     except (RuntimeError, ValueError, NotImplementedError) as error:  # MLX has no kind of its own for it
-        said = " ".join(str(error).split())[:120]
+        said = " ".join(str(error).split()).partition(". ")[0][:120]
         raise UnsupportedError(f"this model has no gradients: {said}", "use --method uniform") from error
     return found
 

@@ -108,6 +108,7 @@ def test_model_without_gradients(method, tmp_path, monkeypatch):
     if method == "fast":
         with pytest.raises(UnsupportedError, match="no gradients"):
             calibrate.calibrate(tmp_path / "model", options, lambda *_: None)
+        assert not list((tmp_path / "model").glob(".spqt-*"))  # the method that the hint names can begin
         return
     result = calibrate.calibrate(tmp_path / "model", options, lambda *_: None)
     assert [one.name for one in result.tried] == ["uniform"]
