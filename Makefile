@@ -17,13 +17,14 @@ GGUF := $(MODELS)/SmolLM2-135M-Instruct.Q4_1.gguf
 CONVERTED := $(MODELS)/SmolLM2-135M-Instruct-spqt-4bit
 PROMPT ?= Explain in a few sentences why the sky is blue.
 
-.PHONY: help run test test-newest unit lint format bench-cpu sanitize isa torture fuzz-configs clean
+.PHONY: help run test test-newest unit lint format architectures bench-cpu sanitize isa torture fuzz-configs clean
 help:
 	@echo "make run     convert, calibrate and run a real small model (BACKEND=cpu|cuda12|cuda13)"
 	@echo "make test    lint, types and all tests"
 	@echo "make lint    ruff and mypy alone;  make format  mends what ruff can"
 	@echo "make bench-cpu   the CPU kernels against stock MLX (and llama.cpp);  make sanitize  its sanitizers"
 	@echo "make isa     the CPU kernels with every instruction set, emulated where the machine has it not"
+	@echo "make architectures   every architecture of mlx-lm against its definition and docs/architectures.md"
 	@echo "make torture MINUTES=n   damaged models and killed runs, summed up over calls"
 	@echo "make fuzz-configs CONFIGS=n   random configs of twelve families against their definitions"
 	@echo "make clean   remove the environment and build output"
@@ -63,6 +64,10 @@ torture: $(STAMP)
 CONFIGS ?= 2000
 fuzz-configs: $(STAMP)
 	$(BIN)/python -m tests.fuzz_configs --count $(CONFIGS)
+
+# Some 10 minutes on two cores. WRITE=--write: put what was found into the page.
+architectures: $(STAMP)
+	$(BIN)/python -m tests.architectures $(WRITE)
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

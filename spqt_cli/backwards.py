@@ -7,12 +7,14 @@ its input and of its layers' inputs come out. At no time is more than one block'
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import mlx.core as mx
 import numpy as np
 
 from spqt_cli import blas, files, observe, sensitivity, thresholds
 from spqt_cli.chain import Chain, Run
+from spqt_cli.errors import UnsupportedError
 from spqt_cli.workbench import FIRST_TOKENS, check_counts
 
 
@@ -27,7 +29,7 @@ class Backwards:
         self._dtype = mx.float32
 
     def costs(self, on_step: Callable[[str], None]) -> dict[str, np.ndarray]:
-        """Path -> price of each of sensitivity.LEVELS; layers with constant inputs are left out."""
+        """Path -> price of each of sensitivity.LEVELS, without layers of constant inputs or not reached."""
         last: list[mx.array] = []
 
         def visit(number: int, run: Run, x: mx.array, paths: list[str]) -> mx.array:
@@ -54,15 +56,15 @@ class Backwards:
         self._dtype = x.dtype
         with files.disk_errors(self.folder):
             np.save(self._input_path(number), np.array(x.astype(mx.float32)))
-        self.harness.counting, self.harness.first = True, FIRST_TOKENS
+        self.harness.counting, self.harness.first, self.harness.length = True, FIRST_TOKENS, x.shape[1]
         out = []
         for w in range(len(x)):
             out.append(run(x[w : w + 1]))
             mx.eval(out[-1])
         self.harness.counting = False
         counts = self.harness.histograms()
-        for path in paths:
-            check_counts(path, counts)
+        for path in counts:
+            check_counts(path, counts[path])
         self._counts.update(counts)
         self.chain.drop(number)
         return mx.concatenate(out)
@@ -74,36 +76,45 @@ class Backwards:
         def objective(h: mx.array) -> mx.array:
             return sensitivity.drawn_loss(self.chain.logits(self._tokens[w : w + 1, self._half :], h), draw)
 
-        slope = mx.grad(objective)(hidden[:, self._half :])
-        mx.eval(slope)
-        return slope
+        (slope,) = sensitivity.differentiate(objective, hidden[:, self._half :])
+        return cast(mx.array, slope)
 
     def _backwards(
         self, number: int, slopes: list[mx.array], prices: sensitivity.Sensitivity
     ) -> list[mx.array]:
         """Price a block's layers; of each window, the gradient by the block's input: (1, half, width)."""
-        run, paths = self._runs[number]
+        run, _ = self._runs[number]
         before = mx.array(np.load(self._input_path(number), allow_pickle=False)).astype(self._dtype)
-        layers, found = self.harness.layers, []
+        found = []
         for w, slope in enumerate(slopes):
-            x = before[w : w + 1]
-            shifts = {path: mx.zeros((*x.shape[:2], layers[path].inputs)) for path in paths}
-            inputs: dict[str, mx.array] = {}
-            self.harness.inputs = inputs
+            self.harness.slopes = watch = observe.Slopes()
 
-            def objective(h: mx.array, values: dict[str, mx.array], slope: mx.array = slope) -> mx.array:
-                self.harness.shifts = values
+            def objective(
+                origin: mx.array, h: mx.array, watch: observe.Slopes = watch, slope: mx.array = slope
+            ) -> mx.array:
+                watch.origin = origin
                 return (run(h)[:, self._half :] * slope).sum()
 
             try:
-                by_input, by_layer = mx.grad(objective, argnums=(0, 1))(x, shifts)
-                mx.eval(by_input, by_layer, inputs)
+                _, by_input = sensitivity.differentiate(objective, watch.origin, before[w : w + 1])
+                watch.evaluate()
             finally:
-                self.harness.shifts = self.harness.inputs = None
-            for path in set(paths) & prices.costs.keys():
-                prices.price(path, inputs[path][:, self._half :], by_layer[path][:, self._half :])
+                self.harness.slopes = None
+            for path, x, gradient in watch.pairs():
+                if path in prices.costs:
+                    self._price(prices, path, x, gradient)
             found.append(by_input[:, self._half :])  # the prompt is given: nothing goes through it
         return found
+
+    def _price(self, prices: sensitivity.Sensitivity, path: str, x: mx.array, gradient: mx.array) -> None:
+        """Price the second half of a window, for layers that see a row for each position."""
+        if x.size != self._tokens.shape[1] * x.shape[-1]:
+            raise UnsupportedError(
+                f"layer {path} does not see all positions at once",
+                "this model can't be calibrated block by block",
+            )
+        x, gradient = (a.reshape(-1, a.shape[-1])[self._half :] for a in (x, gradient))
+        prices.price(path, x, gradient)
 
     def _input_path(self, number: int) -> Path:
         return self.folder / f".spqt-hidden-input-{number}.npy"

@@ -18,7 +18,7 @@ from spqt_cli import files, format, model, observe, pace, paging, streaming, tar
 from spqt_cli.calibration import Calibration, LayerRow, Tried, print_table
 from spqt_cli.errors import SpqtError, UnsupportedError, UsageError
 from spqt_cli.format import CURVE_SPARSITIES
-from spqt_cli.methods import CANDIDATES, Search, steps
+from spqt_cli.methods import CANDIDATES, Search, layer_row, steps
 from spqt_cli.presets import default_sparsity
 from spqt_cli.progress import Progress
 from spqt_cli.workbench import FIRST_TOKENS, Workbench, windows_done
@@ -90,7 +90,12 @@ def _calibrate(
     started = time.monotonic()
     loaded = model.load_lazily(path) if options.stream else model.load(path, dense=True)
     run = _Run(loaded, text, options, on_progress)
-    result = run.finish(started)
+    try:
+        result = run.finish(started)
+    except UnsupportedError:
+        run.progress.clear()  # there is nothing to finish: another method may be tried at once
+        paging.clear(path)
+        raise
     with files.disk_errors(path):
         format.write_config(path, loaded.config)
     run.progress.clear()
@@ -218,13 +223,8 @@ class _Run:
             best = candidates[0]
             curves = search.curves(best, self.options.method, None if stream else self._step)
             tried = [Tried(one.name, one.mean_kl, one.kl, search.overall(one)) for one in candidates]
-        shares = best.at(target)
-        rows = [
-            LayerRow(path, shares[path], best.chosen[path], best.realised[path], False)
-            if path in live
-            else LayerRow(path, 0.0, 0.0, 0.0, True)
-            for path in counts
-        ]
+        rows = [layer_row(path, best, target, counts.get(path)) for path in harness.layers]
+        zeros = {row.path: row.zeros for row in rows}
         result = Calibration(
             folder=self.loaded.folder,
             sparsity=target,
@@ -237,6 +237,9 @@ class _Run:
             seconds=time.monotonic() - started,
             layers=rows,
             tokens_per_second=rate,
+            lossless=observe.weighted(zeros, harness.layers),
+            note=search.without_gradients
+            and f"{search.without_gradients}; so all layers skip the same share",
         )
         self._store(result, curves)
         return result

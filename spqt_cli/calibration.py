@@ -9,22 +9,30 @@ from typing import Any, TextIO
 # 0.05 (perplexity +3.5 %), 40 % 0.14 (+13 %), 50 % 0.31 (+34 %): KL is about the logarithm of the rise.
 # At 0.1 perplexity is up by a tenth, between what reads well there and what does not (docs/quality.md).
 SUFFERS = 0.1
+NAMED = 12  # layers listed by name in one line
 
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One layer's result: shares in 0 to 1; dead: its inputs told nothing, so it stays dense."""
+    """One layer's result: shares in 0 to 1; dead: its inputs told nothing, so it stays dense.
+
+    zeros: share of its inputs that are exactly 0 and skipped at any sparsity, where there are enough of them.
+    unreached: the text never came to it (an expert not chosen, keys that other layers share): it stays dense.
+    """
 
     path: str
     target: float
     threshold: float
     realised: float
     dead: bool
+    zeros: float = 0.0
+    unreached: bool = False
 
     def stored(self) -> dict[str, Any]:
         """The row of the table in config.json; the threshold stands in the layer's entry."""
         row: dict[str, Any] = {"target": round(self.target, 4), "realised": round(self.realised, 4)}
-        return {**row, "dead": True} if self.dead else row
+        facts = {"dead": self.dead, "zeros": round(self.zeros, 4), "unreached": self.unreached}
+        return {**row, **{name: fact for name, fact in facts.items() if fact}}
 
 
 @dataclass(frozen=True)
@@ -43,7 +51,8 @@ class Tried:
 class Calibration:
     """What was written. tried: the allocations measured, the one in use first; realised: its share
     of all Zigzag weights skipped on held-out text. tokens_per_second: measured here where a speed was
-    the goal, else None.
+    the goal, else None. lossless: share of all Zigzag weights that exact zeros skip. note: a line for people
+    where a method could not be followed, or "".
     """
 
     folder: Path
@@ -57,6 +66,8 @@ class Calibration:
     seconds: float
     layers: list[LayerRow]
     tokens_per_second: float | None = None
+    lossless: float = 0.0
+    note: str = ""
 
     @property
     def warning(self) -> str:
@@ -103,8 +114,8 @@ def print_table(result: Calibration, stream: TextIO) -> None:
     for number, cells in blocks.items():
         shown = (f"{_cell(cells.get(kind)):>{width}}" for kind, width in zip(kinds, widths, strict=True))
         print(f"{number:>5} " + " ".join(shown), file=stream)
-    if dead := sum(row.dead for row in result.layers):
-        print(f"{dead} layers with constant inputs stay dense", file=stream)
+    for line in _exceptions(result):
+        print(line, file=stream)
     print(
         f"realised {result.realised:.1%} of a target of {result.sparsity:.0%} "
         f"on {result.held_out_tokens} held-out tokens",
@@ -119,7 +130,41 @@ def print_table(result: Calibration, stream: TextIO) -> None:
     print(f"method {result.method}, {source}, {result.seconds:.0f} s", file=stream)
 
 
+def _exceptions(result: Calibration) -> list[str]:
+    """What is to be said of layers that are not like the others."""
+    found = []
+    if dead := sum(row.dead for row in result.layers):
+        found.append(f"{dead} layers with constant inputs stay dense")
+    if unreached := [row.path for row in result.layers if row.unreached]:
+        shown = ", ".join(unreached[:NAMED]) + (", ..." if len(unreached) > NAMED else "")
+        found.append(f"{len(unreached)} layers that the text never reached stay dense: {shown}")
+    if zeros := [row for row in result.layers if row.zeros]:
+        found.append(
+            f"exact zeros among the inputs of {len(zeros)} layers are skipped without loss at any sparsity, "
+            f"{result.lossless:.1%} of the weights:"
+        )
+        found += [f"  {row.path} {row.zeros:.1%}" for row in reversed(zeros)]
+    if result.note:
+        found.append(f"note: {result.note}")
+    return found
+
+
+def stored_zeros(section: Any) -> str:
+    """A line on exact zeros for what config.json says of a calibration; "" where there are none."""
+    rows = section.get("layers") if isinstance(section, dict) else None
+    shares = (
+        [row.get("zeros") for row in rows.values() if isinstance(row, dict)] if isinstance(rows, dict) else []
+    )
+    found = [share for share in shares if isinstance(share, (int, float))]
+    if not found:
+        return ""
+    return (
+        f"exact zeros in {len(found)} layers, {min(found):.0%} to {max(found):.0%} of their inputs: "
+        "skipped without loss at any sparsity"
+    )
+
+
 def _cell(row: LayerRow | None) -> str:
     if row is None:
         return ""
-    return "dead" if row.dead else f"{row.realised:.1%}"
+    return "dead" if row.dead else "-" if row.unreached else f"{row.realised:.1%}"

@@ -163,7 +163,10 @@ def convert(
 
 def calibrate(
     model: Annotated[Path, typer.Argument(help="A converted folder.", readable=False)],
-    sparsity: Annotated[float | None, typer.Option(help="Share of channels to skip, 0 to 0.95.")] = None,
+    sparsity: Annotated[
+        float | None,
+        typer.Option(help="Share of channels to skip, 0 to 0.95; 0: exact zeros alone, without loss."),
+    ] = None,
     data: Annotated[
         Path | None, typer.Option(help="UTF-8 text; default: the text that ships with spqt.", readable=False)
     ] = None,
@@ -216,6 +219,8 @@ def calibrate(
         typer.echo(as_json(result))
     elif not quiet:
         calibrator.print_table(result, sys.stdout)
+    if result.note and (json_output or quiet):
+        typer.echo(f"note: {result.note}", err=True)
     if result.warning:
         typer.echo(result.warning, err=True)
 

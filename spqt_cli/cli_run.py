@@ -14,7 +14,8 @@ from spqt_cli.cli_model import ModelArgument, ModelOption
 from spqt_cli.errors import SpqtError, UsageError
 
 Sparsity = Annotated[
-    float | None, typer.Option(help="Skip this share instead of the calibrated one, from the stored curves.")
+    float | None,
+    typer.Option(help="Skip this share instead of the calibrated one; 0: exact zeros alone, without loss."),
 ]
 
 
@@ -30,7 +31,9 @@ def generate(
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", "-m", help="Most tokens to write; -1: no limit.")
     ] = 256,
-    dense: Annotated[bool, typer.Option("--dense", help="Skip nothing, for comparison.")] = False,
+    dense: Annotated[
+        bool, typer.Option("--dense", help="Skip nothing, exact zeros included, for comparison.")
+    ] = False,
     sparsity: Sparsity = None,
     temp: Annotated[float, typer.Option(help="Temperature; 0 takes the likeliest token.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Nucleus sampling.")] = 1.0,

@@ -18,7 +18,8 @@ class Summary:
     """Sizes in bytes; `calibration`: what it says, or None.
 
     kinds: Zigzag layers per (bits, group size). own: likewise, row-grouped layers that differ from the
-    model's default, such as embedding and head. reads: what a token reads, and what of it is always read.
+    model's default, such as embedding and head. zeros: a line on layers whose inputs have exact zeros, or "".
+    reads: what a token reads, and what of it is always read.
     """
 
     folder: Path
@@ -30,6 +31,7 @@ class Summary:
     calibration: dict[str, Any] | None
     own: dict[str, int]
     reads: Reads
+    zeros: str = ""
 
     def text(self) -> str:
         """A few lines for people."""
@@ -51,6 +53,8 @@ class Summary:
             lines.append("calibrated: " + ", ".join(facts))
             if said := calibration.stored_warning(self.calibration):
                 lines.append(said)
+            if self.zeros:
+                lines.append(self.zeros)
         return "\n".join(lines + self.reads.lines())
 
 
@@ -67,12 +71,13 @@ def describe(path: str, revision: str | None = None) -> Summary:
         Counter(_kind(one) for one in listed if one.get("mode") == mode) for mode in (format.MODE, "affine")
     )
     facts = config["spqt"].get("calibration")
+    zeros = calibration.stored_zeros(facts)
     if facts is not None:
         facts = {key: value for key, value in facts.items() if not isinstance(value, (dict, list))}
     model_type = str(config.get("model_type"))
     reads = _reads(folder, config, tensors)
     layers, other = len(entries), total - zigzag
-    return Summary(folder, model_type, layers, dict(kinds), zigzag, other, facts, dict(own), reads)
+    return Summary(folder, model_type, layers, dict(kinds), zigzag, other, facts, dict(own), reads, zeros)
 
 
 def _kind(entry: dict[str, Any]) -> str:

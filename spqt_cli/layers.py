@@ -56,7 +56,7 @@ class ZigzagLinear(nn.QuantizedLinear):
         )
         if "bias" in linear_layer:
             layer.bias = linear_layer.bias
-        layer.set_threshold(entry.get("threshold"))
+        layer.set_threshold(entry.get("threshold") or None)  # 0 skips nothing: dense is faster
         layer.freeze()
         return layer
 

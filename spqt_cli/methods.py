@@ -6,7 +6,7 @@ paper: TEAL's block-wise greedy search (blockwise.py).
 
 `fast` takes gradient unseen; `auto` measures uniform and gradient on held-out windows and keeps the
 one with the lowest KL divergence to the dense quantized model, so it never ends worse there than
-uniform.
+uniform. Of a model through which no gradients pass it measures uniform alone, and says so.
 """
 
 from collections.abc import Mapping
@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from spqt_cli import allocation, blockwise, observe, thresholds
+from spqt_cli.calibration import LayerRow
+from spqt_cli.errors import UnsupportedError
 from spqt_cli.format import CURVE_SPARSITIES
 from spqt_cli.sensitivity import LEVELS
 from spqt_cli.workbench import SETTLING_ROUNDS, SETTLING_WINDOWS, OnStep, Workbench
@@ -73,12 +75,41 @@ class Candidate:
         return float(np.mean(self.kl))
 
 
+def allocated(costs: Mapping[str, np.ndarray], weights: Mapping[str, int]) -> dict[str, np.ndarray]:
+    """Path -> the layer's share at each total of CURVE_SPARSITIES, by prices of LEVELS.
+
+    Layers without a price (an expert that the priced windows never chose, an output that nothing uses) skip
+    the total, as all do in `uniform`: taken as free they would bear all of it.
+    """
+    priced = {path: cost for path, cost in costs.items() if cost.any()}
+    found = dict.fromkeys(costs, np.array(CURVE_SPARSITIES))
+    if priced:
+        found |= allocation.cheapest_levels(
+            priced, {path: weights[path] for path in priced}, np.array(LEVELS)
+        )
+    return found
+
+
+def layer_row(path: str, best: Candidate, target: float, counts: np.ndarray | None) -> LayerRow:
+    """What a layer got. counts: its histogram; None where the text never reached it."""
+    if counts is None:
+        return LayerRow(path, 0.0, 0.0, 0.0, False, unreached=True)
+    if path not in best.chosen:
+        return LayerRow(path, 0.0, 0.0, 0.0, True)
+    zeros = thresholds.zeros(counts) if thresholds.lossless(counts) else 0.0
+    return LayerRow(
+        path, best.at(target)[path], best.chosen[path], best.realised.get(path, 0.0), False, zeros
+    )
+
+
 class Search:
     """All candidates of a method on a workbench, and the winner."""
 
     def __init__(self, bench: Workbench, counts: Mapping[str, np.ndarray], target: float) -> None:
         """counts: histograms of the live layers; the others stay dense."""
         self.bench, self.counts, self.target = bench, dict(counts), target
+        self.without_gradients = ""  # why uniform shares are all that `auto` could try
+        self._lossless = {path: thresholds.lossless(seen) for path, seen in self.counts.items()}
 
     def run(self, method: str, on_step: OnStep) -> list[Candidate]:
         """The measured candidates of a method, the winner first."""
@@ -92,9 +123,10 @@ class Search:
 
     def _settle(self, candidate: Candidate, on_step: OnStep, rounds: int) -> None:
         if not self.target:
-            candidate.chosen = dict.fromkeys(self.counts, 0.0)
+            candidate.chosen = dict(self._lossless)
         else:
-            candidate.chosen = self.bench.settled(self.counts, candidate.at(self.target), on_step, rounds)
+            chosen = self.bench.settled(self.counts, candidate.at(self.target), on_step, rounds)
+            candidate.chosen = {path: max(t, self._lossless[path]) for path, t in chosen.items()}
 
     def candidates(self, method: str, on_step: OnStep) -> list[Candidate]:
         """The method's allocations, unmeasured; the most elaborate last."""
@@ -106,9 +138,14 @@ class Search:
             levels = blockwise.levels(bench.model, bench.harness, bench.rows[0], self.counts, on_step)
             return [Candidate("paper", levels)]
         windows = min(GRADIENT_WINDOWS[method], len(self.bench.rows))
-        costs = self.bench.sensitivity(self.counts, windows, on_step)
-        weights = {path: self.bench.weights[path] for path in self.counts}
-        gradient = Candidate("gradient", allocation.cheapest_levels(costs, weights, np.array(LEVELS)))
+        try:
+            costs = self.bench.sensitivity(self.counts, windows, on_step)
+        except UnsupportedError as error:
+            if method == "fast":
+                raise
+            self.without_gradients = error.cause
+            return [uniform]
+        gradient = Candidate("gradient", allocated(costs, self.bench.weights))
         return [gradient] if method == "fast" else [uniform, gradient]
 
     def curves(self, candidate: Candidate, method: str, on_step: OnStep | None) -> dict[str, list[float]]:
@@ -126,10 +163,13 @@ class Search:
     def curve(self, candidate: Candidate, path: str) -> list[float]:
         """The layer's thresholds at CURVE_SPARSITIES, passing through the settled one at the target.
 
+        Where it has exact zeros, they are skipped at every share, 0 included.
+
         Elsewhere the dense pass's thresholds are scaled by as much as settling changed those at the
         settled shares, in proportion between them and up to twice the highest.
         """
-        dense = thresholds.quantile(self.counts[path], candidate.levels[path])
+        quantiles = thresholds.quantile(self.counts[path], candidate.levels[path])
+        dense = np.maximum(quantiles, self._lossless[path])
         shares = np.array(CURVE_SPARSITIES)
         drift = {0.0: 0.0}
         share, settled_there = candidate.second
@@ -144,7 +184,7 @@ class Search:
         scaled = dense * np.maximum(1 + np.interp(shares, list(drift), list(drift.values())), 0)
         settled = candidate.chosen[path]
         bounded = np.where(shares <= self.target, np.minimum(scaled, settled), np.maximum(scaled, settled))
-        return np.maximum.accumulate(bounded).tolist()
+        return np.maximum.accumulate(np.maximum(bounded, self._lossless[path])).tolist()
 
     def overall(self, candidate: Candidate) -> float:
         """The share of all Zigzag weights that a candidate skips on held-out text."""

@@ -103,29 +103,35 @@ def _set_thresholds(loaded: Loaded, sparsity: float | None, dense: bool) -> None
         if sparsity is not None and not dense:
             set_sparsity(loaded, sparsity)
     elif dense:
-        set_sparsity(loaded, 0)
+        set_dense(loaded)
     elif sparsity is None:
         loaded.sparsity = calibration["sparsity"]
     else:
         set_sparsity(loaded, sparsity)
 
 
+def set_dense(loaded: Loaded) -> None:
+    """Skip nothing, exact zeros included."""
+    for layer in zigzag_layers(loaded.model).values():
+        layer.set_threshold(None)
+    loaded.note, loaded.sparsity = "", None
+
+
 def set_sparsity(loaded: Loaded, sparsity: float) -> None:
     """Skip another share of the channels: the calibrated thresholds, or ones derived from the curves.
 
-    sparsity: 0 to 0.95; 0 runs dense.
+    sparsity: 0 to 0.95; at 0 only exact zeros are skipped, in layers that have them, which loses nothing.
     """
     calibrated = calibrated_share(loaded.config, loaded.folder, sparsity)
     loaded.note = ""
     entries = format.entries(loaded.config)
     for path, layer in zigzag_layers(loaded.model).items():
         entry = entries[path]["spqt"]
-        if not sparsity:
-            layer.set_threshold(None)
-        elif sparsity == calibrated:
-            layer.set_threshold(entry["threshold"])
+        if sparsity == calibrated:
+            threshold = entry["threshold"]
         else:
-            layer.set_threshold(thresholds.derive(entry.get("curve", []), sparsity))
+            threshold = thresholds.derive(entry.get("curve", []), sparsity)
+        layer.set_threshold(threshold or None)
     if sparsity and sparsity != calibrated:
         loaded.note = (
             f"thresholds for {sparsity:.0%} derived from the stored curves (calibrated: {calibrated:.0%})"

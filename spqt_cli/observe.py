@@ -8,7 +8,7 @@ of a window runs dense, as in generation. It knows nothing of text, methods or f
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
@@ -16,6 +16,7 @@ from mlx import nn
 from mlx.utils import tree_unflatten
 
 from spqt_cli import blas, layout, thresholds
+from spqt_cli.errors import UnsupportedError
 from spqt_cli.layers import ZigzagLinear
 from spqt_cli.patch import zigzag_layers
 
@@ -23,7 +24,8 @@ from spqt_cli.patch import zigzag_layers
 class Masking:
     """Thresholds to mask by, and how much they masked since. Layers left out, or at 0, stay dense.
 
-    rows: (B, rows) booleans, True where a row is masked and counted; None: all of them.
+    rows: (B, rows) booleans, True where a row is masked and counted; None: all of them. With rows, every
+    layer must see one row for each position.
     """
 
     def __init__(self, values: Mapping[str, float]) -> None:
@@ -35,8 +37,13 @@ class Masking:
         self.rows: np.ndarray | None = None
 
     def apply(self, path: str, x: mx.array) -> mx.array:
-        """x (B, rows, inputs) with the layer's inactive channels set to zero, and counted."""
+        """x (..., inputs) with the layer's inactive channels set to zero, and counted."""
         rows = self.rows
+        if rows is not None and rows.size * x.shape[-1] != x.size:
+            raise UnsupportedError(
+                f"layer {path} does not see all positions at once",
+                "this model can't be calibrated block by block",
+            )
         seen = x.size if rows is None else int(rows.sum()) * x.shape[-1]
         self._seen[path] = self._seen.get(path, 0) + seen
         threshold = self._thresholds.get(path)
@@ -63,38 +70,76 @@ class Harness:
     """What all probes of a model share: switches to set, sums to read.
 
     masking: what to mask by, None to run dense. counting: add every input to the histograms, but for
-    the `first` positions of a pass. shifts: path -> an array added to that layer's masked input, to
-    differentiate by; inputs: filled with each layer's unmasked input while it is a dict.
+    the `first` positions of a pass of `length`. slopes: gathers each call's input and gradient, None where
+    nothing is differentiated.
     """
 
     def __init__(self, layers: dict[str, ZigzagLinear]) -> None:
         self.layers = layers
         self.masking: Masking | None = None
-        self.counting, self.first = False, 0
-        self.shifts: dict[str, mx.array] | None = None
-        self.inputs: dict[str, mx.array] | None = None
+        self.counting, self.first, self.length = False, 0, 0
+        self.slopes: Slopes | None = None
         self._counts: dict[str, np.ndarray] = {}
         self._owner: dict[str, str] = {}  # a layer -> the sibling that counts their common input
         self._last: tuple[str, mx.array] | None = None
 
     def count(self, path: str, x: mx.array) -> None:
-        """Add x (..., rows, inputs) to the histogram of the layer, once for siblings that share it."""
+        """Add x (..., inputs) to the histogram of the layer, once for siblings that share it.
+
+        Layers that don't see a row for each position (experts, recurrent cells) are counted whole.
+        """
         if self._last is not None and self._last[1] is x:
             self._owner[path] = self._last[0]
             return
         self._last = (path, x)
-        added = thresholds.histogram(x[..., self.first :, :])
+        rows = x.reshape(-1, x.shape[-1])
+        added = thresholds.histogram(rows[self.first :] if len(rows) == self.length else rows)
         self._counts[path] = self._counts[path] + added if path in self._counts else added
 
     def histograms(self) -> dict[str, np.ndarray]:
-        """Path -> counts of |x| per bin since the last call: (BINS,), int64."""
-        owners = {path: self._owner.get(path, path) for path in self.layers}
+        """Path -> counts of |x| per bin since the last call: (BINS,), int64; only layers that ran."""
         counts, self._counts, self._last = self._counts, {}, None
+        owners = {path: path if path in counts else self._owner.get(path, path) for path in self.layers}
         return {path: counts[owner] for path, owner in owners.items() if owner in counts}
 
 
+class Slopes:
+    """What enters the layers in one differentiated pass, call by call, and the gradients by it.
+
+    `origin` is what to differentiate by: a zero added to every layer's input, so that each is reached from
+    it. Inputs may have any shape and number: whole sequences, single tokens, the rows of an expert.
+    """
+
+    def __init__(self) -> None:
+        self.origin = mx.zeros(())
+        self._calls: dict[str, list[tuple[mx.array, mx.array]]] = {}
+
+    def through(self, path: str, x: mx.array) -> mx.array:
+        """x, whose gradient is kept when it comes back."""
+
+        @mx.custom_function
+        def same(y: mx.array) -> mx.array:
+            return y
+
+        @same.vjp
+        def back(y: mx.array, gradient: mx.array, _: mx.array) -> mx.array:
+            self._calls.setdefault(path, []).append((y, gradient))
+            return gradient
+
+        return cast(mx.array, same(x + self.origin.astype(x.dtype)))
+
+    def pairs(self) -> Iterator[tuple[str, mx.array, mx.array]]:
+        """(path, input, gradient) of every call that the result depends on."""
+        for path, calls in self._calls.items():
+            for x, gradient in calls:
+                yield path, x, gradient
+
+    def evaluate(self) -> None:
+        mx.eval([*self._calls.values()])
+
+
 class Probe(nn.Module):
-    """A Zigzag layer with its harness: watches and masks x (B, rows, inputs), multiplies densely."""
+    """A Zigzag layer with its harness: watches and masks x (..., inputs), multiplies densely."""
 
     def __init__(self, path: str, layer: ZigzagLinear, harness: Harness) -> None:
         super().__init__()
@@ -105,12 +150,10 @@ class Probe(nn.Module):
         harness, path = self._harness, self._path
         if harness.counting:
             harness.count(path, x)
-        if harness.inputs is not None:
-            harness.inputs[path] = x
+        if harness.slopes is not None:
+            x = harness.slopes.through(path, x)
         if harness.masking is not None:
             x = harness.masking.apply(path, x)
-        if harness.shifts is not None:
-            x = x + harness.shifts[path].astype(x.dtype)
         return blas.linear(x, self.layer)
 
 

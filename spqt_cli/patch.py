@@ -42,7 +42,7 @@ def _to_quantized(self: nn.Linear, group_size: Any = None, bits: Any = None, mod
     sparsity, curve = wished_sparsity(), (kw.get("spqt") or {}).get("curve")
     object.__setattr__(layer, "curve", curve)  # not as a module keeps it, among its parameters
     if sparsity is not None and curve:
-        layer.set_threshold(thresholds.derive(curve, sparsity) if sparsity else None)
+        layer.set_threshold(thresholds.derive(curve, sparsity) or None)
     return layer
 
 

@@ -10,7 +10,7 @@ Source: the second-order expansion of KL, as in natural gradients (Amari 1998); 
 gradient allocation are in docs/quality.md.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import mlx.core as mx
@@ -18,6 +18,7 @@ import numpy as np
 from mlx import nn
 
 from spqt_cli import blas, observe, scoring
+from spqt_cli.errors import UnsupportedError
 
 # Sparsities of one layer that are priced; above the last no allocation was ever better.
 LEVELS = tuple(i / 40 for i in range(37))  # 0, 0.025, ..., 0.9
@@ -41,37 +42,48 @@ class Sensitivity:
         cache: the model's after a dense pass over the first half; it stays as it was.
         """
         draw = np.random.default_rng(self._seed + self.positions)
-        gradients, inputs = _gradients(model, harness, window[len(window) // 2 :], cache, draw)
-        for path in self.costs:
-            self.price(path, inputs[path], gradients[path])
+        for path, x, gradient in _gradients(model, harness, window[len(window) // 2 :], cache, draw):
+            if path in self.costs:
+                self.price(path, x, gradient)
         self.positions += len(window) // 2
 
     def price(self, path: str, x: mx.array, gradient: mx.array) -> None:
-        """Add positions of one layer: its input x and the gradient by it, (B, rows, inputs) both."""
+        """Add positions of one layer: its input x and the gradient by it, (..., inputs) both."""
         change = dropped(_rows(x), _rows(gradient), self.steps[path])
         self.costs[path] += (change**2).sum(axis=0) / 2
 
 
 def _gradients(
     model: nn.Module, harness: observe.Harness, rest: np.ndarray, cache: list[Any], draw: np.random.Generator
-) -> tuple[dict[str, mx.array], dict[str, mx.array]]:
-    """Path -> gradient of -log p(drawn token) with respect to that layer's input, and the input."""
-    shape = (1, len(rest))
-    shifts = {path: mx.zeros((*shape, layer.inputs)) for path, layer in harness.layers.items()}
-    inputs: dict[str, mx.array] = {}
-    harness.inputs = inputs
+) -> list[tuple[str, mx.array, mx.array]]:
+    """(path, input, gradient of -log p(drawn token) by that input) of every call of a layer."""
 
-    def objective(values: dict[str, mx.array]) -> mx.array:
-        harness.shifts = values
+    def objective(origin: mx.array) -> mx.array:
+        slopes.origin = origin
         return drawn_loss(observe.continuation(model, mx.array(rest[None]), cache), draw)
 
+    harness.slopes = slopes = observe.Slopes()
     try:
         with blas.many_rows():
-            gradients = mx.grad(objective)(shifts)
-            mx.eval(gradients, inputs)
+            differentiate(objective, slopes.origin)
+            slopes.evaluate()
     finally:
-        harness.shifts = harness.inputs = None
-    return gradients, inputs
+        harness.slopes = None
+    return list(slopes.pairs())
+
+
+def differentiate(objective: Callable[..., mx.array], *by: mx.array) -> Any:
+    """The gradients of `objective` by all its arguments, evaluated.
+
+    Raises UnsupportedError where an operation in the model has no gradient.
+    """
+    try:
+        found = mx.grad(objective, argnums=tuple(range(len(by))))(*by)
+        mx.eval(found)
+    except (RuntimeError, ValueError, NotImplementedError) as error:  # MLX has no kind of its own for it
+        said = " ".join(str(error).split()).partition(". ")[0][:120]
+        raise UnsupportedError(f"this model has no gradients: {said}", "use --method uniform") from error
+    return found
 
 
 def _rows(x: mx.array) -> np.ndarray:

@@ -11,12 +11,11 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from spqt_cli import allocation, blockwise, files, observe, scoring, thresholds
+from spqt_cli import blockwise, files, observe, scoring, thresholds
 from spqt_cli.backwards import Backwards
 from spqt_cli.chain import Chain, Run
 from spqt_cli.format import CURVE_SPARSITIES
-from spqt_cli.methods import Candidate
-from spqt_cli.sensitivity import LEVELS
+from spqt_cli.methods import Candidate, allocated
 from spqt_cli.workbench import (
     FIRST_TOKENS,
     SETTLING_ROUNDS,
@@ -68,7 +67,9 @@ class Stream:
 
         self.chain.walk(self._windows, visit)
         self._score(on_step)
-        return {path: self.counts[path] for path in self.harness.layers}, [self.candidate]
+        return {path: self.counts[path] for path in self.harness.layers if path in self.counts}, [
+            self.candidate
+        ]
 
     def _priced(self, on_step: OnStep) -> dict[str, np.ndarray]:
         """Path -> the layer's share at each total, by gradients; as an interrupted run left them."""
@@ -78,8 +79,7 @@ class Stream:
             rows = self._windows[: min(GRADIENT_WINDOWS, self._held_out.start)]
             costs = Backwards(self.chain, self.harness, rows, self.folder).costs(on_step)
             layers = self.harness.layers
-            weights = {path: layers[path].inputs * layers[path].outputs for path in costs}
-            found = allocation.cheapest_levels(costs, weights, np.array(LEVELS))
+            found = allocated(costs, {path: layers[path].inputs * layers[path].outputs for path in costs})
             self.progress.save(**{f"shares/{path}": levels for path, levels in found.items()})
         return {path: saved[name] for name, path in names.items() if name in saved}
 
@@ -97,7 +97,7 @@ class Stream:
     def _pass(self, run: Run, x: mx.array, paths: list[str]) -> mx.array:
         """Both passes of all windows through one block; its thresholds are chosen in between."""
         harness, half = self.harness, self._windows.shape[1] // 2
-        harness.counting, harness.first = True, FIRST_TOKENS
+        harness.counting, harness.first, harness.length = True, FIRST_TOKENS, x.shape[1]
         dense = []
         for w in range(len(self._windows)):
             harness.counting = w not in self._held_out
@@ -105,8 +105,8 @@ class Stream:
             mx.eval(dense[-1])
         harness.counting = False
         counts = harness.histograms()
-        for path in paths:
-            check_counts(path, counts)
+        for path, seen in counts.items():
+            check_counts(path, seen)
         self.counts.update(counts)
         levels = self._levels(run, x[:1], {p: c for p, c in counts.items() if not thresholds.is_dead(c)})
         before = {w: self._sparse.get(w, x[w : w + 1]) for w in (*self._settling, *self._held_out)}
@@ -117,7 +117,7 @@ class Stream:
             self._sparse[w] = self._masked(run, h, masking, half)
         self.candidate.chosen.update(chosen)
         shares = realised.realised()
-        self.candidate.realised.update({path: shares[path] for path in chosen})
+        self.candidate.realised.update({path: shares.get(path, 0.0) for path in chosen})
         return mx.concatenate(dense)
 
     def _levels(self, run: Run, x: mx.array, live: dict[str, np.ndarray]) -> dict[str, float]:
@@ -148,8 +148,9 @@ class Stream:
             for w in self._settling:
                 self._masked(run, before[w], observe.Masking(chosen), half)
             self.harness.counting = False
-            chosen = quantiles(self.harness.histograms(), levels)
-        return chosen
+            seen = self.harness.histograms()
+            chosen |= quantiles(seen, {path: levels[path] for path in levels if path in seen})
+        return {path: max(t, thresholds.lossless(counts[path])) for path, t in chosen.items()}
 
     def _masked(self, run: Run, h: mx.array, masking: observe.Masking, half: int) -> mx.array:
         """h (1, window, width) through the block, dense for a prompt of `half` and sparse from there on."""
@@ -187,7 +188,7 @@ class Stream:
                 sparse = {f"sparse/{w}": host(h) for w, h in self._sparse.items()}
                 np.savez(file, allow_pickle=False, dense=host(self._dense), **sparse)
             one = self.candidate
-            found = {f"counts/{path}": self.counts[path] for path in paths}
+            found = {f"counts/{path}": self.counts[path] for path in paths if path in self.counts}
             for path in set(paths) & set(one.chosen):
                 found[f"levels/{path}"] = one.levels[path]
                 found[f"chosen/{path}"] = np.array([one.chosen[path], one.realised[path]])

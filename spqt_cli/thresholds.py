@@ -16,8 +16,11 @@ SHIFT = 18  # bits dropped: 5 of the mantissa's 23 remain, 32 bins an octave
 BINS = 1 << (31 - SHIFT)
 FINITE_BINS = 0xFF << (23 - SHIFT)  # bins from here on hold infinities and NaN
 EDGES = (np.arange(FINITE_BINS + 1, dtype=np.uint32) << SHIFT).view(np.float32).astype(np.float64)
-# A channel under this is as good as zero. Not smaller, because some devices flush denormals.
-SMALLEST = 2.0**-100
+# Only zeros, and denormals, which some devices take for zeros, lie under this: it is just above the smallest
+# normal float32, and short enough to survive rounding to six digits. What 16-bit types hold lies above.
+LOSSLESS = 1.2e-38
+NOTICEABLE = 0.05  # share of exact zeros from which skipping them is worth the comparisons
+_DENORMAL_BINS = 1 << (23 - SHIFT)  # bins below here hold 0 and what is smaller than any normal float32
 MAX_SPARSITY = CURVE_SPARSITIES[-1]
 
 
@@ -31,12 +34,12 @@ def quantile(counts: np.ndarray, shares: np.ndarray | Sequence[float]) -> np.nda
     """The thresholds below which the given shares of a histogram's values lie: float64.
 
     counts: (FINITE_BINS,) or longer; shares: each in 0 to 1. Share 0 gives 0; inside a bin values
-    count as evenly spread; a share that zeros alone make up gives SMALLEST.
+    count as evenly spread; a share that zeros alone make up gives LOSSLESS.
     """
     below = np.concatenate([[0], np.cumsum(counts[:FINITE_BINS], dtype=np.float64)])
     wanted = np.asarray(shares, np.float64)
     place = np.interp(wanted * below[-1], *_strictly_rising(below))
-    t = np.maximum(np.interp(place, np.arange(len(EDGES)), EDGES), SMALLEST)
+    t = np.maximum(np.interp(place, np.arange(len(EDGES)), EDGES), LOSSLESS)
     return np.where(wanted <= 0, 0.0, t)
 
 
@@ -59,10 +62,23 @@ def is_dead(counts: np.ndarray) -> bool:
     return bool(np.count_nonzero(counts) <= 1)
 
 
+def zeros(counts: np.ndarray) -> float:
+    """The share of a histogram's values that are exactly 0, or denormal."""
+    return float(counts[:_DENORMAL_BINS].sum() / max(counts.sum(), 1))
+
+
+def lossless(counts: np.ndarray) -> float:
+    """The threshold that skips a layer's exact zeros and nothing else; 0.0 where there are hardly any."""
+    return LOSSLESS if zeros(counts) >= NOTICEABLE else 0.0
+
+
 def derive(stored: Sequence[float], sparsity: float) -> float:
-    """The threshold at `sparsity` (0 to MAX_SPARSITY) from a layer's stored curve; 0.0 skips nothing."""
+    """The threshold at `sparsity` (0 to MAX_SPARSITY) from a layer's stored curve; 0.0 skips nothing.
+
+    At 0 only exact zeros are skipped, in layers that have them.
+    """
     if not 0 <= sparsity <= MAX_SPARSITY:
         raise UsageError(f"sparsity {sparsity} is not in 0 to {MAX_SPARSITY}", "0.25 skips a quarter")
-    if sparsity == 0 or not stored:
+    if not stored:
         return 0.0
     return float(np.interp(sparsity, CURVE_SPARSITIES, stored))

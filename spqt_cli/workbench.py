@@ -15,7 +15,7 @@ import numpy as np
 from mlx import nn
 
 from spqt_cli import observe, scoring, thresholds
-from spqt_cli.errors import SpqtError
+from spqt_cli.errors import SpqtError, UnsupportedError
 from spqt_cli.progress import Progress
 from spqt_cli.sensitivity import LEVELS, Sensitivity
 
@@ -67,11 +67,15 @@ class Workbench:
         self._caches: dict[int, list[Any]] = {}
 
     def histograms(self, on_step: OnStep) -> dict[str, np.ndarray]:
-        """Path -> counts of |x| over a dense pass of the calibration windows."""
+        """Path -> counts of |x| over a dense pass of the calibration windows, for layers that it reached."""
         saved = self.progress.arrays
         done = int(saved.get("windows", 0))
         total = {path: saved[f"counts/{path}"] for path in self.layers if f"counts/{path}" in saved}
-        self.harness.counting, self.harness.first = True, FIRST_TOKENS
+        self.harness.counting, self.harness.first, self.harness.length = (
+            True,
+            FIRST_TOKENS,
+            self.rows.shape[1],
+        )
         for i in range(done, len(self.rows)):
             on_step("observing activations")
             self._observe(i)
@@ -79,8 +83,8 @@ class Workbench:
                 total[path] = total[path] + counts if path in total else counts
             self.progress.save(windows=np.array(i + 1), **{f"counts/{path}": c for path, c in total.items()})
         self.harness.counting = False
-        for path in self.layers:
-            check_counts(path, total)
+        for path, seen in total.items():
+            check_counts(path, seen)
         return total
 
     def _observe(self, index: int) -> None:
@@ -90,17 +94,18 @@ class Workbench:
             observe.prompt_cache(self.model, row)
             return
         prompt, rest = mx.split(row, 2, axis=1)
+        self.harness.length = prompt.shape[1]
         self._caches[index] = observe.prompt_cache(self.model, prompt)
         self.harness.first = 0
         observe.advance(self.model, rest, copy.deepcopy(self._caches[index]))
-        self.harness.first = FIRST_TOKENS
+        self.harness.first, self.harness.length = FIRST_TOKENS, row.shape[1]
 
     def sensitivity(
         self, counts: Mapping[str, np.ndarray], windows: int, on_step: OnStep
     ) -> dict[str, np.ndarray]:
         """Path -> price of each of LEVELS, from gradients over the first `windows` calibration windows.
 
-        counts: histograms whose quantiles the levels are.
+        counts: histograms whose quantiles the levels are. Raises UnsupportedError where the model has none.
         """
         found = Sensitivity({path: thresholds.quantile(c, LEVELS) for path, c in counts.items()}, seed=0)
         saved = self.progress.arrays
@@ -113,6 +118,8 @@ class Workbench:
             found.add(self.model, self.harness, self.rows[i], self._prompt(i))
             costs = {f"costs/{path}": cost for path, cost in found.costs.items()}
             self.progress.save(gradients=np.array(i + 1), positions=np.array(found.positions), **costs)
+        if not all(np.isfinite(cost).all() for cost in found.costs.values()):
+            raise UnsupportedError("the gradients of this model are not finite", "use --method uniform")
         return found.costs
 
     def settled(
@@ -138,7 +145,7 @@ class Workbench:
                 for path, seen in self.harness.histograms().items():
                     total[path] = total[path] + seen if path in total else seen
             self.harness.counting = False
-            chosen = _at(total, levels)
+            chosen = {**chosen, **_at(total, {path: levels[path] for path in total if path in levels})}
         return chosen
 
     def dense_thresholds(
@@ -194,10 +201,9 @@ def _at(counts: Mapping[str, np.ndarray], levels: Mapping[str, float]) -> dict[s
     return {path: float(thresholds.quantile(counts[path], [level])[0]) for path, level in levels.items()}
 
 
-def check_counts(path: str, total: Mapping[str, np.ndarray]) -> None:
-    if path not in total:
-        raise SpqtError(f"layer {path} was never reached", "report the model: its layers run elsewhere")
-    if total[path][thresholds.FINITE_BINS :].any():
+def check_counts(path: str, seen: np.ndarray) -> None:
+    """Refuse a layer's histogram with infinities or NaN in it."""
+    if seen[thresholds.FINITE_BINS :].any():
         raise SpqtError(
             f"layer {path}: infinite or undefined inputs while running the text",
             "the weights may be damaged: spqt verify, or convert again in another dtype",

@@ -75,7 +75,7 @@ def test_gradients_block_by_block_are_those_of_the_whole_model(folder):
         found = backwards.costs(lambda what: None)
     loaded = model.load(folder, dense=True)
     with observe.probing(loaded.model) as harness:
-        harness.counting, harness.first = True, FIRST_TOKENS
+        harness.counting, harness.first, harness.length = True, FIRST_TOKENS, windows.shape[1]
         for row in windows:
             observe.prompt_cache(loaded.model, mx.array(row[None]))
         harness.counting = False
