@@ -19,7 +19,7 @@ DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 
 
 def find(source: Source) -> list[Packed]:
-    """Every weight of 4 bits that says how it is packed, and those of int8 with their rows' largest number."""
+    """Every weight of 4 bits with its state beside it, and of int8 with its rows' largest number."""
     states = [name for name in source.tensors if STATE in name]
     return [*(_weight(source, *name.split(STATE, 1)) for name in sorted(states)), *scaled.find(source)]
 

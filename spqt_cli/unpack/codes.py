@@ -35,7 +35,7 @@ def unpack(words: mx.array, bits: int, count: int) -> mx.array:
         shifts = mx.arange(0, 8, bits, dtype=mx.uint8)
         return ((stream[..., None] >> shifts) & ((1 << bits) - 1)).reshape(rows, -1)[:, :count]
     if width % bits:
-        words = mx.pad(words, ((0, 0), (0, -width % bits)))
+        words = mx.pad(words, [(0, 0), (0, -width % bits)])
     groups = words.reshape(rows, -1, bits)  # 32 integers in `bits` words
     found = []
     for start in range(0, 32 * bits, bits):
@@ -70,7 +70,7 @@ def widen(
 
 
 def fp4(packed: mx.array) -> mx.array:
-    """float32 values of bytes that hold two E2M1 numbers each, the first in the low half; last axis doubled."""
+    """float32 values of bytes of two E2M1 numbers, the first in the low half; the last axis doubles."""
     pairs = mx.stack([packed & 15, packed >> 4], axis=-1)
     return mx.take(mx.array(FP4), pairs.reshape(*packed.shape[:-1], -1))
 

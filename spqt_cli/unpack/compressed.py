@@ -23,7 +23,9 @@ def find(source: Source) -> list[Packed]:
         packed = source.need(f"{path}.weight_packed", ("I32", "U8"))
         if len(packed.shape) != 2:
             raise source.unfit(f"{path}.weight_packed", f"is {packed.shape}, not a matrix")
-        found.append(_integers(source, path) if packed.dtype == "I32" else _floats(source, path, "weight_packed"))
+        found.append(
+            _integers(source, path) if packed.dtype == "I32" else _floats(source, path, "weight_packed")
+        )
     for path in source.named(".weight_scale_2"):
         if source.tensors.get(f"{path}.weight", Tensor("", (), "")).dtype == "U8":
             found.append(_floats(source, path, "weight"))

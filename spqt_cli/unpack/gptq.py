@@ -64,7 +64,7 @@ def _gptq(source: Source, path: str, missing: int) -> Packed:
 
 
 def _zeros(words: mx.array, bits: int, missing: int, outputs: int) -> mx.array:
-    """uint8 (groups, outputs). gptqmodel takes and adds one in all numbers of a word at a time, with carries."""
+    """uint8 (groups, outputs). gptqmodel adds one to all numbers of a word at once, with carries."""
     if missing and 8 % bits == 0:
         words = words.view(mx.uint32) + mx.array(sum(1 << at for at in range(0, 32, bits)), mx.uint32)
         return codes.unpack(words, bits, outputs)

@@ -31,6 +31,10 @@ READERS: dict[str, Callable[[Source], list[Packed]]] = {
 }
 # Published in 8 bits, often with no better original; or kept as it is: no --allow-requantize is asked for.
 NATIVE = ("fp8", "fbgemm_fp8", "mxfp8", "mxfp4")
+FORMATS = (  # of compressed-tensors
+    "pack-quantized", "float-quantized", "int-quantized", "naive-quantized", "nvfp4-pack-quantized",
+    "mxfp4-pack-quantized", "mxfp8-quantized", "mixed-precision",
+)  # fmt: skip
 FLOAT_FORMATS = ("float-quantized", "mxfp8-quantized", "naive-quantized")
 KEEPS_MXFP4 = ("gpt_oss",)  # model types whose class takes `_blocks` and `_scales`
 # Of activations, caches and formats: nothing that a weight's value depends on.
@@ -38,7 +42,17 @@ USELESS = (
     ".input_scale", ".activation_scale", ".input_global_scale", ".input_zero_point", ".output_scale",
     ".k_scale", ".v_scale", ".q_scale", ".weight_format",
 )  # fmt: skip
-PACKED = (".qweight", ".qzeros", ".g_idx", ".weight_packed", ".weight_shape", ".absmax", ".SCB", ".W_q")
+PACKED = (
+    ".qweight",
+    ".qzeros",
+    ".g_idx",
+    ".weight_packed",
+    ".weight_shape",
+    ".absmax",
+    ".SCB",
+    ".W_q",
+    ".bitmask",
+)
 
 
 def settings(config: dict[str, Any]) -> dict[str, Any]:
@@ -51,6 +65,14 @@ def settings(config: dict[str, Any]) -> dict[str, Any]:
                 if not isinstance(found, dict):
                     return {"quant_method": f"{key} {found!r:.40}"}
                 return {**found, "quant_method": MLX} if key == "quantization" else found
+    return {}
+
+
+def beside(folder: Path) -> dict[str, Any]:
+    """What files beside config.json say: modelopt's, and AutoGPTQ's and AutoAWQ's of old."""
+    for name, method in (("hf_quant_config.json", "modelopt"), ("quantize_config.json", "gptq")):
+        if (folder / name).is_file():
+            return {"quant_method": method, **checks.read_json(folder / name)}
     return {}
 
 
@@ -89,6 +111,12 @@ def check(found: dict[str, Any], where: str) -> None:
     method = named(found)
     if method is not None and method != MLX and method not in READERS:
         raise unsupported(where, method)
+    if method == "compressed-tensors":
+        form, transform = found.get("format"), found.get("transform_config")
+        if form not in FORMATS:
+            raise unsupported(where, f"compressed-tensors in the form {form!r}")
+        if isinstance(transform, dict) and transform.get("config_groups"):
+            raise unsupported(where, "compressed-tensors with transforms of the activations")
 
 
 def unsupported(where: str, method: str) -> UnsupportedError:

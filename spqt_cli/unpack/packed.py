@@ -30,7 +30,7 @@ class Packed:
 class Source:
     """What readers look at: where (for messages), the quantization's settings, headers by name.
 
-    value: a small stored tensor's content as a NumPy array. dtype: of weights whose scales have none of 16 bits.
+    value: a small stored tensor's content as a NumPy array. dtype: of weights whose scales have not 16 bits.
     """
 
     where: str

@@ -53,9 +53,7 @@ def _weight(source: Source, name: str, tensor: Tensor, scale: str) -> Packed:
         def piece(first: int, last: int) -> mx.array:
             numbers = stored[first:last]
             wide = (
-                mx.from_fp8(numbers, mx.float32)
-                if tensor.dtype == "F8_E4M3"
-                else numbers.astype(mx.float32)
+                mx.from_fp8(numbers, mx.float32) if tensor.dtype == "F8_E4M3" else numbers.astype(mx.float32)
             )
             if zeros is not None:
                 wide = wide - _spread(zeros, blocks, first, last, wide.shape[1])
@@ -88,9 +86,7 @@ def _as_blocks(factors: mx.array, shape: tuple[int, ...]) -> mx.array:
     return factors.reshape(-1, factors.shape[-1])
 
 
-def _blocks(
-    source: Source, shape: tuple[int, ...], name: str, scales: tuple[int, ...]
-) -> tuple[int, int]:
+def _blocks(source: Source, shape: tuple[int, ...], name: str, scales: tuple[int, ...]) -> tuple[int, int]:
     """(rows, columns) of the flattened weight that share a scale."""
     rows, columns = _flat(shape)
     size = 1
@@ -110,9 +106,7 @@ def _blocks(
     raise source.unfit(name, f"is {scales}, its weight {shape}: they don't belong together")
 
 
-def _sizes(
-    source: Source, shape: tuple[int, ...], scales: tuple[int, ...]
-) -> list[tuple[int, int]]:
+def _sizes(source: Source, shape: tuple[int, ...], scales: tuple[int, ...]) -> list[tuple[int, int]]:
     """Sizes of a block in question: as the config says, DeepSeek's, and what divides the weight."""
     asked = [source.settings.get("weight_block_size")]
     groups = source.settings.get("config_groups")

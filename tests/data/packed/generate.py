@@ -29,9 +29,11 @@ def linear() -> torch.nn.Linear:
     return made
 
 
-def ranges(w: torch.Tensor, bits: int, symmetric: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def ranges(
+    w: torch.Tensor, bits: int, symmetric: bool, group: int = GROUP
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Scales and zero points (outputs, groups) of weights (outputs, inputs) in their order."""
-    groups = w.reshape(w.shape[0], -1, GROUP)
+    groups = w.reshape(w.shape[0], -1, group)
     most = 2**bits - 1
     if symmetric:
         scales = groups.abs().amax(-1) * 2 / most
@@ -121,17 +123,21 @@ def compressed_tensors() -> None:
         }  # fmt: skip
         file.add(name, config, stored, expected)
 
-    def integer(name: str, bits: int, symmetric: bool, per_channel: bool = False, inputs: int = INPUTS) -> None:
-        global GROUP
-        before, GROUP = GROUP, inputs if per_channel else GROUP
+    def integer(
+        name: str, bits: int, symmetric: bool, per_channel: bool = False, inputs: int = INPUTS
+    ) -> None:
         w = weight(inputs=inputs)
-        scales, zeros = ranges(w, bits, symmetric)
-        GROUP = before
+        scales, zeros = ranges(w, bits, symmetric, inputs if per_channel else GROUP)
         state = {"weight": w.bfloat16(), "weight_scale": scales.bfloat16()}
         if not symmetric:
             state["weight_zero_point"] = (zeros - 2 ** (bits - 1)).to(torch.int8)
         strategy = {"strategy": "channel"} if per_channel else {"strategy": "group", "group_size": GROUP}
-        case(name, "pack-quantized", {"num_bits": bits, "type": "int", "symmetric": symmetric, **strategy}, state)
+        case(
+            name,
+            "pack-quantized",
+            {"num_bits": bits, "type": "int", "symmetric": symmetric, **strategy},
+            state,
+        )
 
     for bits in (3, 4, 8):
         integer(f"w{bits}_symmetric", bits, True)
@@ -139,7 +145,10 @@ def compressed_tensors() -> None:
     integer("w4_channel", 4, True, per_channel=True)
     integer("w4_ragged", 4, True, per_channel=True, inputs=60)  # no whole number of words
 
-    for name, form, bits, kind in (("fp8", "float-quantized", 8, "float"), ("int8", "int-quantized", 8, "int")):
+    for name, form, bits, kind in (
+        ("fp8", "float-quantized", 8, "float"),
+        ("int8", "int-quantized", 8, "int"),
+    ):
         w, most = weight(), 448.0 if kind == "float" else 127.0
         base = {"num_bits": bits, "type": kind, "symmetric": True}
         channel = (w.abs().amax(1, keepdim=True) / most).bfloat16()
@@ -152,7 +161,8 @@ def compressed_tensors() -> None:
     padded[:40, :72] = w
     blocks = padded.reshape(3, 16, 3, 32).abs().amax((1, 3)) / 448
     case("fp8_block", "float-quantized",
-         {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "block", "block_structure": [16, 32]},
+         {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "block",
+          "block_structure": [16, 32]},
          {"weight": w.bfloat16(), "weight_scale": blocks.bfloat16()})  # fmt: skip
 
     w = weight()
@@ -203,7 +213,9 @@ def bitsandbytes() -> None:
         for nested in (False, True):
             # 33 blocks of 64: the last byte of nothing, one block beyond a multiple of 32
             w = weight(33, 64).bfloat16()
-            packed, state = functional.quantize_4bit(w, blocksize=64, quant_type=kind, compress_statistics=nested)
+            packed, state = functional.quantize_4bit(
+                w, blocksize=64, quant_type=kind, compress_statistics=nested
+            )
             stored = {"weight": packed} | {f"weight.{k}": v for k, v in state.as_dict(packed=True).items()}
             config = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": kind,
                       "bnb_4bit_use_double_quant": nested}  # fmt: skip
