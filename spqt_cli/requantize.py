@@ -14,7 +14,7 @@ from spqt_cli.errors import SpqtError, UnsupportedError
 from spqt_cli.source import Checkpoint
 from spqt_cli.unpack import methods
 
-KEPT = ("mxfp4", "nvfp4")  # modes in which experts stay as they are
+KEPT = {"mxfp4": 32, "nvfp4": 16}  # modes in which experts stay as they are, and their group sizes
 
 
 def settle(model: nn.Module, weights: dict[str, mx.array], checkpoint: Checkpoint) -> None:
@@ -30,7 +30,7 @@ def settle(model: nn.Module, weights: dict[str, mx.array], checkpoint: Checkpoin
         try:
             found = _settings(path, module, weights, checkpoint)
             if isinstance(module, SwitchLinear) and found["mode"] in KEPT:
-                _check_words(path, weights)
+                _check_words(path, weights, found)
                 kept[path] = found
             else:
                 _widen(path, weights, found, checkpoint)
@@ -60,11 +60,13 @@ def _settings(
     )
     found = said if isinstance(said, dict) else infer_quant_config(path, module, weights)
     found = {key: found.get(key) for key in ("group_size", "bits", "mode")}
-    found["mode"] = found["mode"] or "affine"
+    found["mode"] = str(found["mode"] or "affine")
     return found | ({"global_scale": True} if f"{path}.global_scale" in weights else {})
 
 
-def _check_words(path: str, weights: dict[str, mx.array]) -> None:
+def _check_words(path: str, weights: dict[str, mx.array], found: dict[str, Any]) -> None:
+    if (found["bits"], found["group_size"]) != (4, KEPT[found["mode"]]):
+        raise ValueError(f"{found['bits']} bits and groups of {found['group_size']} are not {found['mode']}")
     dtypes = (weights[f"{path}.weight"].dtype, weights[f"{path}.scales"].dtype)
     if dtypes != (mx.uint32, mx.uint8):
         raise ValueError(f"they are {dtypes[0]} and {dtypes[1]}")

@@ -334,3 +334,27 @@ def test_unsupported_methods_are_named_with_and_without_the_flag(tmp_path: Path,
     for trust in (source.Trust(), source.Trust(requantize=True)):
         with pytest.raises(UnsupportedError, match=f"quantized by {name}, which spqt can't unpack"):
             source.open_source(str(folder), None, trust)
+
+
+def test_memory_is_that_of_one_tensor(tmp_path: Path) -> None:
+    """Four more layers are 3 MB of FP8 and 6 MB of bfloat16: holding a tenth of them would break this."""
+    peaks = []
+    for layers in (2, 6):
+        sizes = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "num_hidden_layers": layers}
+        config = tiny_config("llama", torch_dtype="bfloat16", **sizes)
+        packed: Stored = {}
+        for name, weight in random_weights(config, 0, mx.bfloat16).items():
+            packed[name] = weight
+            if name.endswith("proj.weight"):
+                packed[name] = ("F8_E4M3", mx.to_fp8(weight))
+                packed[f"{name}_scale_inv"] = mx.ones(
+                    (-(-weight.shape[0] // 128), -(-weight.shape[1] // 128))
+                )
+        folder = folder_of(tmp_path / f"{layers}", config | {"quantization_config": FP8}, packed)
+        del packed, weight
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        run(folder, tmp_path / f"{layers}-out")
+        peaks.append(mx.get_peak_memory() - before)
+    assert peaks[1] < peaks[0] + 0.3e6

@@ -45,15 +45,14 @@ def _weight(source: Source, name: str, kind: str) -> Packed:
         if nested:
             wide = mx.repeat(arrays[f"{name}.nested_absmax"], state["nested_blocksize"])[:blocks]
             largest = arrays[f"{name}.nested_quant_map"][largest] * wide + state["nested_offset"]
-        stored = arrays[name].reshape(-1)
 
-        def piece(first: int, last: int) -> mx.array:  # of blocks
+        def piece(stored: mx.array, first: int, last: int) -> mx.array:  # of blocks
             some = stored[first * size // 2 : last * size // 2]
             pairs = mx.stack([some >> 4, some & 15], axis=-1).reshape(-1)  # the first in the high half
             factors = mx.repeat(largest[first:last], size)[: pairs.size]
             return (table[pairs] * factors).astype(dtype)
 
-        return codes.by_rows(blocks, size, piece)[:count].reshape(shape)
+        return codes.by_rows(arrays[name].reshape(-1), (blocks, size), piece)[:count].reshape(shape)
 
     stored = (name, f"{name}{STATE}{kind}", *(f"{name}.{leaf}" for leaf in leaves))
     return Packed(name, stored, read)

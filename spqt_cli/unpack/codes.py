@@ -7,17 +7,27 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
-AT_ONCE = 1 << 20  # weights that are widened together; MLX runs ahead by some pieces
+AT_ONCE = 1 << 18  # weights that are widened together
 FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)  # E2M1
 
 
-def by_rows(rows: int, columns: int, make: Callable[[int, int], mx.array], multiple: int = 1) -> mx.array:
-    """make(first, last) for consecutive rows, joined along the first axis.
+def by_rows(
+    stored: mx.array,
+    shape: tuple[int, int],
+    make: Callable[[mx.array, int, int], mx.array],
+    multiple: int = 1,
+) -> mx.array:
+    """make(stored, first, last) for consecutive rows of a result of this shape, joined along the first axis.
 
-    multiple: every piece but the last has a multiple of so many rows.
+    Each piece waits for the one before: MLX would begin many, and hold what lies between. multiple: every
+    piece but the last has a multiple of so many rows.
     """
+    rows, columns = shape
     step = max(1, AT_ONCE // max(columns, 1) // multiple) * multiple
-    pieces = [make(first, min(first + step, rows)) for first in range(0, rows, step)]
+    pieces: list[mx.array] = []
+    for first in range(0, rows, step):
+        turn = mx.depends([stored], pieces[-1:])[0] if pieces else stored
+        pieces.append(make(turn, first, min(first + step, rows)))
     return pieces[0] if len(pieces) == 1 else mx.concatenate(pieces)
 
 

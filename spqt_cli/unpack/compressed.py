@@ -53,18 +53,17 @@ def _integers(source: Source, path: str) -> Packed:
     dtype = source.rounded(scales)
 
     def read(arrays: Arrays) -> mx.array:
-        stored, wide = arrays[f"{path}.weight_packed"], arrays[f"{path}.weight_scale"]
-        wide = mx.broadcast_to(wide.reshape(-1, groups), (outputs, groups))
+        wide = mx.broadcast_to(arrays[f"{path}.weight_scale"].reshape(-1, groups), (outputs, groups))
         zeros: mx.array | None = None
         if zero in arrays:
             zeros = codes.unpack(arrays[zero].T, bits, outputs).T.astype(mx.float32)
 
-        def piece(first: int, last: int) -> mx.array:
+        def piece(stored: mx.array, first: int, last: int) -> mx.array:
             integers = codes.unpack(stored[first:last], bits, inputs)
             offset = 1 << (bits - 1) if zeros is None else zeros[first:last]
             return codes.widen(integers, wide[first:last], offset, dtype, arrays.get(order))
 
-        return codes.by_rows(outputs, inputs, piece)
+        return codes.by_rows(arrays[f"{path}.weight_packed"], (outputs, inputs), piece)
 
     leaves = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
     return Packed(f"{path}.weight", tuple(n for x in leaves if (n := f"{path}.{x}") in source.tensors), read)
@@ -104,17 +103,17 @@ def _floats(source: Source, path: str, leaf: str) -> Packed:
         raise source.unfit(whole, "is not one number")
 
     def read(arrays: Arrays) -> mx.array:
-        stored, small = arrays[f"{path}.{leaf}"], arrays[f"{path}.weight_scale"]
+        small = arrays[f"{path}.weight_scale"]
         factors = mx.from_fp8(small, mx.float32) if is_nv else codes.exponents(small)
         if is_nv:
             one = arrays[whole].reshape(1, 1)
             factors = factors * one if leaf == "weight" else factors / one
 
-        def piece(first: int, last: int) -> mx.array:
+        def piece(stored: mx.array, first: int, last: int) -> mx.array:
             values = codes.fp4(stored[first:last]).reshape(last - first, -1, size)
             return (values * factors[first:last, :, None]).astype(source.dtype).reshape(last - first, inputs)
 
-        return codes.by_rows(outputs, inputs, piece)
+        return codes.by_rows(arrays[f"{path}.{leaf}"], (outputs, inputs), piece)
 
     stored = [f"{path}.{leaf}", f"{path}.weight_scale", *([whole] if is_nv else [])]
     return Packed(f"{path}.weight", tuple(stored), read)

@@ -47,17 +47,17 @@ def _gptq(source: Source, path: str, missing: int) -> Packed:
     dtype = source.rounded(scales)
 
     def read(arrays: Arrays) -> mx.array:
-        stored, wide = arrays[f"{path}.qweight"], arrays[f"{path}.scales"].T
+        wide = arrays[f"{path}.scales"].T
         zeros = _zeros(arrays[f"{path}.qzeros"], bits, missing, outputs).T.astype(mx.float32)
         index = None if order is None else arrays[f"{path}.g_idx"]
         if index is not None:  # older files count groups from the end
             index = mx.where(index < 0, index + wide.shape[1], index)
 
-        def piece(first: int, last: int) -> mx.array:
+        def piece(stored: mx.array, first: int, last: int) -> mx.array:
             integers = codes.unpack(stored[:, first:last].T, bits, inputs)
             return codes.widen(integers, wide[first:last], zeros[first:last], dtype, index)
 
-        return codes.by_rows(outputs, inputs, piece)
+        return codes.by_rows(arrays[f"{path}.qweight"], (outputs, inputs), piece)
 
     leaves = ("qweight", "qzeros", "scales", "g_idx")
     return Packed(f"{path}.weight", _present(source, path, leaves), read)
@@ -92,15 +92,15 @@ def _awq(source: Source, path: str) -> Packed:
     dtype = source.rounded(scales)
 
     def read(arrays: Arrays) -> mx.array:
-        stored, wide = arrays[f"{path}.qweight"], arrays[f"{path}.scales"].T
+        wide = arrays[f"{path}.scales"].T
         zeros = _in_order(arrays[f"{path}.qzeros"]).T.astype(mx.float32) if has_zeros else 8
 
-        def piece(first: int, last: int) -> mx.array:
+        def piece(stored: mx.array, first: int, last: int) -> mx.array:
             integers = _in_order(stored[:, first // 8 : last // 8]).T
             offset = zeros if isinstance(zeros, int) else zeros[first:last]
             return codes.widen(integers, wide[first:last], offset, dtype)
 
-        return codes.by_rows(words * 8, inputs, piece, 8)
+        return codes.by_rows(arrays[f"{path}.qweight"], (words * 8, inputs), piece, 8)
 
     return Packed(f"{path}.weight", _present(source, path, ("qweight", "qzeros", "scales")), read)
 

@@ -35,6 +35,7 @@ FORMATS = (  # of compressed-tensors
     "pack-quantized", "float-quantized", "int-quantized", "naive-quantized", "nvfp4-pack-quantized",
     "mxfp4-pack-quantized", "mxfp8-quantized", "mixed-precision",
 )  # fmt: skip
+ALGORITHMS = ("FP8", "NVFP4", "MIXED_PRECISION")  # of modelopt
 FLOAT_FORMATS = ("float-quantized", "mxfp8-quantized", "naive-quantized")
 KEEPS_MXFP4 = ("gpt_oss",)  # model types whose class takes `_blocks` and `_scales`
 # Of activations, caches and formats: nothing that a weight's value depends on.
@@ -85,7 +86,7 @@ def named(found: dict[str, Any]) -> str | None:
         return method if method == MLX else method.lower().replace("_", "-").replace("fbgemm-", "fbgemm_")
     if "config_groups" in found:
         return "compressed-tensors"
-    if "quant_algo" in found or "quant_algo" in (found.get("quantization") or ()):
+    if "quant_algo" in found:
         return "modelopt"
     if found.get("load_in_4bit") or found.get("load_in_8bit"):
         return "bitsandbytes"
@@ -96,7 +97,7 @@ def is_native(found: dict[str, Any]) -> bool:
     """True for weights of 8 bits with scales and for mxfp4 experts, which ask for no flag."""
     method = named(found)
     if method == "modelopt":
-        return (found.get("quantization") or found).get("quant_algo") == "FP8"
+        return _algorithm(found) == "FP8"
     if method != "compressed-tensors":
         return method in NATIVE
     groups = found.get("config_groups")
@@ -106,15 +107,23 @@ def is_native(found: dict[str, Any]) -> bool:
     return found.get("format") in FLOAT_FORMATS and floats
 
 
+def _algorithm(found: dict[str, Any]) -> Any:
+    """modelopt's; its own file nests the settings, config.json does not."""
+    inner = found.get("quantization")
+    return (inner if isinstance(inner, dict) else found).get("quant_algo")
+
+
 def check(found: dict[str, Any], where: str) -> None:
     """Refuse a method that spqt has no reader for, by its name."""
     method = named(found)
     if method is not None and method != MLX and method not in READERS:
         raise unsupported(where, method)
+    if method == "modelopt" and _algorithm(found) not in ALGORITHMS:
+        raise unsupported(where, f"modelopt's {_algorithm(found)!r:.40}")
     if method == "compressed-tensors":
         form, transform = found.get("format"), found.get("transform_config")
         if form not in FORMATS:
-            raise unsupported(where, f"compressed-tensors in the form {form!r}")
+            raise unsupported(where, f"compressed-tensors in the form {form!r:.40}")
         if isinstance(transform, dict) and transform.get("config_groups"):
             raise unsupported(where, "compressed-tensors with transforms of the activations")
 
@@ -151,7 +160,8 @@ def _refuse_unexplained(source: Source, left: set[str], model_type: str) -> None
     method = named(source.settings) or "a method that its config does not name"
     for name in sorted(left):
         tensor = source.tensors[name]
-        if name.endswith(PACKED):
+        integers = name.endswith(".weight") and tensor.dtype in ("U8", "I8", "I32")
+        if name.endswith(PACKED) or (integers and not _explained(source, name)):
             raise unsupported(source.where, f"{method} in a form of its own (tensor {name})")
         if name.endswith("_blocks") and tensor.dtype == "U8" and model_type not in KEEPS_MXFP4:
             raise unsupported(source.where, f"mxfp4 experts of the architecture {model_type!r}")

@@ -48,19 +48,17 @@ def _weight(source: Source, name: str, tensor: Tensor, scale: str) -> Packed:
         factors = codes.exponents(factors) if scales.dtype in EXPONENTS else factors.astype(mx.float32)
         factors = _as_blocks(factors / 127 if largest else factors, tensor.shape)
         zeros = _as_blocks(arrays[zero].astype(mx.float32), tensor.shape) if has_zero else None
-        stored = arrays[name].reshape(*_flat(tensor.shape))
+        rows, columns = _flat(tensor.shape)
 
-        def piece(first: int, last: int) -> mx.array:
-            numbers = stored[first:last]
-            wide = (
-                mx.from_fp8(numbers, mx.float32) if tensor.dtype == "F8_E4M3" else numbers.astype(mx.float32)
-            )
+        def piece(stored: mx.array, first: int, last: int) -> mx.array:
+            part, is_float = stored[first:last], tensor.dtype == "F8_E4M3"
+            wide = mx.from_fp8(part, mx.float32) if is_float else part.astype(mx.float32)
             if zeros is not None:
-                wide = wide - _spread(zeros, blocks, first, last, wide.shape[1])
-            return (wide * _spread(factors, blocks, first, last, wide.shape[1])).astype(dtype)
+                wide = wide - _spread(zeros, blocks, first, last, columns)
+            return (wide * _spread(factors, blocks, first, last, columns)).astype(dtype)
 
-        rows, columns = stored.shape
-        return codes.by_rows(rows, columns, piece, blocks[0]).reshape(tensor.shape)
+        stored = arrays[name].reshape(rows, columns)
+        return codes.by_rows(stored, (rows, columns), piece, blocks[0]).reshape(tensor.shape)
 
     stored = (name, scale, *((zero,) if has_zero else ()))
     return Packed(name, stored, read)
