@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from spqt_cli import checks
-from spqt_cli.errors import SpqtError, UnsupportedError
+from spqt_cli.errors import SpqtError
 from spqt_cli.source import Checkpoint
 from spqt_cli.unpack import methods
 
@@ -29,7 +29,9 @@ def settle(model: nn.Module, weights: dict[str, mx.array], checkpoint: Checkpoin
             raise SpqtError(f"{checkpoint.name}: tensor {path}.scales belongs to no weight", checks.AGAIN)
         try:
             found = _settings(path, module, weights, checkpoint)
-            if isinstance(module, SwitchLinear) and found["mode"] in KEPT:
+            # with a scale for all of an expert MLX multiplies on a GPU only
+            is_kept = found["mode"] in KEPT and f"{path}.global_scale" not in weights
+            if isinstance(module, SwitchLinear) and is_kept:
                 _check_words(path, weights, found)
                 kept[path] = found
             else:
@@ -45,14 +47,13 @@ def settle(model: nn.Module, weights: dict[str, mx.array], checkpoint: Checkpoin
 
 def settings(module: nn.Module) -> dict[str, Any]:
     """The entry in config.json of a module that is packed as MLX packs."""
-    found = {"group_size": module.group_size, "bits": module.bits, "mode": module.mode}
-    return found | ({"global_scale": True} if module.get("global_scale") is not None else {})
+    return {"group_size": module.group_size, "bits": module.bits, "mode": module.mode}
 
 
 def _settings(
     path: str, module: nn.Module, weights: dict[str, mx.array], checkpoint: Checkpoint
 ) -> dict[str, Any]:
-    """Bits, group size and mode of one weight, as mlx-lm finds them; whether it has a scale for all."""
+    """Bits, group size and mode of one weight, as mlx-lm finds them."""
     from mlx_lm.utils import infer_quant_config
 
     said = (
@@ -61,7 +62,7 @@ def _settings(
     found = said if isinstance(said, dict) else infer_quant_config(path, module, weights)
     found = {key: found.get(key) for key in ("group_size", "bits", "mode")}
     found["mode"] = str(found["mode"] or "affine")
-    return found | ({"global_scale": True} if f"{path}.global_scale" in weights else {})
+    return found
 
 
 def _check_words(path: str, weights: dict[str, mx.array], found: dict[str, Any]) -> None:
@@ -74,17 +75,14 @@ def _check_words(path: str, weights: dict[str, mx.array], found: dict[str, Any])
 
 def _widen(path: str, weights: dict[str, mx.array], found: dict[str, Any], checkpoint: Checkpoint) -> None:
     """Put the plain numbers of one weight in the place of its packed ones."""
-    scales, biases = weights.pop(f"{path}.scales"), weights.pop(f"{path}.biases", None)
-    whole = weights.pop(f"{path}.global_scale", None)
-    if whole is not None and whole.size > 1:
-        raise UnsupportedError(
-            f"{checkpoint.name} is quantized by {found['mode']} with a scale for each expert ({path}),"
-            " which spqt can't unpack",
-            methods.ORIGINAL,
-        )
+    words, scales = weights[f"{path}.weight"], weights.pop(f"{path}.scales")
+    biases, whole = weights.pop(f"{path}.biases", None), weights.pop(f"{path}.global_scale", None)
     floating = mx.issubdtype(scales.dtype, mx.floating)
     dtype = None if floating else methods.dtype_of(checkpoint.config)
-    weights[f"{path}.weight"] = mx.dequantize(
-        weights[f"{path}.weight"], scales, biases, found["group_size"], found["bits"],
-        found["mode"], whole, dtype,
-    )  # fmt: skip
+    how = {"group_size": found["group_size"], "bits": found["bits"], "mode": found["mode"], "dtype": dtype}
+    if whole is not None and whole.ndim:  # one for each expert
+        each = zip(words, scales, whole, strict=True)
+        plain = mx.stack([mx.dequantize(w, s, global_scale=g, **how) for w, s, g in each])
+    else:
+        plain = mx.dequantize(words, scales, biases, global_scale=whole, **how)
+    weights[f"{path}.weight"] = plain

@@ -358,3 +358,75 @@ def test_memory_is_that_of_one_tensor(tmp_path: Path) -> None:
         run(folder, tmp_path / f"{layers}-out")
         peaks.append(mx.get_peak_memory() - before)
     assert peaks[1] < peaks[0] + 0.3e6
+
+
+def test_fp8_experts_of_deepseek_are_stacked_from_plain_numbers(tmp_path: Path) -> None:
+    config = {
+        **SIZES, "model_type": "deepseek_v3", "torch_dtype": "bfloat16", "num_experts_per_tok": 2,
+        "tie_word_embeddings": False, "moe_intermediate_size": 64, "n_shared_experts": 1,
+        "n_routed_experts": 4, "kv_lora_rank": 64, "q_lora_rank": 32, "qk_rope_head_dim": 32,
+        "v_head_dim": 32, "qk_nope_head_dim": 32, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
+    }  # fmt: skip
+    packed: Stored = {}
+    plain: Stored = {}
+    for name, weight in random_weights(config, 1, mx.bfloat16).items():
+        if ".switch_mlp." not in name:
+            packed[name] = plain[name] = weight
+            continue
+        for number, one in enumerate(weight):
+            single = name.replace("switch_mlp", f"experts.{number}")
+            codes, scales, values = fp8(one, 16, 48)
+            packed |= {single: ("F8_E4M3", codes), f"{single}_scale_inv": scales}
+            plain[single] = mx.array(values, mx.float32).astype(mx.bfloat16)
+    said = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [16, 48]}}
+    run(folder_of(tmp_path / "packed", config | said, packed), tmp_path / "a")
+    run(folder_of(tmp_path / "plain", config, plain), tmp_path / "b")
+    found = weights_of(tmp_path / "a")
+    assert found == weights_of(tmp_path / "b")
+    assert any(".switch_mlp." in name for name in found)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_experts_in_nvfp4_of_mlx_stay_unless_they_have_a_scale_for_all(tmp_path: Path, whole: bool) -> None:
+    import mlx.nn as nn
+    from mlx.utils import tree_flatten
+    from mlx_lm.models.switch_layers import SwitchLinear
+    from mlx_lm.utils import _get_classes
+
+    config = {
+        **SIZES, "model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2,
+        "decoder_sparse_step": 1, "mlp_only_layers": [], "moe_intermediate_size": 64, "norm_topk_prob": True,
+        "tie_word_embeddings": False,
+    }  # fmt: skip
+    model_class, args_class = _get_classes(config)
+    network = model_class(args_class.from_dict(config))
+    network.load_weights(list(random_weights(config, 2).items()))
+    entry = {"group_size": 16, "bits": 4, "mode": "nvfp4"} | ({"global_scale": True} if whole else {})
+    chosen = {path: entry for path, one in network.named_modules() if isinstance(one, SwitchLinear)}
+    nn.quantize(network, class_predicate=lambda path, _: chosen.get(path, False))
+    weights = dict(tree_flatten(network.parameters()))
+    folder = tiny_checkpoint(tmp_path / "m")
+    said = {"quantization": {"group_size": 16, "bits": 4, "mode": "nvfp4", **chosen}}
+    (folder / "config.json").write_text(json.dumps(config | said))
+    mx.save_safetensors(str(folder / "model.safetensors"), weights)
+    run(folder, tmp_path / "out", ALLOWED)
+    found = mx.load(str(tmp_path / "out" / "model.safetensors"))
+    assert isinstance(found, dict)
+    written = format.read_config(tmp_path / "out")["quantization"]
+    assert np.isfinite(logits(model.load(tmp_path / "out").model)).all()
+    if not whole:
+        kept = [name for name in weights if ".switch_mlp." in name]
+        assert len(kept) == 2 * 3 * 2
+        assert all(mx.array_equal(weights[name], found[name]).item() for name in kept)
+        assert written["model.layers.0.mlp.switch_mlp.up_proj"] == entry
+        return
+    for path in chosen:  # MLX multiplies with such a scale on a GPU only: widened, and rounded in groups
+        parts = [weights[f"{path}.{leaf}"] for leaf in ("weight", "scales", "global_scale")]
+        plain = mx.stack([
+            mx.dequantize(w, s, None, 16, 4, "nvfp4", g, mx.float32) for w, s, g in zip(*parts, strict=True)
+        ])  # fmt: skip
+        original = random_weights(config, 2)[f"{path}.weight"]
+        assert mx.abs(plain - original).max() < 0.3 * mx.abs(original).max()
+        wanted = mx.quantize(plain, group_size=32, bits=4)
+        names = ("weight", "scales", "biases")
+        assert all(mx.array_equal(one, found[f"{path}.{n}"]) for one, n in zip(wanted, names, strict=True))
