@@ -282,7 +282,7 @@ class Decisions:
         module = self.modules[reads.owner(self.modules, path)]
         if dimensions < 2:
             return reads.VECTORS
-        if leaf != "weight":
+        if leaf not in ("weight", "scales"):  # those of what is packed already go with it
             return f"{leaf} of a {type(module).__name__}"
         return self.why_not(path, module) or BY_RULE
 

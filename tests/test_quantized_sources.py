@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from spqt_cli import convert, format, identity, model, source
+from spqt_cli import convert, describe, format, identity, model, source
 from spqt_cli.convert import ConvertOptions
 from spqt_cli.errors import SpqtError, UnsupportedError
 from tests.conftest import SIZES, random_weights, tiny_checkpoint, tiny_config, write_tokenizer
@@ -243,6 +243,7 @@ def test_experts_in_mxfp4_stay_byte_for_byte(tmp_path: Path) -> None:
             entry = config["quantization"][f"{path}.{part}_proj"]
             assert entry == {"mode": "mxfp4", "bits": 4, "group_size": 32}
     assert config["quantization"]["model.layers.0.self_attn.q_proj"]["mode"] == "zigzag"
+    assert "experts stay row-grouped" in "\n".join(describe.describe(str(tmp_path / "out")).reads.lines())
 
 
 def test_experts_in_mxfp4_answer_as_their_definition(tmp_path: Path) -> None:
