@@ -19,6 +19,7 @@ from spqt_cli.format import INDEX, LONGEST_JSON
 
 FLOATING = {"BF16": 2, "F16": 2, "F32": 4}  # bytes per element
 INTEGER = {"BOOL": 1, "U8": 1, "I8": 1, "U16": 2, "I16": 2, "U32": 4, "I32": 4, "U64": 8, "I64": 8}
+EIGHT_BITS = {"F8_E4M3": 1, "F8_E8M0": 1}  # read only where a scale explains them
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 NAMED_TEMPLATES = "additional_chat_templates"  # a folder: one chat template a file, each by its name
 MOST_NAMED = 10  # tensors named in one message
@@ -36,7 +37,7 @@ class Tensor:
 
     @property
     def nbytes(self) -> int:
-        size = FLOATING.get(self.dtype) or INTEGER[self.dtype]
+        size = (FLOATING | INTEGER | EIGHT_BITS)[self.dtype]
         for length in self.shape:
             size *= length
         return size
@@ -125,15 +126,18 @@ def shard_names(folder: Path) -> tuple[list[str], list[str]]:
     return [], []
 
 
-def read_headers(folder: Path, names: list[str], absent: list[str] | None = None) -> dict[str, Tensor]:
+def read_headers(
+    folder: Path, names: list[str], absent: list[str] | None = None, also: Iterable[str] = ()
+) -> dict[str, Tensor]:
     """Every tensor of the shards `names` of a folder, by name, all checked against the index.
 
     absent: takes the names that the index has and no shard; None refuses them. Indexes list buffers and
-    tied heads that were never written: whether the model needs them, its parameters tell.
+    tied heads that were never written: whether the model needs them, its parameters tell. also: dtypes that
+    may occur beside the usual ones.
     """
     tensors: dict[str, Tensor] = {}
     for name in names:
-        declared, _ = read_shard(confined(folder, name), name)
+        declared, _ = read_shard(confined(folder, name), name, also)
         if twice := tensors.keys() & declared.keys():
             raise SpqtError(f"{folder}: in two shards: {named(twice)}", AGAIN)
         tensors |= declared
@@ -161,10 +165,10 @@ def refuse_lost_head(folder: Path, absent: list[str]) -> None:
         raise SpqtError(f"{folder}: the index names {heads[0]}, which no shard has", AGAIN)
 
 
-def read_shard(path: Path, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_shard(path: Path, name: str, also: Iterable[str] = ()) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and the metadata that a shard's header declares, checked by `safetensors`.
 
-    name: what the index calls the shard.
+    name: what the index calls the shard. also: dtypes that may occur beside the usual ones.
     """
     if not path.is_file():
         raise SpqtError(f"{path} is missing", AGAIN)
@@ -179,15 +183,16 @@ def read_shard(path: Path, name: str) -> tuple[dict[str, Tensor], dict[str, str]
             }
     except (SafetensorError, OSError, ValueError, OverflowError) as error:
         if "unknown variant" in str(error):  # a dtype that the library does not know: find out whose
-            _refuse_dtypes(path, _raw_dtypes(path))
+            _refuse_dtypes(path, _raw_dtypes(path), also)
         raise SpqtError(f"{path} is no sound safetensors file: {error}", AGAIN) from None
-    _refuse_dtypes(path, _raw_dtypes(path))
+    _refuse_dtypes(path, _raw_dtypes(path), also)
     return tensors, metadata
 
 
-def _refuse_dtypes(path: Path, dtypes: dict[str, str]) -> None:
+def _refuse_dtypes(path: Path, dtypes: dict[str, str], also: Iterable[str]) -> None:
+    known = {*FLOATING, *INTEGER, *also}
     for key, dtype in dtypes.items():
-        if dtype not in FLOATING and dtype not in INTEGER:
+        if dtype not in known:
             raise UnsupportedError(
                 f"{path}: tensor {key} has dtype {dtype}", "use a checkpoint in bf16, fp16 or fp32"
             )

@@ -44,6 +44,7 @@ class Conversion:
         stand_in = identity.metadata(self.config["spqt"]["fingerprint"], "0" * 64)
         self.shards = shards.lay_out(planned.units, stand_in, shards.LARGEST_SHARD)
         wanted = {"config": self.config, "stamps": checkpoint.stamps(), "wishes": dataclasses.asdict(wishes)}
+        wanted["quantization"] = checkpoint.quantization  # how bytes are read; not in the output's config
         job = job_id(wanted)
         self.work = self._work_folder(job)
         self.folder = self.work / "model"
@@ -148,7 +149,8 @@ class Conversion:
 
 def _config(checkpoint: source.Checkpoint, planned: Plan) -> dict[str, Any]:
     """config.json of the output, complete but for the hashes."""
-    dropped = ("_name_or_path", "quantization", "quantization_config", *source.CODE_KEYS)
+    quantization = ("quantization", "quantization_config", "compression_config")
+    dropped = ("_name_or_path", *quantization, *source.CODE_KEYS)
     config = {key: value for key, value in checkpoint.config.items() if key not in dropped}
     if not planned.keep_vision_config:  # as mlx-lm's own save does
         config.pop("vision_config", None)

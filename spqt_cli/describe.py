@@ -87,7 +87,7 @@ def _kind(entry: dict[str, Any]) -> str:
 def _reads(folder: Path, config: dict[str, Any], tensors: dict[str, checks.Tensor]) -> Reads:
     """What a token reads; the reasons are those of a plan made today for the same model."""
     checkpoint = source.Checkpoint(str(folder), folder, config, tensors)
-    model = parameters.build(checkpoint)
+    model = parameters.build(config, str(folder))
     decide = plan.Decisions(model, plan.Wishes(), config)
     entries = format.entries(config)
     pieces = []
@@ -96,7 +96,8 @@ def _reads(folder: Path, config: dict[str, Any], tensors: dict[str, checks.Tenso
         packed = f"{path}.scales" in tensors and leaf in PACKED
         if packed and leaf != PACKED[0]:
             continue
-        size = sum(tensors[f"{path}.{each}"].nbytes for each in PACKED) if packed else tensor.nbytes
+        parts = [f"{path}.{each}" for each in PACKED] if packed else [name]
+        size = sum(tensors[part].nbytes for part in parts if part in tensors)  # mxfp4 has no biases
         reason = decide.reason(path, leaf, len(tensor.shape))
         if packed and path in entries:
             reason = ""

@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from spqt_cli import checks, exact
+from spqt_cli import checks, exact, requantize
 from spqt_cli.errors import SpqtError, UnsupportedError
 from spqt_cli.source import Checkpoint, classes, text_config
 
@@ -17,18 +17,15 @@ from spqt_cli.source import Checkpoint, classes, text_config
 def load(checkpoint: Checkpoint) -> tuple[nn.Module, dict[str, mx.array], dict[str, str]]:
     """Model, lazy weights by parameter, and parameter -> name in the checkpoint where it is one tensor.
 
-    The weights are exactly the model's parameters; the model itself holds none of them. The checkpoint's
-    config is settled first (`settle`).
+    The weights are exactly the model's parameters; the model itself holds none of them. Experts that are
+    stored in 4-bit floats stay as they are, in modules of MLX's for them. The checkpoint's config is settled
+    first (`settle`).
     """
     if checkpoint.exact is None:
         _settle(checkpoint)
-    if checkpoint.quantized:
-        from spqt_cli import requantize
-
-        model, weights = requantize.load(checkpoint)
-        sources: dict[str, str] = {}
-    else:
-        model, weights, sources = _sanitized(checkpoint)
+    model, weights, sources = _sanitized(checkpoint)
+    if any(name.endswith(".scales") for name in weights):
+        requantize.settle(model, weights, checkpoint)
     _check(model, weights, checkpoint)
     return exact.complete(model, checkpoint.exact or {}), weights, sources
 

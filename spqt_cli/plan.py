@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from spqt_cli import checks, layout, parameters, reads
+from spqt_cli import checks, layout, parameters, reads, requantize
 from spqt_cli.errors import UnsupportedError
 from spqt_cli.format import MODE
 from spqt_cli.reads import BLOCK, TOWER
@@ -220,6 +220,9 @@ class Decisions:
     def kind(self, path: str) -> tuple[str, int, int]:
         """(kind, bits, group size) of a module's weight."""
         module = self.modules[path]
+        if "scales" in module:  # stored as MLX has it already, and kept
+            self.quantization[path] = requantize.settings(module)
+            return PLAIN, 0, 0
         if not hasattr(module, "to_quantized"):
             return PLAIN, 0, 0
         answer = self.predicate(path, module) if self.predicate is not None else True
@@ -279,7 +282,7 @@ class Decisions:
         module = self.modules[reads.owner(self.modules, path)]
         if dimensions < 2:
             return reads.VECTORS
-        if leaf != "weight":
+        if leaf not in ("weight", "scales"):  # those of what is packed already go with it
             return f"{leaf} of a {type(module).__name__}"
         return self.why_not(path, module) or BY_RULE
 

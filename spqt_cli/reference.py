@@ -77,7 +77,7 @@ def _vocabulary(checkpoint: source.Checkpoint) -> dict[str, int]:
 
 def _quantize_rows(network: nn.Module, rows: Mapping[str, tuple[int, int]]) -> None:
     def choose(path: str, module: nn.Module) -> bool | dict[str, Any]:
-        if path not in rows or module.weight.shape[-1] % rows[path][1]:
+        if path not in rows or not hasattr(module, "to_quantized") or module.weight.shape[-1] % rows[path][1]:
             return False  # no whole number of groups along the inputs: stock mlx-lm leaves it as it is
         bits, group_size = rows[path]
         return {"group_size": group_size, "bits": bits}

@@ -18,6 +18,8 @@ from spqt_cli import bounds, checks, files, names
 from spqt_cli.checks import Tensor
 from spqt_cli.errors import SpqtError, UnsupportedError, UsageError
 from spqt_cli.format import read_config
+from spqt_cli.unpack import methods
+from spqt_cli.unpack.packed import Packed, Source
 
 MODEL_TYPE = re.compile(r"\w[\w-]*")
 DTYPES = {
@@ -48,8 +50,9 @@ class Checkpoint:
     """A checked source of weights.
 
     tensors: name -> Tensor, from headers. folder: where its small files lie. gguf: the open .gguf
-    file, or None. warnings: lines for the person. exact: what the converted model's `spqt` section is to say
-    for `exact`; None until the config is settled (`settle`).
+    file, or None. quantization: what its config says of how it is quantized, empty for most. packed: weights
+    that several tensors stand for; useless: tensors that no weight needs. warnings: lines for the person.
+    exact: what the converted model's `spqt` section is to say for `exact`; None until the config is settled.
     """
 
     name: str
@@ -59,7 +62,9 @@ class Checkpoint:
     repo: str | None = None
     revision: str | None = None
     gguf: Any = None
-    quantized: bool = False
+    quantization: dict[str, Any] = field(default_factory=dict)
+    packed: list[Packed] = field(default_factory=list)
+    useless: set[str] = field(default_factory=set)
     warnings: list[str] = field(default_factory=list)
     exact: dict[str, Any] | None = None
     keep: Any = None  # what must live as long as the folder is used
@@ -71,11 +76,11 @@ class Checkpoint:
     def files(self) -> list[Path]:
         """The files that hold the weights."""
         if self.gguf is not None:
-            return [self.gguf.path]
+            return list(self.gguf.files())
         return [self.folder / name for name in sorted({t.shard for t in self.tensors.values()})]
 
     def weights(self) -> dict[str, mx.array]:
-        """Every tensor by name; lazy, so that nothing is read yet.
+        """Every tensor by name, packed weights as plain numbers; lazy, so that nothing is read yet.
 
         Those of a .gguf file are stand-ins of the right shape and dtype: `read` has the values.
         """
@@ -84,7 +89,9 @@ class Checkpoint:
         lazy: dict[str, mx.array] = {}
         for path in self.files():
             lazy |= cast("dict[str, mx.array]", mx.load(str(path)))
-        return {name: lazy[name] for name in self.tensors}
+        used = self.useless.union(*(one.stored for one in self.packed))
+        plain = {name: lazy[name] for name in self.tensors if name not in used}
+        return plain | {one.name: one.read(lazy) for one in self.packed}
 
     def read(self, name: str) -> mx.array:
         """One tensor of a .gguf file; cast in pieces, since NumPy has bfloat16 only as float32."""
@@ -192,35 +199,46 @@ def open_folder(folder: Path, trust: Trust) -> Checkpoint:
     """The checked checkpoint of a model folder in the hub's form."""
     config = read_config(folder)
     checks.refuse_pipes(folder)
-    quantized = check_config(config, str(folder), trust)
+    check_config(config, str(folder), trust)
     shards, unused = checks.shard_names(folder)
     if not shards:
         checks.refuse_no_weights(folder)
     absent: list[str] = []
-    tensors = checks.read_headers(folder, shards, absent)
+    tensors = checks.read_headers(folder, shards, absent, checks.EIGHT_BITS)
     if {**config, **text_config(config)}.get("tie_word_embeddings") is False:
         checks.refuse_lost_head(folder, absent)
     _check_tokenizer(folder, trust)
-    quantized = quantized or any(name.endswith((".qweight", ".scales")) for name in tensors)
-    if quantized and not trust.requantize:
-        raise _already_quantized(str(folder))
+    settings = methods.settings(config) or methods.beside(folder)
+    _check_quantization(settings, str(folder), trust)
+    read_value, dtype = methods.read_value(folder, tensors), methods.dtype_of(config)
+    stored = Source(str(folder), settings, tensors, read_value, dtype)
+    packed, useless = methods.find(stored, config["model_type"])
     name = folder.resolve().name or "model"
-    checkpoint = Checkpoint(name, folder, config, tensors, quantized=quantized)
+    checkpoint = Checkpoint(
+        name, folder, config, tensors, quantization=settings, packed=packed, useless=useless
+    )
     if unused:
         checkpoint.warnings.append(f"ignored, since the index does not name them: {checks.named(unused)}")
     if absent:
         checkpoint.warnings.append(f"the index names what no shard has, unused here: {checks.named(absent)}")
+    if packed and (not settings or methods.is_native(settings)):
+        checkpoint.warnings.append(
+            "its weights have 8 bits and are rounded once more; most lose little by it"
+        )
     return checkpoint
 
 
 def _open_gguf(path: Path, trust: Trust) -> Checkpoint:
     from spqt_cli.gguf.checkpoint import open_checkpoint
+    from spqt_cli.gguf.split import whole_name
 
     opened = open_checkpoint(path)
     check_config(opened.config, str(path), trust)
     dtype = _gguf_dtype(opened)
-    tensors = {name: Tensor(dtype, tuple(opened.shape(name)), path.name) for name in opened.names()}
-    return Checkpoint(path.name, path.parent, opened.config, tensors, gguf=opened)
+    tensors = {
+        name: Tensor(dtype, tuple(opened.shape(name)), opened.file_of(name)) for name in opened.names()
+    }
+    return Checkpoint(whole_name(path), path.parent, opened.config, tensors, gguf=opened)
 
 
 def _gguf_dtype(opened: Any) -> str:
@@ -228,8 +246,8 @@ def _gguf_dtype(opened: Any) -> str:
     return {"float16": "F16", "float32": "F32", "bfloat16": "BF16"}[dtype]
 
 
-def check_config(config: dict[str, Any], where: str, trust: Trust) -> bool:
-    """Refuse what spqt can't convert, from config.json alone; True if the weights are quantized."""
+def check_config(config: dict[str, Any], where: str, trust: Trust) -> None:
+    """Refuse what spqt can't convert, from config.json alone."""
     if isinstance(config.get("spqt"), dict):
         raise UnsupportedError(f"{where} is already a converted model", "convert its source instead")
     if not trust.remote_code and (found := [key for key in CODE_KEYS if config.get(key)]):
@@ -238,24 +256,21 @@ def check_config(config: dict[str, Any], where: str, trust: Trust) -> bool:
             "spqt never runs it; --trust-remote-code goes on with mlx-lm's own classes",
         )
     classes(config, where)
-    quantized = any(
-        c.get(key) for c in (config, text_config(config)) for key in ("quantization", "quantization_config")
-    )
-    if quantized and not trust.requantize:
-        raise _already_quantized(where)
-    return quantized
+    _check_quantization(methods.settings(config), where, trust)
+
+
+def _check_quantization(settings: dict[str, Any], where: str, trust: Trust) -> None:
+    methods.check(settings, where)
+    if settings and not methods.is_native(settings) and not trust.requantize:
+        raise UnsupportedError(
+            f"{where} is already quantized", "convert the original, or accept the loss: --allow-requantize"
+        )
 
 
 def text_config(config: dict[str, Any]) -> dict[str, Any]:
     """The part of a multimodal model's config that describes its language model; empty for others."""
     found = config.get("text_config")
     return found if isinstance(found, dict) else {}
-
-
-def _already_quantized(where: str) -> UnsupportedError:
-    return UnsupportedError(
-        f"{where} is already quantized", "convert the original, or accept the loss: --allow-requantize"
-    )
 
 
 def classes(config: dict[str, Any], where: str) -> tuple[Any, Any]:

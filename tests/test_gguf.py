@@ -206,7 +206,6 @@ REFUSED_KEYS = [
     ("llama", "clip.has_vision_encoder", 1),
     ("llama", "tokenizer.ggml.unheard_of", 1),
     ("llama", "general.quantization_version", 3),
-    ("llama", "split.count", 2),
 ]
 
 

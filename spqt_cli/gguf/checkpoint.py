@@ -13,9 +13,10 @@ import numpy as np
 
 from spqt_cli.errors import SpqtError
 from spqt_cli.gguf import config as gguf_config
+from spqt_cli.gguf import split
 from spqt_cli.gguf import tokenizer as gguf_tokenizer
 from spqt_cli.gguf import values as gguf_values
-from spqt_cli.gguf.file import AGAIN, Header, read_header
+from spqt_cli.gguf.file import AGAIN, Header
 from spqt_cli.gguf.names import ROPE_FACTORS, Origin, origins
 
 MOST_FREQUENCIES = 1 << 16  # of a rotary embedding
@@ -43,6 +44,15 @@ class GgufCheckpoint:
         """The tensors' HF names, in the order of the layers."""
         return list(self.origins)
 
+    def files(self) -> list[Path]:
+        """The file, or all parts of a split one; the first has the metadata."""
+        return list(self.header.parts or (self.path,))
+
+    def file_of(self, name: str) -> str:
+        """The name of the file that a tensor is in."""
+        stored = self.origins[name].stored
+        return (self.header.tensors[stored].path if stored else self.path).name
+
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of one tensor, outputs first."""
         return self.origins[name].shape
@@ -55,7 +65,7 @@ class GgufCheckpoint:
             return np.zeros(origin.shape, dtype)
         weights = np.empty((prod(origin.shape[:-1]), origin.shape[-1]), dtype)
         order = _row_order(origin)
-        for first, values in gguf_values.rows(self.path, self.header.tensors[origin.stored]):
+        for first, values in gguf_values.rows(self.header.tensors[origin.stored]):
             rows = slice(first, first + len(values))
             target = order[rows] if order is not None and len(origin.shape) > 1 else rows
             with np.errstate(over="ignore"):  # NaN and Inf of the file stay what they are
@@ -66,23 +76,25 @@ class GgufCheckpoint:
 
 
 def open_checkpoint(path: Path) -> GgufCheckpoint:
-    """The checkpoint in a .gguf file, with everything checked that can be without unpacking it."""
-    header = read_header(path)
+    """The checkpoint in a .gguf file or the parts of one, with everything checked that can be without
+    unpacking it.
+    """
+    header = split.read(path)
     arch = gguf_config.architecture(header)
     gguf_tokenizer.check(header)
     for tensor in header.tensors.values():
-        gguf_values.check_type(tensor, path)
+        gguf_values.check_type(tensor)
     config = gguf_config.build(header, arch, _rope_factors(header, arch))
     sources = origins(header, arch, config)
     gguf_tokenizer.check_builds(header, config["vocab_size"])
     dtype = _dtype(header)
     config |= gguf_tokenizer.special_ids(header) | {"torch_dtype": dtype}
-    return GgufCheckpoint(path, config, dtype, header, sources)
+    return GgufCheckpoint(header.path, config, dtype, header, sources)
 
 
 def write_tokenizer(path: Path, folder: Path) -> None:
     """Write the tokenizer's files of a .gguf file into a folder; its config.json should lie there too."""
-    header = read_header(path)
+    header = split.read(path)
     gguf_config.architecture(header)
     gguf_tokenizer.write(header, folder)
 
@@ -92,7 +104,7 @@ def _dtype(header: Header) -> str:
     tensors = header.tensors.values()
     if any(tensor.kind.name == "BF16" for tensor in tensors):
         return "bfloat16"
-    large = any(gguf_values.exceeds_half(header.path, tensor) for tensor in tensors)
+    large = any(gguf_values.exceeds_half(tensor) for tensor in tensors)
     return "bfloat16" if large else "float16"
 
 
@@ -102,7 +114,7 @@ def _rope_factors(header: Header, arch: str) -> np.ndarray | None:
         return None
     if prod(tensor.shape) > MOST_FREQUENCIES:
         raise SpqtError(f"{header.path}: tensor {ROPE_FACTORS} has the shape {tensor.shape}", AGAIN)
-    return np.concatenate([values.ravel() for _, values in gguf_values.rows(header.path, tensor)])
+    return np.concatenate([values.ravel() for _, values in gguf_values.rows(tensor)])
 
 
 def _row_order(origin: Origin) -> np.ndarray | None:

@@ -24,7 +24,7 @@ GEMMA3_LARGE = 62  # layers of the one gemma3 size whose queries are scaled by h
 
 
 def architecture(header: Header) -> str:
-    """The file's architecture; refused unless spqt reads it and the file is one whole model."""
+    """The file's architecture; refused unless spqt reads it and the file is a model."""
     arch = header.metadata.get("general.architecture")
     if not isinstance(arch, str):
         raise SpqtError(f"{header.path} lacks general.architecture", AGAIN)
@@ -38,10 +38,6 @@ def architecture(header: Header) -> str:
     if str(version) != str(QUANTIZATION_VERSION):
         raise UnsupportedError(
             f"{header.path} has general.quantization_version {str(version)[:40]}, not 2", ORIGINAL
-        )
-    if (parts := str(header.metadata.get("split.count", 1))) not in ("0", "1"):
-        raise UnsupportedError(
-            f"{header.path} is one of {parts[:40]} parts (split.count)", "join them into one file first"
         )
     return arch
 

@@ -40,10 +40,12 @@ STRING, ARRAY = 8, 9
 class StoredTensor:
     """One tensor as the header declares it.
 
-    shape: outermost first, as in an HF checkpoint. kind: a gguf.GGMLQuantizationType. start: bytes
-    from the beginning of the file. row_bytes: size of one row of shape[-1] weights.
+    path: the file it is in. shape: outermost first, as in an HF checkpoint. kind: a
+    gguf.GGMLQuantizationType. start: bytes from the beginning of the file. row_bytes: size of one row of
+    shape[-1] weights.
     """
 
+    path: Path
     name: str
     shape: tuple[int, ...]
     kind: Any
@@ -57,11 +59,15 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Header:
-    """Metadata (scalars, strings, lists of strings, NumPy arrays of numbers) and tensors by name."""
+    """Metadata (scalars, strings, lists of strings, NumPy arrays of numbers) and tensors by name.
+
+    parts: the files of a split one, in order; empty for a whole one.
+    """
 
     path: Path
     metadata: dict[str, Any]
     tensors: dict[str, StoredTensor]
+    parts: tuple[Path, ...] = ()
 
 
 def read_header(path: Path) -> Header:
@@ -205,4 +211,4 @@ class _Walk:
         weights, size = GGML_QUANT_SIZES[known]
         if shape[-1] % weights:
             raise self.damaged(f"tensor {name} has rows of {shape[-1]}, no multiple of {weights}")
-        return StoredTensor(name, shape, known, start, shape[-1] // weights * size)
+        return StoredTensor(self.path, name, shape, known, start, shape[-1] // weights * size)

@@ -6,7 +6,6 @@ not mapped, so that a process's memory does not grow with the part of the file i
 
 from collections.abc import Iterator
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,7 +34,7 @@ BOUNDS: dict[str, tuple[tuple[int, int], ...]] = {
 }
 
 
-def check_type(tensor: StoredTensor, path: Path) -> None:
+def check_type(tensor: StoredTensor) -> None:
     """Refuse a tensor type that gguf.quants can't unpack."""
     from gguf import GGML_QUANT_SIZES
     from gguf.quants import dequantize
@@ -44,40 +43,40 @@ def check_type(tensor: StoredTensor, path: Path) -> None:
         dequantize(np.zeros((1, GGML_QUANT_SIZES[tensor.kind][1]), np.uint8), tensor.kind)
     except NotImplementedError:
         raise UnsupportedError(
-            f"{path}: tensor {tensor.name} has the type {tensor.kind.name}, which can't be unpacked",
+            f"{tensor.path}: tensor {tensor.name} has the type {tensor.kind.name}, which can't be unpacked",
             "use a file of another quantization",
         ) from None
 
 
-def rows(path: Path, tensor: StoredTensor) -> Iterator[tuple[int, np.ndarray]]:
+def rows(tensor: StoredTensor) -> Iterator[tuple[int, np.ndarray]]:
     """Pieces of a tensor: number of the first row, and float32 [rows, shape[-1]]."""
     from gguf.quants import dequantize
 
     with np.errstate(all="ignore"):  # a NaN or Inf in the file is the caller's to judge
-        for first, packed in _packed(path, tensor):
+        for first, packed in _packed(tensor):
             yield first, dequantize(packed, tensor.kind)
 
 
-def exceeds_half(path: Path, tensor: StoredTensor) -> bool:
+def exceeds_half(tensor: StoredTensor) -> bool:
     """True if a finite weight of the tensor is beyond float16's range."""
     if tensor.kind.name == "F16":
         return False
     fields = BOUNDS.get(tensor.kind.name)
-    if fields is not None and _bound(path, tensor, fields) <= LARGEST_HALF:
+    if fields is not None and _bound(tensor, fields) <= LARGEST_HALF:
         return False
-    for _, values in rows(path, tensor):
+    for _, values in rows(tensor):
         size = np.abs(values)
         if np.any((size > LARGEST_HALF) & np.isfinite(size)):
             return True
     return False
 
 
-def _bound(path: Path, tensor: StoredTensor, fields: tuple[tuple[int, int], ...]) -> float:
+def _bound(tensor: StoredTensor, fields: tuple[tuple[int, int], ...]) -> float:
     """No smaller than any weight's magnitude; Inf if the file holds NaN or Inf."""
     from gguf import GGML_QUANT_SIZES
 
     size = GGML_QUANT_SIZES[tensor.kind][1]
-    pieces = _packed(path, tensor)
+    pieces = _packed(tensor)
     return max(float(block_bounds(packed.reshape(-1, size), fields).max()) for _, packed in pieces)
 
 
@@ -91,18 +90,18 @@ def block_bounds(blocks: np.ndarray, fields: tuple[tuple[int, int], ...]) -> np.
     return np.where(np.isnan(bound), np.float32(np.inf), bound)
 
 
-def _packed(path: Path, tensor: StoredTensor) -> Iterator[tuple[int, np.ndarray[Any, Any]]]:
+def _packed(tensor: StoredTensor) -> Iterator[tuple[int, np.ndarray[Any, Any]]]:
     """Pieces of a tensor as stored: number of the first row, and uint8 [rows, row_bytes]."""
     count = prod(tensor.shape[:-1])
     step = max(1, CHUNK_WEIGHTS // tensor.shape[-1])
     try:
-        with path.open("rb") as file:
+        with tensor.path.open("rb") as file:
             file.seek(tensor.start)
             for first in range(0, count, step):
                 wanted = min(step, count - first)
                 data = file.read(wanted * tensor.row_bytes)
                 if len(data) != wanted * tensor.row_bytes:
-                    raise SpqtError(f"{path} ends inside tensor {tensor.name}", AGAIN)
+                    raise SpqtError(f"{tensor.path} ends inside tensor {tensor.name}", AGAIN)
                 yield first, np.frombuffer(data, np.uint8).reshape(wanted, tensor.row_bytes)
     except OSError as error:
-        raise SpqtError(f"{path} can't be read: {error.strerror}", AGAIN) from None
+        raise SpqtError(f"{tensor.path} can't be read: {error.strerror}", AGAIN) from None
