@@ -14,7 +14,7 @@ GIVEN = (
      "num_attention_heads", "num_hidden_layers", "layer_types", "sliding_window",
     "use_sliding_window", "max_window_layers", "attention_chunk_size", "no_rope_layers",
     "no_rope_layer_interval", "qk_rope_head_dim", "qk_nope_head_dim", "global_head_dim",
-    "tie_word_embeddings",
+    "tie_word_embeddings", "d_model", "n_heads", "n_embd", "n_head",
 )  # fmt: skip
 OLD = (
     "head_dim",
@@ -151,7 +151,10 @@ def _windows(values: dict[str, Any], types: list[str] | None, layers: int) -> li
 
 
 def _head_dim(values: dict[str, Any]) -> int:
-    hidden, heads = whole(values.get("hidden_size")), whole(values.get("num_attention_heads"))
+    hidden, heads = (
+        next((number for name in names if (number := whole(values.get(name)))), 0)
+        for names in (("hidden_size", "d_model", "n_embd"), ("num_attention_heads", "n_heads", "n_head"))
+    )
     own = whole(values.get("head_dim")) or whole(values.get("qk_rope_head_dim"))
     return own or (hidden // heads if hidden and heads else 0)
 

@@ -86,7 +86,6 @@ def _kind(entry: dict[str, Any]) -> str:
 
 def _reads(folder: Path, config: dict[str, Any], tensors: dict[str, checks.Tensor]) -> Reads:
     """What a token reads; the reasons are those of a plan made today for the same model."""
-    checkpoint = source.Checkpoint(str(folder), folder, config, tensors)
     model = parameters.build(config, str(folder))
     decide = plan.Decisions(model, plan.Wishes(), config)
     entries = format.entries(config)

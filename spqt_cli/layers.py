@@ -119,7 +119,7 @@ class SharedInput:
 
     The first one called computes all; the others fetch theirs, recognised by the identity of x, and
     the results are dropped once fetched. postponed: the caller of the module around computes this product
-    itself, so x is handed back as it is (see blocks.py). skips: whether any of the layers has a threshold.
+    itself, so x is handed back as it is (see blocks.py).
     """
 
     def __init__(self, layers: list[ZigzagLinear]) -> None:
@@ -136,10 +136,15 @@ class SharedInput:
         made.layers.extend(copy.deepcopy(layer, memo) for layer in self.layers)
         return made
 
+    @property
+    def skips(self) -> bool:
+        """Whether any of the layers has a threshold."""
+        return any(layer.threshold is not None for layer in self.layers)
+
     def forget(self) -> None:
         """Prepare anew before the next product: a threshold has changed."""
         self._step: kernels.Step | None = None
-        self.skips = any(layer.threshold is not None for layer in self.layers)
+        self._skips = False
         self._weights: list[tuple[ZigzagLinear, mx.array]] = []
 
     def output(self, x: mx.array, layer: ZigzagLinear) -> mx.array:
@@ -167,7 +172,8 @@ class SharedInput:
             kernels.arrange(self.layers)
             step = self._step = kernels.prepare(self.layers)
             self._weights = [(layer, layer["weight"]) for layer in self.layers]
-        counter = activity.current() if self.skips else None
+            self._skips = self.skips
+        counter = activity.current() if self._skips else None
         tally = None if counter is None else counter.tally(self._alone)
         if tally is None:
             return step(x, None)[0]

@@ -195,7 +195,10 @@ def _load_errors(folder: Path) -> Iterator[None]:
     except (SpqtError, ImportError, MemoryError, Terminated):
         raise
     except SystemExit as end:
-        raise UnsupportedError(f"{folder}: what loads it ends the process ({end.code})") from None
+        raise UnsupportedError(
+            f"{folder}: what loads it ends the process ({end.code})",
+            "see what its architecture needs",
+        ) from None
     except Exception as error:  # others' code over others' files: it may raise anything
         said = " ".join(str(error).split())[:200]
         if isinstance(error, RuntimeError) and "alloc" in said:

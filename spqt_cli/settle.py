@@ -39,6 +39,9 @@ def settle(checkpoint: Checkpoint, build: Build) -> None:
     config = copy.deepcopy(checkpoint.config)
     _, args_class = classes(config, checkpoint.name)
     inner = config_keys.language_part(config, args_class)
+    for key in ("rope_scaling", "rope_parameters"):
+        if inner.get(key) is not None and not isinstance(inner[key], dict):
+            raise SpqtError(f"{checkpoint.name}: {key} in config.json is not an object", checks.AGAIN)
     meant = definition.read(config, inner)
     keys = config_keys.reads(args_class)
     dropped.refuse(inner, meant, keys, checkpoint.name)
@@ -84,7 +87,8 @@ def _ropes(
 ) -> tuple[list[dict[str, Any]], int | None]:
     """(rotary modules to replace, tokens up to which all hold)."""
     alike = all(rope == meant.ropes[0] for rope in meant.ropes)
-    if not meant.ropes or keys & OWN_DIMS or (meant.defaults is None and (keys & MIXED or not alike)):
+    unknown = meant.defaults is None and (keys & MIXED or not alike)
+    if not meant.ropes or not meant.head_dim or keys & OWN_DIMS or unknown:
         return [], None
     found: list[dict[str, Any]] = []
     limits, seen = [], False

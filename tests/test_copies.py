@@ -8,7 +8,7 @@ import pytest
 from mlx import nn
 from mlx_lm.models.cache import make_prompt_cache
 
-from spqt_cli import model
+from spqt_cli import model, phase
 from spqt_cli.patch import zigzag_layers
 
 PROMPT = mx.array([[5, 9, 40, 7, 300]])
@@ -18,8 +18,9 @@ def decoded(network: nn.Module, steps: int = 3) -> np.ndarray:
     """The logits (steps, vocabulary) of greedy decoding after a prompt."""
     cache = make_prompt_cache(network)
     found = [network(PROMPT, cache=cache)[0, -1]]
-    for _ in range(steps):
-        found.append(network(mx.argmax(found[-1])[None, None], cache=cache)[0, -1])
+    with phase.decoding():
+        for _ in range(steps):
+            found.append(network(mx.argmax(found[-1])[None, None], cache=cache)[0, -1])
     return np.array(mx.stack(found[1:]))
 
 

@@ -6,7 +6,11 @@ from pathlib import Path
 import spqt_cli
 from spqt_cli import errors
 
-KINDS = {name for name, kind in vars(errors).items() if isinstance(kind, type)}
+KINDS = {
+    name
+    for name, kind in vars(errors).items()
+    if isinstance(kind, type) and issubclass(kind, errors.SpqtError)
+}
 
 
 def test_every_error_has_a_hint():

@@ -18,6 +18,7 @@ from spqt_cli import (
     kernels,
     layers,
     model,
+    phase,
     thresholds,
 )
 from tests.architecture_check import _write_source
@@ -89,7 +90,7 @@ def test_generate_skips_them_by_default_with_the_dense_logits(at_zero):
     folder, _ = at_zero
     loaded, dense = model.load(folder), model.load(folder, dense=True)
     tokens = mx.array([[7]])
-    with activity.counting() as counter:
+    with activity.counting() as counter, phase.decoding():
         found = loaded.model(tokens)
     assert mx.allclose(found, dense.model(tokens), rtol=1e-5, atol=1e-5)
     skipped = [1 - density for _, density in counter.densities()]

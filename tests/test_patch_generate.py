@@ -53,14 +53,22 @@ def half_skipped(loaded: model.Loaded) -> model.Loaded:
     return loaded
 
 
+class Recorded(observe.Masking):
+    """Masking that keeps what it was asked to mask, by path."""
+
+    def apply(self, path: str, x: mx.array) -> mx.array:
+        self.__dict__.setdefault("inputs", {})[path] = x
+        return super().apply(path, x)
+
+
 def masked_pass(network, tokens: list[int], prompt_tokens: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """The oracle: logits (length, vocab) of one pass, rows after the prompt masked; inputs by path."""
     values = {path: layer.threshold.item() for path, layer in zigzag_layers(network).items()}
     with observe.probing(network) as harness:
-        harness.masking, harness.inputs = observe.Masking(values), {}
-        harness.masking.rows = np.arange(len(tokens))[None] >= prompt_tokens
+        harness.masking = masking = Recorded(values)
+        masking.rows = np.arange(len(tokens))[None] >= prompt_tokens
         logits = network(mx.array([tokens]))[0]
-        inputs = {path: np.array(x).reshape(len(tokens), -1) for path, x in harness.inputs.items()}
+        inputs = {path: np.array(x).reshape(len(tokens), -1) for path, x in masking.inputs.items()}
     return np.array(logits), inputs
 
 

@@ -69,7 +69,7 @@ def test_commands_of_mlx_lm_that_measure_run_the_model_as_stored(
 ):
     seen = {}
     monkeypatch.setattr(cli, "main", lambda: seen.update(ways(mlx_lm.load(str(calibrated))[0])))
-    monkeypatch.setattr(lm_evaluate, "prepare", lambda arguments: arguments)
+    monkeypatch.setattr(lm_evaluate, "prepare", lambda: None)
     monkeypatch.setattr(sys, "argv", ["spqt"])
     passthrough.run([command, "--model", str(calibrated)])
     assert seen == expected

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
 
-from spqt_cli import convert, exact, generate, model, parameters, requantize, source
+from spqt_cli import convert, exact, generate, model, parameters, source
 from spqt_cli.errors import SpqtError, UnsupportedError
 from tests import config_table, fuzz_configs
 from tests.conftest import SIZES, random_weights, tiny_checkpoint, tiny_config, write_tokenizer
@@ -60,15 +60,6 @@ def test_new_spelling_is_written_in_the_old_one(tmp_path):
     settled = json.dumps(opened.config)
     parameters.load(opened)  # a plan is made more than once
     assert json.dumps(opened.config) == settled
-
-
-def test_quantized_source_is_loaded_by_its_settled_config(tmp_path):
-    config = {**WITHOUT_BASE, "model_type": "llama", "tie_word_embeddings": True, "rope_parameters": NEW}
-    opened = checkpoint(tmp_path / "source", config, tiny_config("llama"))
-    opened.quantized = True
-    parameters.load(opened)
-    network, _ = requantize.load(opened)
-    assert network.model.layers[0].self_attn.rope.base == 500.0
 
 
 LONGROPE = {"rope_type": "longrope", "short_factor": [1.5] * 8, "long_factor": [3.0] * 8, "rope_theta": 1e4}

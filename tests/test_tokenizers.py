@@ -209,7 +209,7 @@ def test_a_gguf_file_of_qwen2_keeps_its_own_cuts(tmp_path: Path, pre: str) -> No
     folder = tmp_path / "out"
     folder.mkdir()
     (folder / "config.json").write_text('{"model_type": "qwen2"}')
-    opened = type("Opened", (), {"path": path})()
+    opened = type("Opened", (), {"path": path, "files": lambda self: [path]})()
     found = Checkpoint(path.name, tmp_path, {}, {}, gguf=opened)
     said = tokenizer_files.write(found, folder)
     truth = Tokenizer.from_file(str(folder / "tokenizer.json"))
