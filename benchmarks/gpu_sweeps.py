@@ -5,7 +5,7 @@ import itertools
 import mlx.core as mx
 from gpu_common import layers_of, set_density, sparse, stock, timed
 
-from spqt_cli import geometry, layout, trust
+from spqt_cli import geometry, gpu_join, layout, trust
 
 
 def use(cut: geometry.Geometry) -> None:
@@ -55,7 +55,7 @@ def sweep(outputs: int, inputs: int) -> list[dict]:
         for d in DENSITIES:
             set_density(layers, d)
             for one in layers:
-                one.__dict__.pop("_gpu_plans", None)
+                gpu_join.kept(one).clear()
             try:
                 row[str(d)] = sparse(layers, inputs)["us"]
             except RuntimeError as error:
@@ -97,7 +97,7 @@ def overhead() -> list[dict]:
         for stripes in (1, 2):
             use(cut_of(2, 128, 2, (outputs, inputs), stripes))
             for one in layers:
-                one.__dict__.pop("_gpu_plans", None)
+                gpu_join.kept(one).clear()
             rows.append({"shape": [outputs, inputs], "stripes": stripes, **sparse(layers, inputs)})
         rows.append({"shape": [outputs, inputs], "stock": stock(outputs, inputs)})
     for row in rows:

@@ -250,7 +250,7 @@ def _built(kernel: Kernel) -> Callable[..., list[mx.array]]:
 
 def _plan(x: mx.array, layers: Sequence["Projection"], form: Form) -> Plan | None:
     """The plan of a call, made once; None where the layers can't share a launch."""
-    plans = layers[0].__dict__.get("_gpu_plans", {})
+    plans = gpu_join.kept(layers[0])
     norm = (id(form.norm.weight), form.norm.eps) if form.norm else None
     key = (x.shape, x.dtype, form.dense, form.then, norm, *map(id, layers))
     if key in plans:
@@ -259,7 +259,7 @@ def _plan(x: mx.array, layers: Sequence["Projection"], form: Form) -> Plan | Non
         if all(one.get("weight") is next(known) and one.threshold is next(known) for one in layers if plan):
             return plan
     plan = _checked(x, layers, form) if gpu_plan.one_launch(layers) else None
-    layers[0].__dict__.setdefault("_gpu_plans", {})[key] = plan  # joining the layers has forgotten the others
+    plans[key] = plan  # joining the layers has forgotten the others
     return plan
 
 

@@ -15,6 +15,22 @@ if TYPE_CHECKING:
 LINE = 128  # bytes; each array begins at a multiple, so that lines are touched as before and loads are wide
 
 
+class Kept(dict[Any, Any]):
+    """What the GPU kernels keep with a layer: its place in a joined array, and plans by form and shape.
+
+    A copy of the layer begins with nothing: what is kept holds the arrays of the old one.
+    """
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Kept":
+        return Kept()
+
+
+def kept(layer: Any) -> Kept:
+    """What is kept with a layer."""
+    found: Kept = layer.__dict__.setdefault("_gpu", Kept())
+    return found
+
+
 class Joined(NamedTuple):
     """Where a layer's arrays lie. words: (any,) uint32; starts: of weight, scales and biases, in words."""
 
@@ -48,14 +64,14 @@ def join(layers: Sequence["Projection"]) -> list[Joined]:
         own = slice(3 * i, 3 * i + 3)
         found.append(Joined(words, tuple(starts[own]), tuple(views[own])))
         layer.weight, layer.scales, layer.biases = views[own]
-        object.__setattr__(layer, "_joined", found[-1])
-        layer.__dict__.pop("_gpu_plans", None)  # they would keep what the arrays were before
+        kept(layer).clear()  # plans would keep what the arrays were before
+        kept(layer)["joined"] = found[-1]
     return found
 
 
 def _joined(layer: Any) -> Joined | None:
     """A layer's entry, while its arrays are those that it speaks of."""
-    entry: Joined | None = getattr(layer, "_joined", None)
+    entry: Joined | None = kept(layer).get("joined")
     same = entry and all(a is b for a, b in zip(entry.arrays, _arrays(layer), strict=True))
     return entry if same else None
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from mlx_lm.models import gemma, llama, qwen2
 
-from spqt_cli import activity, gated, gpu, gpu_plan, kernels, phase, selftest, trust
+from spqt_cli import activity, gated, gpu, gpu_join, gpu_plan, kernels, phase, selftest, trust
 from spqt_cli.layers import SharedInput, ZigzagLinear
 from tests.test_kernels_gpu import CUTS, emulated, kinds, use
 from tests.test_trust import fresh_trust, run_emulated
@@ -148,7 +148,7 @@ def test_unequal_layers_and_single_launches_are_left_alone(on_emulator, monkeypa
     made = module()
     assert gpu.prepare_gated(X, [made.gate_proj, made.down_proj], made.down_proj) is None
     use(monkeypatch, CUTS["narrow"])  # one stripe: nothing is added up that could carry silu
-    made.gate_proj.__dict__.pop("_gpu_plans", None)
+    gpu_join.kept(made.gate_proj).clear()
     assert gpu.prepare_gated(X, [made.gate_proj, made.up_proj], made.down_proj) is None
 
 

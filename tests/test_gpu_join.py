@@ -1,11 +1,15 @@
 """The arrays of a launch as one: equal views, shared once, noticed when somebody puts others in."""
 
+import copy
+
 import mlx.core as mx
 import numpy as np
 
 from spqt_cli import gpu, gpu_join, gpu_plan, layout, selftest, trust
 from spqt_cli.selftest import Case
-from tests.test_kernels_gpu import CUTS, use
+from tests.test_kernels_gpu import CUTS, emulated, use
+
+__all__ = ["emulated"]  # a fixture
 
 
 def layers():
@@ -72,3 +76,17 @@ def test_the_first_plan_of_a_fresh_group_is_kept(monkeypatch):
     monkeypatch.setattr(trust, "verdict", lambda *_: "")
     some, x = layers(), selftest.vector(Case((96,), 45))
     assert gpu._plan(x, some, gpu_plan.Form()) is gpu._plan(x, some, gpu_plan.Form())
+
+
+def test_a_copied_layer_takes_no_plans_along(emulated, monkeypatch):
+    use(monkeypatch, CUTS["narrow"])
+    some, x = layers(), selftest.vector(Case((96,), 45))
+    before = gpu.sparse_gemv(x, some)
+    twins = copy.deepcopy(some)
+    assert not any(gpu_join.kept(twin) for twin in twins)
+    for twin in twins:
+        twin.scales = twin.scales * 2
+        twin.biases = twin.biases * 2
+    after = gpu.sparse_gemv(x, twins)
+    for y, twice in zip(before[0], after[0], strict=True):
+        assert mx.allclose(2 * y, twice, rtol=1e-3, atol=1e-3).item()

@@ -6,7 +6,19 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from spqt_cli import geometry, gpu, gpu_plan, gpu_rows, gpu_text, judgement, layout, selftest, stock, trust
+from spqt_cli import (
+    geometry,
+    gpu,
+    gpu_join,
+    gpu_plan,
+    gpu_rows,
+    gpu_text,
+    judgement,
+    layout,
+    selftest,
+    stock,
+    trust,
+)
 from spqt_cli.selftest import Case
 from tests.emulator import emulate
 
@@ -77,7 +89,7 @@ def test_float32_rounds_less_with_codes_around_their_middle(emulated, monkeypatc
     for decode in decodes:
         use(monkeypatch, CUTS["wide"]._replace(decode=decode))
         (y,), _ = gpu.sparse_gemv(x, [matrix])
-        matrix.__dict__.pop("_gpu_plans")
+        gpu_join.kept(matrix).clear()
         errors.append(np.sqrt(np.mean((judgement.wide(y).ravel() - exact) ** 2)))
     assert errors[0] < 0.5 * errors[1]
 
