@@ -65,7 +65,7 @@ CONFIGS ?= 2000
 fuzz-configs: $(STAMP)
 	$(BIN)/python -m tests.fuzz_configs --count $(CONFIGS)
 
-# Some 10 minutes on two cores. WRITE=--write: put what was found into the page.
+# Some 7 minutes on two cores. WRITE=--write: put what was found into the page.
 architectures: $(STAMP)
 	$(BIN)/python -m tests.architectures $(WRITE)
 

@@ -21,6 +21,10 @@ OLD = (
     "rope_scaling", "rope_theta", "partial_rotary_factor", "rotary_pct", "rotary_emb_base", "rotary_dim",
     "rope_local_base_freq", "sliding_window_pattern", "_sliding_window_pattern", "full_attention_interval",
 )  # fmt: skip
+# The names that configs have for the same sizes.
+DEPTHS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
+WIDTHS = ("hidden_size", "n_embd", "d_model", "hidden_dim")
+HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
 
 
 @dataclass
@@ -58,8 +62,7 @@ def read(config: dict[str, Any], inner: dict[str, Any]) -> Definition:
 
 def _read(config: dict[str, Any], inner: dict[str, Any]) -> Definition:
     kind = _kind(config, inner)
-    names = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
-    layers = next((count for name in names if (count := whole(inner.get(name)))), 0)
+    layers = _first(inner, DEPTHS) or 0
     tied = inner.get("tie_word_embeddings", config.get("tie_word_embeddings"))
     if kind is None:
         return _plain(inner, layers, tied)
@@ -151,12 +154,13 @@ def _windows(values: dict[str, Any], types: list[str] | None, layers: int) -> li
 
 
 def _head_dim(values: dict[str, Any]) -> int:
-    hidden, heads = (
-        next((number for name in names if (number := whole(values.get(name)))), 0)
-        for names in (("hidden_size", "d_model", "n_embd"), ("num_attention_heads", "n_heads", "n_head"))
-    )
+    hidden, heads = _first(values, WIDTHS), _first(values, HEADS)
     own = whole(values.get("head_dim")) or whole(values.get("qk_rope_head_dim"))
     return own or (hidden // heads if hidden and heads else 0)
+
+
+def _first(values: dict[str, Any], names: tuple[str, ...]) -> int | None:
+    return next((count for name in names if (count := whole(values.get(name)))), None)
 
 
 def _plain(inner: dict[str, Any], layers: int, tied: Any) -> Definition:

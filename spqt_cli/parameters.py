@@ -58,13 +58,26 @@ def build(config: dict[str, Any], name: str) -> nn.Module:
     config = _decode_tagged_floats(config)
     model_class, args_class = classes(config, name)
     try:
-        return model_class(args_class.from_dict(config))
+        model: nn.Module = model_class(args_class.from_dict(config))
     except NotImplementedError as error:
         raise UnsupportedError(f"{name}: mlx-lm's class can't do this: {error}", "see its source") from None
     except (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, AssertionError) as error:
         raise SpqtError(
             f"{name}: config.json does not describe a {config['model_type']} model ({error!r})", checks.AGAIN
         ) from None
+    _check_vocabulary(model, config, name)
+    return model
+
+
+def _check_vocabulary(model: nn.Module, config: dict[str, Any], name: str) -> None:
+    """Refuse a vocabulary that lacks tokens which the class forbids by their numbers, as phi3small's does."""
+    forbidden = model.get("_dummy_tokenizer_ids")
+    if forbidden is not None and (last := forbidden.max().item()) >= config["vocab_size"]:
+        raise UnsupportedError(
+            f"{name}: mlx-lm's {config['model_type']} class forbids token {last}, and vocab_size is"
+            f" {config['vocab_size']}",
+            "use a checkpoint with the whole vocabulary",
+        )
 
 
 def _sanitized(checkpoint: Checkpoint) -> tuple[nn.Module, dict[str, mx.array], dict[str, str]]:

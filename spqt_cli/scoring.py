@@ -35,8 +35,13 @@ def surprise(log_p: np.ndarray, targets: np.ndarray) -> np.ndarray:
 
 
 def divergence(reference: Reference, log_q: np.ndarray) -> np.ndarray:
-    """KL(reference || q) per position, over the whole vocabulary: (..., vocab) -> (...), nats."""
-    return np.einsum("...v,...v->...", reference.p, reference.log_p - log_q)
+    """KL(reference || q) per position, over the whole vocabulary: (..., vocab) -> (...), nats.
+
+    A token without probability in the reference adds nothing, as where a model forbids it in both (-inf).
+    """
+    ratio = np.zeros_like(log_q)
+    np.subtract(reference.log_p, log_q, out=ratio, where=reference.p > 0)
+    return np.einsum("...v,...v->...", reference.p, ratio)
 
 
 def agreement(log_p: np.ndarray, log_q: np.ndarray) -> np.ndarray:

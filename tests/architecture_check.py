@@ -19,14 +19,16 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import _get_classes
 
-from spqt_cli import calibrate, convert, cpu_patch, format, generate, layout, model
+from spqt_cli import calibrate, convert, cpu_patch, format, generate, layout, model, phase
 from tests import architecture_configs
 from tests.conftest import write_tokenizer
+from tests.router_margins import margins
 
 RELATIVE = 1e-4  # of the largest logit: float32 sums in another order, through four layers
 PROMPT, STEPS = 40, 6  # tokens; the prompt is longer than the sliding windows of the tiny configs
 ROUNDING = 2e-5  # relative difference of two sums of the same products, after some layers
-ROUNDS = 8
+STEPS_ROUNDING = 1e-6  # likewise, of the many values that afm7 rounds: no text keeps all farther from a half
+ROUNDS = 16
 Thresholds = Mapping[str, float | None]
 
 
@@ -67,6 +69,7 @@ class Row:
 REASONS = {
     "No Metal back-end": "needs a kernel that mlx-lm has for Metal alone",
     "can be stored in the Zigzag layout": "none of its blocks has a plain linear layer",
+    "which spqt can't unpack": "its checkpoints are packed in a ternary form of their own",
     "Unsupported Hadamard pack": "its checkpoints are packed in a 2-bit form of their own",
 }
 
@@ -123,18 +126,20 @@ def _weights(config: dict[str, Any], seed: int) -> dict[str, mx.array]:
     """Seeded weights of a model: matrices that keep a vector's length, scales around 1, small biases."""
     model_class, args_class = _get_classes(config)
     network = model_class(args_class.from_dict(config))
-    mx.random.seed(seed)
+    draw = np.random.default_rng(seed)  # MLX's CPU build takes seconds for as many normals
     # Gemma 4 does not divide scores by the head's width: large norms would make attention a step function.
     largest = 1.0 if config["model_type"].startswith("gemma4") else 2.0
     weights = {}
     for name, value in tree_flatten(network.parameters()):
         if not mx.issubdtype(value.dtype, mx.floating):
             weights[name] = value
+        elif "quant_" in name:  # what afm7 rounds its keys and values by: few of them lie at a half
+            weights[name] = mx.full(value.shape, 0.5)
         elif "norm" in name and value.ndim < 2:
-            weights[name] = mx.random.uniform(0.2, largest, value.shape)
+            weights[name] = mx.array(draw.uniform(0.2, largest, value.shape).astype(np.float32))
         else:
             scale = value.shape[-1] ** -0.5 if value.ndim > 1 else 0.05
-            weights[name] = mx.random.normal(value.shape) * scale
+            weights[name] = mx.array(draw.standard_normal(value.shape, np.float32) * np.float32(scale))
     return weights
 
 
@@ -160,7 +165,7 @@ class Masked(nn.Module):
         self.gap = 1.0  # the smallest distance of an input from the threshold, relative to it
 
     def __call__(self, x: mx.array) -> mx.array:
-        if self._threshold is not None and _is_decoding(x):
+        if self._threshold is not None and phase.decodes():
             if self._threshold.item() > 0:
                 distance = mx.abs(mx.abs(x) - self._threshold) / self._threshold
                 self.gap = min(self.gap, distance.min().item())
@@ -168,43 +173,40 @@ class Masked(nn.Module):
         return self.linear(x)
 
 
-def _is_decoding(x: mx.array) -> bool:
-    """Who runs sparse: one row."""
-    return x.size == x.shape[-1]
-
-
 def _difference(folder: Path, thresholds: Thresholds) -> float:
-    """As `_on_text`. Scores of a router may tie within rounding; then another text decides."""
-    found = _on_text(folder, thresholds, seed=0)
-    return found if found <= RELATIVE else _on_text(folder, thresholds, seed=1)
-
-
-def _on_text(folder: Path, thresholds: Thresholds, seed: int) -> float:
     """The largest difference of a converted model's logits from its definition's, over the largest logit."""
-    expected, thresholds = _expected(folder, thresholds, seed)
+    expected, thresholds, seed = _expected(folder, thresholds)
     loaded = model.load(folder, dense=True)
     for path, layer in model.zigzag_layers(loaded.model).items():
         layer.set_threshold(thresholds[path])
     found = _logits(loaded.model, seed)
-    assert np.isfinite(expected).all()
-    return float(np.abs(found - expected).max() / np.abs(expected).max())
+    allowed = expected > -np.inf  # phi3small forbids some tokens
+    assert np.isfinite(expected[allowed]).all()
+    assert np.array_equal(allowed, found > -np.inf)
+    return float(np.abs(found - expected)[allowed].max() / np.abs(expected[allowed]).max())
 
 
-def _expected(folder: Path, thresholds: Thresholds, seed: int) -> tuple[np.ndarray, Thresholds]:
-    """The definition's logits, and the thresholds: moved a little where an input lies within rounding of one.
+def _expected(folder: Path, thresholds: Thresholds) -> tuple[np.ndarray, Thresholds, int]:
+    """The definition's logits, the thresholds and the seed of a text on which nothing hangs on rounding.
 
-    Such a channel may fall to either side in another order of summation.
+    What lies within rounding of a step may fall to either side in another order of summation: a threshold
+    so close to an input is moved a little, and a text on which a router's scores tie, or a value that is
+    rounded lies at a half, is left for another.
+    Both are seen in the definition alone.
     """
+    seed = 0
     for _ in range(ROUNDS):
         definition = _definition(folder, thresholds)
-        with _stock():
+        with _stock(), margins() as margin:
             found = _logits(definition, seed)
         modules = dict(definition.named_modules())
         close = {path for path in thresholds if modules[path].gap < ROUNDING}
-        if not close:
-            return found, thresholds
+        tied = margin.routers < ROUNDING or margin.steps < STEPS_ROUNDING
+        if not close and not tied:
+            return found, thresholds, seed
+        seed += tied
         thresholds = {path: t and t * (1.001 if path in close else 1.0) for path, t in thresholds.items()}
-    raise AssertionError(f"thresholds stay within rounding of an input: {sorted(close)}")
+    raise AssertionError(f"rounding decides: {sorted(close)}, {margin}")
 
 
 def _definition(folder: Path, thresholds: Thresholds) -> nn.Module:
@@ -247,5 +249,8 @@ def _logits(network: Any, seed: int) -> np.ndarray:
     tokens = np.random.default_rng(seed).integers(5, architecture_configs.VOCAB, (1, PROMPT + STEPS))
     cache = make_prompt_cache(network)
     found = [network(mx.array(tokens[:, :PROMPT]), cache=cache)]
-    found += [network(mx.array(tokens[:, at : at + 1]), cache=cache) for at in range(PROMPT, PROMPT + STEPS)]
+    with phase.decoding():
+        found += [
+            network(mx.array(tokens[:, at : at + 1]), cache=cache) for at in range(PROMPT, PROMPT + STEPS)
+        ]
     return np.concatenate([np.array(y.astype(mx.float32))[0] for y in found])

@@ -60,6 +60,11 @@ FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention
 MIXED = [SLIDING, FULL, SLIDING, FULL]
 ROPE = {"rope_theta": 10000.0, "rope_type": "default"}
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "mscale_all_dim": 1.0}
+HALF = {**ROPE, "partial_rotary_factor": 0.5}
+PROPORTIONAL = {
+    SLIDING: ROPE,
+    FULL: {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1000000.0},
+}
 MSCALE = {**YARN, "rope_type": "yarn", "beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "rope_theta": 10000.0}
 LINEAR_ATTENTION = {
     "kda_layers": [1, 2, 3], "full_attn_layers": [4], "num_heads": 4, "head_dim": 32,
@@ -71,20 +76,22 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "afmoe": {"layer_types": MIXED},
     "apertus": {"hidden_act": "xielu"},
     "baichuan_m1": {"sliding_window_layers": [1, 3]},
+    "bailing_hybrid": {"partial_rotary_factor": 1.0},
     "dbrx": {
         "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
         "n_layers": 2,
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10000.0},
     },
-    "deepseek_v2": {"rope_scaling": YARN},
+    "deepseek_v2": {"rope_scaling": {**YARN, "mscale": 1.0}},
     "deepseek_v41": {"o_groups": 2, "o_lora_rank": 64, "compress_ratios": [0, 4, 4, 0]},
+    "ernie4_5_moe": {"moe_layer_start_index": 0},
     "exaone4": {"sliding_window_pattern": "LG", "layer_types": MIXED, "rope_scaling": None},
     "exaone_moe": {"layer_types": MIXED, "is_moe_layer": [False, True, True, True]},
     "falcon_h1": {"mamba_d_head": 32, "mamba_d_ssm": 128, "mamba_d_state": 32, "mamba_n_heads": 4},
     "gear": {"layer_types": MIXED},  # transformers 5 refuses the name of its third kind, conv_mixer
     "gemma3": {"text_config": "gemma3_text.ModelArgs", "vocab_size": VOCAB},
     "gemma3n": {
-        "text_config": "gemma3n.TextConfig",
+        "text_config": "gemma3n.TextConfig", "model_type": "gemma3n_text",
         "num_kv_shared_layers": 2, "vocab_size_per_layer_input": VOCAB, "rope_local_base_freq": 10000.0,
         "final_logit_softcapping": 30.0, "layer_types": MIXED, "hidden_size_per_layer_input": 32,
         "activation_sparsity_pattern": [0.95, 0.95, 0.0, 0.0], "altup_num_inputs": 4,
@@ -93,18 +100,24 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "gemma4": {
         "text_config": "gemma4_text.ModelArgs", "vocab_size": VOCAB, "num_kv_shared_layers": 2,
         "hidden_size_per_layer_input": 32, "vocab_size_per_layer_input": VOCAB, "enable_moe_block": False,
+        "layer_types": MIXED, "rope_parameters": PROPORTIONAL, "use_double_wide_mlp": False,
     },
     "gemma4_text": {
         "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 32, "vocab_size_per_layer_input": VOCAB,
+        "layer_types": MIXED, "rope_parameters": PROPORTIONAL, "use_double_wide_mlp": False,
     },
+    "glm": {"partial_rotary_factor": 1.0},
     "glm4_moe": {"rope_scaling": None},
+    "glm4_moe_lite": {"partial_rotary_factor": 1.0},
     "glm_moe_dsa": {"rope_parameters": ROPE},
+    "gpt_oss": {"rope_scaling": {"rope_type": "default"}},
     "granitemoehybrid": {
         "layer_types": ["mamba", "attention", "mamba", "attention"], "mamba_d_head": 32, "mamba_d_state": 32,
         "mamba_n_heads": 8, "mamba_n_groups": 1, "mamba_d_conv": 4, "mamba_proj_bias": False,
         "mamba_conv_bias": True, "position_embedding_type": "rope",
     },
     "hunyuan": {"rope_scaling": {"alpha": 1000.0, "factor": 1.0, "type": "dynamic"}},
+    "internlm3": {"head_dim": 32},
     "jamba": {
         "attn_layer_offset": 1, "attn_layer_period": 2, "expert_layer_offset": 1, "expert_layer_period": 2,
         "mamba_d_conv": 4, "mamba_d_state": 16, "mamba_expand": 2, "mamba_dt_rank": 48,
@@ -131,12 +144,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "rope_scaling": None, "num_experts_per_tok": 1,
     },
     "llama4_text": {"no_rope_layers": [1, 1, 1, 0]},
-    "longcat_flash": {"attention_method": "MLA", "zero_expert_type": "identity"},
+    "longcat_flash": {"head_dim": 32, "attention_method": "MLA", "zero_expert_type": "identity"},
     "longcat_flash_ngram": {"ngram_vocab_size_ratio": 2},
     "mamba": {"num_hidden_layers": 2},
     "mamba2": {"num_heads": 8, "time_step_limit": [0.0, 100.0], "intermediate_size": 256, "state_size": 32},
     "mellum": {"layer_types": MIXED, "rope_parameters": {SLIDING: ROPE, FULL: ROPE}},
     "mimo_v2_flash": {
+        "rope_parameters": {SLIDING: HALF, FULL: HALF}, "sliding_window": 24,
+        "layer_types": [FULL, SLIDING, FULL, SLIDING],
         "hybrid_layer_pattern": [0, 1, 0, 1], "moe_layer_freq": [0, 1, 1, 1], "swa_rope_theta": 10000.0,
         "add_swa_attention_sink_bias": True, "add_full_attention_sink_bias": False,
     },
@@ -152,11 +167,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "ministral3": {
         "rope_parameters": {**ROPE, "llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 512},
-        "layer_types": MIXED,
+        "sliding_window": None,
     },
     "mistral3": {"text_config": "llama.ModelArgs"},
     "mistral4": {
-        "rope_parameters": {**MSCALE, "llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 512},
+        "rope_parameters": {
+            **MSCALE, "partial_rotary_factor": 1.0, "llama_4_scaling_beta": 0.1,
+            "original_max_position_embeddings": 512,
+        },
     },
     "muse_glimmer": {"layer_types": MIXED},
     "muse_spark": {
@@ -169,12 +187,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "block_configs": [{"attention": {"n_heads_in_group": 2}, "ffn": {"ffn_mult": 2.0}}] * 4,
     },
     "nemotron_h": {"hybrid_override_pattern": ["M", "*", "-", "E"], "ssm_state_size": 32},
+    "olmo3": {"rope_theta": 500000.0},
     "olmo_hybrid": {"layer_types": [LINEAR, FULL, LINEAR, FULL]},
     "openelm": {
         "ffn_dim_divisor": 32, "num_query_heads": [4] * 4, "num_kv_heads": [2] * 4,
         "ffn_multipliers": [1.5] * 4,
     },
-    "phi3small": {"dense_attention_every_n_layers": 2, "gegelu_limit": 20.0, "ff_intermediate_size": 192},
+    # Its class writes to the logits of fixed tokens up to 100351, and beyond a smaller vocabulary's memory.
+    "phi3small": {"dense_attention_every_n_layers": 2, "gegelu_limit": 20.0, "ff_intermediate_size": 192,
+                  "vocab_size": 100352},
     "phixtral": {"num_vocab": VOCAB, "model_dim": 128, "num_heads": 4, "num_layers": 4, "rotary_dim": 16,
                  "num_local_experts": 4, "num_experts_per_tok": 2},
     "pixtral": {"text_config": "llama.ModelArgs"},
@@ -218,7 +239,7 @@ def config(name: str) -> dict[str, Any]:
         return {**fields(module.ModelArgs), **own, "model_type": name}
     module_name, _, args_name = inner.partition(".")
     args_class = getattr(importlib.import_module(f"mlx_lm.models.{module_name}"), args_name)
-    text = {**fields(args_class), **own, "model_type": module_name}
+    text = {**fields(args_class), "model_type": module_name, **own}
     del text["text_config"]
     outer = {"vocab_size": VOCAB} if own.get("vocab_size") else {}
     return {"model_type": name, "text_config": text, **outer}

@@ -55,3 +55,18 @@ def test_huge_logits_stay_finite():
 
 def test_one_window_has_no_standard_error():
     assert math.isnan(scoring.standard_error(np.array([1.0])))
+
+
+def test_tokens_that_both_models_forbid_add_nothing_to_kl():
+    """As mlx-lm's phi3small does with unused tokens: 0 times (-inf less -inf) is 0 here."""
+    a, b = logits(0), logits(1)
+    a[..., 3] = b[..., 3] = -np.inf
+    found = scoring.divergence(scoring.Reference(log_p(a)), log_p(b))
+    p, q = (np.delete(softmax64(each), 3, axis=-1) for each in (a, b))
+    assert found == pytest.approx((p * np.log(p / q)).sum(axis=-1), rel=1e-4)  # float32, differences of logs
+
+
+def test_token_that_only_the_other_model_forbids_is_infinitely_far():
+    a, b = logits(0), logits(1)
+    b[..., 3] = -np.inf
+    assert np.isposinf(scoring.divergence(scoring.Reference(log_p(a)), log_p(b))).all()

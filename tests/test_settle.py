@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
 
-from spqt_cli import convert, exact, generate, model, parameters, source
+from spqt_cli import convert, definition, exact, generate, model, parameters, source
 from spqt_cli.errors import SpqtError, UnsupportedError
 from tests import config_table, fuzz_configs
 from tests.conftest import SIZES, random_weights, tiny_checkpoint, tiny_config, write_tokenizer
@@ -174,3 +174,16 @@ def test_tiny_checkpoints_of_before_are_settled_to_the_same(tmp_path):
     parameters.load(opened)
     assert opened.exact == {}
     assert not opened.warnings
+
+
+@pytest.mark.parametrize(
+    ("kind", "width", "heads"),
+    [
+        ("unknown", "hidden_size", "num_attention_heads"), ("unknown", "n_embd", "n_head"),
+        ("unknown", "hidden_dim", "num_heads"), ("dbrx", "d_model", "n_heads"),
+    ],
+)  # fmt: skip
+def test_width_of_a_head_is_the_configs_under_its_other_names(kind, width, heads):
+    """Not that of transformers' defaults, and not 0, by which a rotary module would have no angles."""
+    config = {"model_type": kind, width: 96, heads: 4, "n_layers": 2, "rope_theta": 1e4}
+    assert definition.read(config, config).head_dim == 24
