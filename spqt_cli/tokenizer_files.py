@@ -95,9 +95,25 @@ def _try(folder: Path, truth: Any) -> tuple[Any, str | SpqtError | None]:
         tokenizer = _load(folder)
         if type(tokenizer._tokenizer).__module__.startswith("mlx_lm."):
             return tokenizer, None  # not a class by which transformers guesses: the model asks for it
-        return tokenizer, fidelity.difference(tokenizer, truth)
+        return tokenizer, fidelity.difference(tokenizer, _with_specials(tokenizer, truth))
     except SpqtError as error:
         return None, error
+
+
+def _with_specials(tokenizer: Any, truth: Any) -> Any:
+    """`truth`, and as added tokens those of its vocabulary that the loaded tokenizer holds for such.
+
+    tokenizer_config.json names BOS and EOS, and transformers cuts a text that spells them as one token each,
+    whether tokenizer.json lists them as added tokens or only in its vocabulary. The model is published so.
+    """
+    listed, known = truth.get_added_tokens_decoder(), truth.get_vocab(with_added_tokens=False)
+    found = tokenizer.added_tokens_decoder
+    more = [token for i, token in found.items() if i not in listed and known.get(token.content) == i]
+    if not more:
+        return truth
+    extended = type(truth).from_str(truth.to_str())
+    extended.add_tokens(more)
+    return extended
 
 
 def _load(folder: Path) -> Any:

@@ -166,6 +166,23 @@ def test_flags_of_added_tokens_are_those_of_tokenizer_json(tmp_path: Path) -> No
     assert found.convert_tokens_to_ids("<|more|>") == end + 2  # what only the settings have is not lost
 
 
+@pytest.mark.parametrize("named", ["PreTrainedTokenizerFast", "TokenizersBackend", "Qwen2Tokenizer", None])
+@pytest.mark.parametrize("arch", ["llama", "qwen2"])
+def test_specials_that_only_the_settings_call_special(tmp_path: Path, arch: str, named: str | None) -> None:
+    """BOS and EOS are entries of the vocabulary, and tokenizer.json lists no added tokens."""
+    tokens = [*ALPHABET, *("".join(pair) for pair in MERGES), *SPECIAL]
+    truth = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, MERGES))
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    truth.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    truth.decoder = decoders.ByteLevel()
+    settings = {**NAMES, **({"tokenizer_class": named} if named else {})}
+    source = checkpoint(tmp_path / "source", arch, truth, settings)
+    run(source, tmp_path / "out")
+    found = kept(tmp_path / "out", truth, "it 1234 isn't\n\n  abc x")
+    assert found.encode("a<|end|>", add_special_tokens=False) == [*truth.encode("a").ids, found.eos_token_id]
+    assert found.eos_token_id == truth.token_to_id("<|end|>")
+
+
 def test_limits_in_tokenizer_json_bind_nobody(tmp_path: Path) -> None:
     truth = byte_level()
     truth.enable_truncation(8)
