@@ -101,14 +101,15 @@ def _try(folder: Path, truth: Any) -> tuple[Any, str | SpqtError | None]:
 
 
 def _with_specials(tokenizer: Any, truth: Any) -> Any:
-    """`truth`, and as added tokens those of its vocabulary that the loaded tokenizer holds for such.
+    """`truth`, and the added tokens that the loaded tokenizer has beside those of tokenizer.json.
 
-    tokenizer_config.json names BOS and EOS, and transformers cuts a text that spells them as one token each,
-    whether tokenizer.json lists them as added tokens or only in its vocabulary. The model is published so.
+    tokenizer_config.json names BOS, EOS and others, and transformers cuts a text that spells them as one
+    token each, even where tokenizer.json has them in its vocabulary alone, or not at all. The model is
+    published so. A token whose number tokenizer.json gives otherwise is none of these.
     """
     listed, known = truth.get_added_tokens_decoder(), truth.get_vocab(with_added_tokens=False)
-    found = tokenizer.added_tokens_decoder
-    more = [token for i, token in found.items() if i not in listed and known.get(token.content) == i]
+    found = sorted(tokenizer.added_tokens_decoder.items())  # new ones get their numbers in this order
+    more = [token for i, token in found if i not in listed and known.get(token.content, i) == i]
     if not more:
         return truth
     extended = type(truth).from_str(truth.to_str())

@@ -183,6 +183,17 @@ def test_specials_that_only_the_settings_call_special(tmp_path: Path, arch: str,
     assert found.eos_token_id == truth.token_to_id("<|end|>")
 
 
+def test_specials_that_only_the_settings_have(tmp_path: Path) -> None:
+    truth = byte_level()
+    more = ["[INST]", "[/INST]"]  # one of the hard lines spells them
+    settings = {**NAMES, "additional_special_tokens": more, "tokenizer_class": "PreTrainedTokenizerFast"}
+    source = checkpoint(tmp_path / "source", "llama", truth, settings)
+    assert convert.convert(str(source), tmp_path / "out", OPTIONS).warnings == []
+    found = kept(tmp_path / "out", truth)
+    first = truth.get_vocab_size()
+    assert found.encode("[INST][/INST]", add_special_tokens=False) == [first, first + 1]
+
+
 def test_limits_in_tokenizer_json_bind_nobody(tmp_path: Path) -> None:
     truth = byte_level()
     truth.enable_truncation(8)
