@@ -5,7 +5,7 @@ are given to it, so that a hostile config can't make it build something large. W
 class the plain keys count. It knows nothing of what mlx-lm reads.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 # Keys that transformers' classes take as they stand, and keys of old configs that they turn into others.
@@ -34,7 +34,8 @@ class Definition:
     ropes: rope_parameters of each layer, empty where nothing says them. windows: tokens that each layer sees,
     None for all. chunk: tokens of the chunks in which some layers see. head_dim: width of a head, as far as
     it is turned. tied: whether the head is the embedding, None where that isn't said. defaults: what
-    transformers has for a key that config.json leaves out, None where it has no such class.
+    transformers has for a key that config.json leaves out, None where it has no such class or the class
+    refuses the values: then `refused`.
     """
 
     ropes: list[dict[str, Any]] = field(default_factory=list)
@@ -46,6 +47,7 @@ class Definition:
     longest: int | None = None
     tied: bool | None = None
     defaults: dict[str, Any] | None = None
+    refused: bool = False
 
 
 def read(config: dict[str, Any], inner: dict[str, Any]) -> Definition:
@@ -68,7 +70,7 @@ def _read(config: dict[str, Any], inner: dict[str, Any]) -> Definition:
         return _plain(inner, layers, tied)
     plain, values = _of_transformers(kind, inner)
     if values is None:
-        return _plain(inner, layers, tied)
+        return replace(_plain(inner, layers, tied), refused=True)
     types = values.get("layer_types")
     types = list(types) if isinstance(types, (list, tuple)) and len(types) == layers else None
     no_rope = values.get("no_rope_layers")

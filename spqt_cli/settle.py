@@ -7,6 +7,7 @@ in is refused by name, and what matters only beyond a length is told.
 
 import copy
 import dataclasses
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -42,8 +43,14 @@ def settle(checkpoint: Checkpoint, build: Build) -> None:
     for key in ("rope_scaling", "rope_parameters"):
         if inner.get(key) is not None and not isinstance(inner[key], dict):
             raise SpqtError(f"{checkpoint.name}: {key} in config.json is not an object", checks.AGAIN)
+    _check_bases(inner, checkpoint.name)
     meant = definition.read(config, inner)
     keys = config_keys.reads(args_class)
+    if not meant.ropes and _by_layer_type(inner) and "rope_parameters" not in keys:
+        raise UnsupportedError(
+            f"{checkpoint.name}: rope_parameters by layer type, and the architecture has no layer types",
+            _ROPE_HINT,
+        )
     dropped.refuse(inner, meant, keys, checkpoint.name)
     config_keys.spell(inner, meant, args_class)
     _refuse_unknown(inner, meant, args_class, checkpoint.name)
@@ -63,6 +70,21 @@ def settle(checkpoint: Checkpoint, build: Build) -> None:
     wanted = {"ropes": ropes, "windows": windows, "context": limit}
     checkpoint.exact = {key: value for key, value in wanted.items() if value}
     checkpoint.config = config
+
+
+def _check_bases(inner: dict[str, Any], name: str) -> None:
+    """Raise SpqtError for a base of rotary positions that is no positive number."""
+    for at in (inner, inner.get("rope_parameters"), inner.get("rope_scaling"), *_by_layer_type(inner)):
+        base = at.get("rope_theta") if isinstance(at, dict) else None
+        if base is None:
+            continue
+        if isinstance(base, bool) or not isinstance(base, (int, float)) or not 0 < base < math.inf:
+            raise SpqtError(f"{name}: rope_theta is {base!r:.40}, no positive number", checks.AGAIN)
+
+
+def _by_layer_type(inner: dict[str, Any]) -> list[dict[str, Any]]:
+    ropes = inner.get("rope_parameters")
+    return [each for each in ropes.values() if isinstance(each, dict)] if isinstance(ropes, dict) else []
 
 
 def _refuse_unknown(inner: dict[str, Any], meant: Definition, args_class: Any, name: str) -> None:
@@ -127,7 +149,7 @@ def _wanted(rope: dict[str, Any], meant: Definition, name: str) -> rope_definiti
     try:
         return rope_definition.wanted(rope, meant.head_dim, meant.longest)
     except (LookupError, TypeError, ValueError, ArithmeticError) as error:
-        if meant.defaults is None:
+        if meant.defaults is None and not meant.refused:
             return None
         raise UnsupportedError(f"{name}: rotary positions by {_said(rope)} ({error!r})", _ROPE_HINT) from None
 

@@ -62,6 +62,28 @@ def test_new_spelling_is_written_in_the_old_one(tmp_path):
     assert json.dumps(opened.config) == settled
 
 
+PARTS = ("weight", "scales", "biases")
+
+
+def test_quantized_source_is_loaded_by_its_settled_config(tmp_path):
+    config = {**WITHOUT_BASE, "model_type": "llama", "tie_word_embeddings": True, "rope_parameters": NEW}
+    packed: dict[str, mx.array] = {}
+    for name, value in random_weights(tiny_config("llama"), seed=3).items():
+        if name.endswith("_proj.weight"):
+            parts = mx.quantize(value, group_size=32, bits=4)
+            packed |= {name.replace("weight", each): part for each, part in zip(PARTS, parts, strict=True)}
+        else:
+            packed[name] = value
+    folder = tmp_path / "source"
+    folder.mkdir()
+    mx.save_safetensors(str(folder / "model.safetensors"), packed, metadata={"format": "mlx"})
+    config["quantization"] = {"group_size": 32, "bits": 4}
+    (folder / "config.json").write_text(json.dumps(config))
+    write_tokenizer(folder)
+    network, _, _ = parameters.load(source.open_folder(folder, source.Trust(requantize=True)))
+    assert network.model.layers[0].self_attn.rope.base == 500.0
+
+
 LONGROPE = {"rope_type": "longrope", "short_factor": [1.5] * 8, "long_factor": [3.0] * 8, "rope_theta": 1e4}
 
 
@@ -187,3 +209,29 @@ def test_width_of_a_head_is_the_configs_under_its_other_names(kind, width, heads
     """Not that of transformers' defaults, and not 0, by which a rotary module would have no angles."""
     config = {"model_type": kind, width: 96, heads: 4, "n_layers": 2, "rope_theta": 1e4}
     assert definition.read(config, config).head_dim == 24
+
+
+@pytest.mark.parametrize("base", ["x", 0, -1, float("nan"), float("inf"), True, [1e4]])
+@pytest.mark.parametrize("new", [False, True])
+def test_base_that_is_no_positive_number_is_an_error_of_ours(base, new, tmp_path):
+    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": base}} if new else {"rope_theta": base}
+    config = {**WITHOUT_BASE, "model_type": "llama", "tie_word_embeddings": True, **rope}
+    with pytest.raises(SpqtError, match="rope_theta is"):
+        parameters.load(checkpoint(tmp_path / "source", config, tiny_config("llama")))
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "no_such", "rope_theta": 500.0},
+        {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0},
+        {"full_attention": NEW, "sliding_attention": {**NEW, "rope_theta": 7.0}},
+    ],
+)
+def test_rope_that_a_class_only_warns_of_is_refused(rope, tmp_path):
+    """mlx-lm's phi3 prints a line and turns as if nothing were said."""
+    config = {**WITHOUT_BASE, "model_type": "phi3", "tie_word_embeddings": True}
+    config |= {"original_max_position_embeddings": 512}
+    opened = checkpoint(tmp_path / "source", {**config, "rope_parameters": rope}, config)
+    with pytest.raises(UnsupportedError, match=r"rotary positions by rope_type|by layer type"):
+        parameters.load(opened)
