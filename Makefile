@@ -20,7 +20,7 @@ PROMPT ?= Explain in a few sentences why the sky is blue.
 .PHONY: help run test test-newest unit lint format architectures bench-cpu sanitize isa torture fuzz-configs clean
 help:
 	@echo "make run     convert, calibrate and run a real small model (BACKEND=cpu|cuda12|cuda13)"
-	@echo "make test    lint, types and all tests"
+	@echo "make test    lint, types and all tests (JOBS=n at a time, else 2)"
 	@echo "make lint    ruff and mypy alone;  make format  mends what ruff can"
 	@echo "make bench-cpu   the CPU kernels against stock MLX (and llama.cpp);  make sanitize  its sanitizers"
 	@echo "make isa     the CPU kernels with every instruction set, emulated where the machine has it not"
@@ -73,8 +73,9 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+JOBS ?= 2
 test: lint $(GGUF)
-	SPQT_REAL_GGUF=$(abspath $(GGUF)) $(BIN)/pytest
+	SPQT_REAL_GGUF=$(abspath $(GGUF)) $(BIN)/pytest -n $(JOBS)
 
 # On another Python what it could break: installing, loading, the command line, files, a model from end to end.
 # CI has no time for the rest there; `make unit VENV=.venv-newest PYTHON=python3.13` runs it.
@@ -84,7 +85,7 @@ test-newest:
 	$(MAKE) VENV=.venv-newest PYTHON=$(PYTHON) unit TESTS="$(NEWEST:%=tests/test_%.py)"
 
 unit: $(STAMP)
-	$(BIN)/pytest -m "not real" $(TESTS)
+	$(BIN)/pytest -n $(JOBS) -m "not real" $(TESTS)
 
 # LLAMA_CPP: a llama.cpp checkout or the source package of llama-cpp-python, to measure beside; GGUF: a model.
 bench-cpu: $(STAMP)

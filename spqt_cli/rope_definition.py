@@ -44,6 +44,8 @@ def wanted(rope: dict[str, Any], head_dim: int, longest: int | None) -> Turning:
     """
     kind, base = rope.get("rope_type") or "default", float(rope["rope_theta"])
     share = rope.get("partial_rotary_factor")
+    if share is not None and not 0 < share <= 1:
+        raise ValueError(f"partial_rotary_factor {share!r}")
     dims = int(head_dim * (1.0 if share is None else share))
     if kind == "proportional":
         turned = int((1.0 if share is None else share) * head_dim // 2)
