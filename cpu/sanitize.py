@@ -14,8 +14,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 ROUNDS = 150
 SETTINGS = {
-    # Leaks: Python and MLX keep what they made until the process ends. Use after return: the stacks that GCC 13
-    # sets up for it are aligned to less than a 64-byte vector needs.
+    # Leaks: Python and MLX keep what they made until the process ends. Use after return: the stacks that
+    # GCC 13 sets up for it are aligned to less than a 64-byte vector needs.
     "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0:detect_stack_use_after_return=0",
     "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
     "TSAN_OPTIONS": "halt_on_error=1",
