@@ -55,7 +55,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	@echo "lines of Python: $$(cat spqt_cli/*.py spqt_cli/gguf/*.py | wc -l) in spqt_cli, $$(cat tests/*.py tests/*/*.py | wc -l) in tests"
+	@echo "lines of Python: $$(find spqt_cli -name "*.py" | xargs cat | wc -l) in spqt_cli, $$(find tests -name "*.py" | xargs cat | wc -l) in tests"
 
 MINUTES ?= 30
 torture: $(STAMP)
@@ -63,11 +63,11 @@ torture: $(STAMP)
 
 CONFIGS ?= 2000
 fuzz-configs: $(STAMP)
-	$(BIN)/python -m tests.fuzz_configs --count $(CONFIGS)
+	$(BIN)/python -m tests.convert.config.fuzz_configs --count $(CONFIGS)
 
 # Some 7 minutes on two cores. WRITE=--write: put what was found into the page.
 architectures: $(STAMP)
-	$(BIN)/python -m tests.architectures $(WRITE)
+	$(BIN)/python -m tests.convert.architectures $(WRITE)
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

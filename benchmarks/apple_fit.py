@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from spqt_cli import traffic
+from spqt_cli.bench import traffic
 
 SCALE_BYTES = 2
 LINES = (32, 64, 128)  # candidate sizes of a memory transaction; the table decides

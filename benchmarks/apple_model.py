@@ -32,7 +32,8 @@ from apple_fit import (
     touched,
 )
 
-from spqt_cli import layout, shapes
+from spqt_cli.bench import shapes
+from spqt_cli.format import layout
 
 INSTRUCTIONS = 4  # per weight: mask, set exponent, subtract, multiply-add (metal/sparse_gemv.metal)
 

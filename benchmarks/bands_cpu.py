@@ -22,10 +22,11 @@ import numpy as np
 
 mx.set_default_device(mx.cpu)
 
-from machine import facts  # noqa: E402
+from machine import facts
 
-from spqt_cli import cpu, layout  # noqa: E402
-from spqt_cli.layers import ZigzagLinear  # noqa: E402
+from spqt_cli.backends import cpu
+from spqt_cli.decode.layers import ZigzagLinear
+from spqt_cli.format import layout
 
 SHAPES = ((28672, 8192), (11008, 4096))
 BITS, GROUP_SIZE, ROTATED_BYTES, PROMPT_ROWS = 4, 64, 192e6, 32

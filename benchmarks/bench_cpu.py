@@ -23,11 +23,14 @@ import numpy as np
 
 mx.set_default_device(mx.cpu)
 
-from machine import facts  # noqa: E402
-from peer import Peer  # noqa: E402
+from machine import facts
+from peer import Peer
 
-from spqt_cli import bench_model, cpu, kernels, layout, patch, shapes  # noqa: E402
-from spqt_cli.layers import ZigzagLinear  # noqa: E402
+from spqt_cli import patch
+from spqt_cli.backends import cpu, kernels
+from spqt_cli.bench import models, shapes
+from spqt_cli.decode.layers import ZigzagLinear
+from spqt_cli.format import layout
 
 SHAPES = ((4096, 4096), (4096, 14336), (14336, 4096), (11008, 4096), (576, 576), (1536, 576), (576, 1536))
 SMOL_BLOCK = ((576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536))
@@ -197,12 +200,12 @@ def decode_rate(model: Any, cache: list[Any], tokens: int) -> float:
 def decode_rows(peer: Peer | None, shape: str, counts: list[int], repetitions: int) -> list[dict[str, Any]]:
     """Tokens/s of a whole model of that shape, random weights; stock only where it is not hopeless."""
     config = shapes.config(shape)
-    zigzag = bench_model.random_model(config, BITS, GROUP_SIZE, mx.float16)
-    bench_model.evaluate(zigzag)
+    zigzag = models.random_model(config, BITS, GROUP_SIZE, mx.float16)
+    models.evaluate(zigzag)
     small = config["hidden_size"] < 1024
-    stock = bench_model.stock_twin(zigzag, config) if small else None
+    stock = models.stock_twin(zigzag, config) if small else None
     text = mx.random.randint(0, config["vocab_size"], (64,))
-    fitted = bench_model.fit_thresholds(zigzag, 0.5, text, _cache(zigzag))
+    fitted = models.fit_thresholds(zigzag, 0.5, text, _cache(zigzag))
     rows = []
     for threads in counts:
         cpu.set_threads(threads)
@@ -213,7 +216,7 @@ def decode_rows(peer: Peer | None, shape: str, counts: list[int], repetitions: i
                     layer.set_threshold(thresholds.get(path))
                 samples.setdefault(name, []).append(decode_rate(zigzag, _cache(zigzag), 64 if small else 16))
             if stock is not None:
-                with bench_model.only_mlx():
+                with models.only_mlx():
                     samples.setdefault("stock", []).append(decode_rate(stock, _cache(stock), 12))
             if peer and small:
                 samples.setdefault("llama.cpp", []).append(peer.ask(f"decode 64 1 {threads}"))

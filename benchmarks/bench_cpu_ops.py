@@ -14,12 +14,13 @@ import mlx.core as mx
 
 mx.set_default_device(mx.cpu)
 
-from bench_cpu import random_layer, stock_matrix, stock_product  # noqa: E402
-from machine import facts  # noqa: E402
-from mlx_lm.models.activations import swiglu  # noqa: E402
+from bench_cpu import random_layer, stock_matrix, stock_product
+from machine import facts
+from mlx_lm.models.activations import swiglu
 
-from spqt_cli import cpu, cpu_patch, kernels  # noqa: E402
-from spqt_cli.cpu_patch import STOCK  # noqa: E402
+from spqt_cli.backends import cpu, kernels
+from spqt_cli.decode import patch_cpu
+from spqt_cli.decode.patch_cpu import STOCK
 
 WIDTH, MIDDLE, HEADS, KEY_HEADS, HEAD_WIDTH, WORDS = 576, 1536, 9, 3, 64, 49152
 REPETITIONS, OPS = 21, 30  # an evaluation holds as many ops as the model has layers
@@ -53,7 +54,7 @@ def pairs() -> dict[str, tuple[Op, Op]]:
     mx.eval(logits)
     found[f"log_sum_exp of {WORDS}"] = (
         lambda: cpu.log_sum_exp(logits, 0),
-        lambda: cpu_patch._logsumexp(logits),
+        lambda: patch_cpu._logsumexp(logits),
     )
     return found | of_a_block(x, w)
 

@@ -37,7 +37,9 @@ from gpu_common import (
     timed,
 )
 
-from spqt_cli import geometry, gpu, gpu_rows, layout
+from spqt_cli.backends.gpu import backend as gpu
+from spqt_cli.backends.gpu import geometry, prompts
+from spqt_cli.format import layout
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 WAYS = ("stock", "zigzag", "dequantize", "gemvs")
@@ -188,7 +190,7 @@ def peak(call: Callable[[], mx.array]) -> float:
 
 
 def dequantized(x: mx.array, layer: Packed) -> mx.array:
-    gpu_rows.DEQUANTIZE_ROWS = 2
+    prompts.DEQUANTIZE_ROWS = 2
     return gpu.matmul(x, layer)
 
 

@@ -41,11 +41,12 @@ from machine import facts
 
 os.environ.setdefault("MLX_ENABLE_TF32", "0")  # the reference means float32 where it says so
 from_bare_tree()
-import mlx.core as mx  # noqa: E402
-from decode_runs import Forced, Run, dequantized, exact, intercept  # noqa: E402
-from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache  # noqa: E402
+import mlx.core as mx
+from decode_runs import Forced, Run, dequantized, exact, intercept
+from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 
-from spqt_cli import judgement, kernels, model, phase, stock  # noqa: E402
+from spqt_cli.backends import accuracy, kernels, stock
+from spqt_cli.decode import phase, session
 
 TEXT = Path(__file__).resolve().parent.parent / "configs" / "calibration.txt"
 # Issue: mean KL, top-1 agreement and channels that differ, against the masked stock path.
@@ -54,7 +55,7 @@ DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 
 
 def decode(
-    loaded: model.Loaded, tokens: list[int], prompt: int, leader: Run, others: Sequence[Run] = ()
+    loaded: session.Loaded, tokens: list[int], prompt: int, leader: Run, others: Sequence[Run] = ()
 ) -> Run:
     """Takes `leader` through all tokens; `others` first take each step from the leader's cache."""
     cache = make_prompt_cache(loaded.model)
@@ -70,7 +71,7 @@ def decode(
     return leader
 
 
-def as_generated(loaded: model.Loaded, tokens: list[int], prompt: int) -> mx.array:
+def as_generated(loaded: session.Loaded, tokens: list[int], prompt: int) -> mx.array:
     """Log-probabilities (steps, vocabulary) float32 of a free run, decoded as `spqt generate` does it."""
     cache = make_prompt_cache(loaded.model)
     mx.eval(loaded.model(mx.array([tokens[:prompt]]), cache=cache))
@@ -106,7 +107,7 @@ def within(row: dict[str, float]) -> bool:
     )
 
 
-def compare_steps(native: Any, loaded: model.Loaded, tokens: list[int], prompt: int) -> dict[str, Any]:
+def compare_steps(native: Any, loaded: session.Loaded, tokens: list[int], prompt: int) -> dict[str, Any]:
     """The runs alone that take each step from the stock path's cache."""
     near_stock = {"kernels_same_cache": Run(native), "dequantized_same_cache": Run(dequantized)}
     at_stock = decode(loaded, tokens, prompt, Run(stock.sparse_gemv), list(near_stock.values()))
@@ -114,7 +115,7 @@ def compare_steps(native: Any, loaded: model.Loaded, tokens: list[int], prompt: 
 
 
 def compare(
-    native: Any, loaded: model.Loaded, tokens: list[int], prompt: int, generated: mx.array
+    native: Any, loaded: session.Loaded, tokens: list[int], prompt: int, generated: mx.array
 ) -> dict[str, Any]:
     """The figures of one model; `error` is in units of the derived bound."""
     how = (loaded, tokens, prompt)
@@ -141,7 +142,7 @@ def compare(
 
 def judged(native: Any, launches: list[tuple[mx.array, Any]]) -> dict[str, Any]:
     """The kernels on recorded inputs against float64."""
-    found = [judgement.judge(x, layers, native(x, layers), native(x, layers)) for x, layers in launches]
+    found = [accuracy.judge(x, layers, native(x, layers), native(x, layers)) for x, layers in launches]
     return {
         "checked": len(found),
         "worst_error_in_bounds": max(one.error for one in found),
@@ -162,9 +163,9 @@ def table(dtype: str, figures: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def prepared(arguments: argparse.Namespace, dtype: str | None) -> tuple[model.Loaded, list[int], int]:
+def prepared(arguments: argparse.Namespace, dtype: str | None) -> tuple[session.Loaded, list[int], int]:
     """The model, loaded afresh because a cast rounds; the text's tokens; how many of them are the prompt."""
-    loaded = model.load(arguments.model)
+    loaded = session.load(arguments.model)
     if dtype:
         loaded.model.set_dtype(DTYPES[dtype])
     text = TEXT.read_text(encoding="utf-8")

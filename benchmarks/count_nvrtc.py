@@ -4,7 +4,7 @@
     python benchmarks/count_nvrtc.py --ptx-folder ptx       # keeps the PTX
 
 NVRTC gets the text that MLX gives it, with CUDA's half headers in place of MLX's larger ones. Works from a
-bare checkout; needs no GPU, only the library. tests/count_instructions.py says what is counted.
+bare checkout; needs no GPU, only the library. tests/metal/count_instructions.py says what is counted.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from pathlib import Path
 from bench_decode_gpu import from_bare_tree
 
 from_bare_tree()
-from tests import count_instructions as counting  # noqa: E402
+from tests.metal import count_instructions as counting
 
 HEADERS = "#include <cuda_fp16.h>\n#include <cuda_bf16.h>\ntypedef unsigned int uint32_t;"
 SYSTEM = [Path("/usr/local/cuda"), Path("/usr/lib/x86_64-linux-gnu"), Path("/usr")]

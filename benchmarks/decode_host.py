@@ -21,11 +21,13 @@ from bench_decode_gpu import from_bare_tree
 from machine import facts
 
 from_bare_tree()
-import mlx.core as mx  # noqa: E402
-from mlx_lm.models.cache import trim_prompt_cache  # noqa: E402
+import mlx.core as mx
+from mlx_lm.models.cache import trim_prompt_cache
 
-from spqt_cli import activity, bench, bench_model, kernels, phase  # noqa: E402
-from spqt_cli.patch import zigzag_layers  # noqa: E402
+from spqt_cli.backends import kernels
+from spqt_cli.bench import bench, models
+from spqt_cli.decode import active_counts, phase
+from spqt_cli.patch import zigzag_layers
 
 WARM_STEPS, STEPS, ROUNDS = 4, 60, 4
 LARGEST = 12  # kernels that are told apart
@@ -40,7 +42,7 @@ class Prepared:
             shape=shape, blocks=block_count, sparsities=[sparsity], depths=depths, prompt_tokens=[]
         )
         self.subject, self.count = bench.make_subject(options), block_count
-        self.caches = {depth: bench_model.caches(self.subject, depth) for depth in depths}
+        self.caches = {depth: models.caches(self.subject, depth) for depth in depths}
         first = self.caches[depths[0]]["zigzag"]
         self.thresholds = self.subject.thresholds(sparsity, first, WARM_STEPS + STEPS)
         modules = self.subject.zigzag.modules()
@@ -61,7 +63,7 @@ class Prepared:
         model = self.variant(kind, whole)
         cache = self.caches[depth]["stock" if kind == "stock" else "zigzag"]
         token, found = self.subject.prompt(depth, 1), []
-        with activity.counting(kernels.counted_steps()), contextlib.ExitStack() as watching:
+        with active_counts.counting(kernels.counted_steps()), contextlib.ExitStack() as watching:
             for step in range(WARM_STEPS + STEPS):
                 if watch is not None and step == WARM_STEPS:  # steps are prepared by now
                     watching.enter_context(watch)

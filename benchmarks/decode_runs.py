@@ -4,7 +4,9 @@ from typing import Any
 
 import mlx.core as mx
 
-from spqt_cli import kernels, layout, phase
+from spqt_cli.backends import kernels
+from spqt_cli.decode import phase
+from spqt_cli.format import layout
 
 ALMOST_ZERO = mx.array([1e-30])
 RECORD_EVERY = 32  # steps between those whose launches are held against float64

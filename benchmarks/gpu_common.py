@@ -26,14 +26,16 @@ def from_bare_tree() -> None:
 
 
 from_bare_tree()
-from spqt_cli import gpu, layout, quiet_host  # noqa: E402
+from spqt_cli.backends.gpu import backend as gpu
+from spqt_cli.bench import quiet_host
+from spqt_cli.format import layout
 
 HOST = quiet_host.Watch()
 
 
 @dataclass
 class Packed:
-    """A Zigzag matrix as gpu.py reads it."""
+    """A Zigzag matrix as backend.py reads it."""
 
     weight: mx.array
     scales: mx.array
@@ -44,7 +46,7 @@ class Packed:
     group_size: int = 64
 
     def get(self, key: str, default: object = None) -> object:
-        """As a module's: gpu.py sees by it that the weights are still the same ones."""
+        """As a module's: backend.py sees by it that the weights are still the same ones."""
         return self.__dict__.get(key, default)
 
 
@@ -65,7 +67,7 @@ def random_packed(outputs: int, inputs: int, band: int, density: float, bits: in
 def timed(build: Callable[[int], list[mx.array]]) -> dict[str, float | None]:
     """Microseconds per call: evaluation (dispatch included) and building the graph in Python.
 
-    us_quiet: the median of the repeats whose host was quiet (spqt_cli/quiet_host.py), where two or more were.
+    us_quiet: the median of the repeats whose host was quiet (`bench.quiet_host`), where two or more were.
     """
     evaluation, building, looks = [], [], []
     for repeat in range(REPEATS + 2):

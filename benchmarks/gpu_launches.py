@@ -8,8 +8,11 @@ from typing import Any
 import mlx.core as mx
 from gpu_common import Packed, random_packed, timed
 
-from spqt_cli import gpu, gpu_plan, layout, trust
-from spqt_cli.gpu_text import Kernel
+from spqt_cli.backends.gpu import backend as gpu
+from spqt_cli.backends.gpu import first_use as trust
+from spqt_cli.backends.gpu import launch_plan
+from spqt_cli.backends.gpu.kernel_text import Kernel
+from spqt_cli.format import layout
 
 # Launches of one block of an 8B model: name, outputs of each projection, inputs.
 BLOCK = [
@@ -83,8 +86,8 @@ def first_use() -> list[dict[str, Any]]:
 def checked(state: str, name: str, layers: list[Packed], kind: str) -> dict[str, Any]:
     """One verdict, timed. Ends the program where a kernel is not right: its time would say nothing."""
     began = time.perf_counter()
-    cut, form = gpu.choose(layers, mx.float16), gpu_plan.Form(KINDS[kind])
-    plan = gpu_plan.make_plan((1, 1, layers[0].weight.shape[1]), mx.float16, layers, cut, form)
+    cut, form = gpu.choose(layers, mx.float16), launch_plan.Form(KINDS[kind])
+    plan = launch_plan.make_plan((1, 1, layers[0].weight.shape[1]), mx.float16, layers, cut, form)
     reason = trust.verdict(plan, mx.float16, layers, cut)
     seconds = time.perf_counter() - began
     if reason:
@@ -102,8 +105,8 @@ def collector() -> list[dict[str, Any]]:
     rows = []
     for outputs, inputs in ((28672, 8192), (14336, 4096), (4096, 14336)):
         layer = random_packed(outputs, inputs, layout.band_of(outputs, 64), 0.5)
-        plan = gpu_plan.make_plan(
-            (1, 1, inputs), mx.float16, [layer], gpu.choose([layer], mx.float16), gpu_plan.Form()
+        plan = launch_plan.make_plan(
+            (1, 1, inputs), mx.float16, [layer], gpu.choose([layer], mx.float16), launch_plan.Form()
         )
         mx.eval(plan.inputs)
         row: dict[str, Any] = {"shape": [outputs, inputs], "threadgroups": plan.gemv.threadgroups}

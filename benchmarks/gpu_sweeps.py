@@ -5,13 +5,14 @@ import itertools
 import mlx.core as mx
 from gpu_common import layers_of, set_density, sparse, stock, timed
 
-from spqt_cli import geometry, gpu_join, layout, trust
+from spqt_cli.backends.gpu import first_use, geometry, joined_weights
+from spqt_cli.format import layout
 
 
 def use(cut: geometry.Geometry) -> None:
     """Launches with this geometry instead of the rule's."""
     geometry.choose = lambda *_: cut
-    trust.verdict = lambda *_, **__: ""  # a sweep meets many variants; `check` covers what is shipped
+    first_use.verdict = lambda *_, **__: ""  # a sweep meets many variants; `check` covers what is shipped
 
 
 def candidates(outputs: int, inputs: int) -> list[geometry.Geometry]:
@@ -55,7 +56,7 @@ def sweep(outputs: int, inputs: int) -> list[dict]:
         for d in DENSITIES:
             set_density(layers, d)
             for one in layers:
-                gpu_join.kept(one).clear()
+                joined_weights.kept(one).clear()
             try:
                 row[str(d)] = sparse(layers, inputs)["us"]
             except RuntimeError as error:
@@ -97,7 +98,7 @@ def overhead() -> list[dict]:
         for stripes in (1, 2):
             use(cut_of(2, 128, 2, (outputs, inputs), stripes))
             for one in layers:
-                gpu_join.kept(one).clear()
+                joined_weights.kept(one).clear()
             rows.append({"shape": [outputs, inputs], "stripes": stripes, **sparse(layers, inputs)})
         rows.append({"shape": [outputs, inputs], "stock": stock(outputs, inputs)})
     for row in rows:

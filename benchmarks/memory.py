@@ -80,7 +80,7 @@ def write_checkpoint(folder: Path, hidden: int, layers: int) -> int:
 
 def child(source: str, output: str) -> None:
     """Convert, and print the peak resident set size in bytes and the seconds taken."""
-    from spqt_cli import convert
+    from spqt_cli.convert import convert
 
     start = time.perf_counter()
     convert.convert(source, Path(output), convert.ConvertOptions())

@@ -26,7 +26,7 @@ TOKENS, WINDOW = 256, 64
 
 def child(folder: str, text: str, stream: str, method: str) -> None:
     """Calibrate, and print the peak resident set size in bytes, the seconds taken and the share reached."""
-    from spqt_cli import calibrate
+    from spqt_cli.calibrate import calibrate
 
     start = time.perf_counter()
     options = calibrate.CalibrateOptions(
@@ -44,7 +44,8 @@ def child(folder: str, text: str, stream: str, method: str) -> None:
 
 def measure(folder: Path, hidden: int, layers: int, method: str) -> dict[str, object]:
     """One row: a synthetic model, converted, then calibrated both ways."""
-    from spqt_cli import convert, paging
+    from spqt_cli.calibrate.stream import paging
+    from spqt_cli.convert import convert
 
     source, model = folder / f"llama-{hidden}-{layers}", folder / f"converted-{hidden}-{layers}"
     memory.write_checkpoint(source, hidden, layers)

@@ -32,22 +32,15 @@ import mlx.core as mx
 import numpy as np
 import quality_bytes
 
-from spqt_cli import (
-    calibrate,
-    convert,
-    evaluate,
-    format,
-    kernels,
-    methods,
-    model,
-    observe,
-    plan,
-    scoring,
-    texts,
-    thresholds,
-)  # fmt: skip
-from spqt_cli.progress import Progress
-from spqt_cli.workbench import Workbench
+from spqt_cli.backends import kernels
+from spqt_cli.calibrate import calibrate, methods  # fmt: skip
+from spqt_cli.calibrate.measurements import Workbench
+from spqt_cli.calibrate.progress import Progress
+from spqt_cli.convert import convert, plan
+from spqt_cli.decode import session
+from spqt_cli.evaluate import evaluate
+from spqt_cli.format import config_json, thresholds
+from spqt_cli.measure import probes, scoring, texts
 
 
 def main() -> None:
@@ -98,7 +91,7 @@ def converted(options: argparse.Namespace, work: Path, **wishes: Any) -> Path:
 
 def mixed_table(options: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
     models = {
-        name: model.load(converted(options, work, **wishes), dense=True)
+        name: session.load(converted(options, work, **wishes), dense=True)
         for name, wishes in quality_bytes.RECIPES.items()
         if options.recipes is None or name in options.recipes
     }
@@ -115,10 +108,10 @@ def mixed_table(options: argparse.Namespace, work: Path) -> list[dict[str, Any]]
 
 def bytes_table(options: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
     folder = converted(options, work)
-    if format.read_config(folder)["spqt"].get("calibration") is None:
+    if config_json.read_config(folder)["spqt"].get("calibration") is None:
         wishes = calibrate.CalibrateOptions(sparsity=0.25, data=options.calibration, tokens=options.tokens)
         calibrate.calibrate(folder, wishes, progress)
-    loaded, few = (model.load(path, dense=True) for path in (folder, converted(options, work, bits=3)))
+    loaded, few = (session.load(path, dense=True) for path in (folder, converted(options, work, bits=3)))
     shares = [float(share) for share in options.sparsity.split(",")]
     subjects = quality_bytes.sparse_against_fewer_bits(options.source, loaded, few.model, shares)
     rows = quality_bytes.windows(options.test, loaded.tokenizer, options.windows)
@@ -141,7 +134,7 @@ def rows_table(options: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
 
 def methods_table(options: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
     """Every method's candidates at each sparsity, all scored in one pass over the test windows."""
-    loaded = model.load(converted(options, work), dense=True)
+    loaded = session.load(converted(options, work), dense=True)
     candidates = search(options, loaded, work)
     choices = {name: evaluate.Choice(share, one.chosen) for name, (share, one) in candidates.items()}
     wishes = evaluate.EvaluateOptions(windows=options.windows, baseline=options.source, source_head=True)
@@ -162,12 +155,12 @@ def cost_table(options: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
     folder = converted(options, work)
     share = float(options.sparsity.split(",")[0])
     wishes = calibrate.CalibrateOptions(share, options.calibration, options.tokens)
-    loaded = model.load(folder, dense=True)
+    loaded = session.load(folder, dense=True)
     windows = calibrate.choose_windows(loaded, texts.read(options.calibration), wishes)
-    with observe.probing(loaded.model):
+    with probes.probing(loaded.model):
         start = time.process_time()
         for row in np.concatenate(windows):
-            observe.prompt_cache(loaded.model, mx.array(row[None]))
+            probes.prompt_cache(loaded.model, mx.array(row[None]))
         dense = time.process_time() - start
     rows = [{"name": "dense pass", "cpu_seconds": dense, "passes": 1.0}]
     del loaded
@@ -189,19 +182,19 @@ def cost_table(options: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
 
 
 def search(
-    options: argparse.Namespace, loaded: model.Loaded, work: Path
+    options: argparse.Namespace, loaded: session.Loaded, work: Path
 ) -> dict[str, tuple[float, methods.Candidate]]:
     """ "METHOD SHARE" -> the share and the candidate; passes over the text are shared and resumable."""
     wishes = calibrate.CalibrateOptions(data=options.calibration, tokens=options.tokens)
     text = texts.read(options.calibration)
     windows = calibrate.choose_windows(loaded, text, wishes)
     identity = {
-        "model": format.weights_fingerprint(loaded.config),
+        "model": config_json.weights_fingerprint(loaded.config),
         "text": text.sha256,
         "tokens": options.tokens,
     }
     found = {}
-    with observe.probing(loaded.model) as harness:
+    with probes.probing(loaded.model) as harness:
         bench = Workbench(loaded.model, harness, windows, Progress(work, identity, restart=False))
         counts = bench.histograms(step)
         live = {path: seen for path, seen in counts.items() if not thresholds.is_dead(seen)}

@@ -2,7 +2,7 @@
 
 All are scored over the same windows, the first half of each a dense prompt, as `spqt eval` does.
 Bytes are of quantized weights with 16-bit scales: what a decode step reads, so an embedding counts only
-where it is the head too. `quality.py` is the command.
+where it is the head too. `report.py` is the command.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,7 +15,10 @@ import mlx.core as mx
 import numpy as np
 from mlx import nn
 
-from spqt_cli import blas, model, observe, patch, reference, scoring, texts, variants
+from spqt_cli import patch
+from spqt_cli.decode import session
+from spqt_cli.evaluate import reference, variants
+from spqt_cli.measure import many_rows, probes, scoring, texts
 
 WINDOW, BATCH = 512, 2
 SOURCE = "source"
@@ -46,7 +49,7 @@ class Subject:
     def __post_init__(self) -> None:
         self.sizes = quantized_bytes(self.model)
         self.skippable = self.sizes.keys() & patch.zigzag_layers(self.model).keys()
-        self.masking = observe.Masking(self.thresholds)
+        self.masking = probes.Masking(self.thresholds)
         self.scores = scoring.Scores()
 
     @property
@@ -68,7 +71,7 @@ def quantized_bytes(some: nn.Module) -> dict[str, float]:
 
 
 def sparse_against_fewer_bits(
-    source: str, loaded: model.Loaded, few: nn.Module, shares: list[float]
+    source: str, loaded: session.Loaded, few: nn.Module, shares: list[float]
 ) -> dict[str, Subject]:
     """A calibrated 4-bit model dense, at the share that reads what dense 3-bit row-grouped layers do, and
     at `shares`; beside it those row-grouped layers and `few`, the model in 3-bit Zigzag.
@@ -100,8 +103,8 @@ def table(
     """Score the source and all subjects on rows (windows, WINDOW); print and return the results."""
     every = {SOURCE: Subject(reference.load(source)), **subjects}
     models = {id(one.model): one.model for one in every.values()}
-    with ExitStack() as stack, blas.holding(blas.spare_bytes()):
-        harnesses = {key: stack.enter_context(observe.probing(each)) for key, each in models.items()}
+    with ExitStack() as stack, many_rows.holding(many_rows.spare_bytes()):
+        harnesses = {key: stack.enter_context(probes.probing(each)) for key, each in models.items()}
         for at in range(0, len(rows), BATCH):
             _batch(every, harnesses, mx.array(rows[at : at + BATCH]))
             on_progress(at + BATCH, len(rows), "windows")
@@ -112,7 +115,7 @@ def table(
     return results
 
 
-def _batch(every: Mapping[str, Subject], harnesses: Mapping[int, observe.Harness], window: mx.array) -> None:
+def _batch(every: Mapping[str, Subject], harnesses: Mapping[int, probes.Harness], window: mx.array) -> None:
     """Score windows (B, WINDOW) by every subject; the first is what the others are held against."""
     prompt, rest = mx.split(window, [WINDOW // 2], axis=1)
     caches: dict[int, list[Any]] = {}
@@ -120,9 +123,9 @@ def _batch(every: Mapping[str, Subject], harnesses: Mapping[int, observe.Harness
     for one in every.values():
         key = id(one.model)
         if key not in caches:
-            caches[key] = observe.prompt_cache(one.model, prompt)
+            caches[key] = probes.prompt_cache(one.model, prompt)
         harnesses[key].masking = one.masking
-        log_p = scoring.log_probabilities(observe.continuation(one.model, rest[:, :-1], caches[key]))
+        log_p = scoring.log_probabilities(probes.continuation(one.model, rest[:, :-1], caches[key]))
         one.masking.evaluate()
         harnesses[key].masking = None
         one.scores.add(log_p, np.array(rest[:, 1:]), references)

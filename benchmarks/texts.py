@@ -14,7 +14,9 @@ from pathlib import Path
 
 from machine import facts
 
-from spqt_cli import compare, generate, kernels, model
+from spqt_cli.backends import kernels
+from spqt_cli.decode import generate, session
+from spqt_cli.evaluate import compare
 
 # Prompts whose dense greedy text does not loop by itself at 96 tokens, so that a loop is sparsity's doing.
 # Left out for looping densely: "What are the main differences between a cat and a dog as pets?"
@@ -34,13 +36,13 @@ def repeats_thrice(text: str, size: int = 8) -> bool:
     return max(runs.values(), default=0) >= 3
 
 
-def measure(loaded: model.Loaded, prompt: str, sparsity: float, max_tokens: int) -> dict:
+def measure(loaded: session.Loaded, prompt: str, sparsity: float, max_tokens: int) -> dict:
     """One text and the dense model's loss over it."""
     tokens = generate.encode(loaded, generate.Prompt(prompt))
-    model.set_sparsity(loaded, sparsity)
+    session.set_sparsity(loaded, sparsity)
     options = generate.Options(max_tokens=max_tokens)
     *pieces, statistics = generate.stream(loaded, tokens, generate.Sampling(), options)
-    model.set_sparsity(loaded, 0)
+    session.set_sparsity(loaded, 0)
     text = "".join(pieces)
     perplexity = compare.perplexity(loaded, tokens, text)
     return {
@@ -79,7 +81,7 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=96)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     arguments = parser.parse_args()
-    loaded = model.load(arguments.model)
+    loaded = session.load(arguments.model)
     name = arguments.model.name
     result: dict = {
         "model": name,

@@ -1,4 +1,4 @@
-// What Python sees: `spqt_cli._cpu`. spqt_cli/cpu.py is its only user.
+// What Python sees: `spqt_cli._cpu`. spqt_cli/backends/cpu.py is its only user.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>

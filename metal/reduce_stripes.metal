@@ -2,7 +2,7 @@
 // with RESIDUAL plus the residual stream, with ROTATED turned by a position.
 // Used after sparse_gemv.metal when K was cut into stripes.
 //
-// Arrays (P projections; gpu_text.py writes constants and OWN_Y)
+// Arrays (P projections; kernel_text.py writes constants and OWN_Y)
 //   partials  (stripes, positions) float32, as sparse_gemv.metal writes them: tiles, then 32 counts
 //   settings  as there
 //   y         (outputs,) Y of the projection; with GLU there is one, of the two projections' size

@@ -2,7 +2,7 @@
 // Used for every decode step of a Zigzag layer; q/k/v or gate/up share one launch. With NORMED x is first
 // normalized by its root mean square, as mx.fast.rms_norm does it.
 //
-// Arrays (P projections of one input; gpu_text.py writes constants and OWN_Y)
+// Arrays (P projections of one input; kernel_text.py writes constants and OWN_Y)
 //   x         (inputs,) T
 //   settings  uint32: inputs, channels per stripe, positions of one stripe's partial sums, P, and the
 //             float32 that NORMED adds to the mean square; for each projection its first tile, band, tiles

@@ -7,7 +7,7 @@ generated, so that channels are skipped; mlx-lm's own loops say it by themselves
 
 from typing import Any
 
-from spqt_cli.phase import decoding
+from spqt_cli.decode.phase import decoding
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "decoding", "load"]
@@ -16,9 +16,9 @@ __all__ = ["__version__", "decoding", "load"]
 def load(path: str, **kwargs: Any) -> tuple[Any, Any]:
     """The model and tokenizer of a converted folder or hub id, checked and patched.
 
-    Keyword arguments are those of `spqt_cli.model.load`.
+    Keyword arguments are those of `spqt_cli.decode.session.load`.
     """
-    from spqt_cli import model
+    from spqt_cli.decode import session
 
-    loaded = model.load(path, **kwargs)
+    loaded = session.load(path, **kwargs)
     return loaded.model, loaded.tokenizer

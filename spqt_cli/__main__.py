@@ -6,10 +6,10 @@ import sys
 def main() -> None:
     """Run the command line; it ends the process."""
     try:
-        from spqt_cli import cli
+        from spqt_cli.cli import entry
     except KeyboardInterrupt:
         sys.exit(130)
-    cli.main()
+    entry.main()
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 `nn.quantize` passes each layer's entry of config.json to `to_quantized`, so one wrapped method is a
 complete loader hook; a second one, on `load_weights`, sees the whole model once its weights are in.
-Everything that leans on MLX's or mlx-lm's insides stands here, in cpu_patch.py and in patch_generate.py.
+Everything that leans on MLX's or mlx-lm's insides stands here, in patch_cpu.py and in patch_generate.py.
 """
 
 import contextlib
@@ -18,9 +18,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from spqt_cli import attention, blocks, cpu_patch, exact, gated, kernels, patch_generate, thresholds
+from spqt_cli.backends import kernels
+from spqt_cli.decode import attention_cpu, exact, fused_block, fused_mlp, patch_cpu, patch_generate
+from spqt_cli.decode.layers import SharedInput, ZigzagLinear
 from spqt_cli.errors import SpqtError, UsageError
-from spqt_cli.layers import SharedInput, ZigzagLinear
+from spqt_cli.format import thresholds
 
 # Names of sibling layers that read one input in mlx-lm's models. Where a model feeds them different
 # arrays all the same, SharedInput notices and the result stays right.
@@ -89,17 +91,17 @@ def _load_weights_and_prepare(self: nn.Module, file_or_weights: Any, strict: boo
         if mx.default_device().type == mx.DeviceType.cpu:
             compute_in_float32(self)
         if kernels.backend().name == "cpu":
-            cpu_patch.install()
+            patch_cpu.install()
         if kernels.backend().name != "stock":
             for module in self.modules():
-                gated.install(module)
+                fused_mlp.install(module)
             for module in self.modules():
-                blocks.install(module)
+                fused_block.install(module)
         if kernels.backend().name == "cpu":
             for module in self.modules():
-                attention.install(module)
+                attention_cpu.install(module)
         if strict and _follows_profile.get():  # with only a part of the weights nothing is repacked
-            from spqt_cli import profile  # which knows the layers, and so imports this module
+            from spqt_cli.decode import profile  # which knows the layers, and so imports this module
 
             if said := profile.follow(self, profile.stored_curves(self), wished_sparsity()):
                 _log.warning(said)

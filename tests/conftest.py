@@ -130,7 +130,7 @@ def _no_cache_of_the_developer(tmp_path_factory: pytest.TempPathFactory) -> Iter
 @pytest.fixture
 def decode_steps() -> Iterator[None]:
     """All that the test feeds to layers were generated tokens."""
-    from spqt_cli import phase
+    from spqt_cli.decode import phase
 
     with phase.decoding():
         yield
@@ -145,7 +145,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def converted(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoint converted (4 bits, group 32), not calibrated; shared: don't write to it."""
-    from spqt_cli import convert
+    from spqt_cli.convert import convert
 
     output = tmp_path_factory.mktemp("converted") / "tiny-llama-spqt"
     convert.convert(str(checkpoint), output, convert.ConvertOptions(bits=4, group_size=32))
@@ -157,7 +157,7 @@ def calibrated(converted: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     """The converted model with thresholds for 40 %; shared: don't write to it."""
     import shutil
 
-    from spqt_cli import calibrate
+    from spqt_cli.calibrate import calibrate
 
     output = tmp_path_factory.mktemp("calibrated") / "tiny-llama-spqt"
     shutil.copytree(converted, output)
@@ -168,7 +168,7 @@ def calibrated(converted: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Tests that name `isa` run with each instruction set that this machine can execute."""
     if "isa" in metafunc.fixturenames:
-        from spqt_cli import cpu
+        from spqt_cli.backends import cpu
 
         metafunc.parametrize("isa", cpu.isas(), indirect=True)
 
@@ -176,7 +176,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """The CPU extension with one instruction set."""
-    from spqt_cli import cpu
+    from spqt_cli.backends import cpu
 
     native = cpu._native()
     before = native.isa()

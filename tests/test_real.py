@@ -10,8 +10,10 @@ import mlx.core as mx
 import mlx_lm
 import pytest
 
-from spqt_cli import calibrate, convert, generate, model
-from tests.test_generate import dequantized_copy
+from spqt_cli.calibrate import calibrate
+from spqt_cli.convert import convert
+from spqt_cli.decode import generate, session
+from tests.decode.test_generate import dequantized_copy
 
 PROMPT = "Explain in a few sentences why the sky is blue."
 
@@ -38,7 +40,7 @@ def folder(gguf_path, tmp_path_factory) -> Path:
 @pytest.mark.real
 class TestRealModel:
     def test_dense_equals_stock_mlx_lm_token_for_token(self, folder):
-        loaded = model.load(folder, dense=True)
+        loaded = session.load(folder, dense=True)
         plain = dequantized_copy(loaded)
         tokens = generate.encode(loaded, generate.Prompt(PROMPT))
         ours, stock = (
@@ -49,7 +51,7 @@ class TestRealModel:
         assert len(ours) >= 32
 
     def test_it_answers_sparsely_and_sensibly(self, folder):
-        loaded = model.load(folder)
+        loaded = session.load(folder)
         tokens = generate.encode(loaded, generate.Prompt(PROMPT))
         *pieces, statistics = generate.stream(
             loaded, tokens, generate.Sampling(), generate.Options(max_tokens=48)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.hostile import prepare
+from tests.lib.hostile import prepare
 from tests.torture import Kills, calibrate, convert, fuzz_batch, load_state
 
 KILLS = 10  # of each kind of run

@@ -24,9 +24,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from spqt_cli import files, progress
+from spqt_cli.calibrate import progress
+from spqt_cli.system import files
 from tests.conftest import tiny_checkpoint
-from tests.hostile import QUICK, attempt, prepare
+from tests.lib.hostile import QUICK, attempt, prepare
 
 LONGEST_SECONDS = 10  # a case that takes longer hangs
 LARGEST_RSS = 512 << 20
@@ -34,7 +35,9 @@ BATCH = 500  # cases per process
 LAYERS = 12  # of the checkpoint whose conversion is killed
 Job = Callable[[Path, Path], None]
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.hostile", "mlx_lm.utils", "spqt_cli.model", "spqt_cli.calibrate"])
+CONTEXT.set_forkserver_preload(
+    ["tests.hostile", "mlx_lm.utils", "spqt_cli.decode.session", "spqt_cli.calibrate.calibrate"]
+)
 
 
 def fuzz(first: int, count: int, sound: dict[str, Path], work: Path) -> None:
@@ -92,14 +95,14 @@ def fuzz_batch(first: int, count: int, sound: dict[str, Path], state: dict[str, 
 
 def convert(source: Path, output: Path) -> None:
     """The job of a process that may be killed."""
-    from spqt_cli import convert as command
+    from spqt_cli.convert import convert as command
 
     command.convert(str(source), output, command.ConvertOptions(group_size=32))
 
 
 def calibrate(source: Path, output: Path) -> None:
     """Likewise; the converted folder is copied first, outside the race."""
-    from spqt_cli import calibrate as command
+    from spqt_cli.calibrate import calibrate as command
 
     command.calibrate(output, QUICK, lambda *_: None)
 

@@ -1,0 +1,251 @@
+"""The CPU backend: the C++ extension `spqt_cli._cpu`, or the reason why it can't be used.
+
+It owns the choice of threads and instruction set, and the check that the extension fits the MLX that runs;
+it knows layers only as `kernels.Projection`s that are modules. Sources and design: cpu/.
+"""
+
+import importlib
+import os
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import psutil
+
+from spqt_cli.errors import BackendError, UsageError
+
+if TYPE_CHECKING:
+    from spqt_cli.backends.kernels import GatedStep, HeadStep, Norm, Step, Tail, TailStep
+
+_REINSTALL = "reinstall spqt (`pip install --force-reinstall --no-deps .`)"
+ISAS = ("avx512", "avx2", "baseline")  # as cpu/kernels.h names them
+MOST_THREADS = 512  # a typing error of 100,000 would take all that the system has
+_CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+
+
+def status() -> tuple[bool, str]:
+    """Whether the extension computes here, and why, or how to mend it."""
+    if mx.default_device().type != mx.DeviceType.cpu:
+        return False, "the device is a GPU"
+    module, reason = _extension()
+    return module is not None, reason
+
+
+def sparse_gemv(x: mx.array, layers: Sequence[Any]) -> tuple[list[mx.array], mx.array]:
+    """One token through several projections of one input, inactive channels skipped; lazy.
+
+    x: (..., inputs) with exactly one row; layers: as `kernels.Projection`, threshold None for dense.
+    Returns y per layer, (..., outputs) in x's dtype, and active, (len(layers),) uint32.
+    """
+    return _native().sparse_gemv(x, [_packed(layer, layer.threshold) for layer in layers])
+
+
+def prepare(layers: Sequence[Any]) -> "Step":
+    """As `kernels.prepare`: checked once, and later calls hand no weights over from Python."""
+    return _native().SparseStep([_packed(layer, layer.threshold) for layer in layers])
+
+
+def prepare_gated(x: mx.array, pair: Sequence[Any], down: Any) -> "GatedStep | None":
+    """As `kernels.prepare_gated`: one operation; None for another type than float32."""
+    if x.dtype != mx.float32:
+        return None
+    packed = [_packed(layer, layer.threshold) for layer in (*pair, down)]
+    return _native().GatedStep(packed[:2], packed[2])
+
+
+def prepare_head(norm: "Norm", layers: Sequence[Any]) -> "HeadStep | None":
+    """As `kernels.prepare_head`: one operation; None for a norm of another type than float32."""
+    if norm.weight.dtype != mx.float32:
+        return None
+    return _native().HeadStep(norm.weight, norm.eps, [_packed(layer, layer.threshold) for layer in layers])
+
+
+def prepare_tail(x: mx.array, tail: "Tail") -> "TailStep | None":
+    """As `kernels.prepare_tail`: one operation; None for another type than float32."""
+    if x.dtype != mx.float32 or tail.norm.weight.dtype != mx.float32:
+        return None
+    out, *pair, down = (_packed(layer, layer.threshold) for layer in (tail.out, *tail.pair, tail.down))
+    return _native().TailStep(out, *tail.norm, pair, down)
+
+
+def matmul(x: mx.array, layer: Any) -> mx.array:
+    """x @ W.T + bias, all channels used: x (..., inputs) -> (..., outputs); lazy."""
+    if x.size == x.shape[-1]:
+        return _native().sparse_gemv(x, [_packed(layer, None)])[0][0]
+    weight, scales, biases, _, bias, *form = _packed(layer, None)
+    return _native().zigzag_matmul(x, weight, scales, biases, bias, *form)
+
+
+def head_matmul(
+    x: mx.array, weight: mx.array, scales: mx.array, biases: mx.array, bits: int, group_size: int
+) -> mx.array:
+    """x @ W.T for a matrix in MLX's own layout: a head, a tied embedding, a skipped layer; lazy.
+
+    x: (..., inputs); weight: (outputs, inputs * bits / 32) uint32; scales, biases: (outputs, inputs /
+    group_size). Returns (..., outputs) in x's dtype.
+    """
+    return _native().row_matmul(x, weight, scales, biases, None, bits, group_size)
+
+
+def rms_norm(x: mx.array, weight: mx.array | None, eps: float) -> mx.array:
+    """x / sqrt(mean(x**2) + eps) * weight over the last axis; float32, lazy."""
+    return _native().rms_norm(x, weight, eps)
+
+
+def log_sum_exp(x: mx.array, ndim: int) -> mx.array:
+    """log(sum(exp(x))) over all of x, float32, lazy; the result has `ndim` axes of length 1."""
+    return _native().log_sum_exp(x, ndim)
+
+
+def rope(  # noqa: PLR0913 - the settings of mx.fast.rope
+    x: mx.array,
+    dims: int,
+    *,
+    traditional: bool,
+    base: float | None,
+    scale: float,
+    offset: int,
+    freqs: mx.array | None = None,
+) -> mx.array:
+    """x (batch, heads, positions, width), float32, turned by its positions as `mx.fast.rope` does; lazy."""
+    if freqs is not None:
+        mx.eval(freqs)
+    return _native().rope(x, dims, traditional, base, scale, offset, freqs)
+
+
+def attends(q: mx.array, k: mx.array, v: mx.array) -> bool:
+    """Whether `attention` covers these shapes: 4-D, equally wide heads, a multiple of 16 up to 256."""
+    of_q, of_k = q.shape, k.shape  # a tuple is made at each look
+    if not (len(of_q) == len(of_k) == 4 and of_k == v.shape and k.size > 0 and of_q[2] <= of_k[2]):
+        return False
+    width = of_q[3]
+    return of_k[3] == width and width % 16 == 0 and width <= 256
+
+
+def attention(q: mx.array, k: mx.array, v: mx.array, *, scale: float, causal: bool) -> mx.array:
+    """softmax(q @ k.T * scale) @ v, float32, lazy; causal: row i sees all but the last rows - 1 - i keys.
+
+    q: (batch, heads, rows, width); k, v: (batch, key heads, keys, width), key heads divide heads.
+    """
+    return _native().attention(q, k, v, scale, causal)
+
+
+def prepare_token(heads: int, key_heads: int, scale: float, rope: dict[str, Any]) -> Any:
+    """Attention of one token to a cache it joins: q, k, v, keys, values, offset -> attended, keys, values.
+
+    rope: dims, traditional, base, scale and freqs as for `rope`. q: (..., heads * width); k, v: (...,
+    key_heads * width); keys, values: (1, key_heads, room, width), of which `offset` are taken; all float32.
+    """
+    if rope["freqs"] is not None:
+        mx.eval(rope["freqs"])
+    form = (rope[name] for name in ("dims", "traditional", "base", "scale", "freqs"))
+    return _native().TokenStep(heads, key_heads, scale, *form)
+
+
+def takes_token(x: mx.array, keys: mx.array, values: mx.array) -> bool:
+    """Whether a step of `prepare_token` covers this x and cache: float32, equal heads of 16 to 256 values."""
+    shape = keys.shape
+    even = shape == values.shape and shape[0] == 1 and shape[3] % 16 == 0 and 0 < shape[3] <= 256
+    return even and x.dtype == keys.dtype == values.dtype == mx.float32
+
+
+def threads() -> int:
+    """The number of threads that work on one operation."""
+    return _native().threads()
+
+
+def set_threads(count: int) -> None:
+    """Use `count` threads from the next operation on; at least 1."""
+    if count < 1:
+        raise UsageError(f"{count} threads", "use at least 1")
+    _native().set_threads(count)
+
+
+def default_threads() -> int:
+    """SPQT_THREADS, else the physical cores that this process may use."""
+    if wish := os.environ.get("SPQT_THREADS"):
+        count = int(wish) if wish.isdecimal() and len(wish) < 9 else 0
+        if not 1 <= count <= MOST_THREADS:
+            raise UsageError(
+                f"SPQT_THREADS is {wish[:40]!r}", f"set it to a number of threads, 1 to {MOST_THREADS}"
+            )
+        return count
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = min(psutil.cpu_count(logical=False) or allowed, allowed)
+    if _CGROUP_QUOTA.is_file():  # a container's share, which affinity does not show
+        quota, period = _CGROUP_QUOTA.read_text().split()
+        if quota != "max":
+            count = min(count, max(1, int(quota) // int(period)))
+    return count
+
+
+def isas() -> list[str]:
+    """The instruction sets that kernels were built for and that this machine can execute, widest first."""
+    return _native().isas() if status()[0] else []
+
+
+def _choose_isa(module: Any) -> None:
+    """Lets the extension run on the instruction set that SPQT_ISA names; unset, it takes the widest."""
+    wish = os.environ.get("SPQT_ISA")
+    if not wish:
+        return
+    if wish not in ISAS:
+        raise UsageError(f"SPQT_ISA is {wish[:40]!r}", f"set it to one of {', '.join(ISAS)}")
+    if not module.use_isa(wish):
+        has = ", ".join(module.isas())
+        raise BackendError(f"SPQT_ISA is {wish}, which this machine can't execute", f"set it to one of {has}")
+
+
+def _packed(layer: Any, threshold: mx.array | None) -> tuple[Any, ...]:
+    # by key: reading an attribute of an nn.Module is a Python call, and this runs 200 times a token
+    return (
+        layer["weight"],
+        layer["scales"],
+        layer["biases"],
+        threshold,
+        layer.get("bias"),
+        layer.outputs,
+        layer.bits,
+        layer.group_size,
+    )
+
+
+def _native() -> Any:
+    module, reason = _extension()
+    if module is None:
+        raise RuntimeError(f"the CPU extension is not usable: {reason}")  # callers ask status() first
+    return module
+
+
+@cache
+def _extension() -> tuple[Any, str]:
+    """The extension once it has proved itself, or None; and the reason."""
+    try:
+        module = importlib.import_module("spqt_cli._cpu")
+    except ModuleNotFoundError:
+        return None, f"it was not built: install a C++ compiler (apt: g++ python3-dev), then {_REINSTALL}"
+    except ImportError as error:
+        return None, f"it does not load ({error}): {_REINSTALL}"
+    built, running = module.mlx_version(), module.running_mlx_version()
+    if built != running:
+        return None, f"it was built for MLX {built}, but {running} runs: {_REINSTALL}"
+    _choose_isa(module)
+    if fault := _smoke_fault(module):
+        return None, f"it fails on this machine ({fault}): {_REINSTALL}"
+    module.set_threads(default_threads())
+    return module, f"{module.isa()} kernels, {module.threads()} threads"
+
+
+def _smoke_fault(module: Any) -> str:
+    """What goes wrong in one small call, or nothing; a foreign MLX fails in the call, not at import."""
+    weight = mx.full((1, 1, 4), 0x11111111, dtype=mx.uint32)
+    ones = mx.ones((1, 1, 1))
+    x = mx.array([3.0])
+    try:
+        (y,), active = module.sparse_gemv(x, [(weight, ones, ones, None, None, 32, 4, 32)])
+        right = bool((y == 6).all().item()) and active.item() == 1  # 3 * (1 * 1 + 1)
+    except (TypeError, ValueError, RuntimeError) as error:
+        return str(error).splitlines()[0]
+    return "" if right else "wrong numbers"

@@ -1,0 +1,283 @@
+"""The Metal and CUDA kernels: which launches a call takes, and what can be kept between calls.
+
+Texts are in `kernel_text.py`, the cut of a launch in `geometry.py`, what it is made of in `launch_plan.py`;
+each kernel is built once. It knows layers only through `kernels.Projection` and decides nothing about
+thresholds or models.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+
+from spqt_cli.backends import stock
+from spqt_cli.backends.gpu import geometry, joined_weights, kernel_text, launch_plan, prompts
+from spqt_cli.backends.gpu.kernel_text import Kernel, Rotary
+from spqt_cli.backends.gpu.launch_plan import Form, Launch, Plan
+
+if TYPE_CHECKING:
+    from spqt_cli.backends.kernels import (
+        Count,
+        GatedStep,
+        HeadStep,
+        Norm,
+        Projection,
+        RotaryStep,
+        Step,
+        Tail,
+        TailStep,
+    )
+
+
+def status() -> tuple[str | None, str]:
+    """The kind of GPU kernels that can run here, "metal", "cuda" or None, and why."""
+    from spqt_cli.backends.gpu import first_use
+
+    if mx.default_device() != mx.Device(mx.gpu):
+        return None, "MLX's default device is the CPU"
+    if first_use.broken():
+        return None, first_use.broken()[0]
+    if mx.metal.is_available():
+        return "metal", "MLX has a Metal GPU"
+    if mx.cuda.is_available():
+        return "cuda", "MLX has a CUDA GPU"
+    return None, "MLX has no GPU here"
+
+
+@cache
+def device_class() -> str:
+    """The kind of device that `geometry.choose` tells apart."""
+    if mx.cuda.is_available():
+        return "cuda"
+    letter = str(mx.device_info().get("architecture", ""))[-1:]  # applegpu_g13s: a Max
+    return letter if letter in geometry.THREADGROUPS else "g"
+
+
+def sparse_gemv(x: mx.array, layers: Sequence["Projection"]) -> tuple[list[mx.array], mx.array]:
+    """One token through several projections of one input, inactive channels skipped; lazy.
+
+    x: (..., inputs) with exactly one row, float16, bfloat16 or float32.
+    Returns y per layer, (..., outputs) in x's dtype, and the active channels per layer, (n,) uint32.
+    """
+    plan = _plan(x, layers, Form())
+    if plan is None:
+        parts = [sparse_gemv(x, [layer]) for layer in layers]
+        return [ys[0] for ys, _ in parts], mx.concatenate([active for _, active in parts])
+    if plan.gemv is None:
+        return stock.sparse_gemv(x, layers)
+    outputs, active = launch(x, plan, plan.nothing)
+    assert active is not None
+    return outputs, active
+
+
+def arrange(layers: Sequence["Projection"]) -> None:
+    """Lay the weights of a launch out as the kernels want them; the layers get other, equal arrays."""
+    for some in [layers] if launch_plan.one_launch(layers) else [[layer] for layer in layers]:
+        joined_weights.join(some)
+
+
+def prepare(layers: Sequence["Projection"]) -> "Step":
+    """As `kernels.prepare`. What one call does is traced once per shape and dtype, then only replayed:
+    asking MLX for a custom kernel from Python costs more than the rest of a small layer.
+    """
+    dense = all(layer.threshold is None for layer in layers)
+
+    @mx.compile
+    def step(x: mx.array, counted: "Count") -> "tuple[list[mx.array], Count]":
+        if plan := _usable(x, layers, Form(dense)):
+            return launch(x, plan, counted)
+        return stock.add_counts(sparse_gemv(x, layers), counted)
+
+    return step
+
+
+def prepare_gated(x: mx.array, pair: Sequence["Projection"], down: "Projection") -> "GatedStep | None":
+    """down(silu(gate) * up) in one traced call, silu in the reduction of gate and up.
+
+    x: such an input as the steps will get. None where the kernels can't: for layers that differ or are small.
+    """
+    plan = _gated_plan(x, pair, None)
+    if plan is None:
+        return None
+    last = prepare([down])
+
+    @mx.compile
+    def step(x: mx.array, counted: "Count", counted_down: "Count") -> "tuple[mx.array, Count, Count]":
+        (h,), counted = launch(x, plan, counted)
+        (y,), counted_down = last(h, counted_down)
+        return y, counted, counted_down
+
+    return step
+
+
+def prepare_head(norm: "Norm", layers: Sequence["Projection"]) -> "HeadStep":
+    """As `kernels.prepare_head`, in one traced call; the kernel normalizes x itself where it can."""
+    products = prepare(layers)
+    dense = all(layer.threshold is None for layer in layers)
+
+    @mx.compile
+    def step(x: mx.array, counted: "Count") -> "tuple[mx.array, list[mx.array], Count]":
+        normed = mx.fast.rms_norm(x, norm.weight, norm.eps)  # the module's own code may use it as well
+        plan = _usable(x, layers, Form(dense, norm=norm))
+        return normed, *(products(normed, counted) if plan is None else launch(x, plan, counted))
+
+    return step
+
+
+def prepare_rotary(
+    x: mx.array, norm: "Norm", layers: Sequence["Projection"], rotary: Rotary
+) -> "RotaryStep | None":
+    """As `kernels.prepare_rotary`, in one traced call: the reduction of q/k/v turns their heads."""
+    dense = all(layer.threshold is None for layer in layers)
+    plan = _usable(x, layers, Form(dense, rotary, norm)) if launch_plan.turns(layers, rotary) else None
+    if plan is None:
+        return None
+
+    @mx.compile
+    def step(x: mx.array, turns: mx.array, counted: "Count") -> "tuple[list[mx.array], Count]":
+        return launch(x, plan, counted, turns)
+
+    return step
+
+
+def prepare_tail(x: mx.array, tail: "Tail") -> "TailStep | None":
+    """As `kernels.prepare_tail`: one traced call; the residual stream is added in the reductions."""
+    plan = _gated_plan(x, tail.pair, tail.norm)
+    if plan is None:
+        return None
+    out, down = _residual(tail.out), _residual(tail.down)
+
+    @mx.compile
+    def step(attended: mx.array, x: mx.array, counted: "Sequence[Count]") -> "tuple[mx.array, list[Count]]":
+        h, count = out(attended, x, counted[0])
+        (gated,), count_pair = launch(h, plan, counted[1])
+        y, count_down = down(gated, h, counted[2])
+        return y, [count, count_pair, count_down]
+
+    return step
+
+
+def _gated_plan(x: mx.array, pair: Sequence["Projection"], norm: "Norm | None") -> Plan | None:
+    """The plan for silu(gate) * up, of x or of its norm; None where the kernels can't."""
+    dense = all(layer.threshold is None for layer in pair)
+    shapes = {(layer.outputs, *bands) for layer, bands in zip(pair, launch_plan.bands(pair), strict=True)}
+    return _usable(x, pair, Form(dense, "glu", norm)) if len(shapes) == 1 else None
+
+
+def _usable(x: mx.array, layers: Sequence["Projection"], form: Form) -> Plan | None:
+    """The plan of a call; None where the kernels can't."""
+    if form.norm is not None and form.norm.weight.dtype != x.dtype:
+        return None  # MLX would go on in the wider of the two
+    plan = _plan(x, layers, form)
+    return None if plan is None or plan.gemv is None else plan
+
+
+def _residual(layer: "Projection") -> "Callable[..., tuple[mx.array, Count]]":
+    """layer(x) + residual, and the count, as one call of a trace."""
+    products = prepare([layer])
+
+    def step(x: mx.array, residual: mx.array, counted: "Count") -> "tuple[mx.array, Count]":
+        plan = _usable(x, [layer], Form(layer.threshold is None, "residual"))
+        if plan is None:
+            (y,), counted = products(x, counted)
+            return y + residual, counted
+        (y,), counted = launch(x, plan, counted, residual)
+        return y, counted
+
+    return step
+
+
+def matmul(x: mx.array, layer: "Projection") -> mx.array:
+    """x @ W.T + bias with all channels: x (..., inputs) -> (..., outputs); lazy."""
+    rows = x.size // x.shape[-1]
+    if rows == 1:
+        plan = _usable(x, [layer], Form(dense=True))
+        return stock.matmul(x, layer) if plan is None else launch(x, plan)[0][0]
+    return prompts.matmul(x, layer)
+
+
+def launch(
+    x: mx.array, plan: Plan, counted: "Count" = None, other: mx.array | None = None
+) -> "tuple[list[mx.array], Count]":
+    """The outputs of a plan's one or two kernel calls, and `counted` plus the active channels; lazy.
+
+    Counting partial sums takes a call of its own, left out where nobody counts.
+    other: what the reduction takes besides sums: the residual stream, or the turns of a position.
+    """
+    assert plan.gemv is not None
+    *outputs, last = run(plan.gemv, plan.first_inputs(x, counted))
+    if plan.reduce is None or plan.counts is None:
+        return outputs, last
+    sums = [last, plan.inputs[0]]
+    outputs = run(plan.reduce, sums if other is None else [*sums, other])
+    if counted is None:
+        return outputs, None
+    (active,) = run(plan.counts, [*sums, counted])
+    return mx.depends(outputs, [active]), active  # else a count that nobody reads yet would keep the sums
+
+
+def run(launch: Launch, inputs: list[mx.array]) -> list[mx.array]:
+    """The outputs of one kernel call; lazy."""
+    if launch.built is None:
+        launch.built = _built(launch.kernel)
+    x, y = launch.threadgroups
+    threads = launch.kernel.threads
+    return launch.built(
+        inputs=inputs,
+        grid=(x * threads, y, 1),
+        threadgroup=(threads, 1, 1),
+        output_shapes=launch.shapes,
+        output_dtypes=launch.dtypes,
+    )
+
+
+@cache
+def _built(kernel: Kernel) -> Callable[..., list[mx.array]]:
+    if mx.metal.is_available():
+        make: Any = mx.fast.metal_kernel
+        source, head = kernel.source, kernel_text.header()
+    else:
+        make = mx.fast.cuda_kernel
+        source, head = kernel_text.cuda(kernel)
+    return make(
+        name=kernel.name,
+        input_names=list(kernel.inputs),
+        output_names=list(kernel.outputs),
+        source=source,
+        header=head,
+    )
+
+
+def _plan(x: mx.array, layers: Sequence["Projection"], form: Form) -> Plan | None:
+    """The plan of a call, made once; None where the layers can't share a launch."""
+    plans = joined_weights.kept(layers[0])
+    norm = (id(form.norm.weight), form.norm.eps) if form.norm else None
+    key = (x.shape, x.dtype, form.dense, form.then, norm, *map(id, layers))
+    if key in plans:
+        plan = plans[key]
+        known = iter(plan.known if plan else ())
+        if all(one.get("weight") is next(known) and one.threshold is next(known) for one in layers if plan):
+            return plan
+    plan = _checked(x, layers, form) if launch_plan.one_launch(layers) else None
+    plans[key] = plan  # joining the layers has forgotten the others
+    return plan
+
+
+def _checked(x: mx.array, layers: Sequence["Projection"], form: Form) -> Plan:
+    """A plan whose kernels were checked; without launches where they failed or can't take the arrays."""
+    from spqt_cli.backends.gpu import first_use
+
+    cut = choose(layers, x.dtype)
+    plan = launch_plan.make_plan(x.shape, x.dtype, layers, cut, form)
+    if plan.gemv is None:
+        return plan
+    if launch_plan.tiny(layers) or first_use.verdict(plan, x.dtype, layers, cut):
+        return plan._replace(gemv=None)
+    return plan
+
+
+def choose(layers: Sequence["Projection"], dtype: mx.Dtype) -> geometry.Geometry:
+    """The launch geometry of these projections on this device, for an x of this dtype."""
+    inputs = layers[0].weight.shape[1]
+    return geometry.choose(device_class(), launch_plan.bands(layers), inputs, dtype == mx.float32)

@@ -1,0 +1,177 @@
+"""No GPU kernel is trusted because it compiles: each variant runs once against the definition.
+
+A variant is a kernel's text with its constants; shapes are no part of it, so a small problem checks it.
+Passes are remembered per chip, system, MLX and spqt version; failures are tried again by each process.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import platform
+import sys
+from collections.abc import Iterator, Sequence
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from spqt_cli import __version__
+from spqt_cli.backends import accuracy, selftest
+from spqt_cli.backends.gpu import backend as gpu
+from spqt_cli.backends.gpu import geometry, kernel_text, launch_plan
+from spqt_cli.backends.gpu.launch_plan import Form
+
+INPUTS = 300  # channels of the problem: several rows and stripes, no multiple of anything
+_broken: list[str] = []
+_suspended: list[bool] = []  # one entry for each `suspended` block that is open
+
+
+def broken() -> list[str]:
+    """Why GPU kernels are not used in this process, the first reason first; empty while they are."""
+    return _broken
+
+
+@contextlib.contextmanager
+def suspended() -> Iterator[None]:
+    """Kernels run unchecked in this block, wrong ones too: for the self-test, which judges them itself."""
+    _suspended.append(True)
+    try:
+        yield
+    finally:
+        _suspended.pop()
+
+
+def verdict(plan: launch_plan.Plan, dtype: mx.Dtype, layers: Sequence[Any], cut: geometry.Geometry) -> str:
+    """Why the kernels of these layers' plan must not be used; empty where they are right.
+
+    The first failure of a process is told in one line, and turns all its later layers to MLX's matmul.
+    """
+    if _suspended:
+        return ""
+    if _broken:
+        return _broken[0]
+    key = _key(plan)
+    if key in _passed():
+        return ""
+    try:
+        reason = fault(dtype, layers, cut, plan.form)
+    except RuntimeError as error:  # MLX's word for a kernel that does not compile or start
+        reason = f"a kernel does not run: {str(error).strip().splitlines()[0][:200]}"
+    if reason:
+        _broken.append(reason)
+        print(f"spqt: {reason}; using MLX's own matmul; see spqt doctor --selftest", file=sys.stderr)
+        _forget_backend()
+    else:
+        _remember(key)
+    return reason
+
+
+def _forget_backend() -> None:
+    from spqt_cli.backends import kernels
+
+    kernels.backend.cache_clear()
+    kernels._implementation.cache_clear()
+
+
+def fault(dtype: mx.Dtype, layers: Sequence[Any], cut: geometry.Geometry, form: Form) -> str:
+    """What is wrong with such kernels on a small random problem, run twice; empty where nothing is."""
+    one_stripe = cut.stripes(layers[0].weight.shape[1]) == 1
+    small = cut._replace(stripe=INPUTS if one_stripe else INPUTS // 2)
+    group, then = layers[0].group_size, form.then
+    head = then.head if isinstance(then, kernel_text.Rotary) else 1
+    step = math.lcm(group, head)
+    band = -(-cut.tile // step) * step
+    missing = [0 if head > 1 else 3 if then == "glu" else 3 + p for p in range(len(layers))]
+    per_channel = launch_plan.per_channel(layers, dense=form.dense)
+    case = selftest.Case(
+        tuple(band - few for few in missing),
+        INPUTS,
+        layers[0].bits,
+        group,
+        dtype,
+        scales=layers[0].scales.dtype,
+        band=band,
+        bias=any(layer.get("bias") is not None for layer in layers),
+        per_channel=per_channel,
+    )
+    matrices = selftest.matrices(case)
+    x = multiplied = selftest.vector(case)
+    if form.norm is not None:
+        x, norm, multiplied = selftest.before_norm(case)
+        form = form._replace(norm=norm)
+    if form.dense:
+        for matrix in matrices:
+            matrix.set_threshold(0.0)
+    plan = launch_plan.make_plan(x.shape, dtype, matrices, small, form._replace(then=""))
+    first, second = _result(x, plan), _result(x, plan)
+    found = accuracy.judge(multiplied, matrices, first, second)
+    words = "" if found.passed else found.words()
+    if then and not words:
+        plan = launch_plan.make_plan(x.shape, dtype, matrices, small, form)
+        words = _fault_of_reduction(x, plan, first, then)
+    return f"a GPU kernel is wrong on this machine ({words})" if words else ""
+
+
+def _fault_of_reduction(
+    x: mx.array, plan: launch_plan.Plan, apart: accuracy.Result, then: kernel_text.Then
+) -> str:
+    """What is wrong with a reduction that does more than add up, from one that does not."""
+    if then == "glu":
+        return accuracy.judge_gated(apart, _result(x, plan))
+    if isinstance(then, kernel_text.Rotary):
+        angles = mx.random.uniform(0.0, 6.0, (then.dims // 2,), key=mx.random.key(37))
+        turns = mx.concatenate([mx.cos(angles), mx.sin(angles)])
+        return accuracy.judge_rotary(apart, turns, _result(x, plan, turns), then)
+    more = mx.random.normal(apart[0][0].shape, key=mx.random.key(31)).astype(x.dtype)
+    return accuracy.judge_residual(apart, more, _result(x, plan, more))
+
+
+def _result(x: mx.array, plan: launch_plan.Plan, other: mx.array | None = None) -> accuracy.Result:
+    outputs, active = gpu.launch(x, plan, plan.nothing, other)
+    assert active is not None
+    return outputs, active
+
+
+def _key(plan: gpu.Plan) -> str:
+    launches = (plan.gemv, plan.reduce, plan.counts)
+    kernels = [launch.kernel for launch in launches if launch is not None]
+    words = [
+        _machine(),
+        kernel_text.header(),
+        kernel_text.body("shim_cuda.h"),
+        *(f"{one.name}{one.source}" for one in kernels),
+    ]
+    return hashlib.sha256("\n".join(words).encode()).hexdigest()
+
+
+@cache
+def _machine() -> str:
+    device = mx.device_info()
+    chip = f"{device.get('device_name')} {device.get('architecture')}"
+    return f"{chip} {platform.platform()} {metadata.version('mlx')} {__version__}"
+
+
+def _file() -> Path:
+    return selftest.cache_folder() / "kernels.json"
+
+
+@cache
+def _passed() -> set[str]:
+    try:
+        return set(json.loads(_file().read_text()))
+    except (OSError, ValueError):
+        return set()
+
+
+def _remember(key: str) -> None:
+    _passed().add(key)
+    try:
+        _file().parent.mkdir(parents=True, exist_ok=True)
+        fresh = _file().with_suffix(".new")
+        fresh.write_text(json.dumps(sorted(_passed())[-1000:]))
+        fresh.replace(_file())
+    except OSError:
+        pass  # a folder that can't be written costs the next process a second, no more

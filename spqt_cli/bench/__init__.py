@@ -1,0 +1,1 @@
+"""`spqt bench`: speed beside stock MLX in the same run."""

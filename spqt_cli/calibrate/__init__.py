@@ -1,0 +1,1 @@
+"""`spqt calibrate`: thresholds from text."""

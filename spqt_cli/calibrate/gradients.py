@@ -1,0 +1,121 @@
+"""What skipping costs, layer by layer, from gradients through the quantized model.
+
+For small changes d of a layer's input the KL divergence of the model's predictions is half the
+expectation of (d . g)^2, g being the gradient of -log p(y) with y drawn from the predictions
+themselves (the Fisher information). d is what a level's threshold would set to zero, so one backward
+pass prices every level of every layer. No training, no labels, and the text's own next tokens are
+not used. It measures; who gets which level is allocation.py's business.
+
+Source: the second-order expansion of KL, as in natural gradients (Amari 1998); our measurements of
+gradient allocation are in docs/quality.md.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx import nn
+
+from spqt_cli.errors import UnsupportedError
+from spqt_cli.measure import many_rows, probes, scoring
+
+# Sparsities of one layer that are priced; above the last no allocation was ever better.
+LEVELS = tuple(i / 40 for i in range(37))  # 0, 0.025, ..., 0.9
+
+
+class Sensitivity:
+    """Prices of every layer's LEVELS: path -> (levels,), the KL divergence that a level of this layer
+    alone would cause, in nats, summed over `positions`.
+    """
+
+    def __init__(self, steps: Mapping[str, np.ndarray], seed: int) -> None:
+        """steps: path -> the layer's thresholds at LEVELS, rising."""
+        self.steps = steps
+        self.costs = {path: np.zeros(len(LEVELS)) for path in steps}
+        self.positions = 0
+        self._seed = seed
+
+    def add(self, model: nn.Module, harness: probes.Harness, window: np.ndarray, cache: list[Any]) -> None:
+        """Add one window (length,) of tokens, of even length: its second half.
+
+        cache: the model's after a dense pass over the first half; it stays as it was.
+        """
+        draw = np.random.default_rng(self._seed + self.positions)
+        for path, x, gradient in _gradients(model, harness, window[len(window) // 2 :], cache, draw):
+            if path in self.costs:
+                self.price(path, x, gradient)
+        self.positions += len(window) // 2
+
+    def price(self, path: str, x: mx.array, gradient: mx.array) -> None:
+        """Add positions of one layer: its input x and the gradient by it, (..., inputs) both."""
+        change = dropped(_rows(x), _rows(gradient), self.steps[path])
+        self.costs[path] += (change**2).sum(axis=0) / 2
+
+
+def _gradients(
+    model: nn.Module, harness: probes.Harness, rest: np.ndarray, cache: list[Any], draw: np.random.Generator
+) -> list[tuple[str, mx.array, mx.array]]:
+    """(path, input, gradient of -log p(drawn token) by that input) of every call of a layer."""
+
+    def objective(origin: mx.array) -> mx.array:
+        slopes.origin = origin
+        return drawn_loss(probes.continuation(model, mx.array(rest[None]), cache), draw)
+
+    harness.slopes = slopes = probes.Slopes()
+    try:
+        with many_rows.many_rows():
+            differentiate(objective, slopes.origin)
+            slopes.evaluate()
+    finally:
+        harness.slopes = None
+    return list(slopes.pairs())
+
+
+def differentiate(objective: Callable[..., mx.array], *by: mx.array) -> Any:
+    """The gradients of `objective` by all its arguments, evaluated.
+
+    Raises UnsupportedError where an operation in the model has no gradient.
+    """
+    try:
+        found = mx.grad(objective, argnums=tuple(range(len(by))))(*by)
+        mx.eval(found)
+    except (RuntimeError, ValueError, NotImplementedError) as error:  # MLX has no kind of its own for it
+        said = " ".join(str(error).split()).partition(". ")[0][:120]
+        raise UnsupportedError(f"this model has no gradients: {said}", "use --method uniform") from error
+    return found
+
+
+def _rows(x: mx.array) -> np.ndarray:
+    return np.array(x.astype(mx.float32)).reshape(-1, x.shape[-1])
+
+
+def drawn_loss(logits: mx.array, draw: np.random.Generator) -> mx.array:
+    """A value whose gradient by the logits (..., vocab) is that of -log p(y), y drawn from each p."""
+    slope = less_drawn(np.exp(scoring.log_probabilities(logits)), draw)
+    return (logits * mx.array(slope)).sum()
+
+
+def less_drawn(p: np.ndarray, draw: np.random.Generator) -> np.ndarray:
+    """d -log p(y) / d logits for a y drawn from each p: p less one at y; p (..., vocab) is changed."""
+    below = np.cumsum(p, axis=-1, dtype=np.float64)
+    drawn = (below < draw.random((*p.shape[:-1], 1)) * below[..., -1:]).sum(axis=-1, keepdims=True)
+    np.put_along_axis(p, drawn, np.take_along_axis(p, drawn, -1) - 1, -1)
+    return p
+
+
+def dropped(x: np.ndarray, g: np.ndarray, steps: np.ndarray) -> np.ndarray:
+    """Per row, what skipping at each step takes off x . g: (rows, levels), float64.
+
+    x, g: (rows, inputs); steps: (levels,), rising thresholds.
+    """
+    rows, levels = x.shape[0], len(steps)
+    # A channel is skipped from the first step that lies above it. Comparing with every step takes less
+    # than half of searchsorted's time, which looks values up one by one.
+    size = np.abs(x)
+    level = np.zeros(x.shape, np.uint8)
+    for step in steps.astype(x.dtype):
+        level += size >= step
+    place = (level + np.arange(rows)[:, None] * (levels + 1)).ravel()
+    sums = np.bincount(place, weights=(x * g).ravel(), minlength=rows * (levels + 1))
+    return sums.reshape(rows, levels + 1)[:, :-1].cumsum(axis=1)

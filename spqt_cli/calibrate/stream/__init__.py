@@ -1,0 +1,1 @@
+"""Calibration of models larger than memory, one block at a time."""

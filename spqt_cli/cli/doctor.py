@@ -1,0 +1,72 @@
+"""What this machine has, which backend spqt uses there and why, and whether its kernels are right."""
+
+import os
+import platform
+from dataclasses import dataclass, field
+from importlib import metadata
+from typing import Any
+
+
+@dataclass
+class Report:
+    """The findings; `kernels` is empty unless the self-test ran."""
+
+    machine: dict[str, str]
+    backend: str
+    reason: str
+    healthy: bool = True
+    kernels: list[dict[str, Any]] = field(default_factory=list)
+
+    def text(self) -> str:
+        """Ready to paste into an issue."""
+        lines = [f"{name:<12} {value}" for name, value in self.machine.items()]
+        lines.append(f"{'backend':<12} {self.backend} ({self.reason})")
+        if self.kernels:
+            lines.append("")
+            columns = list(self.kernels[0])
+            rows = [columns, *([str(row[column]) for column in columns] for row in self.kernels)]
+            widths = [max(len(row[at]) for row in rows) for at in range(len(columns))]
+            for row in rows:
+                lines.append("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)))
+            lines.append("all kernels agree with the definition" if self.healthy else "A KERNEL IS WRONG")
+        return "\n".join(lines)
+
+
+def examine(selftest: bool) -> Report:
+    """Look at the machine; with `selftest`, run every kernel of its backend against the definition."""
+    from spqt_cli.backends import kernels
+
+    backend = kernels.backend()
+    report = Report(_machine(), backend.name, backend.reason)
+    if selftest:
+        from spqt_cli.backends import selftest as checks
+
+        report.kernels = checks.run()
+        report.healthy = all(row["pass"] for row in report.kernels)
+    return report
+
+
+def _machine() -> dict[str, str]:
+    import mlx.core as mx
+    import psutil
+
+    from spqt_cli import __version__
+
+    device = mx.device_info()
+    return {
+        "spqt": __version__,
+        "mlx": _version("mlx"),
+        "mlx-lm": _version("mlx-lm"),
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "device": str(device.get("device_name", mx.default_device())),
+        "cores": f"{psutil.cpu_count(logical=False) or os.cpu_count()} physical",
+        "memory": f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"

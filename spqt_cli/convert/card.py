@@ -1,0 +1,87 @@
+"""The model card of a converted folder, and its way to the hub."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from spqt_cli.convert.plan import Plan
+from spqt_cli.convert.source import Checkpoint
+from spqt_cli.errors import SpqtError
+from spqt_cli.system import sandbox
+
+NAME = "README.md"
+LICENCE_KEYS = ("license", "license_name", "license_link", "language")  # taken over from the source's card
+LONGEST_FRONT = 1 << 16  # bytes of a card that are read, and of a value that is taken over
+
+
+def text(config: dict[str, Any], checkpoint: Checkpoint, planned: Plan) -> str:
+    """README.md of a converted folder: the same on every machine."""
+    settings, versions = config["quantization"], config["spqt"]["versions"]
+    facts = {"library_name": "mlx", "pipeline_tag": "text-generation", "tags": ["mlx", "spqt"]}
+    if checkpoint.repo:
+        facts |= {"base_model": checkpoint.repo, "base_model_relation": "quantized"}
+    facts |= _licence(checkpoint.folder / NAME) if checkpoint.gguf is None else {}
+    front = "\n".join(f"{key}: {json.dumps(value)}" for key, value in facts.items())
+    origin = (
+        f"`{checkpoint.repo}` at revision `{checkpoint.revision}`" if checkpoint.repo else checkpoint.name
+    )
+    return f"""---
+{front}
+---
+# {checkpoint.name.removesuffix(".gguf")}, {settings["bits"]} bit, Zigzag layout
+
+Made from {origin} by spqt {versions["spqt"]} with MLX {versions["mlx"]}: {settings["bits"]} bits, groups of
+{settings["group_size"]}; {planned.zigzag_share:.0%} of the weight bytes are in the Zigzag layout, in which
+decoding can skip input channels.
+
+Plain mlx-lm refuses this model. With spqt:
+
+```bash
+spqt calibrate FOLDER
+spqt generate --model FOLDER --prompt "Why is the sky blue?"
+```
+
+```python
+import spqt_cli.patch  # lets mlx-lm load the layout
+from mlx_lm import load, generate
+
+model, tokenizer = load("FOLDER")
+```
+"""
+
+
+def _licence(path: Path) -> dict[str, Any]:
+    """What the source's card says of licence and language, where it has a card that can be read."""
+    import yaml
+
+    try:
+        with path.open("rb") as file:
+            lines = file.read(LONGEST_FRONT).decode("utf-8", "replace").splitlines()
+        end = lines.index("---", 1)
+        with sandbox.bounded("the source's card"):  # a few lines of YAML can stand for billions of values
+            front = yaml.safe_load("\n".join(lines[1:end])) if lines[0] == "---" else None
+    except (OSError, ValueError, IndexError, RecursionError, SpqtError, yaml.YAMLError):
+        return {}
+    found = front if isinstance(front, dict) else {}
+    return {key: found[key] for key in LICENCE_KEYS if _is_short(found.get(key))}
+
+
+def _is_short(value: Any) -> bool:
+    """True for a text or a list of texts; the items of a list may all be one text, so they are added up."""
+    texts = value if isinstance(value, list) else [value]
+    return all(isinstance(text, str) for text in texts) and sum(map(len, texts)) <= LONGEST_FRONT
+
+
+def check_upload(repo: str) -> None:
+    """Refuse an upload that is bound to fail, before the work."""
+    from spqt_cli.format import hub
+
+    hub.check_upload(repo)
+
+
+def upload(folder: Path, repo: str) -> None:
+    """Put a converted folder on the hub, once its parts are known to belong together."""
+    from spqt_cli.format import hub, identity
+
+    identity.check_model(folder)
+    hub.upload(folder, repo)

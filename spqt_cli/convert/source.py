@@ -1,0 +1,317 @@
+"""Where weights come from: a model folder, a hub id, an MLX-quantized folder or a .gguf file.
+
+`open_source` gives a checked `Checkpoint`, whose tensors are read one at a time. It decides whether
+a source may be converted at all (architecture, custom code, quantization) before any weight is read,
+and knows nothing of layouts or outputs.
+"""
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import mlx.core as mx
+
+from spqt_cli.convert.unpack import methods
+from spqt_cli.convert.unpack.packed import Packed, Source
+from spqt_cli.errors import SpqtError, UnsupportedError, UsageError
+from spqt_cli.format import checks, locate
+from spqt_cli.format.checks import Tensor
+from spqt_cli.format.config_json import read_config
+from spqt_cli.system import files, sandbox
+
+MODEL_TYPE = re.compile(r"\w[\w-]*")
+DTYPES = {
+    "BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32, "BOOL": mx.bool_,
+    "U8": mx.uint8, "U16": mx.uint16, "U32": mx.uint32, "U64": mx.uint64,
+    "I8": mx.int8, "I16": mx.int16, "I32": mx.int32, "I64": mx.int64,
+}  # fmt: skip
+READ_AT_ONCE = 1 << 22  # elements of a .gguf tensor that are cast together
+CODE_KEYS = ("model_file", "auto_map")  # config keys that name code of the model's own
+TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "*.tiktoken")
+# What goes along with the weights: never code.
+KEPT = (
+    *TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt",
+    "chat_template*.json", "*.jinja", "generation_config.json", "LICENSE*", "NOTICE*",
+)  # fmt: skip
+
+
+@dataclass
+class Trust:
+    """What the person allowed in this run."""
+
+    remote_code: bool = False  # go on although the model brings code; the code itself never runs
+    requantize: bool = False
+
+
+@dataclass
+class Checkpoint:
+    """A checked source of weights.
+
+    tensors: name -> Tensor, from headers. folder: where its small files lie. gguf: the open .gguf
+    file, or None. quantization: what its config says of how it is quantized, empty for most. packed: weights
+    that several tensors stand for; useless: tensors that no weight needs. warnings: lines for the person.
+    exact: what the converted model's `spqt` section is to say for `exact`; None until the config is settled.
+    """
+
+    name: str
+    folder: Path
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    repo: str | None = None
+    revision: str | None = None
+    gguf: Any = None
+    quantization: dict[str, Any] = field(default_factory=dict)
+    packed: list[Packed] = field(default_factory=list)
+    useless: set[str] = field(default_factory=set)
+    warnings: list[str] = field(default_factory=list)
+    exact: dict[str, Any] | None = None
+    keep: Any = None  # what must live as long as the folder is used
+    _stamps: dict[Path, tuple[int, int, int]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._stamps = {path: _stamp(path) for path in self.files()}
+
+    def files(self) -> list[Path]:
+        """The files that hold the weights."""
+        if self.gguf is not None:
+            return list(self.gguf.files())
+        return [self.folder / name for name in sorted({t.shard for t in self.tensors.values()})]
+
+    def weights(self) -> dict[str, mx.array]:
+        """Every tensor by name, packed weights as plain numbers; lazy, so that nothing is read yet.
+
+        Those of a .gguf file are stand-ins of the right shape and dtype: `read` has the values.
+        """
+        if self.gguf is not None:
+            return {name: mx.zeros(t.shape, DTYPES[t.dtype]) for name, t in self.tensors.items()}
+        lazy: dict[str, mx.array] = {}
+        for path in self.files():
+            lazy |= cast("dict[str, mx.array]", mx.load(str(path)))
+        used = self.useless.union(*(one.stored for one in self.packed))
+        plain = {name: lazy[name] for name in self.tensors if name not in used}
+        return plain | {one.name: one.read(lazy) for one in self.packed}
+
+    def read(self, name: str) -> mx.array:
+        """One tensor of a .gguf file; cast in pieces, since NumPy has bfloat16 only as float32."""
+        values, dtype = self.gguf.read(name), DTYPES[self.tensors[name].dtype]
+        rows = max(1, READ_AT_ONCE // max(1, values[:1].size))
+        pieces = []
+        for start in range(0, len(values), rows):
+            pieces.append(mx.array(values[start : start + rows]).astype(dtype))
+            mx.eval(pieces[-1])
+        del values
+        return mx.concatenate(pieces)
+
+    def check_unchanged(self) -> None:
+        """Stop when a file of weights is no longer the one that was checked."""
+        for path, stamp in self._stamps.items():
+            if _stamp(path) != stamp:
+                raise SpqtError(f"{path} changed while it was being read", "run again when it is complete")
+
+    def identity(self) -> dict[str, Any]:
+        """What the converted model says about its source; the same on every machine."""
+        declared = sorted((name, t.dtype, t.shape, t.shard) for name, t in self.tensors.items())
+        headers = hashlib.sha256(json.dumps(declared).encode()).hexdigest()
+        return {"name": self.repo or self.name, "revision": self.revision, "headers": headers}
+
+    def stamps(self) -> list[tuple[str, tuple[int, int, int]]]:
+        """The files of weights with size and times: enough to tell whether a resumed run reads the same."""
+        return [(path.name, stamp) for path, stamp in sorted(self._stamps.items())]
+
+    def kept_files(self) -> list[Path]:
+        """The tokenizer, templates and licences that go along; plain files of the model's own only."""
+        if self.gguf is not None:
+            return []
+        found = {path for path in self.folder.iterdir() for pattern in KEPT if path.match(pattern)}
+        found |= {
+            path for path in checks.listed(self.folder / checks.NAMED_TEMPLATES) if path.match("*.jinja")
+        }
+        return sorted(path for path in found if path.is_file() and checks.is_own(self.folder, path))
+
+
+def _stamp(path: Path) -> tuple[int, int, int]:
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise SpqtError(f"{path} can't be read: {error.strerror}", "check the path") from None
+    return status.st_size, status.st_mtime_ns, status.st_ino
+
+
+def open_source(source: str, revision: str | None, trust: Trust, *, headers_only: bool = False) -> Checkpoint:
+    """The checked checkpoint that `source` names: a folder, a .gguf file or a hub id.
+
+    headers_only: of a hub id, fetch no weights; its tensors can then be planned but not read.
+    """
+    if not source:
+        raise SpqtError("the source's name is empty", "give a model folder, a hub id or a .gguf file")
+    path = files.expanded(source)
+    if not files.is_utf8(path):
+        raise SpqtError(f"{source!a} is not UTF-8", "rename it")
+    if path.exists() or not locate.is_hub_id(source):
+        if revision is not None:
+            raise UsageError(f"--revision is for hub ids, and {source} is a path", "leave --revision out")
+        return _open_path(path, trust)
+    from spqt_cli.format import hub
+
+    fetched = hub.fetch(source, revision, lambda config: check_config(config, source, trust), headers_only)
+    checkpoint = open_folder(fetched.folder, trust)
+    checkpoint.name, checkpoint.repo, checkpoint.revision = source.split("/")[1], source, fetched.revision
+    checkpoint.keep = fetched.keep
+    return checkpoint
+
+
+def local_folder(path: str, revision: str | None = None) -> Path:
+    """The folder of a converted model: a local one, or a hub id's in the hub's own cache."""
+    local = files.expanded(path)
+    if local.exists() or not locate.is_hub_id(path):
+        if not local.is_dir():
+            what = "is no folder" if local.exists() else "is not found"
+            hint = "give a converted folder, or a hub id (org/name)"
+            raise SpqtError(f"{path} {what}", hint + locate.elsewhere(path))
+        if revision is not None:
+            raise UsageError(f"--revision is for hub ids, and {path} is a path", "leave --revision out")
+        return local
+    from spqt_cli.format import hub
+
+    return hub.download(path, revision)
+
+
+def _open_path(path: Path, trust: Trust) -> Checkpoint:
+    try:
+        is_folder, is_file = path.is_dir(), path.is_file()
+        if is_folder:
+            next(path.iterdir(), None)
+    except OSError as error:
+        raise SpqtError(f"{path} can't be read: {error.strerror}", "check its permissions") from None
+    if is_folder:
+        return open_folder(path, trust)
+    if is_file and path.suffix.lower() == ".gguf":
+        return _open_gguf(path, trust)
+    if is_file or path.exists():
+        raise SpqtError(f"{path} is no model", "give a model folder, a hub id or a .gguf file")
+    hint = "give a model folder, a hub id (org/name) or a .gguf file"
+    raise SpqtError(f"{path} is not found", hint + locate.elsewhere(str(path)))
+
+
+def open_folder(folder: Path, trust: Trust) -> Checkpoint:
+    """The checked checkpoint of a model folder in the hub's form."""
+    config = read_config(folder)
+    checks.refuse_pipes(folder)
+    check_config(config, str(folder), trust)
+    shards, unused = checks.shard_names(folder)
+    if not shards:
+        checks.refuse_no_weights(folder)
+    absent: list[str] = []
+    tensors = checks.read_headers(folder, shards, absent, checks.EIGHT_BITS)
+    if {**config, **text_config(config)}.get("tie_word_embeddings") is False:
+        checks.refuse_lost_head(folder, absent)
+    _check_tokenizer(folder, trust)
+    settings = methods.settings(config) or methods.beside(folder)
+    _check_quantization(settings, str(folder), trust)
+    read_value, dtype = methods.read_value(folder, tensors), methods.dtype_of(config)
+    stored = Source(str(folder), settings, tensors, read_value, dtype)
+    packed, useless = methods.find(stored, config["model_type"])
+    name = folder.resolve().name or "model"
+    checkpoint = Checkpoint(
+        name, folder, config, tensors, quantization=settings, packed=packed, useless=useless
+    )
+    if unused:
+        checkpoint.warnings.append(f"ignored, since the index does not name them: {checks.named(unused)}")
+    if absent:
+        checkpoint.warnings.append(f"the index names what no shard has, unused here: {checks.named(absent)}")
+    if packed and (not settings or methods.is_native(settings)):
+        checkpoint.warnings.append(
+            "its weights have 8 bits and are rounded once more; most lose little by it"
+        )
+    return checkpoint
+
+
+def _open_gguf(path: Path, trust: Trust) -> Checkpoint:
+    from spqt_cli.convert.gguf.checkpoint import open_checkpoint
+    from spqt_cli.convert.gguf.split import whole_name
+
+    opened = open_checkpoint(path)
+    check_config(opened.config, str(path), trust)
+    dtype = _gguf_dtype(opened)
+    tensors = {
+        name: Tensor(dtype, tuple(opened.shape(name)), opened.file_of(name)) for name in opened.names()
+    }
+    return Checkpoint(whole_name(path), path.parent, opened.config, tensors, gguf=opened)
+
+
+def _gguf_dtype(opened: Any) -> str:
+    dtype = str(opened.dtype).rsplit(".", maxsplit=1)[-1]
+    return {"float16": "F16", "float32": "F32", "bfloat16": "BF16"}[dtype]
+
+
+def check_config(config: dict[str, Any], where: str, trust: Trust) -> None:
+    """Refuse what spqt can't convert, from config.json alone."""
+    if isinstance(config.get("spqt"), dict):
+        raise UnsupportedError(f"{where} is already a converted model", "convert its source instead")
+    if not trust.remote_code and (found := [key for key in CODE_KEYS if config.get(key)]):
+        raise UnsupportedError(
+            f"{where} brings its own code ({', '.join(found)} in config.json)",
+            "spqt never runs it; --trust-remote-code goes on with mlx-lm's own classes",
+        )
+    classes(config, where)
+    _check_quantization(methods.settings(config), where, trust)
+
+
+def _check_quantization(settings: dict[str, Any], where: str, trust: Trust) -> None:
+    methods.check(settings, where)
+    if settings and not methods.is_native(settings) and not trust.requantize:
+        raise UnsupportedError(
+            f"{where} is already quantized", "convert the original, or accept the loss: --allow-requantize"
+        )
+
+
+def text_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The part of a multimodal model's config that describes its language model; empty for others."""
+    found = config.get("text_config")
+    return found if isinstance(found, dict) else {}
+
+
+def classes(config: dict[str, Any], where: str) -> tuple[Any, Any]:
+    """mlx-lm's Model and ModelArgs for a config."""
+    import mlx_lm.utils
+
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str):
+        raise SpqtError(f"{where}: config.json has no model_type", "give a model folder in the hub's form")
+    unsupported = UnsupportedError(
+        f"{where}: architecture {model_type!r} is not one that mlx-lm has", "see mlx-lm's list of models"
+    )
+    if not MODEL_TYPE.fullmatch(model_type):
+        raise unsupported
+    try:
+        with sandbox.no_exit(f"{where}: mlx-lm's {model_type}"):
+            return mlx_lm.utils._get_classes(config)
+    except (ValueError, AttributeError, TypeError) as error:
+        package = getattr(error.__cause__, "name", None)  # of an ImportError, which mlx-lm hides
+        if package and not package.startswith("mlx_lm"):
+            raise UnsupportedError(
+                f"{where}: mlx-lm's {model_type} needs the package {package}", "install it"
+            ) from None
+        raise unsupported from None
+
+
+def _check_tokenizer(folder: Path, trust: Trust) -> None:
+    """Refuse a missing or damaged tokenizer before any work."""
+    if not any(path.match(pattern) for path in folder.iterdir() for pattern in TOKENIZER):
+        raise SpqtError(f"{folder} has no tokenizer", "download its tokenizer files too")
+    if (folder / "tokenizer.json").is_file():
+        from tokenizers import Tokenizer
+
+        try:
+            Tokenizer.from_file(str(folder / "tokenizer.json"))
+        except Exception as error:  # the library raises bare Exception
+            raise SpqtError(f"{folder / 'tokenizer.json'} can't be read: {error}", checks.AGAIN) from None
+    settings = folder / "tokenizer_config.json"
+    if settings.is_file() and checks.read_json(settings).get("auto_map") and not trust.remote_code:
+        raise UnsupportedError(
+            f"{settings} brings its own code (auto_map)",
+            "spqt never runs it; --trust-remote-code goes on without it",
+        )

@@ -1,0 +1,1 @@
+"""A converted model that runs: layers, fused blocks, hooks into mlx-lm, loading and generating."""

@@ -1,0 +1,314 @@
+"""Text from a prompt: mlx-lm's own loop, with counts of what was really skipped.
+
+It knows prompts, sampling and stop strings; the loop and the cache are mlx-lm's.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from spqt_cli.backends import kernels
+from spqt_cli.decode import active_counts, limits, session, text_borders
+from spqt_cli.errors import BackendError, SpqtError, UsageError
+from spqt_cli.format import config_json
+from spqt_cli.system import files, sandbox
+
+CHECK_EVERY = 32  # tokens between looks at the log-probabilities: a look waits for the device
+
+
+@dataclass
+class Sampling:
+    """How the next token is drawn; names and meanings are mlx-lm's. temp 0 takes the likeliest."""
+
+    temp: float = 0.0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    top_k: int = 0
+    min_tokens_to_keep: int = 1
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.0
+    repetition_penalty: float | None = None
+    seed: int | None = None
+
+
+@dataclass
+class Prompt:
+    """What to answer. text: the user's words; the rest steers the chat template, as in mlx-lm."""
+
+    text: str
+    system: str | None = None
+    prefill: str | None = None
+    ignore_chat_template: bool = False
+    template_config: str | None = None
+
+
+@dataclass
+class Options:
+    """Length, stops, cache and draft model of one generation; cache settings are mlx-lm's.
+
+    on_token: told each token of the text as it comes.
+    """
+
+    max_tokens: int = 256
+    stop: Sequence[str] = ()
+    extra_eos_tokens: Sequence[str] = ()
+    cache: dict[str, Any] = field(default_factory=dict)
+    draft: session.Loaded | None = None
+    on_token: Callable[[int], object] = lambda _: None
+
+
+@dataclass
+class Statistics:
+    """What one generation did. Rates in tokens per second, sizes in bytes, sparsity 0 to 1.
+
+    Of what was decoded: prompts run dense. sparsity: share of Zigzag weights skipped, the mean over tokens
+    fed. weight_bytes_per_token: read for each token written, by the draft model too; steps that verify drafts
+    read all weights whatever they skip. dense_weight_bytes_per_token: what the same steps would read dense.
+    draft_sparsity: the draft model's; None without one.
+    """
+
+    prompt_tokens: int
+    prompt_tps: float
+    generation_tokens: int
+    generation_tps: float
+    peak_memory_bytes: float
+    backend: str
+    backend_reason: str
+    sparsity: float
+    weight_bytes_per_token: float
+    dense_weight_bytes_per_token: float
+    finish_reason: str | None
+    note: str = ""
+    draft_sparsity: float | None = None
+
+    def line(self) -> str:
+        """One line for people."""
+        draft = "" if self.draft_sparsity is None else f" ({self.draft_sparsity:.1%} of the draft model's)"
+        return (
+            f"prompt {self.prompt_tokens} tokens, {self.prompt_tps:.1f} tok/s | "
+            f"generation {self.generation_tokens} tokens, {self.generation_tps:.1f} tok/s | "
+            f"peak memory {self.peak_memory_bytes / 1e9:.2f} GB | backend {self.backend} | "
+            f"skipped {self.sparsity:.1%} of the Zigzag weights{draft} | "
+            f"{self.weight_bytes_per_token / 1e6:.1f} MB of weights a token "
+            f"(dense {self.dense_weight_bytes_per_token / 1e6:.1f})"
+        )
+
+
+def encode(loaded: session.Loaded, prompt: Prompt) -> list[int]:
+    """Token ids of a prompt, the chat template applied as mlx-lm applies it.
+
+    Raises UsageError for an empty prompt, SpqtError when template or context do not take it.
+    """
+    if not prompt.text.strip():
+        raise UsageError("the prompt is empty", 'give one: --prompt "Hello", or pipe text in')
+    if not files.is_utf8("".join(filter(None, (prompt.text, prompt.system, prompt.prefill)))):
+        raise SpqtError("the prompt is not UTF-8", "convert it to UTF-8")
+    tokenizer = loaded.tokenizer
+    if prompt.ignore_chat_template or not tokenizer.has_chat_template:
+        tokens = text_borders.encode(tokenizer, prompt.text)
+    elif any(token in prompt.text for token in tokenizer.get_added_vocab()):
+        tokens = _encode_literally(tokenizer, prompt)
+    else:
+        tokens = tokenizer.encode(_templated(tokenizer, prompt), add_special_tokens=False)
+    if not tokens:
+        raise SpqtError("template and tokenizer leave nothing of the prompt", "try --ignore-chat-template")
+    limit = context_tokens(loaded.config)
+    if limit is not None and len(tokens) >= limit:
+        raise SpqtError(f"the prompt has {len(tokens)} tokens, the model's context {limit}", "shorten it")
+    return session.known(loaded, tokens)
+
+
+def _encode_literally(tokenizer: Any, prompt: Prompt) -> list[int]:
+    """Token ids when the user's text spells a control token: the text stays text, no turn is forged.
+
+    Template and text are tokenized apart, which other prompts are not: mlx-lm tokenizes them together.
+    """
+    mark = "\u2063prompt\u2063"  # invisible separators: in no template, and stripped by none
+    before, _, after = _templated(tokenizer, replace(prompt, text=mark)).partition(mark)
+    literal = tokenizer.encode(prompt.text, add_special_tokens=False, split_special_tokens=True)
+    first, last = (tokenizer.encode(part, add_special_tokens=False) for part in (before, after))
+    return first + literal + last
+
+
+def _templated(tokenizer: Any, prompt: Prompt) -> str:
+    messages: list[dict[str, str | None]] = (
+        [{"role": "system", "content": prompt.system}] if prompt.system is not None else []
+    )
+    messages.append({"role": "user", "content": prompt.text})
+    prefilled = prompt.prefill is not None
+    if prefilled:
+        messages.append({"role": "assistant", "content": prompt.prefill})
+    try:
+        config = json.loads(prompt.template_config) if prompt.template_config else {}
+        if not isinstance(config, dict):
+            raise ValueError("not an object")
+    except ValueError as error:
+        raise UsageError(f"--chat-template-config is not a JSON object: {error}", '{"name": true}') from None
+    try:
+        with sandbox.bounded("the chat template"):
+            return tokenizer.apply_chat_template(
+                messages,
+                tokenize=False,
+                continue_final_message=prefilled,
+                add_generation_prompt=not prefilled,
+                **config,
+            )
+    except SpqtError:
+        raise
+    except Exception as error:  # a template is the model's code: it may raise anything
+        raise SpqtError(f"the chat template failed: {error}", "try --ignore-chat-template") from error
+
+
+def context_tokens(config: dict[str, Any]) -> int | None:
+    """The model's context length in tokens, None where config.json does not say.
+
+    It is shorter than the config's own where mlx-lm's class is right only up to a length (`settle`).
+    """
+    limits = (config_json.whole(config, "max_position_embeddings"), _kept_to(config))
+    return min((each for each in limits if each is not None), default=None)
+
+
+def _kept_to(config: dict[str, Any]) -> int | None:
+    section = config.get("spqt")
+    return config_json.whole(section, "context") if isinstance(section, dict) else None
+
+
+def stream(loaded: session.Loaded, tokens: list[int], sampling: Sampling, options: Options) -> Iterator[Any]:
+    """Pieces of text as they come (str), then the Statistics of the run, last."""
+    import mlx.core as mx
+    import mlx_lm
+
+    limits.check(sampling, options, loaded.config)
+    if sampling.seed is not None:
+        mx.random.seed(sampling.seed)
+    for name in options.extra_eos_tokens:
+        try:
+            loaded.tokenizer.add_eos_token(name)
+        except ValueError:
+            raise UsageError(
+                f"--extra-eos-token {name}: the model has no such token", "see tokenizer.json"
+            ) from None
+    arguments = _loop_arguments(loaded, sampling, options)
+    kept_to = _kept_to(loaded.config)
+    if kept_to is not None:  # what would come after it would be wrong
+        asked = options.max_tokens if options.max_tokens > 0 else kept_to
+        arguments["max_tokens"] = max(1, min(asked, kept_to - len(tokens)))
+    mx.reset_peak_memory()
+    gate, response, stopped = StopStrings(options.stop), None, False
+    answer = text_borders.Answer(loaded.tokenizer, tokens)
+    with active_counts.counting(kernels.counted_steps()) as counter:
+        for response in mlx_lm.stream_generate(loaded.model, loaded.tokenizer, tokens, **arguments):
+            if response.generation_tokens % CHECK_EVERY == 1 or response.finish_reason:
+                _check_finite(response)
+            text, stopped = gate.push(_text(answer, response, options))
+            if text:
+                yield text
+            if stopped:
+                break
+    if not stopped and (rest := gate.flush()):
+        yield rest
+    yield _statistics(loaded, response, counter, options.draft, "stop string" if stopped else None)
+
+
+def _text(answer: text_borders.Answer, response: Any, options: Options) -> str:
+    """The text that a step adds; the token that ends a turn has none."""
+    text = ""
+    if response.finish_reason != "stop":
+        options.on_token(response.token)
+        text = answer.push(response.token)
+    return text + answer.flush() if response.finish_reason else text
+
+
+def _loop_arguments(loaded: session.Loaded, sampling: Sampling, options: Options) -> dict[str, Any]:
+    from mlx_lm.sample_utils import make_logits_processors, make_sampler
+
+    tokenizer = loaded.tokenizer
+    sampler = make_sampler(
+        sampling.temp,
+        sampling.top_p,
+        sampling.min_p,
+        sampling.min_tokens_to_keep,
+        top_k=sampling.top_k,
+        xtc_probability=sampling.xtc_probability,
+        xtc_threshold=sampling.xtc_threshold,
+        xtc_special_tokens=tokenizer.encode("\n") + list(tokenizer.eos_token_ids),
+    )
+    arguments = {"max_tokens": options.max_tokens, "sampler": sampler, **options.cache}
+    if sampling.repetition_penalty is not None:
+        arguments["logits_processors"] = make_logits_processors(
+            repetition_penalty=sampling.repetition_penalty
+        )
+    if options.draft is not None:
+        arguments["draft_model"] = options.draft.model
+    return arguments
+
+
+def _check_finite(response: Any) -> None:
+    if not math.isfinite(response.logprobs[response.token].item()):
+        raise BackendError(
+            "the model's output is not finite (NaN or infinity)", "try --dense, or convert again"
+        )
+
+
+def _statistics(
+    loaded: session.Loaded,
+    response: Any,
+    counter: active_counts.Counter,
+    draft: session.Loaded | None,
+    reason: str | None,
+) -> Statistics:
+    shares = counter.shares()
+    read, dense, skipped = session.touched_bytes(loaded, shares)
+    draft_skipped = None
+    if draft is not None:
+        more, more_dense, draft_skipped = session.touched_bytes(draft, shares)
+        of_draft, own = (counter.steps(one.model) / response.generation_tokens for one in (draft, loaded))
+        read, dense = own * read + of_draft * more, own * dense + of_draft * more_dense
+    backend = kernels.backend()
+    return Statistics(
+        prompt_tokens=response.prompt_tokens,
+        prompt_tps=response.prompt_tps,
+        generation_tokens=response.generation_tokens,
+        generation_tps=response.generation_tps,
+        peak_memory_bytes=response.peak_memory * 1e9,
+        backend=backend.name,
+        backend_reason=backend.reason,
+        sparsity=skipped,
+        weight_bytes_per_token=read,
+        dense_weight_bytes_per_token=dense,
+        finish_reason=reason or response.finish_reason,
+        note=loaded.note,
+        draft_sparsity=draft_skipped,
+    )
+
+
+class StopStrings:
+    """Holds back text that may be the beginning of a stop string, across pieces."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self.stops = [stop for stop in stops if stop]
+        self._held = ""
+
+    def push(self, piece: str) -> tuple[str, bool]:
+        """(text that may be shown, whether a stop string was met)."""
+        if not self.stops:
+            return piece, False
+        self._held += piece
+        found = [at for stop in self.stops if (at := self._held.find(stop)) >= 0]
+        if found:
+            text, self._held = self._held[: min(found)], ""
+            return text, True
+        keep = max(
+            (n for stop in self.stops for n in range(1, len(stop)) if self._held.endswith(stop[:n])),
+            default=0,
+        )
+        cut = len(self._held) - keep
+        text, self._held = self._held[:cut], self._held[cut:]
+        return text, False
+
+    def flush(self) -> str:
+        """What is still held when generation ends."""
+        text, self._held = self._held, ""
+        return text

@@ -1,0 +1,184 @@
+"""ZigzagLinear: the layer that mlx-lm's models call, dense for prompts and sparse in decode steps.
+
+Which of the two, phase.py is told and not the shape of x. It knows kernels and thresholds; it does not know
+models, files or the mlx-lm hook.
+"""
+
+import copy
+from typing import Any, Self
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from spqt_cli.backends import kernels
+from spqt_cli.decode import active_counts, phase
+from spqt_cli.format import layout
+
+
+class ZigzagLinear(nn.QuantizedLinear):
+    """A linear layer in the Zigzag layout.
+
+    weight: (bands, inputs, band * bits / 32) uint32; scales, biases: (bands, inputs, band / group_size);
+    bias: (outputs,) or absent. A subclass of QuantizedLinear, so that mlx-lm's size accounting works
+    and its training tools refuse the layer instead of passing over it.
+    """
+
+    mode = "zigzag"
+
+    def __init__(self, outputs: int, bits: int, group_size: int, band: int) -> None:
+        nn.Module.__init__(self)
+        self.outputs, self.bits, self.group_size, self.band = outputs, bits, group_size, band
+        object.__setattr__(self, "_threshold", None)
+        self._siblings = SharedInput([self])
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear_layer: nn.Module,
+        group_size: int = 64,
+        bits: int = 4,
+        mode: str = "zigzag",
+        *,
+        spqt: dict[str, Any] | None = None,
+    ) -> Self:
+        """A layer whose weights are `linear_layer`'s, quantized when evaluated.
+
+        mlx-lm calls this on a layer with random weights and loads the packed ones over it, so nothing
+        may be evaluated here. spqt: the layer's entry in config.json: `band` and `threshold`.
+        Raises ValueError for another mode than "zigzag".
+        """
+        if mode != cls.mode:
+            raise ValueError(f"a Zigzag layer has no mode {mode!r}")
+        entry = spqt or {}
+        outputs, _ = linear_layer.weight.shape
+        band = entry.get("band") or layout.band_of(outputs, group_size)
+        layer = cls(outputs, bits, group_size, band)
+        layer.weight, layer.scales, layer.biases = layout.quantize(
+            linear_layer.weight, bits, group_size, band
+        )
+        if "bias" in linear_layer:
+            layer.bias = linear_layer.bias
+        layer.set_threshold(entry.get("threshold") or None)  # 0 skips nothing: dense is faster
+        layer.freeze()
+        return layer
+
+    @property
+    def inputs(self) -> int:
+        return self.weight.shape[1]
+
+    @property
+    def threshold(self) -> mx.array | None:
+        """(1,) or (inputs,) float32, or None where the layer runs dense."""
+        return self._threshold
+
+    def set_threshold(self, threshold: float | mx.array | None) -> None:
+        """Skip channels below `threshold` in decode steps; None makes the layer dense."""
+        if threshold is not None:
+            threshold = mx.array(threshold, dtype=mx.float32).reshape(-1)
+            mx.eval(threshold)  # a lazy constant would belong to this thread's stream alone
+        # Not as nn.Module would keep it: reading an array attribute of a module takes microseconds.
+        object.__setattr__(self, "_threshold", threshold)
+        self._siblings.forget()
+
+    def __call__(self, x: mx.array) -> mx.array:
+        decodes = phase.decodes()
+        if x.size == x.shape[-1] and (decodes or not self._siblings.skips):
+            return self._siblings.output(x, self)
+        if decodes and self._threshold is not None:
+            return self._masked(x, self._threshold)
+        return kernels.matmul(x, self)
+
+    def _masked(self, x: mx.array, threshold: mx.array) -> mx.array:
+        """y for x (..., inputs) of many rows, each masked by itself; all weights are read."""
+        if counter := active_counts.current():
+            counter.count_rows(self, layout.inactive(x, threshold))
+        return kernels.matmul(layout.mask(x, threshold), self)
+
+    def share_input(self, siblings: "SharedInput") -> None:
+        """Compute this layer together with the others of `siblings`, in one launch."""
+        self._siblings = siblings
+
+    def dequantized(self) -> mx.array:
+        """The matrix (outputs, inputs) that the packed weights stand for."""
+        return layout.dequantize(
+            self.weight,
+            self.scales,
+            self["biases"],
+            outputs=self.outputs,
+            bits=self.bits,
+            group_size=self.group_size,
+        )
+
+    def _extra_repr(self) -> str:
+        return (
+            f"input_dims={self.inputs}, output_dims={self.outputs}, bias={'bias' in self}, "
+            f"group_size={self.group_size}, bits={self.bits}, mode={self.mode}, band={self.band}"
+        )
+
+
+class SharedInput:
+    """Projections that read the same input (q/k/v; gate/up; or one alone) and so run in one launch.
+
+    The first one called computes all; the others fetch theirs, recognised by the identity of x, and
+    the results are dropped once fetched. postponed: the caller of the module around computes this product
+    itself, so x is handed back as it is (see fused_block.py).
+    """
+
+    def __init__(self, layers: list[ZigzagLinear]) -> None:
+        self.layers = layers
+        self._alone = [self]  # as a tally wants its groups
+        self.postponed = False
+        self._x: mx.array | None = None
+        self._outputs: dict[int, mx.array] = {}
+        self.forget()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """The same for the copied layers; what was prepared belongs to the old ones."""
+        memo[id(self)] = made = type(self)([])
+        made.layers.extend(copy.deepcopy(layer, memo) for layer in self.layers)
+        return made
+
+    @property
+    def skips(self) -> bool:
+        """Whether any of the layers has a threshold."""
+        return any(layer.threshold is not None for layer in self.layers)
+
+    def forget(self) -> None:
+        """Prepare anew before the next product: a threshold has changed."""
+        self._step: kernels.Step | None = None
+        self._skips = False
+        self._weights: list[tuple[ZigzagLinear, mx.array]] = []
+
+    def output(self, x: mx.array, layer: ZigzagLinear) -> mx.array:
+        """layer's y for x, one row; computes its siblings' as well."""
+        if self.postponed:
+            return x
+        if x is not self._x or id(layer) not in self._outputs:
+            outputs = self._products(x)
+            if len(outputs) == 1:
+                return outputs[0]
+            self.offer(x, outputs)
+        y = self._outputs.pop(id(layer))
+        if not self._outputs:
+            self._x = None
+        return y
+
+    def offer(self, x: mx.array, outputs: list[mx.array]) -> None:
+        """Products of x that were computed elsewhere, for the layers to fetch."""
+        self._x = x
+        self._outputs = {id(one): y for one, y in zip(self.layers, outputs, strict=True)}
+
+    def _products(self, x: mx.array) -> list[mx.array]:
+        step = self._step
+        if step is None or any(layer["weight"] is not weight for layer, weight in self._weights):
+            kernels.arrange(self.layers)
+            step = self._step = kernels.prepare(self.layers)
+            self._weights = [(layer, layer["weight"]) for layer in self.layers]
+            self._skips = self.skips
+        counter = active_counts.current() if self._skips else None
+        tally = None if counter is None else counter.tally(self._alone)
+        if tally is None:
+            return step(x, None)[0]
+        outputs, counted = step(x, tally.running[0])
+        tally.keep([counted])
+        return outputs

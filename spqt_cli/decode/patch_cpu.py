@@ -1,0 +1,113 @@
+"""The CPU backend behind MLX's own names: `install` makes mlx-lm's models use it.
+
+Wraps `mx.fast`'s rms_norm, rope and scaled_dot_product_attention, `mx.logsumexp` and the product of quantized
+layers.
+Float32 on the CPU device takes our ops where they cover the case; all else goes through to MLX unchanged.
+What leans on MLX's insides for the CPU's sake stands here.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from spqt_cli.backends import cpu
+
+STOCK = {name: getattr(mx.fast, name) for name in ("rms_norm", "rope", "scaled_dot_product_attention")}
+_CPU = mx.DeviceType.cpu
+_logsumexp = mx.logsumexp
+_as_linear = nn.QuantizedEmbedding.as_linear
+_quantized_linear = nn.QuantizedLinear.__call__
+
+
+def install() -> None:
+    """Put our ops behind MLX's names; doing it twice changes nothing. Needs a usable `cpu.status()`."""
+    for owner, name, ours, _ in _places():
+        setattr(owner, name, ours)
+
+
+def remove() -> None:
+    """Give MLX its own functions back."""
+    for owner, name, _, stock in _places():
+        setattr(owner, name, stock)
+
+
+def _places() -> list[tuple[Any, str, Callable[..., Any], Callable[..., Any]]]:
+    """Where MLX keeps a function, its name there, ours and its own."""
+    return [
+        (mx.fast, "rms_norm", rms_norm, STOCK["rms_norm"]),
+        (mx.fast, "rope", rope, STOCK["rope"]),
+        (mx.fast, "scaled_dot_product_attention", attention, STOCK["scaled_dot_product_attention"]),
+        (mx, "logsumexp", logsumexp, _logsumexp),
+        (nn.QuantizedEmbedding, "as_linear", as_linear, _as_linear),
+        (nn.QuantizedLinear, "__call__", quantized_linear, _quantized_linear),
+    ]
+
+
+def rms_norm(x: mx.array, weight: mx.array | None, eps: float, **kw: Any) -> mx.array:
+    """As `mx.fast.rms_norm`."""
+    if kw or not _ours(x) or (weight is not None and weight.dtype != mx.float32):
+        return STOCK["rms_norm"](x, weight, eps, **kw)
+    return cpu.rms_norm(x, weight, eps)
+
+
+def rope(  # noqa: PLR0913 - the settings of mx.fast.rope
+    x: mx.array,
+    dims: int,
+    *,
+    traditional: bool,
+    base: float | None,
+    scale: float,
+    offset: int | mx.array,
+    freqs: mx.array | None = None,
+    stream: Any = None,
+) -> mx.array:
+    """As `mx.fast.rope`; ours for whole-number offsets of 4-D input."""
+    plain = stream is None and x.ndim == 4 and (freqs is None or freqs.dtype == mx.float32)
+    if plain and isinstance(offset, int) and _ours(x):
+        return cpu.rope(x, dims, traditional=traditional, base=base, scale=scale, offset=offset, freqs=freqs)
+    form: dict[str, Any] = {"traditional": traditional, "base": base, "scale": scale, "offset": offset}
+    return STOCK["rope"](x, dims, **form, freqs=freqs, stream=stream)
+
+
+def attention(
+    q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: mx.array | str | None = None, **kw: Any
+) -> mx.array:
+    """As `mx.fast.scaled_dot_product_attention`; ours without a mask or with the causal one."""
+    plain = (mask is None or isinstance(mask, str)) and not any(value is not None for value in kw.values())
+    if plain and _ours(q) and k.dtype == v.dtype == mx.float32 and cpu.attends(q, k, v):
+        return cpu.attention(q, k, v, scale=scale, causal=mask is not None)
+    return STOCK["scaled_dot_product_attention"](q, k, v, scale=scale, mask=mask, **kw)
+
+
+def logsumexp(x: mx.array, *args: Any, **kw: Any) -> mx.array:
+    """As `mx.logsumexp`; ours over all axes at once, which is how mlx-lm normalizes a token's logits."""
+    keepdims = kw.get("keepdims", False)
+    if args or kw.keys() - {"keepdims"} or not isinstance(x, mx.array) or not _ours(x):
+        return _logsumexp(x, *args, **kw)
+    return cpu.log_sum_exp(x, x.ndim if keepdims else 0)
+
+
+def as_linear(self: nn.QuantizedEmbedding, x: mx.array) -> mx.array:
+    """As `nn.QuantizedEmbedding.as_linear`."""
+    if not (_ours(x) and _affine(self)):
+        return _as_linear(self, x)
+    return cpu.head_matmul(x, self["weight"], self["scales"], self["biases"], self.bits, self.group_size)
+
+
+def quantized_linear(self: nn.QuantizedLinear, x: mx.array) -> mx.array:
+    """As `nn.QuantizedLinear.__call__`, for layers in MLX's own layout."""
+    if not (_ours(x) and _affine(self)):
+        return _quantized_linear(self, x)
+    y = cpu.head_matmul(x, self["weight"], self["scales"], self["biases"], self.bits, self.group_size)
+    return y + self["bias"] if "bias" in self else y
+
+
+def _ours(x: mx.array) -> bool:
+    # `is`: comparing two of an enumeration calls Python, and this runs 300 times a token
+    return x.dtype == mx.float32 and x.size > 0 and mx.default_device().type is _CPU
+
+
+def _affine(layer: Any) -> bool:
+    return layer.mode == "affine" and layer.get("biases") is not None

@@ -1,0 +1,111 @@
+"""mlx-lm's loops say which tokens are prompt and which were generated, so that phase.py can be asked.
+
+The last token of a prompt, which mlx-lm feeds alone, is prompt like the others. A request keeps to this from
+its first token to its last: alone, in a batch that others join and leave, and where drafts are verified.
+All that leans on mlx_lm.generate's insides for this stands here.
+"""
+
+import functools
+import importlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+
+from spqt_cli.decode import active_counts, phase
+from spqt_cli.decode.layers import ZigzagLinear
+
+_stock: dict[str, Callable[..., Any]] = {}  # by name: what mlx_lm.generate had of its own
+
+
+def install() -> None:
+    """Put our loops in the place of mlx-lm's, wherever a module has their names; again changes nothing."""
+    loops = importlib.import_module("mlx_lm.generate")
+    if _stock:
+        return
+    for ours in (generate_step, speculative_generate_step):
+        stock = _stock[ours.__name__] = getattr(loops, ours.__name__)
+        replacement = functools.update_wrapper(ours, stock)
+        for module in list(sys.modules.values()):
+            for name, value in list(getattr(module, "__dict__", {}).items()):
+                if value is stock:
+                    setattr(module, name, replacement)
+    prompts, generation = loops.PromptProcessingBatch, loops.GenerationBatch
+    prompts.prompt = _within(phase.prompting, prompts.prompt)
+    generation.__init__ = _within(phase.prompting, generation.__init__)  # feeds each prompt's last token
+    generation.next = _within(phase.decoding, generation.next)
+
+
+def _within(block: Callable[[], Any], method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with block():
+            return method(*args, **kwargs)
+
+    return call
+
+
+def generate_step(prompt: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+    embeddings = kwargs.get("input_embeddings")
+    count = len(prompt if embeddings is None else embeddings)
+    return _stock["generate_step"](prompt, told(model, count), *args, **kwargs)
+
+
+def speculative_generate_step(prompt: Any, model: Any, draft_model: Any, *args: Any, **kwargs: Any) -> Any:
+    count = len(prompt)
+    models = told(model, count), told(draft_model, count)
+    return _stock["speculative_generate_step"](prompt, *models, *args, **kwargs)
+
+
+def told(model: Any, prompt_tokens: int) -> Any:
+    """`model` for one request: of the tokens it is fed, the first `prompt_tokens` are prompt."""
+    kind: Any = type(model)
+    return _kind(kind)(model, prompt_tokens)
+
+
+class Told:
+    """A model as one request's loop calls it; everything but the call is the model's own."""
+
+    def __init__(self, model: Any, prompt_tokens: int) -> None:
+        self._model, self._prompt_tokens = model, prompt_tokens
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def _call(self, tokens: mx.array, *args: Any, **kwargs: Any) -> Any:
+        embeddings = kwargs.get("input_embeddings")
+        rows = (tokens if embeddings is None else embeddings).shape[1]
+        of_prompt = min(self._prompt_tokens, rows)
+        self._prompt_tokens -= of_prompt
+        if 0 < of_prompt < rows and skips(self._model):
+            # The first verification of drafts begins with the prompt's last token, which goes ahead.
+            with phase.prompting():
+                first = self._model(tokens[:, :of_prompt], *args, **kwargs)
+            return mx.concatenate([first, self._decode(tokens[:, of_prompt:], *args, **kwargs)], axis=1)
+        if of_prompt:
+            with phase.prompting():
+                return self._model(tokens, *args, **kwargs)
+        return self._decode(tokens, *args, **kwargs)
+
+    def _decode(self, *args: Any, **kwargs: Any) -> Any:
+        if counter := active_counts.current():
+            counter.stepped(self._model)
+        with phase.decoding():
+            return self._model(*args, **kwargs)
+
+
+@functools.cache
+def _kind(kind: Any) -> type[Told]:
+    """A subclass of Told whose call has the signature of that class's: mlx-lm looks for an argument there."""
+
+    @functools.wraps(kind.__call__)
+    def ask(self: Told, *args: Any, **kwargs: Any) -> Any:
+        return self._call(*args, **kwargs)
+
+    return type(kind.__name__, (Told,), {"__call__": ask})
+
+
+def skips(model: Any) -> bool:
+    """Whether any layer of a model skips channels when it decodes."""
+    return any(isinstance(one, ZigzagLinear) and one.threshold is not None for one in model.modules())

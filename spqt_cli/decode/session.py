@@ -1,0 +1,262 @@
+"""Loading a converted model: the folder is checked first, mlx-lm does the rest.
+
+It knows folders and thresholds; it does not know prompts or the command line.
+"""
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from spqt_cli.convert import source
+from spqt_cli.decode import active_counts, bytes_read, profile
+from spqt_cli.errors import ResourceError, SpqtError, Terminated, UnsupportedError
+from spqt_cli.format import config_json, identity, thresholds
+from spqt_cli.patch import as_stored, wished_sparsity, zigzag_layers
+
+
+@dataclass
+class Loaded:
+    """A model ready to run.
+
+    sparsity: the share of channels that its thresholds aim to skip, None when it runs dense.
+    note: one line for people when that is not simply what the calibration says.
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    config: dict[str, Any]
+    folder: Path
+    sparsity: float | None
+    note: str = ""
+
+
+def load(
+    path: str | Path,
+    *,
+    sparsity: float | None = None,
+    dense: bool = False,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    adapter_path: str | None = None,
+) -> Loaded:
+    """A converted model from a folder or hub id, with its tokenizer.
+
+    sparsity: derive thresholds for this share from the stored curves instead of the calibrated ones;
+    None takes SPQT_SPARSITY, where that is set. dense: skip nothing, and run every layer as it is stored;
+    else each runs as this device's profile says.
+    Raises SpqtError when the folder is damaged, was edited, or is not a converted model.
+    """
+    folder = source.local_folder(str(path), revision=revision)
+    config = identity.check_model(folder, trust_remote_code=trust_remote_code)
+    if adapter_path is not None and not (Path(adapter_path) / "adapter_config.json").is_file():
+        raise SpqtError(f"{adapter_path} has no adapter_config.json", "give a folder of LoRA adapters")
+    wishes: dict[str, Any] = {"adapter_path": adapter_path, "trust_remote_code": trust_remote_code}
+    model, tokenizer = _through_mlx_lm(folder, wishes)
+    loaded = Loaded(model, tokenizer, config, folder, None)
+    _set_thresholds(loaded, wished_sparsity() if sparsity is None else sparsity, dense)
+    if not dense:
+        loaded.note = "; ".join(filter(None, [loaded.note, profile.apply(loaded)]))
+    return loaded
+
+
+def load_lazily(path: Path) -> Loaded:
+    """As `load` with `dense`, but each weight stays on disk until it is first used."""
+    config = identity.check_model(path)
+    loaded = Loaded(*_through_mlx_lm(path, {"lazy": True}), config, path, None)
+    _set_thresholds(loaded, None, dense=True)
+    return loaded
+
+
+def _through_mlx_lm(folder: Path, wishes: dict[str, Any]) -> tuple[nn.Module, Any]:
+    """mlx-lm's model and tokenizer of a checked folder."""
+    import mlx_lm
+
+    source.classes(config_json.read_config(folder), str(folder))  # a class that ends the process is met here
+    with plain_path(folder) as readable, _load_errors(folder), as_stored():
+        model, tokenizer, *_ = mlx_lm.load(
+            str(readable),
+            tokenizer_config={"trust_remote_code": wishes.get("trust_remote_code", False)},
+            **wishes,
+        )
+        tokenizer.encode("a")  # some values of tokenizer_config.json are read only then
+        if not wishes.get("lazy"):
+            _try_step(model)
+    return model, tokenizer
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a model's folder, as mlx-lm loads it; code that lies there is not run."""
+    from mlx_lm import utils
+
+    with _load_errors(folder):
+        return utils.load_tokenizer(folder)
+
+
+def _set_thresholds(loaded: Loaded, sparsity: float | None, dense: bool) -> None:
+    calibration = loaded.config["spqt"].get("calibration")
+    if calibration is None:
+        loaded.note = f"no thresholds yet, so nothing is skipped; run: spqt calibrate {loaded.folder}"
+        if sparsity is not None and not dense:
+            set_sparsity(loaded, sparsity)
+    elif dense:
+        set_dense(loaded)
+    elif sparsity is None:
+        loaded.sparsity = calibration["sparsity"]
+    else:
+        set_sparsity(loaded, sparsity)
+
+
+def set_dense(loaded: Loaded) -> None:
+    """Skip nothing, exact zeros included."""
+    for layer in zigzag_layers(loaded.model).values():
+        layer.set_threshold(None)
+    loaded.note, loaded.sparsity = "", None
+
+
+def set_sparsity(loaded: Loaded, sparsity: float) -> None:
+    """Skip another share of the channels: the calibrated thresholds, or ones derived from the curves.
+
+    sparsity: 0 to 0.95; at 0 only exact zeros are skipped, in layers that have them, which loses nothing.
+    """
+    calibrated = calibrated_share(loaded.config, loaded.folder, sparsity)
+    loaded.note = ""
+    entries = config_json.entries(loaded.config)
+    for path, layer in zigzag_layers(loaded.model).items():
+        entry = entries[path]["spqt"]
+        if sparsity == calibrated:
+            threshold = entry["threshold"]
+        else:
+            threshold = thresholds.derive(entry.get("curve", []), sparsity)
+        layer.set_threshold(threshold or None)
+    if sparsity and sparsity != calibrated:
+        loaded.note = (
+            f"thresholds for {sparsity:.0%} derived from the stored curves (calibrated: {calibrated:.0%})"
+        )
+    loaded.sparsity = sparsity or None
+
+
+def calibrated_share(config: dict[str, Any], folder: Path, sparsity: float) -> float | None:
+    """The share that a model was calibrated for, None where it was not; SpqtError if `sparsity` needs it."""
+    share: float | None = (config["spqt"].get("calibration") or {}).get("sparsity")
+    if sparsity and share is None:
+        raise SpqtError(
+            f"{folder} has no thresholds to derive {sparsity:.0%} from",
+            f"spqt calibrate {folder} --sparsity {sparsity}",
+        )
+    return share
+
+
+def known(loaded: Loaded, tokens: list[int]) -> list[int]:
+    """`tokens`, all of which the model has. MLX looks others up beyond the embedding and may crash."""
+    count = config_json.whole(loaded.config, "vocab_size")
+    if count is not None and tokens and not 0 <= min(tokens) <= max(tokens) < count:
+        raise SpqtError(
+            f"{loaded.folder}: its tokenizer gives token {max(tokens)}, the model has {count}",
+            "the tokenizer is of another model: download or convert the model again",
+        )
+    return tokens
+
+
+def load_draft(path: str, target: Loaded, *, dense: bool = False) -> Loaded:
+    """A smaller model for speculative decoding: converted or any that mlx-lm loads.
+
+    It skips what it is calibrated for, or what SPQT_SPARSITY says; nothing with `dense`.
+    Raises SpqtError when its vocabulary is not the target's.
+    """
+    import mlx_lm
+
+    folder = source.local_folder(path)
+    config = config_json.read_config(folder)
+    if "spqt" in config:
+        identity.check_model(folder)
+    source.classes(config, str(folder))
+    with plain_path(folder) as readable, _load_errors(folder):
+        draft, tokenizer, *_ = mlx_lm.load(str(readable))
+    if tokenizer.vocab_size != target.tokenizer.vocab_size:
+        raise SpqtError(
+            f"{path} has {tokenizer.vocab_size} tokens, {target.folder} {target.tokenizer.vocab_size}",
+            "a draft model needs the same tokenizer",
+        )
+    loaded = Loaded(draft, tokenizer, config, folder, None)
+    if "spqt" in config:
+        _set_thresholds(loaded, wished_sparsity(), dense)
+    return loaded
+
+
+@contextlib.contextmanager
+def _load_errors(folder: Path) -> Iterator[None]:
+    """Turn what mlx-lm and transformers raise over a damaged config or tokenizer into an SpqtError."""
+    try:
+        yield
+    except (SpqtError, ImportError, MemoryError, Terminated):
+        raise
+    except SystemExit as end:
+        raise UnsupportedError(
+            f"{folder}: what loads it ends the process ({end.code})",
+            "see what its architecture needs",
+        ) from None
+    except Exception as error:  # others' code over others' files: it may raise anything
+        said = " ".join(str(error).split())[:200]
+        if isinstance(error, RuntimeError) and "alloc" in said:
+            raise ResourceError(f"{folder} does not fit in memory: {said}", "use a smaller model") from error
+        raise SpqtError(
+            f"{folder} can't be loaded: {type(error).__name__}: {said}",
+            "its config.json or tokenizer may be damaged: download or convert the model again",
+        ) from error
+
+
+def _try_step(model: nn.Module) -> None:
+    """Build a step and never compute it: some values of config.json are read only when a model runs."""
+    from mlx_lm.models.cache import make_prompt_cache
+
+    model(mx.zeros((1, 2), mx.int32), cache=make_prompt_cache(model))
+
+
+@contextlib.contextmanager
+def plain_path(folder: Path) -> Iterator[Path]:
+    """A path to `folder` without glob characters: mlx-lm finds its shards by an unescaped glob."""
+    if not set("[]*?") & set(str(folder)):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        link = Path(temporary) / "model"
+        link.symlink_to(folder.resolve())
+        yield link
+
+
+def weight_bytes(model: nn.Module, config: dict[str, Any]) -> tuple[float, dict[int, int]]:
+    """Bytes of weights that a dense decode step reads: of all other layers, and per Zigzag layer by id.
+
+    Of a mixture of experts only the chosen experts count, of an embedding that is not also the head one row.
+    """
+    zigzag = {
+        id(layer): sum(layer[name].nbytes for name in ("weight", "scales", "biases"))
+        for layer in zigzag_layers(model).values()
+    }
+    other = 0.0
+    modules = dict(model.named_modules())
+    fractions = bytes_read.Fractions(modules, config)
+    for path, module in modules.items():
+        size = sum(value.nbytes for value in module.values() if hasattr(value, "nbytes"))
+        other += (size - zigzag.get(id(module), 0)) * fractions.of(path)
+    return other, zigzag
+
+
+def touched_bytes(loaded: Loaded, shares: list[active_counts.Share]) -> tuple[float, float, float]:
+    """(bytes of weights read per step, bytes of a dense step, share of Zigzag weights skipped per token).
+
+    The last may be more than is saved in reading: steps of many rows read all weights.
+    """
+    other, zigzag = weight_bytes(loaded.model, loaded.config)
+    by_layer = {id(share.layer): share for share in shares}
+    dense = sum(zigzag.values())
+    counted = [(size, by_layer[key]) for key, size in zigzag.items() if key in by_layer]
+    unread = sum(size * (1 - share.read) for size, share in counted)
+    skipped = sum(size * (1 - share.active) for size, share in counted)
+    return other + dense - unread, other + dense, skipped / dense if dense else 0.0

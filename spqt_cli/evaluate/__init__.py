@@ -1,0 +1,1 @@
+"""`spqt eval` and `spqt compare`: what sparsity costs in quality."""

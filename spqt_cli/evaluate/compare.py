@@ -1,0 +1,98 @@
+"""One prompt at several sparsities, side by side: text, speed, bytes, and what the text cost.
+
+The cost is the dense model's perplexity of each text: how surprising the dense model, run over the
+same prompt, finds what was written. It needs no second model and no reference text.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+from spqt_cli.convert import source
+from spqt_cli.decode import generate, session
+from spqt_cli.evaluate.report import shown
+from spqt_cli.format import identity
+from spqt_cli.system.terminal import harmless
+
+
+@dataclass
+class Row:
+    """One run. sparsity_target: 0 means dense. perplexity: of `text`, by the dense model."""
+
+    sparsity_target: float
+    text: str
+    statistics: generate.Statistics
+    perplexity: float
+
+
+def compare(
+    path: str,
+    prompt: generate.Prompt,
+    sparsities: Sequence[float],
+    max_tokens: int = 96,
+    on_row: Callable[[str], None] = lambda _: None,
+) -> list[Row]:
+    """A row for each sparsity, greedy and so repeatable. on_row: told what runs next.
+
+    Raises SpqtError before any weight is read where a sparsity needs thresholds and there are none.
+    """
+    folder = source.local_folder(path)
+    session.calibrated_share(identity.check_model(folder), folder, max(sparsities))
+    rows: list[Row] = []
+    answers: list[list[int]] = []
+    for target in sparsities:
+        on_row(f"sparsity {target:.0%}" if target else "dense")
+        # Loaded anew each time: a profile repacks layers for one share, and there is no way back.
+        loaded = session.load(path, sparsity=target, dense=not target)
+        answer: list[int] = []
+        options = generate.Options(max_tokens=max_tokens, on_token=answer.append)
+        tokens = generate.encode(loaded, prompt)
+        *pieces, statistics = generate.stream(loaded, tokens, generate.Sampling(), options)
+        rows.append(Row(target, "".join(pieces), statistics, math.nan))
+        answers.append(answer)
+        del loaded
+    judge = session.load(path, dense=True)
+    for row, answer in zip(rows, answers, strict=True):
+        row.perplexity = perplexity(judge, generate.encode(judge, prompt), answer)
+    return rows
+
+
+def perplexity(loaded: session.Loaded, prompt_tokens: list[int], answer: list[int]) -> float:
+    """exp of the mean negative log-likelihood per token of an answer after its prompt, by `loaded` as set.
+
+    answer: the tokens as they were written; NaN where there are none.
+    """
+    import mlx.core as mx
+    import mlx.nn as nn
+
+    if not answer:
+        return math.nan
+    ids = mx.array([prompt_tokens + answer])
+    logits = loaded.model(ids[:, :-1])[0, len(prompt_tokens) - 1 :]
+    losses = nn.losses.cross_entropy(logits.astype(mx.float32), mx.array(answer))
+    return float(mx.exp(losses.mean()))
+
+
+def as_dict(row: Row) -> dict[str, object]:
+    """A row as plain values, for JSON."""
+    return asdict(row)
+
+
+def report(rows: Sequence[Row]) -> str:
+    """Each text under its figures, then a table; costs are against the first row."""
+    parts = []
+    for row in rows:
+        title = f"sparsity {row.sparsity_target:.0%}" if row.sparsity_target else "dense"
+        parts.append(f"--- {title} ---\n{harmless(row.text.strip())}\n")
+    parts.append(f"{'':>8} {'tok/s':>7} {'skipped':>8} {'MB/token':>9} {'perplexity by dense':>20}")
+    for row in rows:
+        statistics = row.statistics
+        name = f"{row.sparsity_target:.0%}" if row.sparsity_target else "dense"
+        parts.append(
+            f"{name:>8} {statistics.generation_tps:7.1f} {statistics.sparsity:8.1%} "
+            f"{statistics.weight_bytes_per_token / 1e6:9.1f} {shown(row.perplexity, 2):>20}"
+        )
+        if statistics.note:
+            parts.append(f"{'':>8} {statistics.note}")
+    parts.append(f"backend {rows[0].statistics.backend}: {rows[0].statistics.backend_reason}")
+    return "\n".join(parts)

@@ -1,0 +1,84 @@
+"""`spqt mlx-lm evaluate`: lm-eval's tasks on a converted model, answered as it decodes.
+
+mlx-lm's wrapper scores context and ending in one pass, which runs dense as a prompt does: left alone it
+measures quantization and no skipping. For a model with Zigzag layers its loglikelihood is replaced by that of
+multiple_choice.py, which masks the rows that generate would decode. Tasks that write text need nothing.
+"""
+
+import importlib.util
+from collections import defaultdict
+from typing import Any
+
+import numpy as np
+
+from spqt_cli.decode import text_borders
+from spqt_cli.errors import UnsupportedError
+from spqt_cli.evaluate import multiple_choice
+from spqt_cli.measure import probes
+from spqt_cli.patch import zigzag_layers
+
+
+def prepare() -> None:
+    """Patch mlx-lm's wrapper. Raises UnsupportedError without lm-eval."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UnsupportedError("lm-eval is not installed", "pip install 'spqt[lm-eval]'")
+    from mlx_lm import evaluate
+
+    wrapper: Any = evaluate.MLXLM  # a class whose methods are replaced
+    stock = wrapper.loglikelihood, wrapper.loglikelihood_rolling
+
+    def loglikelihood(self: Any, requests: list[Any]) -> list[tuple[float, bool]]:
+        return _loglikelihood(self, requests) if zigzag_layers(self._model) else stock[0](self, requests)
+
+    def rolling(self: Any, requests: list[Any]) -> list[float]:
+        if any(layer.threshold is not None for layer in zigzag_layers(self._model).values()):
+            raise UnsupportedError(
+                "a task scores whole texts, which have no prompt to run dense",
+                "spqt eval TEXT measures perplexity as decoding has it; SPQT_SPARSITY=0 runs the task dense",
+            )
+        result: list[float] = stock[1](self, requests)
+        return result
+
+    wrapper.loglikelihood, wrapper.loglikelihood_rolling = loglikelihood, rolling
+
+
+def _loglikelihood(self: Any, requests: list[Any]) -> list[tuple[float, bool]]:
+    """Of each request (context, continuation): its log-probability, and whether it is the greedy one."""
+    from tqdm import tqdm
+
+    grouped: dict[str, list[int]] = defaultdict(list)
+    for i, request in enumerate(requests):
+        grouped[request.args[0]].append(i)
+    layers = zigzag_layers(self._model)
+    values = {
+        path: np.array(one.threshold).item() for path, one in layers.items() if one.threshold is not None
+    }
+    found: list[tuple[float, bool]] = [(-np.inf, False)] * len(requests)
+    with probes.probing(self._model) as harness:
+        for context, places in tqdm(grouped.items()):
+            question = _encode(self, context, [requests[i].args[1] for i in places])
+            cache = multiple_choice.after_context(self._model, question)
+            masking = probes.Masking(values)
+            predicted = multiple_choice.predictions(self._model, cache, question, harness, masking)
+            for i, ending, log_p in zip(places, question.endings, predicted, strict=True):
+                greedy = bool((log_p.argmax(axis=-1) == ending).all())
+                found[i] = (multiple_choice.summed(log_p, ending), greedy)
+    return found
+
+
+def _encode(self: Any, context: str, endings: list[str]) -> multiple_choice.Encoded:
+    """In tokens as mlx-lm's wrapper does it, with one BOS; a context that is too long loses its beginning."""
+    from mlx_lm.evaluate import DEFAULT_MAX_TOKENS
+
+    def encoded(text: str) -> list[int]:
+        if self.use_chat_template:
+            return list(self.tokenizer.encode(text, add_special_tokens=False))
+        return text_borders.encode(self.tokenizer, text)
+
+    prompt = encoded(context)
+    whole = [encoded(context + ending) for ending in endings]
+    cut = [tokens[len(prompt) :] or tokens[-1:] for tokens in whole]
+    prompt = prompt or [self.tokenizer.eos_token_id]  # lm-eval's stand-in for no context
+    room = (self._max_tokens or DEFAULT_MAX_TOKENS) - max(map(len, cut))
+    characters = np.array([len(ending) for ending in endings], np.float64)
+    return multiple_choice.Encoded(prompt[-max(room, 1) :], cut, characters, 0)

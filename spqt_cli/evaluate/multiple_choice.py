@@ -1,0 +1,260 @@
+"""`spqt eval FILE.jsonl`: how often a model prefers the right ending, dense and with channels skipped.
+
+An ending's score is the sum of the log-probabilities of its tokens after the context. As generate
+decodes it: the context is a prompt, run dense; the ending's tokens are decode steps, computed as many
+masked rows at once. Definitions as lm-eval's: acc takes the ending of the highest score, acc_norm of the
+highest score per character of the ending's text.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx import nn
+from mlx.utils import tree_map
+
+from spqt_cli.decode import generate, session, text_borders
+from spqt_cli.errors import SpqtError
+from spqt_cli.evaluate import questions, variants
+from spqt_cli.evaluate.report import DENSE, SOURCE, shown
+from spqt_cli.evaluate.variants import Choice, EvaluateOptions, OnProgress
+from spqt_cli.measure import many_rows, probes, scoring
+
+ROWS_AT_ONCE = 512  # rows of endings in one pass
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A question in tokens, with the lengths of its endings in characters."""
+
+    context: list[int]
+    endings: list[list[int]]
+    characters: np.ndarray
+    label: int
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How much higher a variant's accuracies are than a reference's on the same questions; paired errors."""
+
+    acc: float
+    acc_se: float
+    acc_norm: float
+    acc_norm_se: float
+
+
+@dataclass
+class Answers:
+    """One variant's accuracies, 0 to 1, with standard errors. correct, correct_norm: per question.
+
+    realised: share of Zigzag weights skipped over the rows that were decode steps: all tokens of an ending
+    but its last, after which nothing is predicted.
+    """
+
+    name: str
+    sparsity: float | None
+    realised: float
+    acc: float
+    acc_se: float
+    acc_norm: float
+    acc_norm_se: float
+    against: dict[str, Difference]
+    correct: list[bool] = field(repr=False)
+    correct_norm: list[bool] = field(repr=False)
+
+
+@dataclass
+class Result:
+    """Accuracies on one file of questions."""
+
+    model: str
+    file: str
+    file_sha256: str
+    questions: int
+    variants: list[Answers]
+
+
+def evaluate(path: str | Path, file: Path, options: EvaluateOptions, on_progress: OnProgress) -> Result:
+    """Answer the questions of a file by every variant: source, row-grouped, dense, and each sparsity.
+
+    Raises SpqtError for a bad line or a question longer than the model's context.
+    """
+    variants.check(options)
+    asked = questions.read(file, options.limit)
+    loaded = session.load(path, dense=True)
+    limit = generate.context_tokens(loaded.config)
+    encoded = [encode(question, loaded.tokenizer, limit, file) for question in asked.items]
+    choices = variants.stored(loaded, options.sparsity)
+    found = _Answering(loaded, options, choices, on_progress).run(encoded)
+    return Result(str(loaded.folder), asked.name, asked.sha256, len(encoded), found)
+
+
+def encode(question: questions.Question, tokenizer: Any, limit: int | None, file: Path) -> Encoded:
+    """A question in tokens: context and ending are tokenized together, the context's own tokens cut off."""
+    context = question.context.rstrip()  # its last space, if any, begins the ending, as words do
+    space = question.context[len(context) :] + " "
+    prompt = text_borders.encode(tokenizer, context)
+    whole = [text_borders.encode(tokenizer, context + space + end) for end in question.endings]
+    endings = [tokens[len(prompt) :] for tokens in whole]
+    where = f"{file}, line {question.line}"
+    if not prompt or not all(endings):
+        raise SpqtError(f"{where}: a text without tokens of its own", "leave the question out")
+    longest = len(prompt) + max(map(len, endings))
+    if limit is not None and longest > limit:
+        raise SpqtError(
+            f"{where}: {longest} tokens, the model's context is {limit}", "leave the question out"
+        )
+    characters = np.array([len(ending) for ending in question.endings], np.float64)
+    return Encoded(prompt, endings, characters, question.label)
+
+
+def after_context(network: nn.Module, question: Encoded) -> list[Any]:
+    """The model's cache after the question's context but for its last token, which `predictions` feeds."""
+    prompt = question.context[:-1]
+    return probes.prompt_cache(network, mx.array([prompt])) if prompt else probes.empty_cache(network)
+
+
+def ending_scores(
+    network: nn.Module,
+    cache: list[Any],
+    question: Encoded,
+    harness: probes.Harness,
+    masking: probes.Masking | None = None,
+) -> np.ndarray:
+    """The summed log-probability of each ending: (endings,), float64.
+
+    cache: as `after_context` gives it, left as it was. masking: None runs the endings dense.
+    """
+    predicted = predictions(network, cache, question, harness, masking)
+    return np.array([summed(log_p, e) for log_p, e in zip(predicted, question.endings, strict=True)])
+
+
+def summed(log_p: np.ndarray, ending: list[int]) -> float:
+    """The log-probability of an ending: log_p (tokens, vocab), as `predictions` gives it."""
+    return float(-scoring.surprise(log_p, np.array(ending)).sum(dtype=np.float64))
+
+
+def predictions(
+    network: nn.Module,
+    cache: list[Any],
+    question: Encoded,
+    harness: probes.Harness,
+    masking: probes.Masking | None = None,
+) -> Iterator[np.ndarray]:
+    """Of each ending, the log-probabilities of all tokens at its places: (its tokens, vocab), float32."""
+    batch = max(1, ROWS_AT_ONCE // max(map(len, question.endings)))
+    for at in range(0, len(question.endings), batch):
+        endings = question.endings[at : at + batch]
+        rows = np.zeros((len(endings), max(map(len, endings))), np.int32)
+        decoded = np.zeros(rows.shape, bool)
+        for row, ending in enumerate(endings):
+            rows[row, : len(ending)] = [question.context[-1], *ending[:-1]]
+            decoded[row, 1 : len(ending)] = True
+        if masking is not None:
+            masking.rows = decoded
+        harness.masking = masking
+        logits = probes.continuation(network, mx.array(rows), _repeated(cache, len(endings)))
+        mx.eval(logits)
+        if masking is not None:
+            masking.evaluate()
+        harness.masking = None
+        for row, ending in enumerate(endings):
+            yield scoring.log_probabilities(logits[row, : len(ending)])
+
+
+def _repeated(cache: list[Any], count: int) -> list[Any]:
+    """A cache of one sequence as the cache of `count` equal ones: (1, ...) -> (count, ...) throughout."""
+
+    def repeat(value: Any) -> Any:
+        one = isinstance(value, mx.array) and value.ndim > 1 and value.shape[0] == 1
+        return mx.repeat(value, count, axis=0) if one else value
+
+    found = copy.deepcopy(cache)
+    for entry in found:
+        entry.state = tree_map(repeat, entry.state)
+    return found
+
+
+class _Answering:
+    """The variants of one evaluation and the scores they gave so far."""
+
+    def __init__(
+        self,
+        loaded: session.Loaded,
+        options: EvaluateOptions,
+        choices: Mapping[str, Choice],
+        on_progress: OnProgress,
+    ) -> None:
+        self.loaded, self.choices, self.on_progress = loaded, choices, on_progress
+        self.others = variants.others(loaded, options, on_progress)
+        self.maskings = {name: probes.Masking(choice.thresholds) for name, choice in choices.items()}
+        names = (*self.others, DENSE, *self.maskings)
+        self.correct: dict[str, list[bool]] = {name: [] for name in names}
+        self.correct_norm: dict[str, list[bool]] = {name: [] for name in names}
+
+    def run(self, asked: list[Encoded]) -> list[Answers]:
+        with probes.probing(self.loaded.model) as harness, many_rows.holding(many_rows.spare_bytes()):
+            for i, question in enumerate(asked):
+                self.on_progress(i, len(asked), "answering questions")
+                for name, network in self.others.items():
+                    cache = after_context(network, question)
+                    self._note(name, question, ending_scores(network, cache, question, harness))
+                network = self.loaded.model
+                cache = after_context(network, question)
+                for name in (DENSE, *self.maskings):
+                    masking = self.maskings.get(name)
+                    self._note(name, question, ending_scores(network, cache, question, harness, masking))
+            return [self._answers(name, harness) for name in self.correct]
+
+    def _note(self, name: str, question: Encoded, scores: np.ndarray) -> None:
+        self.correct[name].append(bool(scores.argmax() == question.label))
+        self.correct_norm[name].append(bool((scores / question.characters).argmax() == question.label))
+
+    def _answers(self, name: str, harness: probes.Harness) -> Answers:
+        right, right_norm = (np.array(table[name], float) for table in (self.correct, self.correct_norm))
+        against = {}
+        for other in (SOURCE, DENSE):
+            if other in self.correct and name not in (other, SOURCE):
+                gained = right - np.array(self.correct[other], float)
+                gained_norm = right_norm - np.array(self.correct_norm[other], float)
+                errors = [scoring.standard_error(values) for values in (gained, gained_norm)]
+                against[other] = Difference(gained.mean(), errors[0], gained_norm.mean(), errors[1])
+        realised, sparsity = 0.0, None
+        if name in self.maskings:
+            realised = probes.weighted(self.maskings[name].realised(), harness.layers)
+            sparsity = self.choices[name].sparsity
+        return Answers(
+            name,
+            sparsity,
+            realised,
+            float(right.mean()),
+            scoring.standard_error(right),
+            float(right_norm.mean()),
+            scoring.standard_error(right_norm),
+            against,
+            self.correct[name],
+            self.correct_norm[name],
+        )
+
+
+def report(result: Result) -> str:
+    """The table, accuracies in percent."""
+    lines = [
+        f"{result.file}: {result.questions} questions; contexts run dense, endings as decode steps",
+        f"{'':<12}{'skipped':>8}{'acc':>16}{'acc_norm':>16}{'acc - dense':>18}{'acc_norm - dense':>18}",
+    ]
+    for row in result.variants:
+        skipped = f"{row.realised:.1%}" if row.sparsity else ""
+        values = ((row.acc, row.acc_se), (row.acc_norm, row.acc_norm_se))
+        cells = "".join(f"{f'{100 * value:.1f} ± {shown(100 * se, 1)}':>16}" for value, se in values)
+        other = row.against.get(DENSE)
+        if other is not None:
+            pairs = ((other.acc, other.acc_se), (other.acc_norm, other.acc_norm_se))
+            cells += "".join(f"{f'{100 * value:+.1f} ± {shown(100 * se, 1)}':>18}" for value, se in pairs)
+        lines.append(f"{row.name:<12}{skipped:>8}{cells}".rstrip())
+    lines.append("± standard errors; differences are paired by question")
+    return "\n".join(lines)

@@ -1,0 +1,131 @@
+"""Presets: wishes in TOML for convert and calibrate, shipped in `configs/` or a file of the user's own."""
+
+import tomllib
+from dataclasses import dataclass, fields
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from spqt_cli.errors import SpqtError, UsageError
+from spqt_cli.format import layout
+from spqt_cli.system import files
+
+LONGEST_BYTES = 1 << 20  # of a preset's file
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Settings of one preset; None means: leave it to the command's own default.
+
+    bits, group_size: of the Zigzag layers. sparsity: share of channels to skip, 0 to 0.95.
+    method: of calibration. tokens: of calibration text. skip: layer paths, by suffix, kept row-grouped.
+    head_bits: of embedding and head. projections: (suffix of paths, bits, group size) of those that differ.
+    """
+
+    bits: int | None = None
+    group_size: int | None = None
+    sparsity: float | None = None
+    method: str | None = None
+    tokens: int | None = None
+    skip: tuple[str, ...] = ()
+    head_bits: int | None = None
+    projections: tuple[tuple[str, int, int], ...] = ()
+
+
+SECTIONS: dict[str, dict[str, type]] = {
+    "quantization": {"bits": int, "group_size": int, "head_bits": int},
+    "calibration": {"sparsity": float, "method": str, "tokens": int},
+    "layers": {"skip": list},
+}
+PROJECTIONS = "projections"  # a section of layers' own settings: k_proj = {bits = 8, group_size = 64}
+
+
+def names() -> list[str]:
+    """The shipped presets."""
+    folder = resources.files("spqt_cli.configs")
+    return sorted(item.name[:-5] for item in folder.iterdir() if item.name.endswith(".toml"))
+
+
+def load_preset(name_or_path: str) -> Preset:
+    """The preset of that name, or in that TOML file. Unknown sections and keys are errors."""
+    if name_or_path in names():
+        text = (resources.files("spqt_cli.configs") / f"{name_or_path}.toml").read_text(encoding="utf-8")
+    else:
+        try:
+            text = files.read_bounded(Path(name_or_path), LONGEST_BYTES).decode("utf-8")
+        except (OSError, UnicodeDecodeError):
+            raise SpqtError(
+                f"there is no preset {name_or_path!r}", f"use one of {', '.join(names())}, or a .toml file"
+            ) from None
+    try:
+        document = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise SpqtError(f"preset {name_or_path}: {error}", "mend the TOML") from None
+    return _parse(document, name_or_path)
+
+
+def _parse(document: dict[str, Any], name: str) -> Preset:
+    values: dict[str, Any] = {}
+    for section, content in document.items():
+        if section == PROJECTIONS and isinstance(content, dict):
+            values[PROJECTIONS] = tuple(_projection(*item, name) for item in content.items())
+            continue
+        known = SECTIONS.get(section)
+        if known is None or not isinstance(content, dict):
+            sections = ", ".join([*SECTIONS, PROJECTIONS])
+            raise SpqtError(f"preset {name}: unknown section [{section}]", f"sections: {sections}")
+        for key, value in content.items():
+            if key not in known:
+                raise SpqtError(
+                    f"preset {name}: unknown key {key!r} in [{section}]", f"keys: {', '.join(known)}"
+                )
+            wanted: Any = (int, float) if known[key] is float else known[key]
+            if not isinstance(value, wanted) or isinstance(value, bool):
+                raise SpqtError(f"preset {name}: {key} = {value!r} is not a {known[key].__name__}", "mend it")
+            values[key] = tuple(value) if isinstance(value, list) else value
+    preset = Preset(**values)
+    check(preset)
+    return preset
+
+
+def _projection(suffix: str, content: Any, name: str) -> tuple[str, int, int]:
+    """(suffix of layer paths, bits, group size) of one line under [projections]."""
+    keys = {"bits", "group_size"}
+    whole = isinstance(content, dict) and all(type(value) is int for value in content.values())
+    if not whole or content.keys() != keys:
+        raise SpqtError(
+            f"preset {name}: {suffix!r} in [{PROJECTIONS}] needs bits and a group size",
+            f"{suffix} = {{bits = 8, group_size = 64}}",
+        )
+    return suffix, content["bits"], content["group_size"]
+
+
+def check(preset: Preset) -> None:
+    """Refuse values outside their range (exit 2)."""
+    own = [(bits, group_size) for _, bits, group_size in preset.projections]
+    for bits, group_size in [(preset.bits, preset.group_size), (preset.head_bits, None), *own]:
+        if bits is not None and bits not in layout.BITS:
+            raise UsageError(f"{bits} bits: not a width that MLX packs", f"use one of {layout.BITS}")
+        if group_size is not None and group_size not in layout.GROUP_SIZES:
+            raise UsageError(f"group size {group_size} does not exist", f"use one of {layout.GROUP_SIZES}")
+    if preset.sparsity is not None and not 0 <= preset.sparsity <= 0.95:
+        raise UsageError(f"sparsity {preset.sparsity} is not in 0 to 0.95", "0.25 skips a quarter")
+    if preset.tokens is not None and preset.tokens < 1:
+        raise UsageError(f"{preset.tokens} tokens of calibration text", "give a positive number")
+
+
+def merged(preset: Preset, **overrides: Any) -> Preset:
+    """`preset` with the values that are given (not None) on the command line put over it."""
+    values = {field.name: getattr(preset, field.name) for field in fields(preset)}
+    values.update({key: value for key, value in overrides.items() if value is not None})
+    result = Preset(**values)
+    check(result)
+    return result
+
+
+def default_sparsity(weights: int) -> float:
+    """The share to skip for a model of that many weights: small models pay more for skipping.
+
+    Embedding and head count: sizes are those that models are named by. docs/quality.md has the evidence.
+    """
+    return 0.25 if weights < 0.5e9 else 0.3 if weights < 1.5e9 else 0.4

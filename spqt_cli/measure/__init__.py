@@ -1,0 +1,1 @@
+"""What calibration, evaluation and benchmarks share: probes, scores, texts, many rows."""

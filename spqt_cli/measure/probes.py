@@ -1,0 +1,243 @@
+"""Watching a model's Zigzag layers from inside: what enters them, what skipping would drop.
+
+`probing` puts a Probe in each layer's place for as long as its block lasts, so no hook stays in the
+layers. A Probe masks many rows at once, which is what decoding does to one row at a time; the prompt
+of a window runs dense, as in generation. It knows nothing of text, methods or files.
+"""
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, cast
+
+import mlx.core as mx
+import numpy as np
+from mlx import nn
+from mlx.utils import tree_unflatten
+
+from spqt_cli.decode.layers import ZigzagLinear
+from spqt_cli.errors import UnsupportedError
+from spqt_cli.format import layout, thresholds
+from spqt_cli.measure import many_rows
+from spqt_cli.patch import zigzag_layers
+
+
+class Masking:
+    """Thresholds to mask by, and how much they masked since. Layers left out, or at 0, stay dense.
+
+    rows: (B, rows) booleans, True where a row is masked and counted; None: all of them. With rows, every
+    layer must see one row for each position.
+    """
+
+    def __init__(self, values: Mapping[str, float]) -> None:
+        self._thresholds = {
+            path: mx.array([value], mx.float32) for path, value in values.items() if value > 0
+        }
+        self._skipped: dict[str, mx.array] = {}
+        self._seen: dict[str, int] = {}
+        self.rows: np.ndarray | None = None
+
+    def apply(self, path: str, x: mx.array) -> mx.array:
+        """x (..., inputs) with the layer's inactive channels set to zero, and counted."""
+        rows = self.rows
+        if rows is not None and rows.size * x.shape[-1] != x.size:
+            raise UnsupportedError(
+                f"layer {path} does not see all positions at once",
+                "this model can't be calibrated block by block",
+            )
+        seen = x.size if rows is None else int(rows.sum()) * x.shape[-1]
+        self._seen[path] = self._seen.get(path, 0) + seen
+        threshold = self._thresholds.get(path)
+        if threshold is None:
+            return x
+        inactive = layout.inactive(x, threshold)
+        if rows is not None:
+            inactive = inactive & mx.array(rows.reshape(*x.shape[:-1], 1))
+        # float32 sums of whole numbers: exact per window, and off by under 1e-6 of the total
+        skipped = inactive.sum().astype(mx.float32)
+        self._skipped[path] = self._skipped[path] + skipped if path in self._skipped else skipped
+        return mx.where(inactive, mx.array(0, x.dtype), x)
+
+    def evaluate(self) -> None:
+        mx.eval(self._skipped)
+
+    def realised(self) -> dict[str, float]:
+        """Path -> share of its inputs masked so far; only layers that ran."""
+        skipped = {path: float(np.array(count)) for path, count in self._skipped.items()}
+        return {path: skipped.get(path, 0.0) / seen for path, seen in self._seen.items() if seen}
+
+
+class Harness:
+    """What all probes of a model share: switches to set, sums to read.
+
+    masking: what to mask by, None to run dense. counting: add every input to the histograms, but for
+    the `first` positions of a pass of `length`. slopes: gathers each call's input and gradient, None where
+    nothing is differentiated.
+    """
+
+    def __init__(self, layers: dict[str, ZigzagLinear]) -> None:
+        self.layers = layers
+        self.masking: Masking | None = None
+        self.counting, self.first, self.length = False, 0, 0
+        self.slopes: Slopes | None = None
+        self._counts: dict[str, np.ndarray] = {}
+        self._owner: dict[str, str] = {}  # a layer -> the sibling that counts their common input
+        self._last: tuple[str, mx.array] | None = None
+
+    def count(self, path: str, x: mx.array) -> None:
+        """Add x (..., inputs) to the histogram of the layer, once for siblings that share it.
+
+        Layers that don't see a row for each position (experts, recurrent cells) are counted whole.
+        """
+        if self._last is not None and self._last[1] is x:
+            self._owner[path] = self._last[0]
+            return
+        self._last = (path, x)
+        rows = x.reshape(-1, x.shape[-1])
+        added = thresholds.histogram(rows[self.first :] if len(rows) == self.length else rows)
+        self._counts[path] = self._counts[path] + added if path in self._counts else added
+
+    def histograms(self) -> dict[str, np.ndarray]:
+        """Path -> counts of |x| per bin since the last call: (BINS,), int64; only layers that ran."""
+        counts, self._counts, self._last = self._counts, {}, None
+        owners = {path: path if path in counts else self._owner.get(path, path) for path in self.layers}
+        return {path: counts[owner] for path, owner in owners.items() if owner in counts}
+
+
+class Slopes:
+    """What enters the layers in one differentiated pass, call by call, and the gradients by it.
+
+    `origin` is what to differentiate by: a zero added to every layer's input, so that each is reached from
+    it. Inputs may have any shape and number: whole sequences, single tokens, the rows of an expert.
+    """
+
+    def __init__(self) -> None:
+        self.origin = mx.zeros(())
+        self._calls: dict[str, list[tuple[mx.array, mx.array]]] = {}
+
+    def through(self, path: str, x: mx.array) -> mx.array:
+        """x, whose gradient is kept when it comes back."""
+
+        @mx.custom_function
+        def same(y: mx.array) -> mx.array:
+            return y
+
+        @same.vjp
+        def back(y: mx.array, gradient: mx.array, _: mx.array) -> mx.array:
+            self._calls.setdefault(path, []).append((y, gradient))
+            return gradient
+
+        return cast(mx.array, same(x + self.origin.astype(x.dtype)))
+
+    def pairs(self) -> Iterator[tuple[str, mx.array, mx.array]]:
+        """(path, input, gradient) of every call that the result depends on."""
+        for path, calls in self._calls.items():
+            for x, gradient in calls:
+                yield path, x, gradient
+
+    def evaluate(self) -> None:
+        mx.eval([*self._calls.values()])
+
+
+class Probe(nn.Module):
+    """A Zigzag layer with its harness: watches and masks x (..., inputs), multiplies densely."""
+
+    def __init__(self, path: str, layer: ZigzagLinear, harness: Harness) -> None:
+        super().__init__()
+        self.layer = layer
+        self._path, self._harness = path, harness
+
+    def __call__(self, x: mx.array) -> mx.array:
+        harness, path = self._harness, self._path
+        if harness.counting:
+            harness.count(path, x)
+        if harness.slopes is not None:
+            x = harness.slopes.through(path, x)
+        if harness.masking is not None:
+            x = harness.masking.apply(path, x)
+        return many_rows.linear(x, self.layer)
+
+
+@contextmanager
+def probing(model: nn.Module) -> Iterator[Harness]:
+    """Put a probe in place of every Zigzag layer in this block."""
+    layers = zigzag_layers(model)
+    harness = Harness(layers)
+    probes = [(path, Probe(path, layer, harness)) for path, layer in layers.items()]
+    model.update_modules(tree_unflatten(probes))
+    try:
+        yield harness
+    finally:
+        model.update_modules(tree_unflatten(list(layers.items())))
+
+
+@contextmanager
+def unprobed(model: nn.Module, harness: Harness) -> Iterator[None]:
+    """Put a probed model's own layers back for this block, and the probes again afterwards.
+
+    Whatever stands in a layer's place at the end is dropped.
+    """
+    probes = [(path, module) for path, module in model.named_modules() if isinstance(module, Probe)]
+    model.update_modules(tree_unflatten(list(harness.layers.items())))
+    try:
+        yield
+    finally:
+        model.update_modules(tree_unflatten(probes))
+
+
+def prompt_cache(model: nn.Module, tokens: mx.array) -> list[Any]:
+    """The model's cache after a pass over `tokens` (B, length); the head is not computed."""
+    cache = empty_cache(model)
+    advance(model, tokens, cache)
+    return cache
+
+
+def empty_cache(model: nn.Module) -> list[Any]:
+    """The model's cache before any token."""
+    from mlx_lm.models.cache import make_prompt_cache
+
+    return make_prompt_cache(model)
+
+
+def advance(model: nn.Module, tokens: mx.array, cache: list[Any]) -> None:
+    """Run `tokens` (B, length) through the model into `cache`; the head is not computed."""
+    with many_rows.many_rows(heads=False):
+        logits = model(tokens, cache=cache)
+        mx.eval([entry.state for entry in cache])
+    del logits  # never evaluated
+
+
+def continuation(model: nn.Module, tokens: mx.array, cache: list[Any]) -> mx.array:
+    """The logits (B, length, vocab) of `tokens` after a cached prompt; the cache stays as it was."""
+    with many_rows.many_rows():
+        return model(tokens, cache=copy.deepcopy(cache))
+
+
+def weighted(shares: Mapping[str, float], layers: Mapping[str, ZigzagLinear]) -> float:
+    """The share of all Zigzag weights skipped, from each layer's share of inputs skipped."""
+    sizes = {path: layer.inputs * layer.outputs for path, layer in layers.items()}
+    return sum(shares.get(path, 0.0) * size for path, size in sizes.items()) / sum(sizes.values())
+
+
+@contextmanager
+def hooked(modules: Iterable[nn.Module], hook: Callable[..., Any]) -> Iterator[None]:
+    """Calls of these modules go to hook(module, call, x, ...) here; `call` is their class's own code."""
+    known = {id(module): module for module in modules}
+    kinds: set[Any] = {type(module) for module in known.values()}  # classes whose calls are replaced
+    originals = {kind: kind.__call__ for kind in kinds}
+
+    def through(call: Callable[..., Any]) -> Callable[..., Any]:
+        def ask(module: nn.Module, x: mx.array, *rest: Any, **named: Any) -> Any:
+            if id(module) not in known:
+                return call(module, x, *rest, **named)
+            return hook(module, call, x, *rest, **named)
+
+        return ask
+
+    try:
+        for kind, call in originals.items():
+            kind.__call__ = through(call)
+        yield
+    finally:
+        for kind, call in originals.items():
+            kind.__call__ = call

@@ -1,0 +1,130 @@
+"""Attention on the CPU extension at every width, in an order that meets what wider heads left in memory."""
+
+from functools import cache
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_lm.models.cache import make_prompt_cache
+
+from spqt_cli.backends import cpu
+from spqt_cli.convert.convert import ConvertOptions, convert
+from spqt_cli.decode import patch_cpu
+from spqt_cli.decode.session import load
+from tests.conftest import tiny_checkpoint
+
+USABLE, REASON = cpu.status()
+pytestmark = [pytest.mark.skipif(not USABLE, reason=REASON), pytest.mark.usefixtures("isa")]
+
+WIDTHS = range(256, 0, -16)  # all that the guards admit, wide before narrow
+TOLERANCE = 5e-6  # float32 sums of up to 300 terms against float64
+
+
+def random(*shape, seed=0):
+    return mx.array(np.random.default_rng(seed).normal(size=shape).astype(np.float32))
+
+
+def oracle(q, k, v, causal):
+    """softmax(q @ k.T / sqrt(width)) @ v in float64; causal: the last row sees all keys."""
+    q, k, v = (np.array(a).astype(np.float64) for a in (q, k, v))
+    shared = q.shape[1] // k.shape[1]
+    scores = q @ np.repeat(k, shared, 1).swapaxes(2, 3) * q.shape[3] ** -0.5
+    if causal:
+        hidden = np.triu(np.ones(scores.shape[2:], bool), 1 + k.shape[2] - q.shape[2])
+        scores = np.where(hidden, -np.inf, scores)
+    p = np.exp(scores - scores.max(-1, keepdims=True))
+    return p / p.sum(-1, keepdims=True) @ np.repeat(v, shared, 1)
+
+
+@cache  # the instruction sets share them
+def case(heads, rows, keys, width, causal):
+    """q, k, v as a slice of a longer cache, and their oracle. heads: batch, heads, heads of keys."""
+    batch, heads, key_heads = heads
+    q = random(batch, heads, rows, width)
+    k, v = (random(batch, key_heads, keys + 5, width, seed=seed)[:, :, :keys] for seed in (1, 2))
+    return q, k, v, oracle(q, k, v, causal)
+
+
+def ours(q, k, v, causal=True):
+    assert cpu.attends(q, k, v)
+    return np.array(cpu.attention(q, k, v, scale=q.shape[3] ** -0.5, causal=causal))
+
+
+def check_every_width(heads, rows, keys, causal=True):
+    for width in WIDTHS:
+        q, k, v, want = case(heads, rows, keys, width, causal)
+        close(ours(q, k, v, causal), want)
+
+
+def close(found, want, tolerance=TOLERANCE):
+    # row by row: an error in one must not drown in the others
+    error, size = (np.linalg.norm(a, axis=-1) for a in (found - want, want))
+    assert (error <= tolerance * np.maximum(size, np.sqrt(np.mean(size**2)))).all(), (error / size).max()
+
+
+# where a block of 96 rows, a panel of 64 keys and a stretch of 128 end, and one to either side
+@pytest.mark.parametrize("keys", [1, 63, 64, 65, 127, 128, 129, 256, 257])
+def test_one_row(keys):
+    check_every_width((1, 2, 1), 1, keys)
+
+
+@pytest.mark.parametrize(
+    ("rows", "keys"),
+    [(2, 2), (7, 63), (13, 64), (12, 65), (95, 127), (96, 128), (97, 129), (193, 193)],
+)
+def test_many_rows(rows, keys):
+    check_every_width((1, 2, 1), rows, keys)
+
+
+@pytest.mark.parametrize(("rows", "keys"), [(5, 65), (97, 128)])
+def test_rows_that_see_every_key(rows, keys):
+    check_every_width((1, 2, 1), rows, keys, causal=False)
+
+
+@pytest.mark.parametrize("heads", [(1, 1, 1), (2, 9, 3), (1, 7, 1), (3, 4, 4)], ids=str)
+@pytest.mark.parametrize("rows", [1, 15])
+def test_shared_keys(heads, rows):
+    check_every_width(heads, rows, 70)
+
+
+def test_a_prompt_is_what_its_tokens_are_one_by_one():
+    for width in WIDTHS:
+        q, k, v, _ = case((1, 2, 1), 97, 129, width, True)
+        whole = ours(q, k, v)
+        for row in (0, 11, 12, 95, 96):
+            seen = 129 - 96 + row
+            alone = ours(q[:, :, row : row + 1], k[:, :, :seen], v[:, :, :seen])
+            close(whole[:, :, row : row + 1], alone)
+
+
+def test_all_widths_in_one_graph():
+    """Several jobs wait for the same memory at once."""
+    for rows in (1, 40):
+        cases = [case((1, 2, 1), rows, 40, width, True) for width in (*WIDTHS, *reversed(WIDTHS))]
+        made = [cpu.attention(q, k, v, scale=q.shape[3] ** -0.5, causal=True) for q, k, v, _ in cases]
+        mx.eval(made)
+        for y, (*_, want) in zip(made, cases, strict=True):
+            close(np.array(y), want)
+
+
+@pytest.fixture
+def ops():
+    """Sets which operations stand behind MLX's names; they are as before in the end."""
+    before = mx.fast.rms_norm
+    yield lambda ours: patch_cpu.install() if ours else patch_cpu.remove()
+    patch_cpu.install() if before is patch_cpu.rms_norm else patch_cpu.remove()
+
+
+def test_logits_of_a_model_with_heads_of_80(tmp_path, ops):
+    """Two parts of a prompt and a token through mlx-lm, on our attention and on MLX's."""
+    sizes = {"head_dim": 80, "hidden_size": 320, "num_attention_heads": 4, "num_key_value_heads": 2}
+    convert(str(tiny_checkpoint(tmp_path / "m", **sizes)), tmp_path / "out", ConvertOptions(8, 32))
+    loaded = load(tmp_path / "out").model
+    tokens = mx.array(np.random.default_rng(0).integers(0, 512, (1, 150)))
+    found = []
+    for ours in (True, False):
+        ops(ours)
+        kept = make_prompt_cache(loaded)
+        parts = [np.array(loaded(some, cache=kept)) for some in mx.split(tokens, [120, 149], axis=1)]
+        found.append(np.concatenate(parts, axis=1))
+    close(*found, 1e-4)  # two layers of roundings, and a head

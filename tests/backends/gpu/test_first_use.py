@@ -1,0 +1,147 @@
+"""No GPU kernel is used before it was held against the definition here; wrong ones are given up."""
+
+import mlx.core as mx
+import pytest
+
+from spqt_cli.backends import kernels, selftest, stock
+from spqt_cli.backends.gpu import backend as gpu
+from spqt_cli.backends.gpu import first_use, kernel_text, launch_plan
+from spqt_cli.backends.selftest import Case
+from tests.backends.gpu.test_kernels import CUTS, use
+from tests.metal.emulator import emulate
+
+
+@pytest.fixture
+def fresh_trust(monkeypatch, tmp_path):
+    """No verdicts, kept or remembered, and a cache of its own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(first_use, "_broken", [])
+    first_use._passed.cache_clear()
+    yield
+    first_use._passed.cache_clear()
+
+
+def run_emulated(launch, inputs):
+    return emulate(launch, inputs, kernel_text.header()).outputs
+
+
+def planted(monkeypatch, old, new):
+    """The kernel body with one change."""
+    real = kernel_text.body
+    assert old in real("sparse_gemv.metal")
+    monkeypatch.setattr(kernel_text, "body", lambda name: real(name).replace(old, new))
+    kernel_text.gemv_kernel.cache_clear()
+
+
+WRONG_BODIES = [
+    ("sums[c] = fma(code,", "sums[c] = 2.0f * fma(code,", "a GPU kernel is wrong"),
+    ("kept |= 1u << e;", "kept |= no_such_name;", "a kernel does not run"),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "reason"), WRONG_BODIES)
+def test_fault_46_wrong_kernel_leads_to_the_stock_path(monkeypatch, fresh_trust, capfd, old, new, reason):
+    monkeypatch.setattr(gpu, "run", run_emulated)
+    use(monkeypatch, CUTS["narrow"])
+    planted(monkeypatch, old, new)
+    case = Case((128,), 96)
+    some = selftest.matrices(case)
+    x = selftest.vector(case)
+    for _ in range(2):
+        (y,), active = gpu.sparse_gemv(x, some)
+        (expected,), _ = stock.sparse_gemv(x, some)
+        assert mx.array_equal(y, expected).item()
+        assert active.item() == 48
+    told = capfd.readouterr().err
+    assert told.count("\n") == 1
+    assert reason in told
+    assert "spqt doctor --selftest" in told
+    kernel_text.gemv_kernel.cache_clear()
+
+
+def test_right_kernel_is_checked_once_per_machine(monkeypatch, fresh_trust):
+    launches = []
+
+    def run(launch, inputs):
+        launches.append(launch)
+        return run_emulated(launch, inputs)
+
+    monkeypatch.setattr(gpu, "run", run)
+    use(monkeypatch, CUTS["narrow"])
+    case = Case((128,), 96)
+    x = selftest.vector(case)
+    gpu.sparse_gemv(x, selftest.matrices(case))
+    assert len(launches) == 3  # twice to check, once for the caller
+    first_use._passed.cache_clear()  # as a new process would
+    gpu.sparse_gemv(x, selftest.matrices(case))
+    assert len(launches) == 4
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("settings[norm_first + k]", "settings[norm_first]"),
+        ("+ as_type<float>(settings[4])", ""),
+        ("squares += square_sum[g]", "squares = square_sum[g]"),
+        ("T(float(x[k]) * factor)", "T(float(x[k]))"),
+    ],
+)
+def test_a_wrong_norm_is_found_on_first_use(monkeypatch, fresh_trust, capfd, old, new):
+    case = Case((128,), 301, dtype=mx.bfloat16)
+    some, norm = selftest.matrices(case), kernels.Norm(mx.ones((301,), mx.bfloat16), 1e-5)
+    monkeypatch.setattr(gpu, "run", run_emulated)
+    use(monkeypatch, CUTS["narrow"])
+    form, x = launch_plan.Form(norm=norm), selftest.vector(case)
+    assert gpu._plan(x, some, form).gemv is not None
+    first_use._passed.cache_clear()
+    planted(monkeypatch, old, new)
+    assert gpu._plan(x, selftest.matrices(case), form).gemv is None
+    assert "a GPU kernel is wrong" in capfd.readouterr().err
+    kernel_text.gemv_kernel.cache_clear()
+
+
+def test_selftest_table_sees_a_wrong_backend(monkeypatch):
+    cases = [
+        ("one launch", Case((64,), 40, dtype=mx.float32)),
+        ("fused", Case((64, 64), 40, dtype=mx.float32)),
+    ]
+    monkeypatch.setattr(selftest, "_cases", lambda: cases)
+    monkeypatch.setattr("spqt_cli.backends.kernels.sparse_gemv", stock.sparse_gemv)
+    assert all(row["pass"] for row in selftest.run())
+
+    def wrong(x, some):
+        ys, active = stock.sparse_gemv(x, some)
+        return [y + 1 for y in ys], active
+
+    monkeypatch.setattr("spqt_cli.backends.kernels.sparse_gemv", wrong)
+    assert not any(row["pass"] for row in selftest.run() if "dense" not in row["kernel"])
+
+
+@pytest.mark.parametrize(("old", "new"), [(fault[0], fault[1]) for fault in WRONG_BODIES])
+def test_selftest_table_shows_a_kernel_that_was_given_up(monkeypatch, fresh_trust, old, new):
+    monkeypatch.setattr(first_use, "_broken", ["found wrong before"])
+    monkeypatch.setattr(gpu, "run", run_emulated)
+    monkeypatch.setattr("spqt_cli.backends.kernels._implementation", lambda: gpu)
+    monkeypatch.setattr(selftest, "_cases", lambda: [("one launch", Case((128,), 96))])
+    monkeypatch.setattr(selftest, "_dense_rows", list)
+    use(monkeypatch, CUTS["narrow"])
+    planted(monkeypatch, old, new)
+    (row,) = selftest.run()
+    assert not row["pass"]
+    kernel_text.gemv_kernel.cache_clear()
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_selftest_table_judges_what_reductions_do_besides(monkeypatch, fresh_trust, wrong):
+    if wrong:
+        real = kernel_text.body
+        monkeypatch.setattr(
+            kernel_text, "body", lambda name: real(name).replace("+ float(residual", "- float(residual")
+        )
+    kernel_text.reduce_kernel.cache_clear()
+    monkeypatch.setattr(gpu, "run", run_emulated)
+    monkeypatch.setattr("spqt_cli.backends.kernels.backend", lambda: kernels.Backend("cuda", "emulated"))
+    rows = selftest._reduction_rows()
+    assert len(rows) == 9
+    assert [row["kernel"] for row in rows if not row["pass"]] == (["residual"] * 3 if wrong else [])
+    kernel_text.reduce_kernel.cache_clear()

@@ -1,0 +1,67 @@
+"""What a calibration says of itself: the default share, the warning, what config.json keeps of it."""
+
+import dataclasses
+import shutil
+
+import pytest
+
+from spqt_cli.calibrate import calibrate, result
+from spqt_cli.cli import describe
+from spqt_cli.decode import session
+from spqt_cli.format import config_json
+
+
+@pytest.mark.parametrize(
+    ("weights", "share"),
+    [(135e6, 0.25), (494e6, 0.25), (0.5e9, 0.3), (1.24e9, 0.3), (1.54e9, 0.4), (8e9, 0.4), (70e9, 0.4)],
+)
+def test_default_share_grows_with_the_model_and_never_to_half(weights, share):
+    assert calibrate.default_sparsity(int(weights)) == share
+
+
+def test_size_counts_embedding_and_head(converted, tmp_path, monkeypatch):
+    """A model of 1.5B weights has 1.3B in its blocks; by those alone it would count as smaller."""
+    folder = shutil.copytree(converted, tmp_path / "model")
+    loaded = session.load(folder, dense=True)
+    blocks = sum(layer.inputs * layer.outputs for layer in session.zigzag_layers(loaded.model).values())
+    seen = []
+    monkeypatch.setattr(calibrate, "default_sparsity", lambda weights: seen.append(weights) or 0.25)
+    options = calibrate.CalibrateOptions(tokens=128, window=64, method="uniform")
+    assert calibrate.calibrate(folder, options, lambda *_: None).sparsity == 0.25
+    assert seen[0] >= blocks + 512 * 64  # the tied embedding
+
+
+def test_limit_is_met_and_one_step_over_it_warns():
+    assert result.warning(result.SUFFERS) == ""
+    assert "perplexity about +28%" in result.warning(0.25)  # exp(0.25) = 1.284
+    assert result.warning(1e300)  # no overflow
+
+
+@pytest.fixture
+def poor(calibrated):
+    """The config of a model whose calibration, at 40 %, came out at a KL of 0.25."""
+    config = config_json.read_config(calibrated)
+    assert config["spqt"]["calibration"]["kl"] == pytest.approx(
+        config["spqt"]["calibration"]["tried"][0]["kl"], rel=1e-5
+    )
+    config["spqt"]["calibration"]["kl"] = 0.25
+    return config
+
+
+def test_warned_of_the_calibrated_share_and_above(poor):
+    shown = {share: result.warning_of(poor, share) for share in (None, 0.2, 0.4, 0.6)}
+    assert [share for share, said in shown.items() if said] == [0.4, 0.6]
+
+
+@pytest.mark.parametrize("damaged", ["much", None, [0.2]])
+def test_damaged_kl_warns_of_nothing(poor, damaged):
+    poor["spqt"]["calibration"]["kl"] = damaged
+    assert result.warning_of(poor, 0.4) == ""
+
+
+def test_inspect_shows_cost_and_warning(calibrated):
+    summary = describe.describe(str(calibrated))
+    kl = summary.calibration["kl"]
+    assert f"sparsity 0.4, realised {summary.calibration['realised']}, kl {kl}" in summary.text()
+    bad = dataclasses.replace(summary, calibration={**summary.calibration, "kl": 0.25})
+    assert "warning: the text will suffer" in bad.text()

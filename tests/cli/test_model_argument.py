@@ -1,0 +1,93 @@
+"""Naming the model of a command: as an argument, by --model, twice, or not at all."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from spqt_cli.cli import flags, worker
+from spqt_cli.errors import UsageError
+from tests.cli.test_commands import assert_error, spqt
+
+
+@pytest.fixture(autouse=True)
+def _without_a_worker(monkeypatch):
+    monkeypatch.setenv(worker.MARK, str(os.getpid()))
+
+
+FLAGS = {
+    "generate": ["-p", "the fox", "-m", 4, "--json"],
+    "compare": ["-p", "the fox", "-m", 4, "--sparsity", "0.3", "--json"],
+    "bench": ["-p", 2, "-g", 2, "-r", 2, "--json"],
+}
+
+
+def answer(command: str, *names: object) -> object:
+    """What a command printed, without its times."""
+    result = spqt(command, *names, *FLAGS[command])
+    assert result.returncode == 0, result.stderr.decode()
+    found = json.loads(result.stdout)
+    if command == "bench":
+        return found["settings"]["model"]
+    return found["text"] if command == "generate" else found[0]["text"]
+
+
+@pytest.mark.parametrize("command", FLAGS)
+def test_the_model_may_be_an_argument(command, calibrated):
+    as_option = answer(command, "--model", calibrated)
+    assert answer(command, calibrated) == as_option
+    assert answer(command, calibrated, "--model", calibrated) == as_option
+
+
+def test_eval_takes_model_and_text(calibrated, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("pack my box with five dozen liquor jugs " * 100)
+    forms = ([calibrated, text], [text, "--model", calibrated], [calibrated, text, "--model", calibrated])
+    results = [spqt("eval", *names, "--windows", 1, "--json") for names in forms]
+    assert results[0].returncode == 0, results[0].stderr.decode()
+    assert json.loads(results[0].stdout)["text"] == "text.txt"
+    assert len({result.stdout for result in results}) == 1
+
+
+@pytest.mark.parametrize("command", FLAGS)
+def test_two_models_are_refused_before_any_is_looked_for(command):
+    result = spqt(command, "one/model", "--model", "another/model", *FLAGS[command][:2])
+    assert_error(result, 2, "two models", "one/model", "another/model", f"spqt {command} MODEL")
+
+
+@pytest.mark.parametrize("command", ["generate", "compare"])
+def test_no_model_is_refused_before_stdin_is_read(command):
+    result = spqt(command, "--prompt", "-", stdin=b"\xff")  # which would be an error of its own
+    assert_error(result, 2, "no model", f"spqt {command} MODEL")
+
+
+def test_bench_without_a_model_or_a_shape():
+    assert_error(spqt("bench"), 2, "a model or --shape", "llama-3-8b")
+
+
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [
+        ([], "needed"),
+        (["a"], "only a"),
+        (["a", "b", "--model", "c"], "two models"),
+        (["--model", "c"], "text"),
+    ],
+)
+def test_eval_says_what_is_missing(names, says):
+    assert_error(spqt("eval", *names), 2, says, "spqt eval MODEL TEXT")
+
+
+def test_a_lone_argument_of_eval_is_the_text_only_beside_the_option():
+    assert flags.with_text("t", None, "m", "") == ("m", Path("t"))
+    assert flags.with_text("m", Path("t"), None, "") == ("m", Path("t"))
+    with pytest.raises(UsageError):
+        flags.with_text("m", None, None, "")
+
+
+@pytest.mark.parametrize("command", [*FLAGS, "eval"])
+def test_help_shows_both_ways(command):
+    shown = spqt(command, "--help").stdout.decode()
+    assert "[MODEL]" in shown
+    assert "--model" in shown

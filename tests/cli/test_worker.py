@@ -1,0 +1,78 @@
+"""Model-running commands live in a child process: what ends it, the parent says in a line."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from spqt_cli.cli import worker
+
+
+def start(calibrated: Path, tokens: int) -> tuple[subprocess.Popen, int]:
+    """A generate that is running, and the process id of its worker."""
+    command = [sys.executable, "-m", "spqt_cli", "generate", "--model", calibrated, "-p", "fox", "-m", tokens]
+    parent = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
+    for _ in range(600):
+        found = children.read_text().split()
+        if found:
+            return parent, int(found[0])
+        time.sleep(0.05)
+    raise AssertionError("no worker was started")
+
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+
+@linux
+@pytest.mark.parametrize(
+    ("number", "code", "word"),
+    [(signal.SIGABRT, 6, "GPU"), (signal.SIGSEGV, 6, "MLX"), (signal.SIGKILL, 5, "memory")],
+)
+def test_fault_44_an_aborted_worker_is_reported(calibrated, number, code, word):
+    before = {path.name: path.read_bytes() for path in calibrated.iterdir()}
+    parent, child = start(calibrated, 400)
+    os.kill(child, number)
+    _, error = parent.communicate(timeout=60)
+    assert parent.returncode == code
+    assert word in error.decode()
+    assert "Traceback" not in error.decode()
+    assert {path.name: path.read_bytes() for path in calibrated.iterdir()} == before
+
+
+@linux
+def test_fault_54_terminate_ends_both(calibrated):
+    parent, child = start(calibrated, 400)
+    time.sleep(0.5)  # let the child install its handler; before that the default ends it, which also is right
+    parent.terminate()
+    parent.communicate(timeout=60)
+    assert parent.returncode in (143, 6)
+    assert not Path(f"/proc/{child}").exists()
+
+
+@linux
+def test_a_killed_parent_takes_the_worker_along(calibrated):
+    parent, child = start(calibrated, 400)
+    time.sleep(1.0)
+    parent.kill()
+    parent.communicate(timeout=60)
+    for _ in range(200):
+        if not Path(f"/proc/{child}").exists():
+            return
+        time.sleep(0.05)
+    raise AssertionError("the worker went on for nobody")
+
+
+def test_only_commands_that_run_models_get_a_worker(monkeypatch):
+    monkeypatch.delenv(worker.MARK, raising=False)
+    assert worker.wanted(["generate", "--model", "x"])
+    assert worker.wanted(["calibrate", "x"])
+    assert not worker.wanted(["convert", "generate"])
+    assert not worker.wanted(["generate", "--help"])
+    assert not worker.wanted(["--version"])
+    monkeypatch.setenv(worker.MARK, "1")
+    assert not worker.wanted(["generate"])

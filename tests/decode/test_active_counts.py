@@ -1,0 +1,69 @@
+"""Running counts: on from step to step, past what one uint32 holds, merged where a layer ran in two ways."""
+
+from types import SimpleNamespace
+
+import mlx.core as mx
+import pytest
+
+from spqt_cli.decode import active_counts
+
+
+def groups(*sizes):
+    return [SimpleNamespace(layers=[SimpleNamespace(inputs=10) for _ in range(size)]) for size in sizes]
+
+
+def count(tally, *active):
+    """One step in which so many channels were active, per group and layer."""
+    tally.keep([b + mx.array(a, mx.uint32) for a, b in zip(active, tally.running, strict=True)])
+
+
+def test_counts_of_several_groups_are_means_over_steps():
+    both = groups(2, 1)
+    with active_counts.counting() as counter:
+        count(counter.tally(both), [1, 2], [5])
+        count(counter.tally(both), [3, 4], [5])
+    assert [share for _, share in counter.densities()] == pytest.approx([0.2, 0.3, 0.5])
+
+
+def test_counts_go_on_past_the_longest_run(monkeypatch):
+    monkeypatch.setattr(active_counts.Tally, "LONGEST", 3)
+    one = groups(1)
+    with active_counts.counting() as counter:
+        for step in range(1, 8):
+            tally = counter.tally(one)
+            count(tally, [step])
+            assert (tally.running[0].tolist() == [0]) is (step % 3 == 0)
+            (row,) = counter.densities()
+            assert row[1] == pytest.approx(sum(range(1, step + 1)) / step / 10)
+
+
+def test_a_layer_that_ran_in_two_ways_has_one_row():
+    (alone,) = groups(1)
+    with active_counts.counting() as counter:
+        count(counter.tally([alone]), [2])
+        way = [alone, *groups(1)]
+        count(counter.tally(way), [4], [1])
+        count(counter.tally(way), [6], [1])
+    assert {id(layer): share for layer, share in counter.densities()}[id(alone.layers[0])] == pytest.approx(
+        0.4
+    )
+
+
+def test_counting_ends_with_its_block_and_nests():
+    with active_counts.counting() as outer:
+        with active_counts.counting() as inner:
+            assert active_counts.current() is inner
+        assert active_counts.current() is outer
+    assert active_counts.current() is None
+
+
+def test_only_some_steps_are_counted():
+    both, each = groups(1, 1), []
+    with active_counts.counting(every=3) as counter:
+        for step in range(7):
+            tally = counter.tally(both)
+            each.append(tally is not None)
+            if tally is not None:
+                count(tally, [step], [1])
+    assert each == [True, False, False, True, False, False, True]
+    assert [share for _, share in counter.densities()] == pytest.approx([(0 + 3 + 6) / 3 / 10, 0.1])

@@ -1,0 +1,235 @@
+"""Transformer blocks as two calls around attention: recognised by what they are, equal to their own code."""
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx_lm.models import gemma, gemma3_text, llama, olmo2, qwen2, qwen3
+from mlx_lm.models.cache import KVCache
+
+from spqt_cli import patch
+from spqt_cli.backends import selftest
+from spqt_cli.backends.gpu import backend as gpu
+from spqt_cli.backends.gpu import first_use, launch_plan
+from spqt_cli.decode import active_counts, fused_block, fused_block_gpu, fused_mlp, phase
+from tests.backends.gpu.test_first_use import fresh_trust, run_emulated
+from tests.backends.gpu.test_kernels import CUTS, emulated, kinds, use
+from tests.conftest import layer_settings
+from tests.decode.test_fused_mlp import on_emulator
+
+__all__ = ["emulated", "fresh_trust", "on_emulator"]  # fixtures
+pytestmark = pytest.mark.usefixtures("decode_steps")
+WIDTH = 192
+
+
+class Doubled(llama.TransformerBlock):
+    """Named as others are, but not the same function."""
+
+    def __call__(self, x, mask=None, cache=None):
+        return super().__call__(x, mask, cache) * 2
+
+
+class Unmasked(llama.TransformerBlock):
+    def __call__(self, x, mask=None, cache=None):
+        h = x + self.self_attn(self.input_layernorm(x), None, cache)
+        return h + self.mlp(self.post_attention_layernorm(h))
+
+
+KINDS = [
+    (llama.TransformerBlock, True),
+    (qwen2.TransformerBlock, True),
+    (qwen3.TransformerBlock, True),
+    (gemma3_text.TransformerBlock, False),
+    (olmo2.TransformerBlock, False),
+    (Doubled, False),
+    (Unmasked, False),
+]
+
+
+@pytest.mark.parametrize(("kind", "expected"), KINDS, ids=lambda one: getattr(one, "__module__", None))
+def test_a_block_is_known_by_what_it_computes(kind, expected):
+    assert fused_block._is_block(kind) is expected
+
+
+class Rescaled(llama.Attention):
+    def __call__(self, x, mask=None, cache=None):
+        return super().__call__(x, mask, cache) * 2
+
+
+class Twofold(nn.Module):
+    def __call__(self, x, mask=None, cache=None):
+        if cache is None:
+            return x
+        return self.o_proj(x)
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        (llama.Attention, True),
+        (qwen3.Attention, True),
+        (gemma.Attention, True),
+        (Rescaled, False),
+        (Twofold, False),
+    ],
+)
+def test_attention_must_return_its_last_product_and_nothing_else(kind, expected):
+    assert fused_block._ends_with_out(kind) is expected
+
+
+def block(model=llama, kind=None):
+    """A block of 192 wide, 6 heads, 2 of keys, random Zigzag layers that skip some channels."""
+    mx.random.seed(3)
+    settings = layer_settings(hidden_size=WIDTH, intermediate_size=448, head_dim=32)
+    made = (kind or model.TransformerBlock)(model.ModelArgs.from_dict(settings))
+    nn.quantize(made, 64, 4, mode="zigzag", class_predicate=lambda _, m: isinstance(m, nn.Linear))
+    patch._share_inputs(made)
+    for path, layer in patch.zigzag_layers(made).items():
+        layer.set_threshold(0.3 if "self_attn" in path else 0.05)
+    made.input_layernorm.weight = mx.random.uniform(0.5, 1.5, (WIDTH,))
+    mx.eval(made.parameters())
+    return made
+
+
+def installed(made):
+    fused_mlp.install(made.mlp)
+    fused_block.install(made)
+    assert "_block" in made.__dict__
+    return made
+
+
+def token(seed):
+    return mx.random.normal((1, 1, WIDTH), key=mx.random.key(seed))
+
+
+def steps(made, seeds=(5, 6, 7), cache=None):
+    """The outputs of a few steps with a cache, and the shares that were active."""
+    cache = cache or KVCache()
+    with active_counts.counting() as counter:
+        found = [made(token(seed), None, cache=cache) for seed in seeds]
+    return np.array(mx.concatenate(found)), {id(layer): share for layer, share in counter.densities()}
+
+
+@pytest.fixture
+def striped(on_emulator, monkeypatch):
+    use(monkeypatch, CUTS["wide"])
+    return on_emulator
+
+
+@pytest.mark.parametrize("model", [llama, qwen2, qwen3])
+def test_two_calls_give_what_the_block_gives(striped, model):
+    made = block(model)
+    expected, shares = steps(made)
+    installed(made)(token(4), None, cache=KVCache())  # the first step is held against the block's own way
+    assert made._block._around._proven
+    turned_by_the_kernel = made._block._around._place is not fused_block_gpu._position
+    assert turned_by_the_kernel is (model is not qwen3)  # which normalizes its heads before it turns them
+    striped.clear()
+    found, counted = steps(made)
+    assert kinds(striped) == ["gemv", "reduce", "count"] * 4 * 3
+    # The same products; silu and float32 sums in other orders: a few hundred roundings of 2^-24.
+    assert np.allclose(found, expected, rtol=1e-4, atol=1e-4)
+    assert counted == shares
+    striped.clear()
+    made(token(8), None, cache=KVCache())
+    assert kinds(striped) == ["gemv", "reduce"] * 4  # nobody counts
+
+
+def test_steps_are_prepared_once_though_weights_are_laid_out_anew(striped, monkeypatch):
+    made, prepared = block(llama), []
+    installed(made)
+    real = fused_block.Block._prepare
+    monkeypatch.setattr(fused_block.Block, "_prepare", lambda self, x: prepared.append(x) or real(self, x))
+    weight = made.mlp.down_proj.weight
+    steps(made)
+    assert made.mlp.down_proj.weight is not weight
+    assert len(prepared) == 1
+
+
+def test_one_launch_a_product_adds_the_residual_outside(on_emulator, monkeypatch):
+    """Where o and down have no reduction that could carry the sum, the pair has."""
+    wide, whole = CUTS["wide"], CUTS["wide"]._replace(stripe=1000)
+    monkeypatch.setattr(gpu.geometry, "choose", lambda _, bands, *__: wide if len(bands) == 2 else whole)
+    made = block()
+    expected, shares = steps(made)
+    found, counted = steps(installed(made))
+    assert np.allclose(found, expected, rtol=1e-4, atol=1e-4)
+    assert counted == shares
+
+
+def test_fault_47_a_prompt_of_one_row_is_dense_and_decoding_goes_on_sparse(striped):
+    made = installed(block())
+    before, _ = steps(made)  # traced in decode steps
+    with phase.prompting():
+        prompt, counted = steps(made)
+    assert counted == {}
+    assert np.array_equal(steps(made)[0], before)
+    for layer in patch.zigzag_layers(made).values():
+        layer.set_threshold(0.0)  # skips nothing, by the kernels that are built already
+    dense, _ = steps(made)
+    assert np.allclose(prompt, dense, rtol=1e-4, atol=1e-4)
+    assert not np.allclose(before, dense, rtol=1e-2, atol=1e-2)
+
+
+def test_new_thresholds_of_any_layer_are_seen(striped):
+    made = installed(block())
+    before, _ = steps(made)
+    for path, layer in patch.zigzag_layers(made).items():
+        kept = layer.threshold
+        layer.set_threshold(2.0)
+        assert not np.array_equal(steps(made)[0], before), path
+        layer.set_threshold(kept)
+    assert np.array_equal(steps(made)[0], before)
+
+
+def test_other_layers_norms_and_rows_take_the_block_s_own_way(striped):
+    made = installed(block())
+    x = mx.random.normal((1, 3, WIDTH), key=mx.random.key(8))
+    expected = llama.TransformerBlock.__call__(made, x, "causal", KVCache())
+    assert mx.array_equal(made(x, "causal", cache=KVCache()), expected).item()
+    made.self_attn.o_proj = nn.QuantizedLinear.from_linear(nn.Linear(WIDTH, WIDTH, bias=False), 64, 4)
+    assert made(token(5)).shape == (1, 1, WIDTH)
+    other = installed(block())
+    other.input_layernorm = nn.LayerNorm(WIDTH)
+    expected = llama.TransformerBlock.__call__(other, token(5))
+    assert mx.array_equal(other(token(5)), expected).item()
+
+
+def test_blocks_of_other_forms_are_left_alone():
+    made = block(kind=Doubled)
+    fused_block.install(made)
+    assert "_block" not in made.__dict__
+    made = block()
+    made.self_attn.__class__ = Rescaled
+    fused_block.install(made)
+    assert "_block" not in made.__dict__
+
+
+def test_an_attention_that_fails_leaves_its_layers_usable(striped):
+    made = installed(block())
+    steps(made)
+    with pytest.raises(ValueError, match="Invalid type"):
+        made(token(5), None, cache=object.__new__(type("NoCache", (), {"offset": "x"})))
+    out = made.self_attn.o_proj
+    assert not out._siblings.postponed
+    assert out(mx.ones((1, 1, WIDTH))).shape == (1, 1, WIDTH)
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_the_first_use_check_judges_the_residual_sum(monkeypatch, fresh_trust, capfd, wrong):
+    real = gpu.gpu_text.body
+    if wrong:
+        monkeypatch.setattr(
+            gpu.gpu_text,
+            "body",
+            lambda name: real(name).replace("+ float(residual[at])", "- float(residual[at])"),
+        )
+    gpu.gpu_text.reduce_kernel.cache_clear()
+    monkeypatch.setattr(gpu, "run", run_emulated)
+    use(monkeypatch, CUTS["wide"])
+    case = selftest.Case((128,), 301)
+    layers, x = selftest.matrices(case), selftest.vector(case)
+    assert (gpu._plan(x, layers, launch_plan.Form(then="residual")).gemv is None) is wrong
+    assert bool(first_use.broken()) is wrong
+    assert ("y + residual is off" in capfd.readouterr().err) is wrong
+    gpu.gpu_text.reduce_kernel.cache_clear()

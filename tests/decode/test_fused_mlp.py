@@ -1,0 +1,183 @@
+"""Gated feed-forward modules as one call: recognised by what they compute, equal to their own code."""
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx_lm.models import gemma, llama, qwen2
+
+from spqt_cli.backends import kernels, selftest
+from spqt_cli.backends.gpu import backend as gpu
+from spqt_cli.backends.gpu import first_use, joined_weights, launch_plan
+from spqt_cli.decode import active_counts, fused_mlp, phase
+from spqt_cli.decode.layers import SharedInput, ZigzagLinear
+from tests.backends.gpu.test_first_use import fresh_trust, run_emulated
+from tests.backends.gpu.test_kernels import CUTS, emulated, kinds, use
+
+__all__ = ["emulated", "fresh_trust"]  # fixtures
+pytestmark = pytest.mark.usefixtures("decode_steps")
+NAMES = fused_mlp.GATED[0]
+
+
+class Clipped(nn.Module):
+    """Named as others are, but not the same function."""
+
+    def __call__(self, x):
+        return self.down_proj(mx.minimum(nn.silu(self.gate_proj(x)), 1.0) * self.up_proj(x))
+
+
+class Plain(nn.Module):
+    def __call__(self, x):
+        return self.down_proj(nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [(llama.MLP, True), (qwen2.MLP, True), (Plain, True), (gemma.MLP, False), (Clipped, False)],
+)
+def test_a_class_is_known_by_what_it_computes(kind, expected):
+    assert fused_mlp._is_gated(kind, NAMES) is expected
+
+
+def layer(outputs, inputs, seed, bias):
+    mx.random.seed(seed)
+    linear = nn.Linear(inputs, outputs, bias=bias)
+    linear.weight = linear.weight * 4
+    made = ZigzagLinear.from_linear(linear.update(linear.parameters()), 64, 4)
+    made.set_threshold(0.4)
+    mx.eval(made.parameters())
+    return made
+
+
+def module(bias=False):
+    made = Plain()
+    made.gate_proj, made.up_proj = layer(704, 301, 1, bias), layer(704, 301, 2, bias)
+    made.down_proj = layer(96, 704, 3, bias)
+    pair = SharedInput([made.gate_proj, made.up_proj])
+    for one in pair.layers:
+        one.share_input(pair)
+    return made
+
+
+@pytest.fixture
+def on_emulator(emulated, monkeypatch):
+    use(monkeypatch, CUTS["wide"])
+    monkeypatch.setattr(kernels, "_implementation", lambda: gpu)
+    monkeypatch.setattr(kernels, "backend", lambda: kernels.Backend("cuda", "emulated"))
+    return emulated
+
+
+X = mx.random.normal((1, 1, 301), key=mx.random.key(5))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_one_call_gives_what_the_module_gives(on_emulator, bias):
+    made = module(bias)
+    with active_counts.counting() as apart:
+        expected = made(X)
+    on_emulator.clear()
+    fused_mlp.install(made)
+    assert isinstance(made, Plain)
+    with active_counts.counting() as together:
+        found = made(X)
+    assert kinds(on_emulator) == ["gemv", "reduce", "count"] * 2
+    # float32 sums of 704 terms in two orders, after silu: 704 * 2^-24 of the largest term, times a few.
+    assert mx.allclose(found, expected, rtol=1e-4, atol=2e-4).item()
+    assert {id(one): share for one, share in together.densities()} == {
+        id(one): share for one, share in apart.densities()
+    }
+
+
+def test_counts_go_on_from_step_to_step(on_emulator):
+    made = module()
+    fused_mlp.install(made)
+    with active_counts.counting() as counter:
+        made(X)
+        made(X * 0)
+    shares = {id(one): share for one, share in counter.densities()}
+    one_step = 1 - (mx.abs(X) < 0.4).astype(mx.float32).mean().item()
+    assert shares[id(made.gate_proj)] == pytest.approx(one_step / 2)
+
+
+def test_fault_47_a_prompt_of_one_row_is_dense(on_emulator):
+    made = module()
+    fused_mlp.install(made)
+    sparse = made(X)  # prepared for decode steps
+    with phase.prompting(), active_counts.counting() as counter:
+        found = made(X)
+    assert counter.shares() == []
+    for one in (made.gate_proj, made.up_proj, made.down_proj):
+        one.set_threshold(0.0)  # skips nothing, by the kernels that are built already
+    expected = made(X)
+    # float32 sums of 704 terms in two orders, after silu: 704 * 2^-24 of the largest term, times a few.
+    assert mx.allclose(found, expected, rtol=1e-4, atol=2e-4).item()
+    assert not mx.allclose(sparse, expected, rtol=1e-2, atol=1e-2).item()
+
+
+def test_new_thresholds_and_other_layers_are_seen(on_emulator):
+    made = module()
+    fused_mlp.install(made)
+    before = np.array(made(X))
+    made.up_proj.set_threshold(1.0)
+    assert not np.allclose(np.array(made(X)), before, atol=1e-3)
+    made.up_proj.set_threshold(0.4)
+    assert np.allclose(np.array(made(X)), before, atol=1e-3)
+    made.down_proj = nn.QuantizedLinear.from_linear(nn.Linear(704, 96, bias=False), 64, 4)  # by a profile
+    assert made(X).shape == (1, 1, 96)
+
+
+def test_a_watched_layer_is_called(on_emulator):
+    class Watched(nn.Module):
+        def __call__(self, x):
+            return mx.zeros((1, 1, 704))
+
+    made = module()
+    fused_mlp.install(made)
+    made(X)
+    made.gate_proj = Watched()  # silu(0) = 0
+    assert not made(X).any().item()
+
+
+def test_many_rows_take_the_module_s_own_way(on_emulator):
+    made = module()
+    x = mx.random.normal((1, 3, 301), key=mx.random.key(6))
+    expected = made(x)
+    fused_mlp.install(made)
+    assert mx.array_equal(made(x), expected).item()
+    assert on_emulator == []
+
+
+def test_unequal_layers_and_single_launches_are_left_alone(on_emulator, monkeypatch):
+    made = module()
+    assert gpu.prepare_gated(X, [made.gate_proj, made.down_proj], made.down_proj) is None
+    use(monkeypatch, CUTS["narrow"])  # one stripe: nothing is added up that could carry silu
+    joined_weights.kept(made.gate_proj).clear()
+    assert gpu.prepare_gated(X, [made.gate_proj, made.up_proj], made.down_proj) is None
+
+
+def test_one_stripe_is_no_fault_of_the_kernels(monkeypatch, fresh_trust):
+    """Small layers have nothing to add up: what would carry silu or a sum is neither tried nor distrusted."""
+    monkeypatch.setattr(gpu, "run", run_emulated)
+    use(monkeypatch, CUTS["narrow"])
+    some, x = selftest.matrices(selftest.Case((128, 128), 301)), selftest.vector(selftest.Case((128,), 301))
+    assert gpu.prepare_gated(x, some, some[0]) is None
+    assert gpu._plan(x, some[:1], launch_plan.Form(then="residual")).gemv is None
+    assert first_use.broken() == []
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_the_first_use_check_judges_the_gated_reduction(monkeypatch, fresh_trust, capfd, wrong):
+    real = gpu.gpu_text.body
+    if wrong:
+        monkeypatch.setattr(
+            gpu.gpu_text, "body", lambda name: real(name).replace("1.0f + exp(", "2.0f + exp(")
+        )
+    gpu.gpu_text.reduce_kernel.cache_clear()
+    monkeypatch.setattr(gpu, "run", run_emulated)
+    use(monkeypatch, CUTS["wide"])
+    some = selftest.matrices(selftest.Case((128, 128), 301))
+    x = selftest.vector(selftest.Case((128, 128), 301))
+    assert (gpu.prepare_gated(x, some, some[0]) is None) is wrong
+    assert bool(first_use.broken()) is wrong
+    assert ("silu(gate) * up is off" in capfd.readouterr().err) is wrong
+    gpu.gpu_text.reduce_kernel.cache_clear()

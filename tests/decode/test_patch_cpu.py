@@ -1,0 +1,185 @@
+"""The CPU ops behind MLX's names: equal to MLX where they apply, out of the way where they don't."""
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+
+from spqt_cli.backends import cpu
+from spqt_cli.decode import patch_cpu
+
+USABLE, REASON = cpu.status()
+ATTENTION = patch_cpu.STOCK["scaled_dot_product_attention"]
+pytestmark = [pytest.mark.skipif(not USABLE, reason=REASON), pytest.mark.usefixtures("isa")]
+
+# both sides are float32: a few units in the last place of sums of up to 300 terms
+TOLERANCE = 5e-6
+
+
+@pytest.fixture(autouse=True)
+def patched():
+    before = (mx.fast.rms_norm, nn.QuantizedLinear.__call__)
+    patch_cpu.install()
+    yield
+    if before[0] is not patch_cpu.rms_norm:
+        patch_cpu.remove()
+
+
+def random(*shape, seed=0):
+    return mx.array(np.random.default_rng(seed).normal(size=shape).astype(np.float32))
+
+
+def name_of(array, tmp_path):
+    """The names of the primitives in an array's graph, as MLX prints them."""
+    path = tmp_path / "graph.dot"
+    mx.export_to_dot(str(path), array)
+    return path.read_text()
+
+
+def close(y, want, tolerance=TOLERANCE):
+    assert y.shape == want.shape
+    assert y.dtype == want.dtype
+    y, want = np.array(y).astype(np.float64), np.array(want).astype(np.float64)
+    assert np.linalg.norm(y - want) <= tolerance * np.linalg.norm(want)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 576), (3, 7, 100), (2, 33)], ids=str)
+@pytest.mark.parametrize("weighted", [True, False])
+def test_rms_norm(shape, weighted, tmp_path):
+    x, weight = random(*shape), random(shape[-1], seed=1) if weighted else None
+    y = mx.fast.rms_norm(x, weight, 1e-5)
+    assert "SpqtRmsNorm" in name_of(y, tmp_path)
+    close(y, patch_cpu.STOCK["rms_norm"](x, weight, 1e-5))
+
+
+def test_rms_norm_of_strided_input():
+    x = random(8, 3, 64)[:, 1]
+    close(mx.fast.rms_norm(x, None, 1e-5), patch_cpu.STOCK["rms_norm"](x, None, 1e-5))
+
+
+@pytest.mark.parametrize("shape", [(1, 49152), (1, 1), (3, 5), (2, 1037)], ids=str)
+@pytest.mark.parametrize("keepdims", [True, False])
+def test_logsumexp(shape, keepdims, tmp_path):
+    x = random(*shape) * 9 - 200
+    y = mx.logsumexp(x, keepdims=keepdims)
+    assert "SpqtLogSumExp" in name_of(y, tmp_path)
+    want = np.logaddexp.reduce(np.array(x).astype(np.float64), axis=None, keepdims=keepdims)
+    assert y.shape == want.shape
+    # the result is rounded once (2^-24 of 200), its logarithm's error is that of a sum of exponentials
+    assert np.abs(np.array(y) - want).max() <= 200 * 2**-23 + 1e-5
+
+
+@pytest.mark.parametrize("at", [0, 3, 40])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_logsumexp_of_what_is_not_finite(at, value):
+    x = random(1, 41)
+    x[0, at] = value
+    for one in (x, mx.full((1, 41), value)):
+        assert mx.allclose(mx.logsumexp(one), patch_cpu._logsumexp(one), equal_nan=True)
+    assert mx.isnan(mx.logsumexp(mx.array([float("inf"), float("nan")])))
+
+
+def test_logsumexp_of_strided_input_and_its_gradient():
+    x = random(40, 3)[:, 1]
+    close(mx.logsumexp(x), patch_cpu._logsumexp(x))
+    close(mx.grad(lambda x: mx.logsumexp(x, keepdims=True).sum())(x), mx.softmax(x))
+
+
+@pytest.mark.parametrize("traditional", [True, False])
+@pytest.mark.parametrize(("dims", "width", "positions", "offset"), [(64, 64, 1, 9), (32, 80, 7, 0)])
+def test_rope(dims, width, positions, offset, traditional, tmp_path):
+    x = mx.swapaxes(random(2, positions, 3, width), 1, 2)
+    freqs = mx.arange(1, dims // 2 + 1).astype(mx.float32)
+    for base, given in ((10000.0, None), (None, freqs)):
+        form = {"traditional": traditional, "base": base, "scale": 0.5, "offset": offset, "freqs": given}
+        y = mx.fast.rope(x, dims, **form)
+        assert "SpqtRope" in name_of(y, tmp_path)
+        close(y, patch_cpu.STOCK["rope"](x, dims, **form))
+
+
+@pytest.mark.parametrize(
+    ("heads", "key_heads", "rows", "keys", "width", "mask"),
+    [
+        (9, 3, 1, 1, 64, None),
+        (9, 3, 1, 128, 64, None),
+        (9, 3, 1, 129, 64, "causal"),
+        (4, 4, 1, 300, 80, None),
+        (8, 2, 1, 700, 128, None),
+        (9, 3, 17, 17, 64, "causal"),
+        (6, 3, 200, 260, 32, "causal"),
+        (4, 2, 100, 70, 48, None),
+        (2, 1, 97, 300, 256, "causal"),
+    ],
+)
+def test_attention(heads, key_heads, rows, keys, width, mask):
+    if mask is None and rows > keys:
+        rows, keys = keys, rows
+    q = random(2, heads, rows, width)
+    # a slice of a longer cache, as mlx-lm passes it
+    k, v = (random(2, key_heads, keys + 37, width, seed=s)[:, :, :keys] for s in (1, 2))
+    assert cpu.attends(q, k, v)
+    y = mx.fast.scaled_dot_product_attention(q, k, v, scale=width**-0.5, mask=mask)
+    close(y, ATTENTION(q, k, v, scale=width**-0.5, mask=mask))
+
+
+def test_attention_with_large_scores():
+    q, k = random(1, 2, 3, 64) * 60, random(1, 2, 90, 64, seed=1) * 60
+    want = ATTENTION(q, k, k, scale=1.0, mask="causal")
+    close(mx.fast.scaled_dot_product_attention(q, k, k, scale=1.0, mask="causal"), want)
+
+
+def test_nan_reaches_the_output():
+    q, k = random(1, 1, 1, 64), random(1, 1, 40, 64, seed=1)
+    k[0, 0, 5, 0] = float("nan")
+    assert mx.isnan(mx.fast.scaled_dot_product_attention(q, k, k, scale=1.0)).all()
+
+
+def test_other_cases_go_to_mlx(tmp_path):
+    half = random(1, 2, 3, 64).astype(mx.float16)
+    q = random(1, 2, 3, 64)
+    others = [
+        mx.fast.rms_norm(half, None, 1e-5),
+        mx.fast.rms_norm(q, None, 1e-5, stream=mx.cpu),
+        mx.fast.rope(half, 64, traditional=False, base=1e4, scale=1.0, offset=0),
+        mx.fast.rope(q, 64, traditional=False, base=1e4, scale=1.0, offset=mx.array([3])),
+        mx.fast.scaled_dot_product_attention(q, q, q, scale=1.0, mask=mx.zeros((3, 3))),
+        mx.fast.scaled_dot_product_attention(q, q, q, scale=1.0, sinks=mx.zeros((2,))),
+        mx.logsumexp(q, axis=-1),
+        mx.logsumexp(q, -1),
+        mx.logsumexp(half),
+        mx.fast.scaled_dot_product_attention(q[..., :40], q[..., :40], q[..., :40], scale=1.0),
+    ]
+    for y in others:
+        assert "Spqt" not in name_of(y, tmp_path)
+        mx.eval(y)
+
+
+def test_layers(tmp_path):
+    x = random(2, 3, 64)
+    embedding = nn.QuantizedEmbedding.from_embedding(nn.Embedding(200, 64), 64, 4)
+    linear = nn.QuantizedLinear.from_linear(nn.Linear(64, 96), 32, 8)
+    for ours, stock in (
+        (embedding.as_linear(x), patch_cpu._as_linear(embedding, x)),
+        (linear(x), patch_cpu._quantized_linear(linear, x)),
+    ):
+        assert "SpqtDense" in name_of(ours, tmp_path)
+        close(ours, stock)
+
+
+def test_layers_of_other_modes_go_to_mlx():
+    linear = nn.QuantizedLinear.from_linear(nn.Linear(64, 96), mode="mxfp4")
+    x = random(1, 64)
+    assert mx.array_equal(linear(x), patch_cpu._quantized_linear(linear, x))
+
+
+def test_gradients_are_mlx_own():
+    x, weight = random(1, 3, 64), random(64, seed=1)
+    ours = mx.grad(lambda x: (mx.fast.rms_norm(x, weight, 1e-5) * weight).sum())(x)
+    stock = mx.grad(lambda x: (patch_cpu.STOCK["rms_norm"](x, weight, 1e-5) * weight).sum())(x)
+    close(ours, stock)
+
+
+def test_removing_gives_mlx_its_own_back():
+    patch_cpu.remove()
+    assert mx.logsumexp is patch_cpu._logsumexp
+    assert mx.fast.rms_norm is patch_cpu.STOCK["rms_norm"]

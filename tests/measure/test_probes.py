@@ -1,0 +1,54 @@
+"""Probes on every architecture: masked rows are decode steps, also through sliding windows."""
+
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from spqt_cli.calibrate import calibrate
+from spqt_cli.convert import convert
+from spqt_cli.decode import phase, session
+from spqt_cli.measure import probes
+from tests.conftest import tiny_checkpoint
+
+
+@pytest.fixture(scope="module", params=["qwen2", "gemma3"])
+def folder(request, tmp_path_factory) -> Path:
+    base = tmp_path_factory.mktemp(request.param)
+    source = tiny_checkpoint(base / "source", request.param)
+    convert.convert(str(source), base / "model", convert.ConvertOptions(bits=4, group_size=32))
+    # windows of 160 tokens: a prompt of 80 is longer than gemma3's sliding window of 64
+    options = calibrate.CalibrateOptions(sparsity=0.4, tokens=640, window=160, method="auto")
+    result = calibrate.calibrate(base / "model", options, lambda *_: None)
+    # 80 held-out tokens of other words
+    assert result.realised == pytest.approx(0.4, abs=0.03)
+    assert min(one.kl for one in result.tried) == result.tried[0].kl
+    return base / "model"
+
+
+def test_masked_rows_are_one_token_steps(folder):
+    from mlx_lm.models.cache import make_prompt_cache
+
+    tokens = mx.array(np.random.default_rng(1).integers(5, 500, (1, 100)))
+    loaded = session.load(folder)
+    cache = make_prompt_cache(loaded.model)
+    loaded.model(tokens[:, :80], cache=cache)
+    with phase.decoding():
+        steps = [loaded.model(tokens[:, i : i + 1], cache=cache) for i in range(80, 100)]
+    layers = session.zigzag_layers(loaded.model)
+    with probes.probing(loaded.model) as harness:
+        cache = probes.prompt_cache(loaded.model, tokens[:, :80])
+        harness.masking = probes.Masking({path: layer.threshold.item() for path, layer in layers.items()})
+        masked = [probes.continuation(loaded.model, tokens[:, 80:], cache) for _ in range(2)]
+    # float32 in another order of summation
+    assert mx.allclose(masked[0], mx.concatenate(steps, axis=1), rtol=1e-3, atol=1e-3)
+    assert mx.array_equal(masked[0], masked[1])  # the cached prompt is not used up
+
+
+def test_weighted_counts_dense_layers_as_zero(folder):
+    layers = session.zigzag_layers(session.load(folder).model)
+    whole = sum(layer.inputs * layer.outputs for layer in layers.values())
+    one = next(iter(layers))
+    expected = 0.5 * layers[one].inputs * layers[one].outputs / whole
+    assert probes.weighted({one: 0.5}, layers) == pytest.approx(expected)

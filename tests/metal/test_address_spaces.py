@@ -1,0 +1,183 @@
+"""Metal's address spaces made real: clang gives `device`, `constant` and `threadgroup` types of their own.
+
+It compiles, in C++14, the whole text that MLX would hand to Metal. Where CI says so (CI=true) a missing
+clang fails; elsewhere it skips.
+"""
+
+import itertools
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from spqt_cli.backends import selftest
+from spqt_cli.backends.gpu import backend as gpu
+from spqt_cli.backends.gpu import first_use, geometry, kernel_text, launch_plan
+from tests.metal.emulator import metal_text
+
+CLANGS = ("clang-14", "clang-15", "clang-16", "clang-17", "clang-18", "clang-19", "clang")
+WARNINGS = (
+    "-Wall",
+    "-Wdouble-promotion",
+    "-Wc++17-extensions",
+    "-Wno-unknown-attributes",
+    "-Wno-unused",
+    "-Werror",
+)
+SHIM = Path(__file__).parent / "emulator" / "shim_clang.h"
+
+
+@pytest.fixture(scope="module")
+def clang():
+    found = next(filter(None, map(shutil.which, CLANGS)), None)
+    if found is None:
+        if os.environ.get("CI") == "true":
+            pytest.fail("no clang: the address-space check did not run (Debian's package is clang-14)")
+        pytest.skip("no clang (Debian's package is clang-14)")
+    return found
+
+
+def refusals(clang, text, tmp_path):
+    """clang's errors on a kernel's text; empty when it is accepted."""
+    unit = tmp_path / "kernel.cpp"
+    unit.write_text(f'#include "{SHIM}"\n{text}')
+    # 64-bit Arm, whose `_Float16` every clang knows; nothing is linked or run.
+    command = [
+        clang,
+        "--target=aarch64-linux-gnu",
+        "-std=c++14",
+        "-ffreestanding",
+        "-fsyntax-only",
+        *WARNINGS,
+    ]
+    done = subprocess.run([*command, str(unit)], capture_output=True, text=True, check=False)
+    return done.stderr if done.returncode else ""
+
+
+def texts(monkeypatch, case, cut):
+    """What MLX would compile for a call."""
+    seen = []
+
+    def run(launch, inputs):
+        seen.append(metal_text(launch, inputs, kernel_text.header()))
+        return [
+            mx.zeros(shape, dtype=dtype) for shape, dtype in zip(launch.shapes, launch.dtypes, strict=True)
+        ]
+
+    monkeypatch.setattr(gpu, "run", run)
+    monkeypatch.setattr(first_use, "verdict", lambda *_, **__: "")
+    monkeypatch.setattr(geometry, "choose", lambda *_: cut)
+    gpu.sparse_gemv(selftest.vector(case), selftest.matrices(case))
+    return seen
+
+
+def case_of(count, bits, dtype=mx.float16):
+    return selftest.Case((128,) * count, 100, bits, dtype=dtype, bias=True, per_channel=count > 1)
+
+
+WIDE = geometry.Geometry(32, 32, 4, 2, 128, 8, 0, 50)
+CODES = "const device uint32_t* codes = packed"
+NARROW = geometry.Geometry(32, 4, 32, 2, 128, 4, 1, 1000)
+
+
+@pytest.mark.parametrize(("cut", "count"), list(itertools.product((WIDE, NARROW), (1, 3))))
+@pytest.mark.parametrize(
+    "kind", [(3, mx.float16), (4, mx.float16), (6, mx.float16), (4, mx.bfloat16), (4, mx.float32)]
+)
+def test_bodies_keep_to_their_address_spaces(clang, monkeypatch, tmp_path, kind, cut, count):
+    bits, dtype = kind
+    found = texts(monkeypatch, case_of(count, bits, dtype), cut)
+    assert ("bfloat16_t" in found[0]) == (dtype == mx.bfloat16)
+    assert len(found) == (3 if cut is WIDE else 1)
+    for text in found:
+        assert refusals(clang, text, tmp_path) == ""
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32])
+def test_the_gated_reduction_keeps_to_its_address_spaces(clang, monkeypatch, tmp_path, dtype):
+    texts(monkeypatch, case_of(2, 4, dtype), WIDE)  # puts its stand-ins in place
+    seen = []
+    run = gpu.run
+    monkeypatch.setattr(
+        gpu, "run", lambda launch, inputs: seen.append((launch, inputs)) or run(launch, inputs)
+    )
+    case = case_of(2, 4, dtype)
+    some = selftest.matrices(case)
+    mx.disable_compile()
+    gpu.prepare_gated(
+        selftest.vector(case), some, selftest.matrices(selftest.Case((64,), 128, dtype=dtype))[0]
+    )(selftest.vector(case), None, None)
+    mx.enable_compile()
+    text = metal_text(*seen[1], kernel_text.header())
+    assert " GLU = 1," in text
+    assert refusals(clang, text, tmp_path) == ""
+
+
+TURNED = kernel_text.Rotary(64, 48, traditional=False, rotated=2)
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32])
+@pytest.mark.parametrize("then", ["residual", TURNED, TURNED._replace(dims=64, traditional=True)], ids=str)
+def test_reductions_that_take_one_array_more_keep_to_their_address_spaces(clang, tmp_path, then, dtype):
+    layers = selftest.matrices(case_of(1 if then == "residual" else 3, 4, dtype))
+    plan = launch_plan.make_plan((1, 1, 100), dtype, layers, WIDE, launch_plan.Form(then=then))
+    other = mx.zeros((128,), dtype) if then == "residual" else mx.zeros((then.dims,))
+    inputs = [mx.zeros(plan.gemv.shapes[0]), plan.inputs[0], other]
+    text = metal_text(plan.reduce, inputs, kernel_text.header())
+    assert f" ROTATED = {0 if then == 'residual' else 2}," in text
+    assert refusals(clang, text, tmp_path) == ""
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32])
+def test_norms_keep_to_their_address_spaces(clang, tmp_path, dtype):
+    case = case_of(3, 4, dtype)
+    x, norm, _ = selftest.before_norm(case)
+    form = launch_plan.Form(norm=norm)
+    plan = launch_plan.make_plan(x.shape, dtype, selftest.matrices(case), NARROW, form)
+    text = metal_text(plan.gemv, plan.first_inputs(x), kernel_text.header())
+    assert " NORMED = 1," in text
+    assert refusals(clang, text, tmp_path) == ""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        # a threadgroup pointer where a device pointer is wanted, and the other way round
+        (
+            "const uint inputs =",
+            "const device uint* wrong = channel_sums;\nconst uint inputs =",
+            "channel_sums",
+        ),
+        (CODES, "threadgroup const uint32_t* codes = packed", "address_space(3)"),
+        # losing the address space, which Metal does not allow for a pointer
+        (CODES, "const uint32_t* codes = packed", "address_space(1)"),
+        # a constant pointer passed as device
+        ("inputs = settings[0];", "inputs = takes_constant(settings);", "takes_constant"),
+        # min of a signed and an unsigned number is ambiguous in Metal
+        ("min(stripe_first + settings[1], inputs)", "min(stripe_first + settings[1], 5)", "ambiguous"),
+        # C++17
+        ("if (BITS % 4 == 0)", "if constexpr (BITS % 4 == 0)", "C++17"),
+        # double is no type of Metal's
+        ("float factor = 1.0f;", "float factor = double(1.0f);", "double"),
+    ],
+)
+def test_planted_wrong_address_space_is_refused(clang, monkeypatch, tmp_path, old, new, reason):
+    (text,) = texts(monkeypatch, case_of(1, 4), NARROW)
+    head = "inline uint takes_constant(const constant uint32_t* values) { return values[0]; }\n"
+    declared = text.replace("const uint lane =", "threadgroup uint channel_sums[4];\nconst uint lane =", 1)
+    assert old in declared
+    assert refusals(clang, head + declared, tmp_path) == ""
+    assert reason in refusals(clang, head + declared.replace(old, new), tmp_path) != ""
+
+
+def test_planted_pointer_to_another_16_bit_type_is_refused(clang, monkeypatch, tmp_path):
+    (text,) = texts(monkeypatch, case_of(1, 4, mx.bfloat16), NARROW)
+    old = "const device S* scale = (const device S*)"
+    assert old in text
+    assert refusals(clang, text, tmp_path) == ""
+    assert "half" in refusals(
+        clang, text.replace(old, "const device half* scale = (const device S*)"), tmp_path
+    )
