@@ -18,7 +18,7 @@ from bench_cpu import random_layer, stock_matrix, stock_product
 from machine import facts
 from mlx_lm.models.activations import swiglu
 
-from spqt_cli.backends import cpu, kernels
+from spqt_cli.backends import cpu, interface
 from spqt_cli.decode import patch_cpu
 from spqt_cli.decode.patch_cpu import STOCK
 
@@ -65,7 +65,7 @@ def of_a_block(x: mx.array, w: mx.array) -> dict[str, tuple[Op, Op]]:
     out, gate, up, down = (random_layer(*form) for form in forms)
     stock_out, *stock = (stock_matrix(*form) for form in forms)
     gated = cpu.prepare_gated(x, [gate, up], down)
-    tail = cpu.prepare_tail(x, kernels.Tail(out, kernels.Norm(w, 1e-5), [gate, up], down))
+    tail = cpu.prepare_tail(x, interface.Tail(out, interface.Norm(w, 1e-5), [gate, up], down))
     assert gated is not None
     assert tail is not None
 

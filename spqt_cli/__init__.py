@@ -8,8 +8,8 @@ generated, so that channels are skipped; mlx-lm's own loops say it by themselves
 from typing import Any
 
 from spqt_cli.decode.phase import decoding
+from spqt_cli.version import __version__
 
-__version__ = "0.1.0"
 __all__ = ["__version__", "decoding", "load"]
 
 

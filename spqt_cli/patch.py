@@ -90,14 +90,14 @@ def _load_weights_and_prepare(self: nn.Module, file_or_weights: Any, strict: boo
         _share_inputs(self)
         if mx.default_device().type == mx.DeviceType.cpu:
             compute_in_float32(self)
-        if kernels.backend().name == "cpu":
+        if kernels.backend().native_float32:
             patch_cpu.install()
-        if kernels.backend().name != "stock":
+        if kernels.backend().fuses:
             for module in self.modules():
                 fused_mlp.install(module)
             for module in self.modules():
                 fused_block.install(module)
-        if kernels.backend().name == "cpu":
+        if kernels.backend().native_float32:
             for module in self.modules():
                 attention_cpu.install(module)
         if strict and _follows_profile.get():  # with only a part of the weights nothing is repacked
@@ -159,7 +159,7 @@ def compute_in_float32(model: nn.Module) -> None:
     Lazy, so each array is converted as it is first read; the stored folder keeps its dtype. Our own
     kernels read 16-bit scales as they are, which is less to read.
     """
-    native = kernels.backend().name == "cpu"
+    native = kernels.backend().native_float32
     for module in model.modules():
         packed = native and isinstance(module, nn.QuantizedLinear)
         for name, value in module.items():

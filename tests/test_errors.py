@@ -15,7 +15,7 @@ KINDS = {
 
 def test_every_error_has_a_hint():
     without = []
-    for path in Path(spqt_cli.__file__).parent.glob("*.py"):
+    for path in Path(spqt_cli.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in KINDS:
                 hint = node.args[1] if len(node.args) > 1 else ast.Constant("")

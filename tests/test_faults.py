@@ -10,7 +10,7 @@ SERVER = set(range(70, 77))
 
 def test_every_row_has_a_test():
     folder = Path(__file__).parent
-    text = "".join(path.read_text() for path in folder.glob("test_*.py"))
+    text = "".join(path.read_text() for path in folder.rglob("test_*.py"))
     named = {int(number) for number in re.findall(r"def test_fault_(\d\d)_", text)}
     missing = set(ROWS) - SERVER - named
     assert not missing, f"rows without a test: {sorted(missing)}"

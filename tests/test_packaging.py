@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests import ROOT
+
 DATA = {
     "spqt_cli/configs/default.toml",
     "spqt_cli/configs/calibration.txt",

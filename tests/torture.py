@@ -36,7 +36,7 @@ LAYERS = 12  # of the checkpoint whose conversion is killed
 Job = Callable[[Path, Path], None]
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    ["tests.hostile", "mlx_lm.utils", "spqt_cli.decode.session", "spqt_cli.calibrate.calibrate"]
+    ["tests.lib.hostile", "mlx_lm.utils", "spqt_cli.decode.session", "spqt_cli.calibrate.calibrate"]
 )
 
 

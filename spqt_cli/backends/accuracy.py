@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from spqt_cli.backends.gpu.kernel_text import Rotary
+from spqt_cli.backends.interface import Rotary
 from spqt_cli.format import layout
 
 Result = tuple[list[mx.array], mx.array]  # as kernels.sparse_gemv returns

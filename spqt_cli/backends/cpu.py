@@ -1,23 +1,32 @@
 """The CPU backend: the C++ extension `spqt_cli._cpu`, or the reason why it can't be used.
 
 It owns the choice of threads and instruction set, and the check that the extension fits the MLX that runs;
-it knows layers only as `kernels.Projection`s that are modules. Sources and design: cpu/.
+it knows layers only as `interface.Projection`s that are modules. Sources and design: cpu/.
 """
 
 import importlib
 import os
+import sys
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 import psutil
 
+from spqt_cli.backends.interface import (
+    Backend,
+    GatedStep,
+    HeadStep,
+    Norm,
+    Rotary,
+    RotaryStep,
+    Step,
+    Tail,
+    TailStep,
+)
 from spqt_cli.errors import BackendError, UsageError
-
-if TYPE_CHECKING:
-    from spqt_cli.backends.kernels import GatedStep, HeadStep, Norm, Step, Tail, TailStep
 
 _REINSTALL = "reinstall spqt (`pip install --force-reinstall --no-deps .`)"
 ISAS = ("avx512", "avx2", "baseline")  # as cpu/kernels.h names them
@@ -33,21 +42,27 @@ def status() -> tuple[bool, str]:
     return module is not None, reason
 
 
+def find() -> Backend | str:
+    """The CPU extension, or why it can't be used."""
+    usable, reason = status()
+    return Backend("cpu", reason, sys.modules[__name__], native_float32=True) if usable else reason
+
+
 def sparse_gemv(x: mx.array, layers: Sequence[Any]) -> tuple[list[mx.array], mx.array]:
     """One token through several projections of one input, inactive channels skipped; lazy.
 
-    x: (..., inputs) with exactly one row; layers: as `kernels.Projection`, threshold None for dense.
+    x: (..., inputs) with exactly one row; layers: as `interface.Projection`, threshold None for dense.
     Returns y per layer, (..., outputs) in x's dtype, and active, (len(layers),) uint32.
     """
     return _native().sparse_gemv(x, [_packed(layer, layer.threshold) for layer in layers])
 
 
-def prepare(layers: Sequence[Any]) -> "Step":
+def prepare(layers: Sequence[Any]) -> Step:
     """As `kernels.prepare`: checked once, and later calls hand no weights over from Python."""
     return _native().SparseStep([_packed(layer, layer.threshold) for layer in layers])
 
 
-def prepare_gated(x: mx.array, pair: Sequence[Any], down: Any) -> "GatedStep | None":
+def prepare_gated(x: mx.array, pair: Sequence[Any], down: Any) -> GatedStep | None:
     """As `kernels.prepare_gated`: one operation; None for another type than float32."""
     if x.dtype != mx.float32:
         return None
@@ -55,14 +70,23 @@ def prepare_gated(x: mx.array, pair: Sequence[Any], down: Any) -> "GatedStep | N
     return _native().GatedStep(packed[:2], packed[2])
 
 
-def prepare_head(norm: "Norm", layers: Sequence[Any]) -> "HeadStep | None":
+def prepare_head(norm: Norm, layers: Sequence[Any]) -> HeadStep | None:
     """As `kernels.prepare_head`: one operation; None for a norm of another type than float32."""
     if norm.weight.dtype != mx.float32:
         return None
     return _native().HeadStep(norm.weight, norm.eps, [_packed(layer, layer.threshold) for layer in layers])
 
 
-def prepare_tail(x: mx.array, tail: "Tail") -> "TailStep | None":
+def arrange(layers: Sequence[Any]) -> None:
+    """As `kernels.arrange`: the kernels take the arrays as they are."""
+
+
+def prepare_rotary(x: mx.array, norm: Norm, layers: Sequence[Any], rotary: Rotary) -> RotaryStep | None:
+    """As `kernels.prepare_rotary`: there is none; attention turns its heads itself."""
+    return None
+
+
+def prepare_tail(x: mx.array, tail: Tail) -> TailStep | None:
     """As `kernels.prepare_tail`: one operation; None for another type than float32."""
     if x.dtype != mx.float32 or tail.norm.weight.dtype != mx.float32:
         return None

@@ -1,32 +1,55 @@
 """The `stock` backend: MLX's own matmul on the masked input. Same mask, same numbers, no speed-up."""
 
+import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
+from spqt_cli.backends.interface import Backend, Norm, Projection, Rotary, Step, Tail
 from spqt_cli.format import layout
 
-if TYPE_CHECKING:
-    from spqt_cli.backends.kernels import Projection, Step
 
-
-def sparse_gemv(x: mx.array, layers: Sequence["Projection"]) -> tuple[list[mx.array], mx.array]:
+def sparse_gemv(x: mx.array, layers: Sequence[Projection]) -> tuple[list[mx.array], mx.array]:
     """As `kernels.sparse_gemv`; the definition that every other backend is held against."""
     masked = [x if layer.threshold is None else layout.mask(x, layer.threshold) for layer in layers]
     outputs = [matmul(one, layer) for one, layer in zip(masked, layers, strict=True)]
     return outputs, mx.stack([_active(x, layer) for layer in layers])
 
 
-def _active(x: mx.array, layer: "Projection") -> mx.array:
+def _active(x: mx.array, layer: Projection) -> mx.array:
     if layer.threshold is None:
         return mx.array(x.size, mx.uint32)
     return (x.size - layout.inactive(x, layer.threshold).sum()).astype(mx.uint32)
 
 
-def prepare(layers: Sequence["Projection"]) -> "Step":
+def prepare(layers: Sequence[Projection]) -> Step:
     """As `kernels.prepare`."""
     return lambda x, counted: add_counts(sparse_gemv(x, layers), counted)
+
+
+def found(reason: str) -> Backend:
+    """This backend, for a reason."""
+    return Backend("stock", reason, sys.modules[__name__], fuses=False, sums_in_half=True)
+
+
+def arrange(layers: Sequence[Projection]) -> None:
+    """As `kernels.arrange`: nothing to do."""
+
+
+def prepare_gated(x: mx.array, pair: Sequence[Projection], down: Projection) -> None:
+    """As `kernels.prepare_gated`: there is none, as for the other steps of several products."""
+
+
+def prepare_head(norm: Norm, layers: Sequence[Projection]) -> None:
+    """As `kernels.prepare_head`: there is none."""
+
+
+def prepare_rotary(x: mx.array, norm: Norm, layers: Sequence[Projection], rotary: Rotary) -> None:
+    """As `kernels.prepare_rotary`: there is none."""
+
+
+def prepare_tail(x: mx.array, tail: Tail) -> None:
+    """As `kernels.prepare_tail`: there is none."""
 
 
 def add_counts(
@@ -37,7 +60,7 @@ def add_counts(
     return outputs, active if counted is None else counted + active
 
 
-def matmul(x: mx.array, layer: "Projection") -> mx.array:
+def matmul(x: mx.array, layer: Projection) -> mx.array:
     """As `kernels.matmul`: x (..., inputs) -> (..., outputs)."""
     y = layout.matmul(
         x,

@@ -18,9 +18,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from spqt_cli import __version__
 from spqt_cli.backends import kernels
 from spqt_cli.decode import profile
+from spqt_cli.version import __version__
 
 COPY_BYTES = {"gpu": 1 << 30, "cpu": 1 << 28}  # far larger than any cache
 COPY_SAMPLES = 7
@@ -52,7 +52,7 @@ def _version(package: str) -> str:
 
 def _commit() -> str:
     """`git describe` of the checkout the package runs from, else the version."""
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     if (root / ".git").exists():
         command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--tags"]
         with contextlib.suppress(OSError, subprocess.SubprocessError):

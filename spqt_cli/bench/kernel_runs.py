@@ -50,7 +50,7 @@ def measure(
     x = mx.random.normal((1, 1, work.inputs)).astype(work.dtype)
     mx.eval(x)
     variants = [Variant("stock", None, _stock(work), copies)]
-    if kernels.backend().name == "cpu" and len(copies[0].rows[0]) == 3:
+    if kernels.backend().native_float32 and len(copies[0].rows[0]) == 3:
         variants.append(Variant(ROWS, None, _rows_on_cpu(work), copies))
     variants.append(Variant("zigzag dense", 0.0, _dense, copies))
     for sparsity in [] if work.is_head else sorted({0.0, *sparsities}):

@@ -189,7 +189,7 @@ def _row_grouped(path: str, layer: ZigzagLinear, dtype: mx.Dtype) -> dict[str, m
 @contextmanager
 def only_mlx() -> Iterator[None]:
     """In this block MLX's own functions run, also where the CPU backend stands behind their names."""
-    native = kernels.backend().name == "cpu"
+    native = kernels.backend().native_float32
     if native:
         patch_cpu.remove()
     try:

@@ -38,7 +38,7 @@ class Pace:
 
         thresholds: path -> threshold; layers left out, or at 0, run dense. share: what they skip in all.
         """
-        with self._ready(thresholds, share), active_counts.counting(kernels.counted_steps()):
+        with self._ready(thresholds, share), active_counts.counting(kernels.backend().count_every):
             cache = self._filled()
             times = [time.perf_counter() for _ in _steps(self.loaded.model, self._prompt[-1:], cache)]
         spent = np.diff(times)[WARM_TOKENS:]

@@ -50,7 +50,7 @@ def _machine() -> dict[str, str]:
     import mlx.core as mx
     import psutil
 
-    from spqt_cli import __version__
+    from spqt_cli.version import __version__
 
     device = mx.device_info()
     return {

@@ -15,10 +15,10 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from spqt_cli import __version__
 from spqt_cli.cli import bench_command, make_commands, run_commands, worker
 from spqt_cli.errors import BackendError, ResourceError, SpqtError, Terminated
 from spqt_cli.system.terminal import harmless
+from spqt_cli.version import __version__
 
 INSTALL_HINT = (
     'pip install "spqt[cpu]" (Linux without a GPU), "spqt[cuda13]" or "spqt[cuda12]" (NVIDIA); '

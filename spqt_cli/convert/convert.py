@@ -145,7 +145,7 @@ def _plan(
         if unit.kind == ZIGZAG
         for outputs, inputs in [weights[unit.name].shape]
     }
-    kept = fused_block.whole(parameters.load(checkpoint)[0]) if kernels.on_gpu() else ()
+    kept = fused_block.whole(parameters.load(checkpoint)[0]) if kernels.backend().traces else ()
     rows = profile.better_as_rows(sizes, 1 - options.profile, kept)
     wishes = dataclasses.replace(wishes, skip=(*wishes.skip, *rows))
     return *plan.make(checkpoint, wishes), wishes

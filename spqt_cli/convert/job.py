@@ -13,7 +13,6 @@ from typing import Any
 
 import mlx.core as mx
 
-from spqt_cli import __version__
 from spqt_cli.convert import card, encode, shards, source, tokenizer_files
 from spqt_cli.convert.journal import Journal, job_id
 from spqt_cli.convert.plan import Plan, Unit, Wishes
@@ -21,6 +20,7 @@ from spqt_cli.convert.shards import Writer
 from spqt_cli.errors import SpqtError
 from spqt_cli.format import checks, config_json, identity
 from spqt_cli.system import files
+from spqt_cli.version import __version__
 
 Progress = Callable[[float, float, str], None]
 SMALL_FILES_BYTES = 4 << 20  # config, index, card, journal, beside weights and tokenizer

@@ -16,7 +16,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from spqt_cli.backends import kernels
+from spqt_cli.backends import interface, kernels
 from spqt_cli.decode import active_counts, fused_block_gpu, phase, prepared
 from spqt_cli.decode.fused_block_gpu import Counts
 from spqt_cli.decode.layers import SharedInput, ZigzagLinear
@@ -104,8 +104,8 @@ class Block:
         self.module = module
         self._form: tuple[Any, ...] = ()
         self._parts = Parts([])
-        self._head: kernels.HeadStep | None = None
-        self._tail: kernels.TailStep | None = None
+        self._head: interface.HeadStep | None = None
+        self._tail: interface.TailStep | None = None
         self._around: fused_block_gpu.Around | None = None
         self._groups: list[SharedInput] = []  # q/k/v; o; gate and up; down
         self._skips = False
@@ -174,9 +174,9 @@ class Block:
         if together != [[id(out)], [id(gate), id(up)], [id(down)]]:
             return
         self._skips = any(layer.threshold is not None for layer in [*shared, out, gate, up, down])
-        tail = kernels.Tail(out, kernels.Norm(after["weight"], after.eps), [gate, up], down)
+        tail = interface.Tail(out, interface.Norm(after["weight"], after.eps), [gate, up], down)
         self._tail = kernels.prepare_tail(x, tail)
-        self._head = kernels.prepare_head(kernels.Norm(before["weight"], before.eps), shared)
-        if self._head and self._tail and kernels.on_gpu() and fused_block_gpu.traceable(attention):
-            own = fused_block_gpu.Own(attention, kernels.Norm(before["weight"], before.eps), self._attended)
+        self._head = kernels.prepare_head(interface.Norm(before["weight"], before.eps), shared)
+        if self._head and self._tail and kernels.backend().traces and fused_block_gpu.traceable(attention):
+            own = fused_block_gpu.Own(attention, interface.Norm(before["weight"], before.eps), self._attended)
             self._around = fused_block_gpu.Around(x, own, self._head, self._tail)

@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-from spqt_cli.backends import kernels
+from spqt_cli.backends import interface, kernels
 from spqt_cli.decode import active_counts, positions
 from spqt_cli.decode.attention_traced import Halves
 from spqt_cli.decode.layers import ZigzagLinear
 
-Counts = Sequence[kernels.Count]
+Counts = Sequence[interface.Count]
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 CLOSE = 0.05  # of an array's norm: a few roundings to bfloat16, grown by softmax; an error gives about 1
 
@@ -42,14 +42,14 @@ class Own(NamedTuple):
     """
 
     attention: nn.Module
-    norm: kernels.Norm
+    norm: interface.Norm
     attended: Callable[[mx.array, list[mx.array], Any, Any], mx.array]
 
 
 class Around:
     """One block's step; it is taken once it has given what the block's own code gives."""
 
-    def __init__(self, x: mx.array, own: Own, head: kernels.HeadStep, tail: kernels.TailStep) -> None:
+    def __init__(self, x: mx.array, own: Own, head: interface.HeadStep, tail: interface.TailStep) -> None:
         self._own, self._head = own, head
         self._halves = halves = Halves(own.attention)
         self._proven: bool | None = None
@@ -57,8 +57,8 @@ class Around:
 
         @mx.compile
         def before(
-            x: mx.array, offset: mx.array, count: kernels.Count
-        ) -> tuple[list[mx.array], kernels.Count]:
+            x: mx.array, offset: mx.array, count: interface.Count
+        ) -> tuple[list[mx.array], interface.Count]:
             normed, products, count = head(x, count)
             return halves.before(normed, products, offset), count
 
@@ -66,7 +66,7 @@ class Around:
         def after(attended: mx.array, x: mx.array, counted: Counts) -> tuple[mx.array, Counts]:
             return tail(halves.after(attended), x, counted)
 
-        self._before: kernels.RotaryStep = before
+        self._before: interface.RotaryStep = before
         self._after = after
         shared = own.attention["q_proj"]._siblings.layers
         together = [id(own.attention.get(name)) for name in PROJECTIONS] == list(map(id, shared))

@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from spqt_cli.backends import kernels
+from spqt_cli.backends import interface, kernels
 from spqt_cli.decode import active_counts, phase, prepared
 from spqt_cli.decode.layers import SharedInput, ZigzagLinear
 from spqt_cli.decode.prepared import Parts
@@ -71,7 +71,7 @@ class Gated:
         self.module, self.names, self.original = module, names, original
         self._form: tuple[Any, ...] = ()
         self._parts = Parts([])
-        self._step: kernels.GatedStep | None = None
+        self._step: interface.GatedStep | None = None
         self._groups: list[SharedInput] = []  # gate and up; down
         self._skips = False
 

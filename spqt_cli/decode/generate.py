@@ -198,7 +198,7 @@ def stream(loaded: session.Loaded, tokens: list[int], sampling: Sampling, option
     mx.reset_peak_memory()
     gate, response, stopped = StopStrings(options.stop), None, False
     answer = text_borders.Answer(loaded.tokenizer, tokens)
-    with active_counts.counting(kernels.counted_steps()) as counter:
+    with active_counts.counting(kernels.backend().count_every) as counter:
         for response in mlx_lm.stream_generate(loaded.model, loaded.tokenizer, tokens, **arguments):
             if response.generation_tokens % CHECK_EVERY == 1 or response.finish_reason:
                 _check_finite(response)

@@ -10,7 +10,7 @@ from typing import Any, Self
 import mlx.core as mx
 import mlx.nn as nn
 
-from spqt_cli.backends import kernels
+from spqt_cli.backends import interface, kernels
 from spqt_cli.decode import active_counts, phase
 from spqt_cli.format import layout
 
@@ -145,7 +145,7 @@ class SharedInput:
 
     def forget(self) -> None:
         """Prepare anew before the next product: a threshold has changed."""
-        self._step: kernels.Step | None = None
+        self._step: interface.Step | None = None
         self._skips = False
         self._weights: list[tuple[ZigzagLinear, mx.array]] = []
 

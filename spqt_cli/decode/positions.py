@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from spqt_cli.backends.gpu.kernel_text import Rotary
+from spqt_cli.backends.interface import Rotary
 from spqt_cli.decode import attention_cpu
 
 BLOCK = 256  # positions made at one time

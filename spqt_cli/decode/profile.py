@@ -8,7 +8,6 @@ shapes and densities; it measures nothing.
 import contextlib
 import json
 import os
-import platform
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -21,7 +20,6 @@ import mlx.core as mx
 import numpy as np
 from mlx import nn
 
-from spqt_cli import __version__
 from spqt_cli.backends import kernels
 from spqt_cli.decode import fused_block, relayout, repacking
 from spqt_cli.decode.layers import ZigzagLinear
@@ -29,6 +27,7 @@ from spqt_cli.errors import UsageError
 from spqt_cli.format import config_json
 from spqt_cli.patch import SHARED_INPUTS, zigzag_layers
 from spqt_cli.system import files
+from spqt_cli.version import __version__
 
 if TYPE_CHECKING:
     from spqt_cli.decode.session import Loaded
@@ -122,12 +121,10 @@ def device_key() -> dict[str, str]:
 
 def path() -> Path:
     """Where this device's profile lies, whether there is one or not."""
-    home = Path("~/Library/Caches" if platform.system() == "Darwin" else "~/.cache").expanduser()
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or home) / "spqt"
     slug = "-".join(
         "".join(c if c.isalnum() or c == "." else "_" for c in part) for part in device_key().values()
     )
-    return folder / f"profile-{slug}.json"
+    return files.cache_folder() / f"profile-{slug}.json"
 
 
 def write(choices: dict[str, Choice], origin: dict[str, Any]) -> Path:
@@ -205,7 +202,7 @@ def follow(model: nn.Module, curves: Curves, sparsity: float | None) -> str:
     densities = {id(layer): density for layer, density in expected_densities(model, curves, sparsity)}
     counts = dict.fromkeys((SPARSE, ZIGZAG, ROWS), 0)
     repack: dict[str, ZigzagLinear] = {}
-    kept = fused_block.whole(model) if kernels.on_gpu() else ()
+    kept = fused_block.whole(model) if kernels.backend().traces else ()
     for unit in units(model):
         choice = choices.get(unit.key)
         if choice is None:

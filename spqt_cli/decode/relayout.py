@@ -54,7 +54,7 @@ def find(model: nn.Module) -> Head | None:
 
 
 class ZigzagHead(nn.Module):
-    """A head whose weights are quantized anew in the Zigzag layout; a `kernels.Projection`."""
+    """A head whose weights are quantized anew in the Zigzag layout; a `interface.Projection`."""
 
     def __init__(self, module: nn.QuantizedLinear | nn.QuantizedEmbedding) -> None:
         super().__init__()

@@ -7,7 +7,6 @@ never pickles. Every failure of hub or network becomes an SpqtError without the 
 import contextlib
 import errno
 import json
-import os
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from spqt_cli.convert.source import KEPT
 from spqt_cli.errors import ResourceError, SpqtError, UnsupportedError
 from spqt_cli.format import checks
 from spqt_cli.format.config_json import CONFIG, INDEX, read_config
+from spqt_cli.system import files
 
 WEIGHTS = ("model*.safetensors", INDEX)
 SMALL = (CONFIG, *KEPT, "README.md")
@@ -162,8 +162,7 @@ def download(repo: str, revision: str | None) -> Path:
 
 
 def _marker(repo: str, commit: str) -> Path:
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "spqt" / "verified" / f"{repo.replace('/', '--')}-{commit}"
+    return files.cache_folder() / "verified" / f"{repo.replace('/', '--')}-{commit}"
 
 
 def check_upload(repo: str) -> None:

@@ -8,6 +8,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import platform
 import secrets
 import shutil
 import sys
@@ -212,3 +213,9 @@ def sha256(path: Path) -> str:
     """The SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def cache_folder() -> Path:
+    """Where spqt keeps what it can measure again."""
+    home = Path("~/Library/Caches" if platform.system() == "Darwin" else "~/.cache").expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or home) / "spqt"

@@ -19,7 +19,7 @@ def test_the_commit_can_be_told():
 
 
 def test_outside_a_checkout_the_version_stands_for_the_commit(monkeypatch, tmp_path):
-    monkeypatch.setattr(hardware, "__file__", str(tmp_path / "spqt_cli" / "hardware.py"))
+    monkeypatch.setattr(hardware, "__file__", str(tmp_path / "spqt_cli" / "bench" / "hardware.py"))
     assert hardware._commit() == f"v{__version__}"
 
 

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -10,11 +9,13 @@ import pytest
 
 from spqt_cli.backends.gpu import backend as gpu
 from spqt_cli.backends.gpu import kernel_text
+from spqt_cli.backends.gpu import launch as launching
 from spqt_cli.bench import traffic
 from spqt_cli.decode.layers import ZigzagLinear, nn
 from spqt_cli.format import layout
+from tests import ROOT
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+BENCHMARKS = ROOT / "benchmarks"
 if not BENCHMARKS.is_dir():
     pytest.skip("benchmarks are not part of a source archive", allow_module_level=True)
 sys.path.append(str(BENCHMARKS))
@@ -147,7 +148,7 @@ def test_the_emulated_kernel_touches_the_lines_that_are_worked_out(density, monk
         seen.append(emulation.traffic)
         return emulation.outputs
 
-    monkeypatch.setattr(gpu, "run", run)
+    monkeypatch.setattr(launching, "run", run)
     mx.eval(gpu.sparse_gemv(mx.array(x), [layer])[0])
     active = x > (1 - density) * inputs
     chunks = traffic.chunk_bytes(4, 64, 256, 2)

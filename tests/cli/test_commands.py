@@ -6,12 +6,12 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import huggingface_hub
 import pytest
 
 from spqt_cli.cli import entry, worker
+from tests import ROOT
 from tests.conftest import tiny_checkpoint
 
 
@@ -333,6 +333,6 @@ def test_generate_takes_every_sampling_flag_of_mlx_lm():
 
 
 def test_readme_commands_exist():
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text()
     assert "make run" in readme
     assert "make test" in readme

@@ -1,6 +1,6 @@
 """Every architecture of the installed mlx-lm, converted, calibrated, run, and held against its definition.
 
-    python -m tests.convert.architectures              against docs/architectures.md; exit 1 where a row changed
+    python -m tests.convert.architectures              against docs/architectures.md; exit 1 if a row changed
     python -m tests.convert.architectures --write      write that table anew
     python -m tests.convert.architectures --one NAME   one architecture, as JSON
 
@@ -18,10 +18,10 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+from tests import ROOT
 from tests.lib import architecture_configs
 from tests.lib.architecture_check import Row, examine
 
-ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "architectures.md"
 BEGIN, END = "<!-- rows -->\n", "<!-- end of rows -->\n"
 TIMEOUT = 300  # seconds for one architecture
@@ -61,7 +61,7 @@ def survey(names: list[str]) -> list[Row]:
 
 def _one(name: str) -> Row | None:
     """The row that a process of its own finds; a failure is a row that is wrong."""
-    command = [sys.executable, "-m", "tests.architectures", "--one", name]
+    command = [sys.executable, "-m", "tests.convert.architectures", "--one", name]
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
     started = time.monotonic()
     try:

@@ -8,9 +8,10 @@ from mlx_lm.models import gemma, gemma3_text, llama, olmo2, qwen2, qwen3
 from mlx_lm.models.cache import KVCache
 
 from spqt_cli import patch
-from spqt_cli.backends import selftest
+from spqt_cli.backends import problems
 from spqt_cli.backends.gpu import backend as gpu
-from spqt_cli.backends.gpu import first_use, launch_plan
+from spqt_cli.backends.gpu import first_use, geometry, kernel_text, launch_plan
+from spqt_cli.backends.gpu import launch as launching
 from spqt_cli.decode import active_counts, fused_block, fused_block_gpu, fused_mlp, phase
 from tests.backends.gpu.test_first_use import fresh_trust, run_emulated
 from tests.backends.gpu.test_kernels import CUTS, emulated, kinds, use
@@ -149,7 +150,7 @@ def test_steps_are_prepared_once_though_weights_are_laid_out_anew(striped, monke
 def test_one_launch_a_product_adds_the_residual_outside(on_emulator, monkeypatch):
     """Where o and down have no reduction that could carry the sum, the pair has."""
     wide, whole = CUTS["wide"], CUTS["wide"]._replace(stripe=1000)
-    monkeypatch.setattr(gpu.geometry, "choose", lambda _, bands, *__: wide if len(bands) == 2 else whole)
+    monkeypatch.setattr(geometry, "choose", lambda _, bands, *__: wide if len(bands) == 2 else whole)
     made = block()
     expected, shares = steps(made)
     found, counted = steps(installed(made))
@@ -217,19 +218,19 @@ def test_an_attention_that_fails_leaves_its_layers_usable(striped):
 
 @pytest.mark.parametrize("wrong", [False, True])
 def test_the_first_use_check_judges_the_residual_sum(monkeypatch, fresh_trust, capfd, wrong):
-    real = gpu.gpu_text.body
+    real = kernel_text.body
     if wrong:
         monkeypatch.setattr(
-            gpu.gpu_text,
+            kernel_text,
             "body",
             lambda name: real(name).replace("+ float(residual[at])", "- float(residual[at])"),
         )
-    gpu.gpu_text.reduce_kernel.cache_clear()
-    monkeypatch.setattr(gpu, "run", run_emulated)
+    kernel_text.reduce_kernel.cache_clear()
+    monkeypatch.setattr(launching, "run", run_emulated)
     use(monkeypatch, CUTS["wide"])
-    case = selftest.Case((128,), 301)
-    layers, x = selftest.matrices(case), selftest.vector(case)
+    case = problems.Case((128,), 301)
+    layers, x = problems.matrices(case), problems.vector(case)
     assert (gpu._plan(x, layers, launch_plan.Form(then="residual")).gemv is None) is wrong
     assert bool(first_use.broken()) is wrong
     assert ("y + residual is off" in capfd.readouterr().err) is wrong
-    gpu.gpu_text.reduce_kernel.cache_clear()
+    kernel_text.reduce_kernel.cache_clear()

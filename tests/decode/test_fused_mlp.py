@@ -6,13 +6,15 @@ import numpy as np
 import pytest
 from mlx_lm.models import gemma, llama, qwen2
 
-from spqt_cli.backends import kernels, selftest
+from spqt_cli.backends import kernels, problems
 from spqt_cli.backends.gpu import backend as gpu
-from spqt_cli.backends.gpu import first_use, joined_weights, launch_plan
+from spqt_cli.backends.gpu import first_use, joined_weights, kernel_text, launch_plan
+from spqt_cli.backends.gpu import launch as launching
 from spqt_cli.decode import active_counts, fused_mlp, phase
 from spqt_cli.decode.layers import SharedInput, ZigzagLinear
 from tests.backends.gpu.test_first_use import fresh_trust, run_emulated
 from tests.backends.gpu.test_kernels import CUTS, emulated, kinds, use
+from tests.lib.backends import EMULATED
 
 __all__ = ["emulated", "fresh_trust"]  # fixtures
 pytestmark = pytest.mark.usefixtures("decode_steps")
@@ -62,8 +64,7 @@ def module(bias=False):
 @pytest.fixture
 def on_emulator(emulated, monkeypatch):
     use(monkeypatch, CUTS["wide"])
-    monkeypatch.setattr(kernels, "_implementation", lambda: gpu)
-    monkeypatch.setattr(kernels, "backend", lambda: kernels.Backend("cuda", "emulated"))
+    monkeypatch.setattr(kernels, "backend", lambda: EMULATED)
     return emulated
 
 
@@ -157,9 +158,9 @@ def test_unequal_layers_and_single_launches_are_left_alone(on_emulator, monkeypa
 
 def test_one_stripe_is_no_fault_of_the_kernels(monkeypatch, fresh_trust):
     """Small layers have nothing to add up: what would carry silu or a sum is neither tried nor distrusted."""
-    monkeypatch.setattr(gpu, "run", run_emulated)
+    monkeypatch.setattr(launching, "run", run_emulated)
     use(monkeypatch, CUTS["narrow"])
-    some, x = selftest.matrices(selftest.Case((128, 128), 301)), selftest.vector(selftest.Case((128,), 301))
+    some, x = problems.matrices(problems.Case((128, 128), 301)), problems.vector(problems.Case((128,), 301))
     assert gpu.prepare_gated(x, some, some[0]) is None
     assert gpu._plan(x, some[:1], launch_plan.Form(then="residual")).gemv is None
     assert first_use.broken() == []
@@ -167,17 +168,17 @@ def test_one_stripe_is_no_fault_of_the_kernels(monkeypatch, fresh_trust):
 
 @pytest.mark.parametrize("wrong", [False, True])
 def test_the_first_use_check_judges_the_gated_reduction(monkeypatch, fresh_trust, capfd, wrong):
-    real = gpu.gpu_text.body
+    real = kernel_text.body
     if wrong:
         monkeypatch.setattr(
-            gpu.gpu_text, "body", lambda name: real(name).replace("1.0f + exp(", "2.0f + exp(")
+            kernel_text, "body", lambda name: real(name).replace("1.0f + exp(", "2.0f + exp(")
         )
-    gpu.gpu_text.reduce_kernel.cache_clear()
-    monkeypatch.setattr(gpu, "run", run_emulated)
+    kernel_text.reduce_kernel.cache_clear()
+    monkeypatch.setattr(launching, "run", run_emulated)
     use(monkeypatch, CUTS["wide"])
-    some = selftest.matrices(selftest.Case((128, 128), 301))
-    x = selftest.vector(selftest.Case((128, 128), 301))
+    some = problems.matrices(problems.Case((128, 128), 301))
+    x = problems.vector(problems.Case((128, 128), 301))
     assert (gpu.prepare_gated(x, some, some[0]) is None) is wrong
     assert bool(first_use.broken()) is wrong
     assert ("silu(gate) * up is off" in capfd.readouterr().err) is wrong
-    gpu.gpu_text.reduce_kernel.cache_clear()
+    kernel_text.reduce_kernel.cache_clear()

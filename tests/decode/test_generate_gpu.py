@@ -4,13 +4,14 @@ import mlx.core as mx
 import pytest
 from mlx_lm.generate import generate_step
 
-from spqt_cli.backends import kernels, stock
+from spqt_cli.backends import kernels
 from spqt_cli.calibrate import calibrate
 from spqt_cli.convert import convert
 from spqt_cli.decode import active_counts, session
 from tests.backends.gpu.test_kernels import emulated, kinds
 from tests.conftest import tiny_checkpoint
 from tests.decode.test_fused_mlp import on_emulator
+from tests.lib.backends import DEFINITION
 
 __all__ = ["emulated", "on_emulator"]  # fixtures
 PROMPT = mx.array([60, 70, 80, 90, 100])
@@ -33,8 +34,7 @@ def test_tokens_and_counts_are_the_definition_s(arch, tmp_path, monkeypatch, req
     options = calibrate.CalibrateOptions(sparsity=0.4, tokens=512, method="uniform")
     calibrate.calibrate(folder, options, lambda *_: None)
     with monkeypatch.context() as definition:
-        definition.setattr(kernels, "backend", lambda: kernels.Backend("stock", "the definition"))
-        definition.setattr(kernels, "_implementation", lambda: stock)
+        definition.setattr(kernels, "backend", lambda: DEFINITION)
         expected = decoded(folder)
     launches = request.getfixturevalue("on_emulator")
     assert decoded(folder) == expected

@@ -3,14 +3,15 @@
 import mlx.core as mx
 import pytest
 
-from spqt_cli.backends import accuracy, selftest
+from spqt_cli.backends import accuracy, problems
 from spqt_cli.backends.gpu import backend as gpu
-from spqt_cli.backends.gpu import first_use, launch_plan
-from spqt_cli.backends.gpu.kernel_text import Rotary
+from spqt_cli.backends.gpu import first_use, kernel_text, launch_plan
+from spqt_cli.backends.gpu import launch as launching
+from spqt_cli.backends.interface import Rotary
 from tests.backends.gpu.test_first_use import fresh_trust, run_emulated
 from tests.backends.gpu.test_kernels import CUTS, DTYPES, emulated, use
 
-Case = selftest.Case
+Case = problems.Case
 __all__ = ["emulated", "fresh_trust"]  # fixtures
 STRIPED = [name for name, cut in CUTS.items() if cut.stripes(301) > 1]
 FORMS = {
@@ -23,7 +24,7 @@ FORMS = {
 
 def turned(case, form, cut):
     """What is wrong with the turned heads of a case."""
-    layers, x = selftest.matrices(case), selftest.vector(case)
+    layers, x = problems.matrices(case), problems.vector(case)
     assert launch_plan.turns(layers, form)
     apart = first_use._result(x, launch_plan.make_plan(x.shape, x.dtype, layers, cut, launch_plan.Form()))
     plan = launch_plan.make_plan(x.shape, x.dtype, layers, cut, launch_plan.Form(then=form))
@@ -48,7 +49,7 @@ def test_turned_heads_of_every_dtype(emulated, dtype):
 
 
 def test_heads_across_bands_and_odd_widths_are_not_turned():
-    layers = selftest.matrices(Case((192, 64), 70, band=64))
+    layers = problems.matrices(Case((192, 64), 70, band=64))
     assert not launch_plan.turns(layers, Rotary(128, 128, traditional=False, rotated=2))
     assert not launch_plan.turns(layers, Rotary(64, 4, traditional=False, rotated=2))
     assert not launch_plan.turns(layers, Rotary(64, 63, traditional=False, rotated=2))
@@ -63,14 +64,14 @@ def test_a_wrong_turn_is_found_on_first_use(monkeypatch, fresh_trust, capfd, wro
         "held -= held": "held -= 0 * held",
         "const bool owns =": "const bool owns = false &&",
     }
-    real = gpu.gpu_text.body
-    monkeypatch.setattr(gpu.gpu_text, "body", lambda name: real(name).replace(wrong, better[wrong]))
-    gpu.gpu_text.reduce_kernel.cache_clear()
-    monkeypatch.setattr(gpu, "run", run_emulated)
+    real = kernel_text.body
+    monkeypatch.setattr(kernel_text, "body", lambda name: real(name).replace(wrong, better[wrong]))
+    kernel_text.reduce_kernel.cache_clear()
+    monkeypatch.setattr(launching, "run", run_emulated)
     use(monkeypatch, CUTS["eight lanes"])
     case = Case((128, 64), 301)
-    layers, x = selftest.matrices(case), selftest.vector(case)
+    layers, x = problems.matrices(case), problems.vector(case)
     assert gpu._plan(x, layers, launch_plan.Form(then=FORMS["halves"])).gemv is None
     assert "a GPU kernel is wrong" in capfd.readouterr().err
     assert first_use.broken()
-    gpu.gpu_text.reduce_kernel.cache_clear()
+    kernel_text.reduce_kernel.cache_clear()

@@ -18,6 +18,7 @@ from spqt_cli.errors import UsageError
 from spqt_cli.format import config_json
 from spqt_cli.patch import zigzag_layers
 from tests.conftest import tiny_config
+from tests.lib.backends import DEFINITION, EMULATED
 
 PATHS = ("model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj")
 
@@ -269,13 +270,13 @@ def test_layers_of_blocks_that_run_whole_on_a_gpu_stay_as_they_are(monkeypatch):
     profile.write({"64x64 4 bits group 32": Choice(0.0, ROWS)}, {})
     assert profile.better_as_rows(layers, 1.0, kept) == ["other.o_proj"]
     before = list(zigzag_layers(one.model))
-    monkeypatch.setattr(kernels, "on_gpu", lambda: True)
+    monkeypatch.setattr(kernels, "backend", lambda: EMULATED)
     for other in (ZIGZAG, ROWS):
         profile.write({unit.key: Choice(0.0, other) for unit in profile.units(one.model)}, {})
         profile.apply(one)
         assert list(zigzag_layers(one.model)) == before
         assert all(layer.threshold is not None for layer in zigzag_layers(one.model).values())
-    monkeypatch.setattr(kernels, "on_gpu", lambda: False)
+    monkeypatch.setattr(kernels, "backend", lambda: DEFINITION)
     profile.apply(one)
     assert len(zigzag_layers(one.model)) < len(before)
 

@@ -5,11 +5,12 @@ Knows the form of the file (documents, turns, kinds) and nothing about calibrati
 
 import re
 import unicodedata
-from pathlib import Path
 
 import pytest
 
-TEXT_FILE = Path(__file__).parents[1] / "configs" / "calibration.txt"
+from tests import ROOT
+
+TEXT_FILE = ROOT / "configs" / "calibration.txt"
 SEPARATOR = "<|document|>"
 TURN_MARKS = ("<|system|>", "<|user|>", "<|assistant|>")
 FIRST_BYTES = 8 * 1024  # about 2,048 tokens: the least that calibrate may be given

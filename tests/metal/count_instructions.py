@@ -20,7 +20,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from spqt_cli.backends import selftest
+from spqt_cli.backends import problems
 from spqt_cli.backends.gpu import geometry, kernel_text, launch_plan
 from spqt_cli.format import layout
 from tests.metal.emulator import metal_text
@@ -58,9 +58,9 @@ Counts = dict[str, int]  # instructions of the loop by class
 
 def problem(cut: geometry.Geometry, bits: int) -> tuple[launch_plan.Launch, list[mx.array]]:
     """A launch of the kernel, float16, group 64, and its inputs."""
-    case = selftest.Case((cut.tile,), 100, bits)
-    (matrix,) = selftest.matrices(case)
-    x = selftest.vector(case)
+    case = problems.Case((cut.tile,), 100, bits)
+    (matrix,) = problems.matrices(case)
+    x = problems.vector(case)
     plan = launch_plan.make_plan(x.shape, x.dtype, [matrix], cut, launch_plan.Form())
     assert plan.gemv is not None
     return plan.gemv, plan.first_inputs(x)

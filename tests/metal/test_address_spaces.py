@@ -13,9 +13,10 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from spqt_cli.backends import selftest
+from spqt_cli.backends import problems
 from spqt_cli.backends.gpu import backend as gpu
 from spqt_cli.backends.gpu import first_use, geometry, kernel_text, launch_plan
+from spqt_cli.backends.gpu import launch as launching
 from tests.metal.emulator import metal_text
 
 CLANGS = ("clang-14", "clang-15", "clang-16", "clang-17", "clang-18", "clang-19", "clang")
@@ -67,15 +68,15 @@ def texts(monkeypatch, case, cut):
             mx.zeros(shape, dtype=dtype) for shape, dtype in zip(launch.shapes, launch.dtypes, strict=True)
         ]
 
-    monkeypatch.setattr(gpu, "run", run)
+    monkeypatch.setattr(launching, "run", run)
     monkeypatch.setattr(first_use, "verdict", lambda *_, **__: "")
     monkeypatch.setattr(geometry, "choose", lambda *_: cut)
-    gpu.sparse_gemv(selftest.vector(case), selftest.matrices(case))
+    gpu.sparse_gemv(problems.vector(case), problems.matrices(case))
     return seen
 
 
 def case_of(count, bits, dtype=mx.float16):
-    return selftest.Case((128,) * count, 100, bits, dtype=dtype, bias=True, per_channel=count > 1)
+    return problems.Case((128,) * count, 100, bits, dtype=dtype, bias=True, per_channel=count > 1)
 
 
 WIDE = geometry.Geometry(32, 32, 4, 2, 128, 8, 0, 50)
@@ -105,11 +106,11 @@ def test_the_gated_reduction_keeps_to_its_address_spaces(clang, monkeypatch, tmp
         gpu, "run", lambda launch, inputs: seen.append((launch, inputs)) or run(launch, inputs)
     )
     case = case_of(2, 4, dtype)
-    some = selftest.matrices(case)
+    some = problems.matrices(case)
     mx.disable_compile()
     gpu.prepare_gated(
-        selftest.vector(case), some, selftest.matrices(selftest.Case((64,), 128, dtype=dtype))[0]
-    )(selftest.vector(case), None, None)
+        problems.vector(case), some, problems.matrices(problems.Case((64,), 128, dtype=dtype))[0]
+    )(problems.vector(case), None, None)
     mx.enable_compile()
     text = metal_text(*seen[1], kernel_text.header())
     assert " GLU = 1," in text
@@ -122,7 +123,7 @@ TURNED = kernel_text.Rotary(64, 48, traditional=False, rotated=2)
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32])
 @pytest.mark.parametrize("then", ["residual", TURNED, TURNED._replace(dims=64, traditional=True)], ids=str)
 def test_reductions_that_take_one_array_more_keep_to_their_address_spaces(clang, tmp_path, then, dtype):
-    layers = selftest.matrices(case_of(1 if then == "residual" else 3, 4, dtype))
+    layers = problems.matrices(case_of(1 if then == "residual" else 3, 4, dtype))
     plan = launch_plan.make_plan((1, 1, 100), dtype, layers, WIDE, launch_plan.Form(then=then))
     other = mx.zeros((128,), dtype) if then == "residual" else mx.zeros((then.dims,))
     inputs = [mx.zeros(plan.gemv.shapes[0]), plan.inputs[0], other]
@@ -134,9 +135,9 @@ def test_reductions_that_take_one_array_more_keep_to_their_address_spaces(clang,
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32])
 def test_norms_keep_to_their_address_spaces(clang, tmp_path, dtype):
     case = case_of(3, 4, dtype)
-    x, norm, _ = selftest.before_norm(case)
+    x, norm, _ = problems.before_norm(case)
     form = launch_plan.Form(norm=norm)
-    plan = launch_plan.make_plan(x.shape, dtype, selftest.matrices(case), NARROW, form)
+    plan = launch_plan.make_plan(x.shape, dtype, problems.matrices(case), NARROW, form)
     text = metal_text(plan.gemv, plan.first_inputs(x), kernel_text.header())
     assert " NORMED = 1," in text
     assert refusals(clang, text, tmp_path) == ""

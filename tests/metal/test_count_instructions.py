@@ -59,22 +59,22 @@ def test_three_instructions_a_weight_in_ptx_addresses_included(clang):
 
 def test_planted_instruction_is_counted(clang, monkeypatch):
     before = ir_counts(count_instructions.ir(4, 1, clang)), ptx_counts(count_instructions.ptx(4, 2, clang))
-    body = count_instructions.gpu_text.body("sparse_gemv.metal")
+    body = count_instructions.kernel_text.body("sparse_gemv.metal")
     line = "sums[c] = fma(code,"
     assert line in body
     planted = body.replace(line, "code = code - 3.0f; " + line)
     monkeypatch.setattr(
         count_instructions.gpu_text,
         "body",
-        lambda name, real=count_instructions.gpu_text.body: (
+        lambda name, real=count_instructions.kernel_text.body: (
             planted if name == "sparse_gemv.metal" else real(name)
         ),
     )
-    count_instructions.gpu_text.gemv_kernel.cache_clear()
+    count_instructions.kernel_text.gemv_kernel.cache_clear()
     try:
         after = ir_counts(count_instructions.ir(4, 1, clang)), ptx_counts(count_instructions.ptx(4, 2, clang))
     finally:
-        count_instructions.gpu_text.gemv_kernel.cache_clear()
+        count_instructions.kernel_text.gemv_kernel.cache_clear()
     for one, other in zip(before, after, strict=True):
         assert arithmetic(other) == pytest.approx(arithmetic(one) + 1.0)
 

@@ -6,10 +6,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from spqt_cli.backends import selftest
+from spqt_cli.backends import problems
 from spqt_cli.backends.gpu import backend as gpu
 from spqt_cli.backends.gpu import first_use, geometry, kernel_text
-from spqt_cli.backends.gpu.backend import Launch
+from spqt_cli.backends.gpu import launch as launching
+from spqt_cli.backends.gpu.launch_plan import Launch
 from spqt_cli.backends.gpu.kernel_text import Kernel
 from tests.metal.emulator import emulate
 
@@ -140,10 +141,10 @@ def test_fault_planted_in_the_real_body_is_reported(monkeypatch, old, new, repor
         reports.extend(emulation.reports)
         return emulation.outputs
 
-    monkeypatch.setattr(gpu, "run", run)
+    monkeypatch.setattr(launching, "run", run)
     monkeypatch.setattr(first_use, "verdict", lambda *_, **__: "")
     cut = geometry.Geometry(32, 4, 32, 2, 128, 4, 0, 10000)
     monkeypatch.setattr(geometry, "choose", lambda *_: cut)
-    case = selftest.Case((120,), 100, group_size=32)
-    gpu.sparse_gemv(selftest.vector(case, 1.0), selftest.matrices(case))
+    case = problems.Case((120,), 100, group_size=32)
+    gpu.sparse_gemv(problems.vector(case, 1.0), problems.matrices(case))
     assert any(report in line for line in reports), reports

@@ -1,48 +1,47 @@
-"""The Metal and CUDA kernels: which launches a call takes, and what can be kept between calls.
+"""The GPU backend, Metal and CUDA: which launches a call takes, and what can be kept between calls.
 
-Texts are in `kernel_text.py`, the cut of a launch in `geometry.py`, what it is made of in `launch_plan.py`;
-each kernel is built once. It knows layers only through `kernels.Projection` and decides nothing about
+Texts are in kernel_text.py, the cut of a launch in geometry.py, what it is made of in launch_plan.py, the
+launch itself in launch.py. It knows layers only as `interface.Projection`s and decides nothing about
 thresholds or models.
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
 from spqt_cli.backends import stock
-from spqt_cli.backends.gpu import geometry, joined_weights, kernel_text, launch_plan, prompts
-from spqt_cli.backends.gpu.kernel_text import Kernel, Rotary
-from spqt_cli.backends.gpu.launch_plan import Form, Launch, Plan
+from spqt_cli.backends.gpu import first_use, geometry, joined_weights, launch_plan, prompts
+from spqt_cli.backends.gpu.kernel_text import Rotary
+from spqt_cli.backends.gpu.launch import launch
+from spqt_cli.backends.gpu.launch_plan import Form, Plan
+from spqt_cli.backends.interface import (
+    Backend,
+    Count,
+    GatedStep,
+    HeadStep,
+    Norm,
+    Projection,
+    RotaryStep,
+    Step,
+    Tail,
+    TailStep,
+)
 
-if TYPE_CHECKING:
-    from spqt_cli.backends.kernels import (
-        Count,
-        GatedStep,
-        HeadStep,
-        Norm,
-        Projection,
-        RotaryStep,
-        Step,
-        Tail,
-        TailStep,
-    )
 
-
-def status() -> tuple[str | None, str]:
-    """The kind of GPU kernels that can run here, "metal", "cuda" or None, and why."""
-    from spqt_cli.backends.gpu import first_use
-
+def find() -> Backend | str:
+    """The kernels of this process's GPU, or why they can't run."""
     if mx.default_device() != mx.Device(mx.gpu):
-        return None, "MLX's default device is the CPU"
+        return "MLX's default device is the CPU"
     if first_use.broken():
-        return None, first_use.broken()[0]
-    if mx.metal.is_available():
-        return "metal", "MLX has a Metal GPU"
-    if mx.cuda.is_available():
-        return "cuda", "MLX has a CUDA GPU"
-    return None, "MLX has no GPU here"
+        return first_use.broken()[0]
+    for name, module, kind in (("metal", mx.metal, "Metal"), ("cuda", mx.cuda, "CUDA")):
+        if module.is_available():
+            # Counts are handed from step to step by the host, which is the slower of the two here.
+            reason = f"MLX has a {kind} GPU"
+            return Backend(name, reason, sys.modules[__name__], count_every=8, traces=True)
+    return "MLX has no GPU here"
 
 
 @cache
@@ -54,7 +53,7 @@ def device_class() -> str:
     return letter if letter in geometry.THREADGROUPS else "g"
 
 
-def sparse_gemv(x: mx.array, layers: Sequence["Projection"]) -> tuple[list[mx.array], mx.array]:
+def sparse_gemv(x: mx.array, layers: Sequence[Projection]) -> tuple[list[mx.array], mx.array]:
     """One token through several projections of one input, inactive channels skipped; lazy.
 
     x: (..., inputs) with exactly one row, float16, bfloat16 or float32.
@@ -71,20 +70,20 @@ def sparse_gemv(x: mx.array, layers: Sequence["Projection"]) -> tuple[list[mx.ar
     return outputs, active
 
 
-def arrange(layers: Sequence["Projection"]) -> None:
+def arrange(layers: Sequence[Projection]) -> None:
     """Lay the weights of a launch out as the kernels want them; the layers get other, equal arrays."""
     for some in [layers] if launch_plan.one_launch(layers) else [[layer] for layer in layers]:
         joined_weights.join(some)
 
 
-def prepare(layers: Sequence["Projection"]) -> "Step":
+def prepare(layers: Sequence[Projection]) -> Step:
     """As `kernels.prepare`. What one call does is traced once per shape and dtype, then only replayed:
     asking MLX for a custom kernel from Python costs more than the rest of a small layer.
     """
     dense = all(layer.threshold is None for layer in layers)
 
     @mx.compile
-    def step(x: mx.array, counted: "Count") -> "tuple[list[mx.array], Count]":
+    def step(x: mx.array, counted: Count) -> tuple[list[mx.array], Count]:
         if plan := _usable(x, layers, Form(dense)):
             return launch(x, plan, counted)
         return stock.add_counts(sparse_gemv(x, layers), counted)
@@ -92,7 +91,7 @@ def prepare(layers: Sequence["Projection"]) -> "Step":
     return step
 
 
-def prepare_gated(x: mx.array, pair: Sequence["Projection"], down: "Projection") -> "GatedStep | None":
+def prepare_gated(x: mx.array, pair: Sequence[Projection], down: Projection) -> GatedStep | None:
     """down(silu(gate) * up) in one traced call, silu in the reduction of gate and up.
 
     x: such an input as the steps will get. None where the kernels can't: for layers that differ or are small.
@@ -103,7 +102,7 @@ def prepare_gated(x: mx.array, pair: Sequence["Projection"], down: "Projection")
     last = prepare([down])
 
     @mx.compile
-    def step(x: mx.array, counted: "Count", counted_down: "Count") -> "tuple[mx.array, Count, Count]":
+    def step(x: mx.array, counted: Count, counted_down: Count) -> tuple[mx.array, Count, Count]:
         (h,), counted = launch(x, plan, counted)
         (y,), counted_down = last(h, counted_down)
         return y, counted, counted_down
@@ -111,13 +110,13 @@ def prepare_gated(x: mx.array, pair: Sequence["Projection"], down: "Projection")
     return step
 
 
-def prepare_head(norm: "Norm", layers: Sequence["Projection"]) -> "HeadStep":
+def prepare_head(norm: Norm, layers: Sequence[Projection]) -> HeadStep:
     """As `kernels.prepare_head`, in one traced call; the kernel normalizes x itself where it can."""
     products = prepare(layers)
     dense = all(layer.threshold is None for layer in layers)
 
     @mx.compile
-    def step(x: mx.array, counted: "Count") -> "tuple[mx.array, list[mx.array], Count]":
+    def step(x: mx.array, counted: Count) -> tuple[mx.array, list[mx.array], Count]:
         normed = mx.fast.rms_norm(x, norm.weight, norm.eps)  # the module's own code may use it as well
         plan = _usable(x, layers, Form(dense, norm=norm))
         return normed, *(products(normed, counted) if plan is None else launch(x, plan, counted))
@@ -126,8 +125,8 @@ def prepare_head(norm: "Norm", layers: Sequence["Projection"]) -> "HeadStep":
 
 
 def prepare_rotary(
-    x: mx.array, norm: "Norm", layers: Sequence["Projection"], rotary: Rotary
-) -> "RotaryStep | None":
+    x: mx.array, norm: Norm, layers: Sequence[Projection], rotary: Rotary
+) -> RotaryStep | None:
     """As `kernels.prepare_rotary`, in one traced call: the reduction of q/k/v turns their heads."""
     dense = all(layer.threshold is None for layer in layers)
     plan = _usable(x, layers, Form(dense, rotary, norm)) if launch_plan.turns(layers, rotary) else None
@@ -135,13 +134,13 @@ def prepare_rotary(
         return None
 
     @mx.compile
-    def step(x: mx.array, turns: mx.array, counted: "Count") -> "tuple[list[mx.array], Count]":
+    def step(x: mx.array, turns: mx.array, counted: Count) -> tuple[list[mx.array], Count]:
         return launch(x, plan, counted, turns)
 
     return step
 
 
-def prepare_tail(x: mx.array, tail: "Tail") -> "TailStep | None":
+def prepare_tail(x: mx.array, tail: Tail) -> TailStep | None:
     """As `kernels.prepare_tail`: one traced call; the residual stream is added in the reductions."""
     plan = _gated_plan(x, tail.pair, tail.norm)
     if plan is None:
@@ -149,7 +148,7 @@ def prepare_tail(x: mx.array, tail: "Tail") -> "TailStep | None":
     out, down = _residual(tail.out), _residual(tail.down)
 
     @mx.compile
-    def step(attended: mx.array, x: mx.array, counted: "Sequence[Count]") -> "tuple[mx.array, list[Count]]":
+    def step(attended: mx.array, x: mx.array, counted: Sequence[Count]) -> tuple[mx.array, list[Count]]:
         h, count = out(attended, x, counted[0])
         (gated,), count_pair = launch(h, plan, counted[1])
         y, count_down = down(gated, h, counted[2])
@@ -158,14 +157,14 @@ def prepare_tail(x: mx.array, tail: "Tail") -> "TailStep | None":
     return step
 
 
-def _gated_plan(x: mx.array, pair: Sequence["Projection"], norm: "Norm | None") -> Plan | None:
+def _gated_plan(x: mx.array, pair: Sequence[Projection], norm: Norm | None) -> Plan | None:
     """The plan for silu(gate) * up, of x or of its norm; None where the kernels can't."""
     dense = all(layer.threshold is None for layer in pair)
     shapes = {(layer.outputs, *bands) for layer, bands in zip(pair, launch_plan.bands(pair), strict=True)}
     return _usable(x, pair, Form(dense, "glu", norm)) if len(shapes) == 1 else None
 
 
-def _usable(x: mx.array, layers: Sequence["Projection"], form: Form) -> Plan | None:
+def _usable(x: mx.array, layers: Sequence[Projection], form: Form) -> Plan | None:
     """The plan of a call; None where the kernels can't."""
     if form.norm is not None and form.norm.weight.dtype != x.dtype:
         return None  # MLX would go on in the wider of the two
@@ -173,11 +172,11 @@ def _usable(x: mx.array, layers: Sequence["Projection"], form: Form) -> Plan | N
     return None if plan is None or plan.gemv is None else plan
 
 
-def _residual(layer: "Projection") -> "Callable[..., tuple[mx.array, Count]]":
+def _residual(layer: Projection) -> Callable[..., tuple[mx.array, Count]]:
     """layer(x) + residual, and the count, as one call of a trace."""
     products = prepare([layer])
 
-    def step(x: mx.array, residual: mx.array, counted: "Count") -> "tuple[mx.array, Count]":
+    def step(x: mx.array, residual: mx.array, counted: Count) -> tuple[mx.array, Count]:
         plan = _usable(x, [layer], Form(layer.threshold is None, "residual"))
         if plan is None:
             (y,), counted = products(x, counted)
@@ -188,7 +187,7 @@ def _residual(layer: "Projection") -> "Callable[..., tuple[mx.array, Count]]":
     return step
 
 
-def matmul(x: mx.array, layer: "Projection") -> mx.array:
+def matmul(x: mx.array, layer: Projection) -> mx.array:
     """x @ W.T + bias with all channels: x (..., inputs) -> (..., outputs); lazy."""
     rows = x.size // x.shape[-1]
     if rows == 1:
@@ -197,59 +196,7 @@ def matmul(x: mx.array, layer: "Projection") -> mx.array:
     return prompts.matmul(x, layer)
 
 
-def launch(
-    x: mx.array, plan: Plan, counted: "Count" = None, other: mx.array | None = None
-) -> "tuple[list[mx.array], Count]":
-    """The outputs of a plan's one or two kernel calls, and `counted` plus the active channels; lazy.
-
-    Counting partial sums takes a call of its own, left out where nobody counts.
-    other: what the reduction takes besides sums: the residual stream, or the turns of a position.
-    """
-    assert plan.gemv is not None
-    *outputs, last = run(plan.gemv, plan.first_inputs(x, counted))
-    if plan.reduce is None or plan.counts is None:
-        return outputs, last
-    sums = [last, plan.inputs[0]]
-    outputs = run(plan.reduce, sums if other is None else [*sums, other])
-    if counted is None:
-        return outputs, None
-    (active,) = run(plan.counts, [*sums, counted])
-    return mx.depends(outputs, [active]), active  # else a count that nobody reads yet would keep the sums
-
-
-def run(launch: Launch, inputs: list[mx.array]) -> list[mx.array]:
-    """The outputs of one kernel call; lazy."""
-    if launch.built is None:
-        launch.built = _built(launch.kernel)
-    x, y = launch.threadgroups
-    threads = launch.kernel.threads
-    return launch.built(
-        inputs=inputs,
-        grid=(x * threads, y, 1),
-        threadgroup=(threads, 1, 1),
-        output_shapes=launch.shapes,
-        output_dtypes=launch.dtypes,
-    )
-
-
-@cache
-def _built(kernel: Kernel) -> Callable[..., list[mx.array]]:
-    if mx.metal.is_available():
-        make: Any = mx.fast.metal_kernel
-        source, head = kernel.source, kernel_text.header()
-    else:
-        make = mx.fast.cuda_kernel
-        source, head = kernel_text.cuda(kernel)
-    return make(
-        name=kernel.name,
-        input_names=list(kernel.inputs),
-        output_names=list(kernel.outputs),
-        source=source,
-        header=head,
-    )
-
-
-def _plan(x: mx.array, layers: Sequence["Projection"], form: Form) -> Plan | None:
+def _plan(x: mx.array, layers: Sequence[Projection], form: Form) -> Plan | None:
     """The plan of a call, made once; None where the layers can't share a launch."""
     plans = joined_weights.kept(layers[0])
     norm = (id(form.norm.weight), form.norm.eps) if form.norm else None
@@ -264,10 +211,8 @@ def _plan(x: mx.array, layers: Sequence["Projection"], form: Form) -> Plan | Non
     return plan
 
 
-def _checked(x: mx.array, layers: Sequence["Projection"], form: Form) -> Plan:
+def _checked(x: mx.array, layers: Sequence[Projection], form: Form) -> Plan:
     """A plan whose kernels were checked; without launches where they failed or can't take the arrays."""
-    from spqt_cli.backends.gpu import first_use
-
     cut = choose(layers, x.dtype)
     plan = launch_plan.make_plan(x.shape, x.dtype, layers, cut, form)
     if plan.gemv is None:
@@ -277,7 +222,7 @@ def _checked(x: mx.array, layers: Sequence["Projection"], form: Form) -> Plan:
     return plan
 
 
-def choose(layers: Sequence["Projection"], dtype: mx.Dtype) -> geometry.Geometry:
+def choose(layers: Sequence[Projection], dtype: mx.Dtype) -> geometry.Geometry:
     """The launch geometry of these projections on this device, for an x of this dtype."""
     inputs = layers[0].weight.shape[1]
     return geometry.choose(device_class(), launch_plan.bands(layers), inputs, dtype == mx.float32)

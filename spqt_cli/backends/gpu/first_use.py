@@ -18,11 +18,12 @@ from typing import Any
 
 import mlx.core as mx
 
-from spqt_cli import __version__
-from spqt_cli.backends import accuracy, selftest
-from spqt_cli.backends.gpu import backend as gpu
+from spqt_cli.backends import accuracy, interface, problems
 from spqt_cli.backends.gpu import geometry, kernel_text, launch_plan
+from spqt_cli.backends.gpu.launch import launch
 from spqt_cli.backends.gpu.launch_plan import Form
+from spqt_cli.system import files
+from spqt_cli.version import __version__
 
 INPUTS = 300  # channels of the problem: several rows and stripes, no multiple of anything
 _broken: list[str] = []
@@ -63,17 +64,9 @@ def verdict(plan: launch_plan.Plan, dtype: mx.Dtype, layers: Sequence[Any], cut:
     if reason:
         _broken.append(reason)
         print(f"spqt: {reason}; using MLX's own matmul; see spqt doctor --selftest", file=sys.stderr)
-        _forget_backend()
     else:
         _remember(key)
     return reason
-
-
-def _forget_backend() -> None:
-    from spqt_cli.backends import kernels
-
-    kernels.backend.cache_clear()
-    kernels._implementation.cache_clear()
 
 
 def fault(dtype: mx.Dtype, layers: Sequence[Any], cut: geometry.Geometry, form: Form) -> str:
@@ -81,12 +74,12 @@ def fault(dtype: mx.Dtype, layers: Sequence[Any], cut: geometry.Geometry, form: 
     one_stripe = cut.stripes(layers[0].weight.shape[1]) == 1
     small = cut._replace(stripe=INPUTS if one_stripe else INPUTS // 2)
     group, then = layers[0].group_size, form.then
-    head = then.head if isinstance(then, kernel_text.Rotary) else 1
+    head = then.head if isinstance(then, interface.Rotary) else 1
     step = math.lcm(group, head)
     band = -(-cut.tile // step) * step
     missing = [0 if head > 1 else 3 if then == "glu" else 3 + p for p in range(len(layers))]
     per_channel = launch_plan.per_channel(layers, dense=form.dense)
-    case = selftest.Case(
+    case = problems.Case(
         tuple(band - few for few in missing),
         INPUTS,
         layers[0].bits,
@@ -97,10 +90,10 @@ def fault(dtype: mx.Dtype, layers: Sequence[Any], cut: geometry.Geometry, form: 
         bias=any(layer.get("bias") is not None for layer in layers),
         per_channel=per_channel,
     )
-    matrices = selftest.matrices(case)
-    x = multiplied = selftest.vector(case)
+    matrices = problems.matrices(case)
+    x = multiplied = problems.vector(case)
     if form.norm is not None:
-        x, norm, multiplied = selftest.before_norm(case)
+        x, norm, multiplied = problems.before_norm(case)
         form = form._replace(norm=norm)
     if form.dense:
         for matrix in matrices:
@@ -121,7 +114,7 @@ def _fault_of_reduction(
     """What is wrong with a reduction that does more than add up, from one that does not."""
     if then == "glu":
         return accuracy.judge_gated(apart, _result(x, plan))
-    if isinstance(then, kernel_text.Rotary):
+    if isinstance(then, interface.Rotary):
         angles = mx.random.uniform(0.0, 6.0, (then.dims // 2,), key=mx.random.key(37))
         turns = mx.concatenate([mx.cos(angles), mx.sin(angles)])
         return accuracy.judge_rotary(apart, turns, _result(x, plan, turns), then)
@@ -130,12 +123,12 @@ def _fault_of_reduction(
 
 
 def _result(x: mx.array, plan: launch_plan.Plan, other: mx.array | None = None) -> accuracy.Result:
-    outputs, active = gpu.launch(x, plan, plan.nothing, other)
+    outputs, active = launch(x, plan, plan.nothing, other)
     assert active is not None
     return outputs, active
 
 
-def _key(plan: gpu.Plan) -> str:
+def _key(plan: launch_plan.Plan) -> str:
     launches = (plan.gemv, plan.reduce, plan.counts)
     kernels = [launch.kernel for launch in launches if launch is not None]
     words = [
@@ -155,7 +148,7 @@ def _machine() -> str:
 
 
 def _file() -> Path:
-    return selftest.cache_folder() / "kernels.json"
+    return files.cache_folder() / "kernels.json"
 
 
 @cache

@@ -1,16 +1,15 @@
 """The weights of a launch as one array: MLX spends host time on every array of every launch.
 
 A layer keeps its three arrays; they become views of the shared one. It knows layers only through
-`kernels.Projection`.
+`interface.Projection`.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-if TYPE_CHECKING:
-    from spqt_cli.backends.kernels import Projection
+from spqt_cli.backends.interface import Projection
 
 LINE = 128  # bytes; each array begins at a multiple, so that lines are touched as before and loads are wide
 
@@ -39,7 +38,7 @@ class Joined(NamedTuple):
     arrays: tuple[mx.array, ...]  # the layer's own, views of words
 
 
-def join(layers: Sequence["Projection"]) -> list[Joined]:
+def join(layers: Sequence[Projection]) -> list[Joined]:
     """One array for these layers' weights, scales and biases, made once; each layer's entry.
 
     The layers' own arrays are replaced by equal ones, so whoever remembers them must ask afterwards.
@@ -76,7 +75,7 @@ def _joined(layer: Any) -> Joined | None:
     return entry if same else None
 
 
-def _arrays(layer: "Projection") -> Iterable[mx.array]:
+def _arrays(layer: Projection) -> Iterable[mx.array]:
     return layer.weight, layer.scales, layer.biases
 
 

@@ -10,22 +10,11 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from spqt_cli.backends.gpu import geometry
+from spqt_cli.backends.interface import Rotary
 
 Constants = tuple[tuple[str, int | str], ...]
 REDUCE_PARTS = 8  # simdgroups that share the stripes of 32 outputs: short loops, 256 threads
 COUNTS = 32  # entries after the partial sums of a stripe: a whole 128-byte line
-
-
-class Rotary(NamedTuple):
-    """How heads are turned by a position: rotary embeddings of the first `rotated` projections.
-
-    head: outputs of a head, of which `dims` are turned; traditional: pairs of neighbours, else of halves.
-    """
-
-    head: int
-    dims: int
-    traditional: bool
-    rotated: int
 
 
 Then = Literal["", "glu", "residual"] | Rotary  # what a reduction does besides adding up

@@ -5,15 +5,13 @@ From layers, shapes and a geometry; it runs nothing and does not know the device
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
 from spqt_cli.backends.gpu import geometry, joined_weights, kernel_text
 from spqt_cli.backends.gpu.kernel_text import COUNTS, Constants, Kernel, Rotary, Then
-
-if TYPE_CHECKING:
-    from spqt_cli.backends.kernels import Norm, Projection
+from spqt_cli.backends.interface import Norm, Projection
 
 # Numbers in `settings`, 16 KB: MLX's CUDA allocator hands smaller arrays out of buffers that the host wrote
 # before, which lie in managed memory; where the host touches their page again, a kernel waits 10 us for it.
@@ -32,7 +30,7 @@ class Form(NamedTuple):
 
     dense: bool = False
     then: Then = ""
-    norm: "Norm | None" = None
+    norm: Norm | None = None
 
 
 @dataclass(eq=False)
@@ -63,13 +61,13 @@ class Plan(NamedTuple):
         return [x, *self.inputs, *before]
 
 
-def one_launch(layers: Sequence["Projection"]) -> bool:
+def one_launch(layers: Sequence[Projection]) -> bool:
     """Whether these projections can share a launch: equal in all that the kernel has as constants."""
     kinds = {(layer.bits, layer.group_size, layer.scales.dtype) for layer in layers}
     return len(kinds) == 1 and len(layers) <= MAX_SHARED
 
 
-def tiny(layers: Sequence["Projection"]) -> bool:
+def tiny(layers: Sequence[Projection]) -> bool:
     """Whether MLX would pass an array, under eight elements, in another address space: not worth a kernel."""
     return min(array.size for one in layers for array in (one.weight, one.scales, one.biases)) < 8
 
@@ -115,20 +113,20 @@ def _y_shape(shape: tuple[int, ...], outputs: int, then: Then) -> tuple[int, ...
     return (*shape[:-1], outputs)
 
 
-def turns(layers: Sequence["Projection"], rotary: Rotary) -> bool:
+def turns(layers: Sequence[Projection], rotary: Rotary) -> bool:
     """Whether a reduction can turn these projections' heads: no pair lies in two bands."""
     whole = all(band % rotary.head == 0 for band, _ in bands(layers))
     whole = whole and all(layer.outputs % rotary.head == 0 for layer in layers)
     return whole and rotary.dims % 2 == 0 and 8 <= rotary.dims <= rotary.head
 
 
-def bands(layers: Sequence["Projection"]) -> list[tuple[int, int]]:
+def bands(layers: Sequence[Projection]) -> list[tuple[int, int]]:
     """Per layer its band, in outputs, and the number of bands."""
     return [(layer.weight.shape[2] * 32 // layer.bits, layer.weight.shape[0]) for layer in layers]
 
 
 def _settings(
-    layers: Sequence["Projection"],
+    layers: Sequence[Projection],
     starts: Sequence[Sequence[int]],
     cut: geometry.Geometry,
     form: Form,
@@ -162,18 +160,18 @@ def _settings(
     return settings
 
 
-def _has_bias(layers: Sequence["Projection"]) -> bool:
+def _has_bias(layers: Sequence[Projection]) -> bool:
     return any(layer.get("bias") is not None for layer in layers)
 
 
-def per_channel(layers: Sequence["Projection"], *, dense: bool) -> bool:
+def per_channel(layers: Sequence[Projection], *, dense: bool) -> bool:
     """Whether a launch needs a threshold for each channel."""
     thresholds = [layer.threshold for layer in layers]
     return not dense and any(one is not None and one.size > 1 for one in thresholds)
 
 
 def _constants(
-    dtype: mx.Dtype, layers: Sequence["Projection"], cut: geometry.Geometry, form: Form
+    dtype: mx.Dtype, layers: Sequence[Projection], cut: geometry.Geometry, form: Form
 ) -> Constants:
     return (
         ("T", TYPES[dtype]),

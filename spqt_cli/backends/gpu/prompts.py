@@ -1,21 +1,18 @@
 """Many rows at once on a GPU: prompts. On CUDA a matrix is dequantized once and multiplied as a dense one."""
 
 import contextlib
-from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
 from spqt_cli.backends import stock
-
-if TYPE_CHECKING:
-    from spqt_cli.backends.kernels import Projection
+from spqt_cli.backends.interface import Projection
 
 DEQUANTIZE_ROWS = 16  # from here dequantizing once and a plain matmul is faster on CUDA (docs/kernel-log.md)
 MOST_UNFREED = 512 << 20  # bytes of dequantized matrices that wait to be freed
 _unfreed: list[int] = []  # bytes of those matrices
 
 
-def matmul(x: mx.array, layer: "Projection") -> mx.array:
+def matmul(x: mx.array, layer: Projection) -> mx.array:
     """x @ W.T + bias with all channels: x (..., inputs), several rows -> (..., outputs); lazy."""
     rows = x.size // x.shape[-1]
     if rows < DEQUANTIZE_ROWS or not mx.cuda.is_available():

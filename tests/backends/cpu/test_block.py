@@ -6,7 +6,7 @@ import pytest
 from mlx_lm.models import llama, qwen2
 
 from spqt_cli import patch
-from spqt_cli.backends import cpu, kernels
+from spqt_cli.backends import cpu, interface
 from spqt_cli.decode import fused_mlp, patch_cpu
 from tests.decode.test_fused_block import block, installed, steps, token
 
@@ -57,8 +57,8 @@ def test_dense_layers_and_no_counts():
 
 def parts(made):
     attention, mlp = made.self_attn, made.mlp
-    norm = kernels.Norm(made.post_attention_layernorm["weight"], 1e-5)
-    return kernels.Tail(attention.o_proj, norm, [mlp.gate_proj, mlp.up_proj], mlp.down_proj)
+    norm = interface.Norm(made.post_attention_layernorm["weight"], 1e-5)
+    return interface.Tail(attention.o_proj, norm, [mlp.gate_proj, mlp.up_proj], mlp.down_proj)
 
 
 @pytest.mark.parametrize("given", [(0, 0, 0), (1, 0, 0), (0, 1, 1), (1, 1, 1)])
@@ -100,7 +100,7 @@ def test_strided_input():
 def test_what_does_not_fit_is_refused():
     made, x = block(), token(5)
     tail, half = parts(made), token(5).astype(mx.float16)
-    half_norm = kernels.Norm(tail.norm.weight.astype(mx.float16), 1e-5)
+    half_norm = interface.Norm(tail.norm.weight.astype(mx.float16), 1e-5)
     assert cpu.prepare_tail(half, tail) is None
     assert cpu.prepare_tail(x, tail._replace(norm=half_norm)) is None
     assert cpu.prepare_head(half_norm, [tail.out]) is None

@@ -4,7 +4,6 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -12,8 +11,7 @@ import pytest
 
 from spqt_cli.backends import cpu
 from spqt_cli.errors import BackendError, UsageError
-
-ROOT = Path(__file__).resolve().parent.parent
+from tests import ROOT
 
 
 @pytest.fixture

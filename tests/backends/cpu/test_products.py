@@ -18,7 +18,7 @@ BFLOAT_TOLERANCE = 1.5e-2  # bfloat16 y: 8 bits
 
 
 class Layer(dict):
-    """A `kernels.Projection` of random weights; `matrix` is what the packed arrays stand for, float64."""
+    """A `interface.Projection` of random weights; `matrix` is what the packed arrays stand for, float64."""
 
     def __init__(self, shape, bits=4, group_size=64, *, band=None, dtype=mx.float16, threshold=0.0, seed=0):
         super().__init__()

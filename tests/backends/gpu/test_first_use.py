@@ -3,11 +3,13 @@
 import mlx.core as mx
 import pytest
 
-from spqt_cli.backends import kernels, selftest, stock
+from spqt_cli.backends import interface, kernels, problems, selftest, stock
 from spqt_cli.backends.gpu import backend as gpu
 from spqt_cli.backends.gpu import first_use, kernel_text, launch_plan
-from spqt_cli.backends.selftest import Case
+from spqt_cli.backends.gpu import launch as launching
+from spqt_cli.backends.problems import Case
 from tests.backends.gpu.test_kernels import CUTS, use
+from tests.lib.backends import EMULATED
 from tests.metal.emulator import emulate
 
 
@@ -41,12 +43,12 @@ WRONG_BODIES = [
 
 @pytest.mark.parametrize(("old", "new", "reason"), WRONG_BODIES)
 def test_fault_46_wrong_kernel_leads_to_the_stock_path(monkeypatch, fresh_trust, capfd, old, new, reason):
-    monkeypatch.setattr(gpu, "run", run_emulated)
+    monkeypatch.setattr(launching, "run", run_emulated)
     use(monkeypatch, CUTS["narrow"])
     planted(monkeypatch, old, new)
     case = Case((128,), 96)
-    some = selftest.matrices(case)
-    x = selftest.vector(case)
+    some = problems.matrices(case)
+    x = problems.vector(case)
     for _ in range(2):
         (y,), active = gpu.sparse_gemv(x, some)
         (expected,), _ = stock.sparse_gemv(x, some)
@@ -66,14 +68,14 @@ def test_right_kernel_is_checked_once_per_machine(monkeypatch, fresh_trust):
         launches.append(launch)
         return run_emulated(launch, inputs)
 
-    monkeypatch.setattr(gpu, "run", run)
+    monkeypatch.setattr(launching, "run", run)
     use(monkeypatch, CUTS["narrow"])
     case = Case((128,), 96)
-    x = selftest.vector(case)
-    gpu.sparse_gemv(x, selftest.matrices(case))
+    x = problems.vector(case)
+    gpu.sparse_gemv(x, problems.matrices(case))
     assert len(launches) == 3  # twice to check, once for the caller
     first_use._passed.cache_clear()  # as a new process would
-    gpu.sparse_gemv(x, selftest.matrices(case))
+    gpu.sparse_gemv(x, problems.matrices(case))
     assert len(launches) == 4
 
 
@@ -88,14 +90,14 @@ def test_right_kernel_is_checked_once_per_machine(monkeypatch, fresh_trust):
 )
 def test_a_wrong_norm_is_found_on_first_use(monkeypatch, fresh_trust, capfd, old, new):
     case = Case((128,), 301, dtype=mx.bfloat16)
-    some, norm = selftest.matrices(case), kernels.Norm(mx.ones((301,), mx.bfloat16), 1e-5)
-    monkeypatch.setattr(gpu, "run", run_emulated)
+    some, norm = problems.matrices(case), interface.Norm(mx.ones((301,), mx.bfloat16), 1e-5)
+    monkeypatch.setattr(launching, "run", run_emulated)
     use(monkeypatch, CUTS["narrow"])
-    form, x = launch_plan.Form(norm=norm), selftest.vector(case)
+    form, x = launch_plan.Form(norm=norm), problems.vector(case)
     assert gpu._plan(x, some, form).gemv is not None
     first_use._passed.cache_clear()
     planted(monkeypatch, old, new)
-    assert gpu._plan(x, selftest.matrices(case), form).gemv is None
+    assert gpu._plan(x, problems.matrices(case), form).gemv is None
     assert "a GPU kernel is wrong" in capfd.readouterr().err
     kernel_text.gemv_kernel.cache_clear()
 
@@ -120,8 +122,8 @@ def test_selftest_table_sees_a_wrong_backend(monkeypatch):
 @pytest.mark.parametrize(("old", "new"), [(fault[0], fault[1]) for fault in WRONG_BODIES])
 def test_selftest_table_shows_a_kernel_that_was_given_up(monkeypatch, fresh_trust, old, new):
     monkeypatch.setattr(first_use, "_broken", ["found wrong before"])
-    monkeypatch.setattr(gpu, "run", run_emulated)
-    monkeypatch.setattr("spqt_cli.backends.kernels._implementation", lambda: gpu)
+    monkeypatch.setattr(launching, "run", run_emulated)
+    monkeypatch.setattr(kernels, "backend", lambda: EMULATED)
     monkeypatch.setattr(selftest, "_cases", lambda: [("one launch", Case((128,), 96))])
     monkeypatch.setattr(selftest, "_dense_rows", list)
     use(monkeypatch, CUTS["narrow"])
@@ -139,8 +141,8 @@ def test_selftest_table_judges_what_reductions_do_besides(monkeypatch, fresh_tru
             kernel_text, "body", lambda name: real(name).replace("+ float(residual", "- float(residual")
         )
     kernel_text.reduce_kernel.cache_clear()
-    monkeypatch.setattr(gpu, "run", run_emulated)
-    monkeypatch.setattr("spqt_cli.backends.kernels.backend", lambda: kernels.Backend("cuda", "emulated"))
+    monkeypatch.setattr(launching, "run", run_emulated)
+    monkeypatch.setattr(kernels, "backend", lambda: EMULATED)
     rows = selftest._reduction_rows()
     assert len(rows) == 9
     assert [row["kernel"] for row in rows if not row["pass"]] == (["residual"] * 3 if wrong else [])

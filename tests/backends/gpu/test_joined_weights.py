@@ -5,10 +5,10 @@ import copy
 import mlx.core as mx
 import numpy as np
 
-from spqt_cli.backends import selftest
+from spqt_cli.backends import problems
 from spqt_cli.backends.gpu import backend as gpu
 from spqt_cli.backends.gpu import first_use, joined_weights, launch_plan
-from spqt_cli.backends.selftest import Case
+from spqt_cli.backends.problems import Case
 from spqt_cli.format import layout
 from tests.backends.gpu.test_kernels import CUTS, emulated, use
 
@@ -16,7 +16,7 @@ __all__ = ["emulated"]  # a fixture
 
 
 def layers():
-    return selftest.matrices(Case((96, 160, 64), 45, group_size=32))
+    return problems.matrices(Case((96, 160, 64), 45, group_size=32))
 
 
 def test_a_layer_s_arrays_become_equal_views():
@@ -56,7 +56,7 @@ def test_other_arrays_are_joined_anew():
 
 
 def test_a_joined_group_frees_what_it_was_made_of():
-    some = selftest.matrices(Case((960, 1600, 640), 450, group_size=32))
+    some = problems.matrices(Case((960, 1600, 640), 450, group_size=32))
     before = mx.get_active_memory()
     joined_weights.join(some)
     assert mx.get_active_memory() - before < 9 * joined_weights.LINE
@@ -65,8 +65,8 @@ def test_a_joined_group_frees_what_it_was_made_of():
 def test_plans_of_other_company_do_not_keep_their_copies(monkeypatch):
     use(monkeypatch, CUTS["wide"])
     monkeypatch.setattr(first_use, "verdict", lambda *_: "")
-    some = selftest.matrices(Case((960, 1600, 640), 450, group_size=32))
-    x = selftest.vector(Case((960,), 450))
+    some = problems.matrices(Case((960, 1600, 640), 450, group_size=32))
+    x = problems.vector(Case((960,), 450))
     before = mx.get_active_memory()
     gpu._plan(x, some[:1], launch_plan.Form())
     gpu._plan(x, some, launch_plan.Form())
@@ -77,13 +77,13 @@ def test_plans_of_other_company_do_not_keep_their_copies(monkeypatch):
 def test_the_first_plan_of_a_fresh_group_is_kept(monkeypatch):
     use(monkeypatch, CUTS["wide"])
     monkeypatch.setattr(first_use, "verdict", lambda *_: "")
-    some, x = layers(), selftest.vector(Case((96,), 45))
+    some, x = layers(), problems.vector(Case((96,), 45))
     assert gpu._plan(x, some, launch_plan.Form()) is gpu._plan(x, some, launch_plan.Form())
 
 
 def test_a_copied_layer_takes_no_plans_along(emulated, monkeypatch):
     use(monkeypatch, CUTS["narrow"])
-    some, x = layers(), selftest.vector(Case((96,), 45))
+    some, x = layers(), problems.vector(Case((96,), 45))
     before = gpu.sparse_gemv(x, some)
     twins = copy.deepcopy(some)
     assert not any(joined_weights.kept(twin) for twin in twins)

@@ -6,10 +6,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from spqt_cli.backends import accuracy, selftest, stock
+from spqt_cli.backends import accuracy, problems, stock
 from spqt_cli.backends.gpu import backend as gpu
 from spqt_cli.backends.gpu import first_use, geometry, joined_weights, kernel_text, launch_plan, prompts
-from spqt_cli.backends.selftest import Case
+from spqt_cli.backends.gpu import launch as launching
+from spqt_cli.backends.problems import Case
 from spqt_cli.format import layout
 from tests.metal.emulator import emulate
 
@@ -25,7 +26,7 @@ def emulated(monkeypatch):
         launches.append(launch)
         return emulation.outputs
 
-    monkeypatch.setattr(gpu, "run", run)
+    monkeypatch.setattr(launching, "run", run)
     monkeypatch.setattr(first_use, "verdict", lambda *_, **__: "")
     mx.disable_compile()  # a traced array has no bytes that an emulator could read
     yield launches
@@ -38,9 +39,9 @@ def use(monkeypatch, cut):
 
 def assert_right(case, actives=(0.5,)):
     """Outputs within the bound of float32 sums (metal/README.md), exact counts, equal when run again."""
-    some = selftest.matrices(case)
+    some = problems.matrices(case)
     for active in actives:
-        x = selftest.vector(case, active)
+        x = problems.vector(case, active)
         found = accuracy.judge(x, some, gpu.sparse_gemv(x, some), gpu.sparse_gemv(x, some))
         assert found.passed, (active, found.words())
 
@@ -72,8 +73,8 @@ def test_every_width_of_code(emulated, monkeypatch, bits, decode):
 
 @pytest.mark.parametrize("bits", [3, 4, 8])
 def test_float32_rounds_less_with_codes_around_their_middle(emulated, monkeypatch, bits):
-    (matrix,) = selftest.matrices(Case((1000,), 777, bits, dtype=mx.float32))
-    x = selftest.vector(Case((1000,), 777, dtype=mx.float32), 1.0)
+    (matrix,) = problems.matrices(Case((1000,), 777, bits, dtype=mx.float32))
+    x = problems.vector(Case((1000,), 777, dtype=mx.float32), 1.0)
     exact = accuracy.reference(matrix)[0] @ accuracy.wide(x).ravel()
     decodes = [geometry.choose("g", [(1000, 1)], 777, precise).decode for precise in (True, False)]
     errors = []
@@ -95,8 +96,8 @@ def test_every_cut(emulated, monkeypatch, cut):
 @pytest.mark.parametrize("cut", CUTS)
 def test_x_is_normalized_on_the_way_in(emulated, cut, dtype):
     case = Case((320, 64), 301, dtype=dtype, per_channel=True)
-    some = selftest.matrices(case)
-    x, norm, normed = selftest.before_norm(case)
+    some = problems.matrices(case)
+    x, norm, normed = problems.before_norm(case)
     assert mx.allclose(mx.fast.rms_norm(x, norm.weight, norm.eps), normed, rtol=1e-6).item()
     plan = launch_plan.make_plan(x.shape, dtype, some, CUTS[cut], launch_plan.Form(norm=norm))
     found = [gpu.launch(x, plan, plan.nothing) for _ in range(2)]
@@ -134,11 +135,11 @@ def test_ragged_shapes_with_the_rule_of_a_device(emulated, monkeypatch, kind, ou
 def test_shared_launch_with_unequal_bands_and_thresholds(emulated, monkeypatch, cut):
     use(monkeypatch, CUTS[cut])
     case = Case((1024, 192, 300), 260, bias=True)
-    some = selftest.matrices(case)
+    some = problems.matrices(case)
     some[1].set_threshold(0.5)
     some[2].set_threshold(2.0)
     del some[1]["bias"]
-    x = selftest.vector(case)
+    x = problems.vector(case)
     ys, active = gpu.sparse_gemv(x, some)
     assert accuracy.judge(x, some, (ys, active), (ys, active)).passed
     assert kinds(emulated) == (["gemv"] if cut == "narrow" else ["gemv", "reduce", "count"])
@@ -152,8 +153,8 @@ def test_thresholds_per_channel(emulated, monkeypatch):
 
 def test_unlike_projections_take_launches_of_their_own(emulated, monkeypatch):
     use(monkeypatch, CUTS["narrow"])
-    some = [*selftest.matrices(Case((128,), 96, bits=4)), *selftest.matrices(Case((128,), 96, bits=8))]
-    x = selftest.vector(Case((128,), 96))
+    some = [*problems.matrices(Case((128,), 96, bits=4)), *problems.matrices(Case((128,), 96, bits=8))]
+    x = problems.vector(Case((128,), 96))
     ys, active = gpu.sparse_gemv(x, some)
     assert accuracy.judge(x, some, (ys, active), (ys, active)).passed
     assert active.shape == (2,)
@@ -163,9 +164,9 @@ def test_unlike_projections_take_launches_of_their_own(emulated, monkeypatch):
 @pytest.mark.parametrize("cut", ["narrow", "wide"])  # one launch, and stripes
 def test_counts_are_added_up_by_the_kernels(emulated, monkeypatch, cut):
     use(monkeypatch, CUTS[cut])
-    some = selftest.matrices(Case((128, 96), 301))
+    some = problems.matrices(Case((128, 96), 301))
     step = gpu.prepare(some)
-    x = selftest.vector(Case((128, 96), 301))
+    x = problems.vector(Case((128, 96), 301))
     ys, once = step(x, mx.zeros(2, mx.uint32))
     _, twice = step(x, once)
     assert accuracy.judge(x, some, (ys, once), (ys, once)).passed
@@ -175,10 +176,12 @@ def test_counts_are_added_up_by_the_kernels(emulated, monkeypatch, cut):
 def test_counts_that_nobody_reads_keep_no_sums(emulated, monkeypatch):
     use(monkeypatch, CUTS["wide"])
     case = Case((4096,), 301)
-    some = selftest.matrices(case)
-    x = selftest.vector(case)
+    some = problems.matrices(case)
+    x = problems.vector(case)
     counts = mx.zeros(1, mx.uint32)
-    monkeypatch.setattr(gpu, "run", lambda launch, _: [mx.random.normal(shape) for shape in launch.shapes])
+    monkeypatch.setattr(
+        launching, "run", lambda launch, _: [mx.random.normal(shape) for shape in launch.shapes]
+    )
     step = gpu.prepare(some)
     (y,), counts = step(x, counts)
     mx.eval(y)
@@ -189,8 +192,8 @@ def test_counts_that_nobody_reads_keep_no_sums(emulated, monkeypatch):
 
 def test_layers_without_thresholds_share_a_launch_densely(emulated, monkeypatch):
     use(monkeypatch, CUTS["wide"])
-    some = selftest.matrices(Case((128, 96), 301))
-    x = selftest.vector(Case((128, 96), 301))
+    some = problems.matrices(Case((128, 96), 301))
+    x = problems.vector(Case((128, 96), 301))
     some[1].set_threshold(None)
     (first, second), active = gpu.prepare(some)(x, mx.zeros(2, mx.uint32))
     assert kinds(emulated) == ["gemv", "reduce", "count"]
@@ -201,7 +204,7 @@ def test_layers_without_thresholds_share_a_launch_densely(emulated, monkeypatch)
 
 def test_nan_is_active_and_minus_zero_is_not(emulated, monkeypatch):
     use(monkeypatch, CUTS["wide"])
-    (matrix,) = selftest.matrices(Case((64,), 200))
+    (matrix,) = problems.matrices(Case((64,), 200))
     x = mx.zeros((1, 1, 200), dtype=mx.float16)
     assert gpu.sparse_gemv(-x, [matrix])[1].item() == 0
     x[..., 150] = float("nan")
@@ -213,8 +216,8 @@ def test_nan_is_active_and_minus_zero_is_not(emulated, monkeypatch):
 def test_one_dense_row_ignores_thresholds(emulated, monkeypatch):
     use(monkeypatch, CUTS["wide"])
     case = Case((500,), 300, dtype=mx.float32)
-    (matrix,) = selftest.matrices(case)
-    x = selftest.vector(case)
+    (matrix,) = problems.matrices(case)
+    x = problems.vector(case)
     y = gpu.matmul(x, matrix)
     matrix.set_threshold(0.0)
     assert accuracy.judge(x, [matrix], ([y], mx.array([300])), ([y], mx.array([300]))).passed
@@ -222,16 +225,16 @@ def test_one_dense_row_ignores_thresholds(emulated, monkeypatch):
 
 def test_a_layer_without_threshold_runs_dense(emulated, monkeypatch):
     use(monkeypatch, CUTS["wide"])
-    (matrix,) = selftest.matrices(Case((128,), 96))
+    (matrix,) = problems.matrices(Case((128,), 96))
     matrix.set_threshold(None)
-    x = selftest.vector(Case((128,), 96))
+    x = problems.vector(Case((128,), 96))
     assert mx.allclose(gpu.matmul(x, matrix), stock.matmul(x, matrix), atol=1e-2).item()
 
 
 @pytest.mark.parametrize("outputs", [250, 256])
 def test_many_rows_on_cuda_are_dequantized_once(monkeypatch, outputs):
     monkeypatch.setattr(prompts.mx.cuda, "is_available", lambda: True)
-    (matrix,) = selftest.matrices(Case((outputs,), 96, dtype=mx.float32, band=64, bias=True))
+    (matrix,) = problems.matrices(Case((outputs,), 96, dtype=mx.float32, band=64, bias=True))
     x = mx.random.normal((2, 20, 96), key=mx.random.key(1))
     # Two float32 sums of 96 terms below 1 in size: 96 * 2^-24 * 96 < 1e-3.
     assert mx.allclose(gpu.matmul(x, matrix), stock.matmul(x, matrix), atol=1e-3).item()
@@ -240,7 +243,7 @@ def test_many_rows_on_cuda_are_dequantized_once(monkeypatch, outputs):
 def test_dequantized_matrices_do_not_pile_up(monkeypatch):
     """MLX keeps temporaries for a hundred operations; a prompt dequantizes every matrix of the model."""
     monkeypatch.setattr(prompts.mx.cuda, "is_available", lambda: True)
-    (matrix,) = selftest.matrices(Case((128,), 96, dtype=mx.float32))
+    (matrix,) = problems.matrices(Case((128,), 96, dtype=mx.float32))
     monkeypatch.setattr(prompts, "MOST_UNFREED", 3 * 128 * 96 * 4)
     prompts._unfreed.clear()
     evaluated = []
@@ -256,8 +259,8 @@ def test_dequantized_matrices_do_not_pile_up(monkeypatch):
 
 def test_a_new_threshold_is_not_missed_by_the_plan(emulated, monkeypatch):
     use(monkeypatch, CUTS["narrow"])
-    (matrix,) = selftest.matrices(Case((128,), 96))
-    x = selftest.vector(Case((128,), 96))
+    (matrix,) = problems.matrices(Case((128,), 96))
+    x = problems.vector(Case((128,), 96))
     assert gpu.sparse_gemv(x, [matrix])[1].item() == 48
     matrix.set_threshold(99.0)
     assert gpu.sparse_gemv(x, [matrix])[1].item() == 0

@@ -13,6 +13,7 @@ from spqt_cli.convert import convert, parameters, source
 from spqt_cli.convert.config import definition
 from spqt_cli.decode import exact, generate, session
 from spqt_cli.errors import SpqtError, UnsupportedError
+from tests import ROOT
 from tests.conftest import SIZES, random_weights, tiny_checkpoint, tiny_config, write_tokenizer
 from tests.convert.config import config_table, fuzz_configs
 
@@ -189,7 +190,7 @@ def test_exact_rope_turns_as_mlx_does():
 
 
 def test_table_of_keys_is_that_of_the_installed_mlx_lm():
-    page = Path(__file__).parent.parent / "docs" / "config-keys.md"
+    page = ROOT / "docs" / "config-keys.md"
     assert page.read_text() == config_table.text(), (
         "python -m tests.convert.config.config_table > docs/config-keys.md"
     )

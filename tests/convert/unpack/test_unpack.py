@@ -1,7 +1,6 @@
 """Weights that other libraries packed, held against those libraries' own unpacking (tests/data/packed)."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -13,8 +12,9 @@ from spqt_cli.convert.unpack import codes, methods
 from spqt_cli.convert.unpack.packed import Source
 from spqt_cli.errors import SpqtError, UnsupportedError
 from spqt_cli.format import checks
+from tests import ROOT
 
-DATA = Path(__file__).parent / "data" / "packed"
+DATA = ROOT / "tests" / "data" / "packed"
 
 
 def cases() -> list[tuple[str, str]]:

@@ -1,0 +1,159 @@
+"""What a backend is asked for, and what it says it can: the types that all of them share.
+
+The operation is `layout.matmul(layout.mask(x, threshold), ...)`; every backend computes exactly that.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import mlx.core as mx
+
+
+class Projection(Protocol):
+    """What a backend reads of a Zigzag layer.
+
+    weight, scales, biases: as `layout.quantize` returns them; bias: (outputs,) or None;
+    threshold: (1,) or (inputs,), float32.
+    """
+
+    weight: mx.array
+    scales: mx.array
+    biases: Any  # mx.array; MLX declares it optional, which it is in other quantization modes
+    outputs: int
+    bits: int
+    group_size: int
+
+    @property
+    def threshold(self) -> Any: ...
+
+    def get(self, key: str, default: Any = None) -> Any: ...
+
+
+Count = mx.array | None  # of active channels, (layers,) uint32; None where nobody counts
+
+
+class Step(Protocol):
+    """One token through projections of one input: x (..., inputs), one row -> y of each, and counts.
+
+    counts: (layers,) uint32, `counted` plus the channels active now. Where `counted` is None nobody counts,
+    and counts may be None too.
+    """
+
+    def __call__(
+        self, x: mx.array, counted: Count, /
+    ) -> tuple[list[mx.array], Count]: ...  # pragma: no cover
+
+
+class GatedStep(Protocol):
+    """One token through down(silu(gate) * up): x, one row -> y, and the counts of gate and up, and of down.
+
+    Counts are as in `Step`.
+    """
+
+    def __call__(
+        self, x: mx.array, counted: Count, counted_down: Count, /
+    ) -> tuple[mx.array, Count, Count]: ...  # pragma: no cover
+
+
+class Norm(NamedTuple):
+    """An RMS normalization. weight: (inputs,)."""
+
+    weight: mx.array
+    eps: float
+
+
+class Tail(NamedTuple):
+    """What follows attention in a block: h = x + out(attended), y = h + down(silu(gate) * up of norm(h))."""
+
+    out: Projection
+    norm: Norm
+    pair: Sequence[Projection]  # gate and up
+    down: Projection
+
+
+class HeadStep(Protocol):
+    """One token through a norm and projections of its result: x -> norm(x), y of each, and counts."""
+
+    def __call__(
+        self, x: mx.array, counted: Count, /
+    ) -> tuple[mx.array, list[mx.array], Count]: ...  # pragma: no cover
+
+
+class RotaryStep(Protocol):
+    """One token through a norm, q/k/v and the rotary turns of q and k: x, one row, and turns -> q, k, v and
+    counts; q, k, v: (1, heads, 1, width).
+
+    turns: (dims,) float32: the cosines of a position's angles, then the sines.
+    """
+
+    def __call__(
+        self, x: mx.array, turns: mx.array, counted: Count, /
+    ) -> tuple[list[mx.array], Count]: ...  # pragma: no cover
+
+
+class TailStep(Protocol):
+    """One token through a `Tail`: attended and x, one row each -> y, and counts.
+
+    Counts, as in `Step`, are a list: of out, of gate and up, of down.
+    """
+
+    def __call__(
+        self, attended: mx.array, x: mx.array, counted: Sequence[Count], /
+    ) -> tuple[mx.array, Sequence[Count]]: ...  # pragma: no cover
+
+
+class Rotary(NamedTuple):
+    """How heads are turned by a position: rotary embeddings of the first `rotated` projections.
+
+    head: outputs of a head, of which `dims` are turned; traditional: pairs of neighbours, else of halves.
+    """
+
+    head: int
+    dims: int
+    traditional: bool
+    rotated: int
+
+
+class Calls(Protocol):
+    """The functions that a backend's module has; `kernels.py` says what each returns.
+
+    A backend that has no such step answers a `prepare_...` with None: the caller then goes on layer by layer.
+    """
+
+    def sparse_gemv(
+        self, x: mx.array, layers: Sequence[Projection], /
+    ) -> tuple[list[mx.array], mx.array]: ...
+    def matmul(self, x: mx.array, layer: Projection, /) -> mx.array: ...
+    def arrange(self, layers: Sequence[Projection], /) -> None: ...
+    def prepare(self, layers: Sequence[Projection], /) -> Step: ...
+    def prepare_gated(
+        self, x: mx.array, pair: Sequence[Projection], down: Projection, /
+    ) -> GatedStep | None: ...
+    def prepare_head(self, norm: Norm, layers: Sequence[Projection], /) -> HeadStep | None: ...
+    def prepare_rotary(
+        self, x: mx.array, norm: Norm, layers: Sequence[Projection], rotary: Rotary, /
+    ) -> RotaryStep | None: ...
+    def prepare_tail(self, x: mx.array, tail: Tail, /) -> TailStep | None: ...
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to multiply, as it runs here.
+
+    name: metal, cuda, cpu or stock. reason: why this one, in one line. calls: the module that multiplies.
+    fuses: it has steps for more than one product. count_every: of how many decode steps one is counted; where
+    the host is slower than the device, counting each costs speed. traces: steps around attention are traced
+    into few launches, so that a block is worth keeping whole. native_float32: it also replaces MLX's CPU
+    norms, rotary positions and attention, in float32, and reads 16-bit scales as they are.
+    sums_in_half: float16 products are added up in float16, so that only float32 can be judged.
+    """
+
+    name: str
+    reason: str
+    calls: Any  # Calls: a module
+    fuses: bool = True
+    count_every: int = 1
+    traces: bool = False
+    native_float32: bool = False
+    sums_in_half: bool = False
