@@ -10,8 +10,8 @@ from spqt_cli.backends import problems
 from spqt_cli.backends.gpu import backend as gpu
 from spqt_cli.backends.gpu import first_use, geometry, kernel_text
 from spqt_cli.backends.gpu import launch as launching
-from spqt_cli.backends.gpu.launch_plan import Launch
 from spqt_cli.backends.gpu.kernel_text import Kernel
+from spqt_cli.backends.gpu.launch_plan import Launch
 from tests.metal.emulator import emulate
 
 THREADS = 64
