@@ -26,9 +26,9 @@ mx.set_default_device(mx.cpu)
 from machine import facts
 from peer import Peer
 
-from spqt_cli import patch
 from spqt_cli.backends import cpu, kernels
 from spqt_cli.bench import models, shapes
+from spqt_cli.decode import layers
 from spqt_cli.decode.layers import ZigzagLinear
 from spqt_cli.format import layout
 
@@ -212,7 +212,7 @@ def decode_rows(peer: Peer | None, shape: str, counts: list[int], repetitions: i
         samples: dict[str, list[float]] = {}
         for _ in range(repetitions // 3 if small else repetitions // 2):
             for name, thresholds in (("dense", {}), ("half", fitted)):
-                for path, layer in patch.zigzag_layers(zigzag).items():
+                for path, layer in layers.zigzag_layers(zigzag).items():
                     layer.set_threshold(thresholds.get(path))
                 samples.setdefault(name, []).append(decode_rate(zigzag, _cache(zigzag), 64 if small else 16))
             if stock is not None:

@@ -19,8 +19,8 @@ from machine import facts
 from mlx_lm.models.activations import swiglu
 
 from spqt_cli.backends import cpu, interface
-from spqt_cli.decode import patch_cpu
-from spqt_cli.decode.patch_cpu import STOCK
+from spqt_cli.decode import hooks_cpu
+from spqt_cli.decode.hooks_cpu import STOCK
 
 WIDTH, MIDDLE, HEADS, KEY_HEADS, HEAD_WIDTH, WORDS = 576, 1536, 9, 3, 64, 49152
 REPETITIONS, OPS = 21, 30  # an evaluation holds as many ops as the model has layers
@@ -54,7 +54,7 @@ def pairs() -> dict[str, tuple[Op, Op]]:
     mx.eval(logits)
     found[f"log_sum_exp of {WORDS}"] = (
         lambda: cpu.log_sum_exp(logits, 0),
-        lambda: patch_cpu._logsumexp(logits),
+        lambda: hooks_cpu._logsumexp(logits),
     )
     return found | of_a_block(x, w)
 

@@ -27,7 +27,7 @@ from mlx_lm.models.cache import trim_prompt_cache
 from spqt_cli.backends import kernels
 from spqt_cli.bench import bench, models
 from spqt_cli.decode import active_counts, phase
-from spqt_cli.patch import zigzag_layers
+from spqt_cli.decode.layers import zigzag_layers
 
 WARM_STEPS, STEPS, ROUNDS = 4, 60, 4
 LARGEST = 12  # kernels that are told apart

@@ -15,8 +15,7 @@ import mlx.core as mx
 import numpy as np
 from mlx import nn
 
-from spqt_cli import patch
-from spqt_cli.decode import session
+from spqt_cli.decode import layers, session
 from spqt_cli.evaluate import reference, variants
 from spqt_cli.measure import many_rows, probes, scoring, texts
 
@@ -48,7 +47,7 @@ class Subject:
 
     def __post_init__(self) -> None:
         self.sizes = quantized_bytes(self.model)
-        self.skippable = self.sizes.keys() & patch.zigzag_layers(self.model).keys()
+        self.skippable = self.sizes.keys() & layers.zigzag_layers(self.model).keys()
         self.masking = probes.Masking(self.thresholds)
         self.scores = scoring.Scores()
 

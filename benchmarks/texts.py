@@ -16,6 +16,7 @@ from machine import facts
 
 from spqt_cli.backends import kernels
 from spqt_cli.decode import generate, session
+from spqt_cli.decode.options import Options, Prompt, Sampling
 from spqt_cli.evaluate import compare
 
 # Prompts whose dense greedy text does not loop by itself at 96 tokens, so that a loop is sparsity's doing.
@@ -38,10 +39,10 @@ def repeats_thrice(text: str, size: int = 8) -> bool:
 
 def measure(loaded: session.Loaded, prompt: str, sparsity: float, max_tokens: int) -> dict:
     """One text and the dense model's loss over it."""
-    tokens = generate.encode(loaded, generate.Prompt(prompt))
+    tokens = generate.encode(loaded, Prompt(prompt))
     session.set_sparsity(loaded, sparsity)
-    options = generate.Options(max_tokens=max_tokens)
-    *pieces, statistics = generate.stream(loaded, tokens, generate.Sampling(), options)
+    options = Options(max_tokens=max_tokens)
+    *pieces, statistics = generate.stream(loaded, tokens, Sampling(), options)
     session.set_sparsity(loaded, 0)
     text = "".join(pieces)
     perplexity = compare.perplexity(loaded, tokens, text)

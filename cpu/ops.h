@@ -1,5 +1,5 @@
 // The ops that dominate decoding once matrices are fast, as primitives. Each has the meaning of MLX's own
-// and covers the common case only; `spqt_cli/decode/patch_cpu.py` asks which that is.
+// and covers the common case only; `spqt_cli/decode/hooks_cpu.py` asks which that is.
 #pragma once
 
 #include <optional>

@@ -13,6 +13,7 @@ import pytest
 from spqt_cli.calibrate import calibrate
 from spqt_cli.convert import convert
 from spqt_cli.decode import generate, session
+from spqt_cli.decode.options import Options, Prompt, Sampling
 from tests.decode.test_generate import dequantized_copy
 
 PROMPT = "Explain in a few sentences why the sky is blue."
@@ -42,7 +43,7 @@ class TestRealModel:
     def test_dense_equals_stock_mlx_lm_token_for_token(self, folder):
         loaded = session.load(folder, dense=True)
         plain = dequantized_copy(loaded)
-        tokens = generate.encode(loaded, generate.Prompt(PROMPT))
+        tokens = generate.encode(loaded, Prompt(PROMPT))
         ours, stock = (
             [step.token for step in mlx_lm.stream_generate(each, loaded.tokenizer, tokens, max_tokens=64)]
             for each in (loaded.model, plain)
@@ -52,10 +53,8 @@ class TestRealModel:
 
     def test_it_answers_sparsely_and_sensibly(self, folder):
         loaded = session.load(folder)
-        tokens = generate.encode(loaded, generate.Prompt(PROMPT))
-        *pieces, statistics = generate.stream(
-            loaded, tokens, generate.Sampling(), generate.Options(max_tokens=48)
-        )
+        tokens = generate.encode(loaded, Prompt(PROMPT))
+        *pieces, statistics = generate.stream(loaded, tokens, Sampling(), Options(max_tokens=48))
         text = "".join(pieces)
         assert "sky" in text.lower()
         assert 0.15 < statistics.sparsity < 0.35

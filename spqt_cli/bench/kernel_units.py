@@ -89,7 +89,7 @@ def make_copies(work: Work) -> list[Copy]:
 
 def _first_copy(work: Work) -> Copy:
     layers, rows = [], []
-    dtype = mx.bfloat16 if kernels.backend().native_float32 else work.dtype  # as patch.py leaves it
+    dtype = mx.bfloat16 if kernels.backend().native_float32 else work.dtype  # as hooks.py leaves it
     for outputs in work.outputs:
         w = (mx.random.normal((outputs, work.inputs)) * work.inputs**-0.5).astype(dtype)
         band = layout.band_of(outputs, work.group_size)

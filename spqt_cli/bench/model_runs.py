@@ -21,8 +21,8 @@ from spqt_cli.bench import hardware, models, quiet_host, reporting
 from spqt_cli.bench.models import Subject
 from spqt_cli.bench.reporting import ModelRow, Stat
 from spqt_cli.decode import active_counts, fused_block, profile, relayout
+from spqt_cli.decode.layers import zigzag_layers
 from spqt_cli.decode.session import weight_bytes
-from spqt_cli.patch import zigzag_layers
 
 WARM_TOKENS = 2  # decoded before the clock starts: kernels are built, the pipeline is full
 LEAST_ENERGY_SECONDS = 1.0  # of measurement: counters step every tenth of a second or so

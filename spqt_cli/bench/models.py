@@ -16,13 +16,12 @@ from mlx import nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from spqt_cli.backends import kernels
-from spqt_cli.convert import plan, source
-from spqt_cli.decode import patch_cpu
-from spqt_cli.decode.layers import ZigzagLinear
+from spqt_cli.convert import plan
+from spqt_cli.decode import architecture, hooks, hooks_cpu
+from spqt_cli.decode.layers import ZigzagLinear, zigzag_layers
 from spqt_cli.errors import ResourceError, SpqtError
-from spqt_cli.format import layout
+from spqt_cli.format import layout, locate
 from spqt_cli.measure import many_rows, probes
-from spqt_cli.patch import as_stored, zigzag_layers
 
 SEED = 0
 CHUNK_TOKENS = 2048  # of an untimed pass: mlx-lm's own step
@@ -55,7 +54,7 @@ def stored_dtype(config: dict[str, Any], wish: str | None = None) -> mx.Dtype:
 
 
 def compute_dtype(model: nn.Module) -> mx.Dtype:
-    """The dtype that a model computes in, as its norms tell; float32 on a CPU, see patch.py."""
+    """The dtype that a model computes in, as its norms tell; float32 on a CPU, see hooks.py."""
     return next(array.dtype for name, array in arrays(model).items() if "norm" in name)
 
 
@@ -118,9 +117,10 @@ def lazy_model(path: str) -> nn.Module:
     from spqt_cli.decode import session
     from spqt_cli.format import identity
 
-    folder = source.local_folder(path)
+    folder = locate.local_folder(path)
     identity.check_model(folder)
-    with session.plain_path(folder) as readable, as_stored():
+    hooks.install()
+    with session.plain_path(folder) as readable, hooks.as_stored():
         return load_model(readable, lazy=True)[0]
 
 
@@ -137,13 +137,14 @@ def random_model(config: dict[str, Any], bits: int, group_size: int, dtype: mx.D
         mode = "zigzag" if kind == plan.ZIGZAG else "affine"
         return {"group_size": layer_group, "bits": layer_bits, "mode": mode}
 
+    hooks.install()
     nn.quantize(model, class_predicate=settings)
-    model.load_weights([], strict=False)  # as after a real load, so that patch.py makes the model ready
+    model.load_weights([], strict=False)  # as after a real load, so that hooks.py makes the model ready
     return model
 
 
 def _build(config: dict[str, Any]) -> nn.Module:
-    model_class, args_class = source.classes(config, str(config.get("model_type")))
+    model_class, args_class = architecture.classes(config, str(config.get("model_type")))
     return model_class(args_class.from_dict(config))
 
 
@@ -191,12 +192,12 @@ def only_mlx() -> Iterator[None]:
     """In this block MLX's own functions run, also where the CPU backend stands behind their names."""
     native = kernels.backend().native_float32
     if native:
-        patch_cpu.remove()
+        hooks_cpu.remove()
     try:
         yield
     finally:
         if native:
-            patch_cpu.install()
+            hooks_cpu.install()
 
 
 def check_unpatched(model: nn.Module) -> None:

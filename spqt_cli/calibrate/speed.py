@@ -16,9 +16,9 @@ import numpy as np
 from mlx.utils import tree_unflatten
 
 from spqt_cli.backends import kernels
-from spqt_cli.decode import active_counts, profile, relayout, session
+from spqt_cli.decode import active_counts, relayout, session
+from spqt_cli.decode.layers import zigzag_layers
 from spqt_cli.measure import probes
-from spqt_cli.patch import zigzag_layers
 
 PROMPT_TOKENS = 64
 TOKENS = 32
@@ -63,7 +63,7 @@ class Pace:
             loaded.sparsity = share or None
             try:
                 if share:
-                    profile.apply(loaded)
+                    session.apply_profile(loaded)
                 yield
             finally:
                 loaded.sparsity = None

@@ -8,9 +8,9 @@ from typing import Any
 from mlx.utils import tree_flatten
 
 from spqt_cli.calibrate import result
-from spqt_cli.convert import parameters, plan, source
+from spqt_cli.convert import parameters, plan
 from spqt_cli.decode.bytes_read import Piece, Reads, summed
-from spqt_cli.format import checks, config_json, identity, presets
+from spqt_cli.format import checks, config_json, identity, locate, presets
 
 PACKED = ("weight", "scales", "biases")
 
@@ -62,7 +62,7 @@ class Summary:
 
 def describe(path: str, revision: str | None = None) -> Summary:
     """The summary of a converted folder or hub id."""
-    folder = source.local_folder(path, revision=revision)
+    folder = locate.local_folder(path, revision=revision)
     config = identity.check_model(folder)
     tensors = checks.read_headers(folder, sorted(config["spqt"]["shards"]))
     entries = config_json.entries(config)

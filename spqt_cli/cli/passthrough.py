@@ -37,11 +37,11 @@ def run(arguments: Sequence[str]) -> None:
         raise UsageError(
             "which mlx-lm command?", "spqt mlx-lm server --model DIR; spqt mlx-lm --help lists them"
         )
-    from spqt_cli import patch
+    from spqt_cli.decode import hooks
 
     command = arguments[0]
-    converted = [name for name in _models(arguments) if _check(name, command, patch.wished_sparsity())]
-    patch.install()
+    converted = [name for name in _models(arguments) if _check(name, command, hooks.wished_sparsity())]
+    hooks.install()
     if converted and command == "perplexity":
         print(DENSE, file=sys.stderr)
     if command == "evaluate":
@@ -51,9 +51,9 @@ def run(arguments: Sequence[str]) -> None:
     sys.argv = ["mlx_lm", *arguments]
     with contextlib.ExitStack() as around:
         if command in REFUSED:
-            around.enter_context(patch.refusing(_refusal("a converted model", command)))
+            around.enter_context(hooks.refusing(_refusal("a converted model", command)))
         if command in MEASURES:
-            around.enter_context(patch.as_stored())
+            around.enter_context(hooks.as_stored())
         if command == "server":
             from spqt_cli.cli import serving
 

@@ -129,7 +129,7 @@ class Conversion:
         self.config["spqt"]["shards"] = {
             shard.name: files.sha256(self.folder / shard.name) for shard in self.shards
         }
-        identity.write_index(self.folder, self.shards)
+        shards.write_index(self.folder, self.shards)
         with files.disk_errors(self.folder):
             config_json.write_config(self.folder, self.config)
         tokenizer_files.write(self.checkpoint, self.folder)
@@ -142,7 +142,7 @@ class Conversion:
 def _config(checkpoint: source.Checkpoint, planned: Plan) -> dict[str, Any]:
     """config.json of the output, complete but for the hashes."""
     quantization = ("quantization", "quantization_config", "compression_config")
-    dropped = ("_name_or_path", *quantization, *source.CODE_KEYS)
+    dropped = ("_name_or_path", *quantization, *config_json.CODE_KEYS)
     config = {key: value for key, value in checkpoint.config.items() if key not in dropped}
     if not planned.keep_vision_config:  # as mlx-lm's own save does
         config.pop("vision_config", None)

@@ -10,8 +10,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from spqt_cli.convert import requantize
-from spqt_cli.convert.source import Checkpoint, classes, text_config
+from spqt_cli.convert.source import Checkpoint, text_config
 from spqt_cli.decode import exact
+from spqt_cli.decode.architecture import classes
 from spqt_cli.errors import SpqtError, UnsupportedError
 from spqt_cli.format import checks
 

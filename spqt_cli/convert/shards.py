@@ -13,6 +13,7 @@ from typing import Self
 
 from spqt_cli.convert.plan import Part, Unit
 from spqt_cli.format import checks
+from spqt_cli.format.config_json import INDEX
 from spqt_cli.system import files
 
 LARGEST_SHARD = 5 << 30  # bytes, as mlx-lm's own shards
@@ -111,3 +112,11 @@ class Writer:
         for shard in self.shards:
             path = self.folder / shard.name
             files.write_at(self._files[shard.name], 0, memoryview(header(shard, metadata)), path)
+
+
+def write_index(folder: Path, shards: list[Shard]) -> None:
+    """Write the index that names each tensor's shard."""
+    weight_map = {part.name: shard.name for shard in shards for part in shard.parts}
+    total = sum(part.nbytes for shard in shards for part in shard.parts)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    files.write_text(folder / INDEX, json.dumps(index, indent=1) + "\n")

@@ -7,7 +7,6 @@ and knows nothing of layouts or outputs.
 
 import hashlib
 import json
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -16,26 +15,19 @@ import mlx.core as mx
 
 from spqt_cli.convert.unpack import methods
 from spqt_cli.convert.unpack.packed import Packed, Source
+from spqt_cli.decode import architecture
 from spqt_cli.errors import SpqtError, UnsupportedError, UsageError
 from spqt_cli.format import checks, locate
 from spqt_cli.format.checks import Tensor
-from spqt_cli.format.config_json import read_config
-from spqt_cli.system import files, sandbox
+from spqt_cli.format.config_json import CODE_KEYS, KEPT, TOKENIZER, read_config
+from spqt_cli.system import files
 
-MODEL_TYPE = re.compile(r"\w[\w-]*")
 DTYPES = {
     "BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32, "BOOL": mx.bool_,
     "U8": mx.uint8, "U16": mx.uint16, "U32": mx.uint32, "U64": mx.uint64,
     "I8": mx.int8, "I16": mx.int16, "I32": mx.int32, "I64": mx.int64,
 }  # fmt: skip
 READ_AT_ONCE = 1 << 22  # elements of a .gguf tensor that are cast together
-CODE_KEYS = ("model_file", "auto_map")  # config keys that name code of the model's own
-TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "*.tiktoken")
-# What goes along with the weights: never code.
-KEPT = (
-    *TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt",
-    "chat_template*.json", "*.jinja", "generation_config.json", "LICENSE*", "NOTICE*",
-)  # fmt: skip
 
 
 @dataclass
@@ -163,22 +155,6 @@ def open_source(source: str, revision: str | None, trust: Trust, *, headers_only
     return checkpoint
 
 
-def local_folder(path: str, revision: str | None = None) -> Path:
-    """The folder of a converted model: a local one, or a hub id's in the hub's own cache."""
-    local = files.expanded(path)
-    if local.exists() or not locate.is_hub_id(path):
-        if not local.is_dir():
-            what = "is no folder" if local.exists() else "is not found"
-            hint = "give a converted folder, or a hub id (org/name)"
-            raise SpqtError(f"{path} {what}", hint + locate.elsewhere(path))
-        if revision is not None:
-            raise UsageError(f"--revision is for hub ids, and {path} is a path", "leave --revision out")
-        return local
-    from spqt_cli.format import hub
-
-    return hub.download(path, revision)
-
-
 def _open_path(path: Path, trust: Trust) -> Checkpoint:
     try:
         is_folder, is_file = path.is_dir(), path.is_file()
@@ -256,7 +232,7 @@ def check_config(config: dict[str, Any], where: str, trust: Trust) -> None:
             f"{where} brings its own code ({', '.join(found)} in config.json)",
             "spqt never runs it; --trust-remote-code goes on with mlx-lm's own classes",
         )
-    classes(config, where)
+    architecture.classes(config, where)
     _check_quantization(methods.settings(config), where, trust)
 
 
@@ -272,30 +248,6 @@ def text_config(config: dict[str, Any]) -> dict[str, Any]:
     """The part of a multimodal model's config that describes its language model; empty for others."""
     found = config.get("text_config")
     return found if isinstance(found, dict) else {}
-
-
-def classes(config: dict[str, Any], where: str) -> tuple[Any, Any]:
-    """mlx-lm's Model and ModelArgs for a config."""
-    import mlx_lm.utils
-
-    model_type = config.get("model_type")
-    if not isinstance(model_type, str):
-        raise SpqtError(f"{where}: config.json has no model_type", "give a model folder in the hub's form")
-    unsupported = UnsupportedError(
-        f"{where}: architecture {model_type!r} is not one that mlx-lm has", "see mlx-lm's list of models"
-    )
-    if not MODEL_TYPE.fullmatch(model_type):
-        raise unsupported
-    try:
-        with sandbox.no_exit(f"{where}: mlx-lm's {model_type}"):
-            return mlx_lm.utils._get_classes(config)
-    except (ValueError, AttributeError, TypeError) as error:
-        package = getattr(error.__cause__, "name", None)  # of an ImportError, which mlx-lm hides
-        if package and not package.startswith("mlx_lm"):
-            raise UnsupportedError(
-                f"{where}: mlx-lm's {model_type} needs the package {package}", "install it"
-            ) from None
-        raise unsupported from None
 
 
 def _check_tokenizer(folder: Path, trust: Trust) -> None:

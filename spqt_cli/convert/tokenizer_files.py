@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from spqt_cli.convert import tokenizer_fidelity
-from spqt_cli.convert.source import CODE_KEYS, Checkpoint
+from spqt_cli.convert.source import Checkpoint
 from spqt_cli.errors import SpqtError, UnsupportedError
 from spqt_cli.format import checks, config_json
+from spqt_cli.format.config_json import CODE_KEYS
 from spqt_cli.system import files
 
 SETTINGS = "tokenizer_config.json"

@@ -5,58 +5,18 @@ It knows prompts, sampling and stop strings; the loop and the cache are mlx-lm's
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from spqt_cli.backends import kernels
-from spqt_cli.decode import active_counts, limits, session, text_borders
+from spqt_cli.decode import active_counts, session, text_borders
+from spqt_cli.decode.options import Options, Prompt, Sampling, check
 from spqt_cli.errors import BackendError, SpqtError, UsageError
 from spqt_cli.format import config_json
 from spqt_cli.system import files, sandbox
 
 CHECK_EVERY = 32  # tokens between looks at the log-probabilities: a look waits for the device
-
-
-@dataclass
-class Sampling:
-    """How the next token is drawn; names and meanings are mlx-lm's. temp 0 takes the likeliest."""
-
-    temp: float = 0.0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    top_k: int = 0
-    min_tokens_to_keep: int = 1
-    xtc_probability: float = 0.0
-    xtc_threshold: float = 0.0
-    repetition_penalty: float | None = None
-    seed: int | None = None
-
-
-@dataclass
-class Prompt:
-    """What to answer. text: the user's words; the rest steers the chat template, as in mlx-lm."""
-
-    text: str
-    system: str | None = None
-    prefill: str | None = None
-    ignore_chat_template: bool = False
-    template_config: str | None = None
-
-
-@dataclass
-class Options:
-    """Length, stops, cache and draft model of one generation; cache settings are mlx-lm's.
-
-    on_token: told each token of the text as it comes.
-    """
-
-    max_tokens: int = 256
-    stop: Sequence[str] = ()
-    extra_eos_tokens: Sequence[str] = ()
-    cache: dict[str, Any] = field(default_factory=dict)
-    draft: session.Loaded | None = None
-    on_token: Callable[[int], object] = lambda _: None
 
 
 @dataclass
@@ -180,7 +140,7 @@ def stream(loaded: session.Loaded, tokens: list[int], sampling: Sampling, option
     import mlx.core as mx
     import mlx_lm
 
-    limits.check(sampling, options, loaded.config)
+    check(sampling, options, loaded.config)
     if sampling.seed is not None:
         mx.random.seed(sampling.seed)
     for name in options.extra_eos_tokens:

@@ -14,6 +14,10 @@ from spqt_cli.backends import interface, kernels
 from spqt_cli.decode import active_counts, phase
 from spqt_cli.format import layout
 
+# Names of sibling layers that read one input in mlx-lm's models. Where a model feeds them different
+# arrays all the same, SharedInput notices and the result stays right.
+SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
+
 
 class ZigzagLinear(nn.QuantizedLinear):
     """A linear layer in the Zigzag layout.
@@ -182,3 +186,8 @@ class SharedInput:
         outputs, counted = step(x, tally.running[0])
         tally.keep([counted])
         return outputs
+
+
+def zigzag_layers(model: nn.Module) -> dict[str, ZigzagLinear]:
+    """Path -> layer, for every Zigzag layer of a model."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, ZigzagLinear)}

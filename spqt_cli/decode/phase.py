@@ -17,7 +17,7 @@ decodes = _decoding.get  # () -> bool; bound as it is: layers ask some 200 times
 def decoding() -> Iterator[None]:
     """Layers skip channels in this block, each row by its own mask: the tokens fed here were generated.
 
-    mlx-lm's own loops say it by themselves (patch_generate.py); a loop of your own says it around each call
+    mlx-lm's own loops say it by themselves (hooks_generate.py); a loop of your own says it around each call
     of the model, and never around a `yield`. Where nobody says it, as in a prompt, all channels are used.
     Within `mx.compile` what holds while tracing holds for every later call.
     """

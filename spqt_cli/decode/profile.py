@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -22,15 +22,11 @@ from mlx import nn
 
 from spqt_cli.backends import kernels
 from spqt_cli.decode import fused_block, relayout, repacking
-from spqt_cli.decode.layers import ZigzagLinear
+from spqt_cli.decode.layers import SHARED_INPUTS, ZigzagLinear, zigzag_layers
 from spqt_cli.errors import UsageError
 from spqt_cli.format import config_json
-from spqt_cli.patch import SHARED_INPUTS, zigzag_layers
 from spqt_cli.system import files
 from spqt_cli.version import __version__
-
-if TYPE_CHECKING:
-    from spqt_cli.decode.session import Loaded
 
 FORMAT = 1
 SPARSE, ZIGZAG, ROWS = "sparse", "zigzag", "row-grouped"
@@ -184,11 +180,6 @@ def _choice(entry: dict[str, Any]) -> Choice:
 Curves = Mapping[str, Sequence[float] | None]  # path of a layer -> its stored curve
 
 
-def apply(loaded: "Loaded") -> str:
-    """`follow` for a loaded model, with the curves of its config.json."""
-    return follow(loaded.model, curves(loaded), loaded.sparsity)
-
-
 def follow(model: nn.Module, curves: Curves, sparsity: float | None) -> str:
     """Make each layer of a model run the way this device's profile says.
 
@@ -266,9 +257,9 @@ def unit_density(unit: Unit, densities: Sequence[float]) -> float:
     return sum(size * density for size, density in zip(sizes, densities, strict=True)) / sum(sizes)
 
 
-def curves(loaded: "Loaded") -> Curves:
-    """The curves that a loaded model's config.json has."""
-    entries = config_json.entries(loaded.config)
+def curves(config: dict[str, Any]) -> Curves:
+    """The curves that a converted model's config.json has."""
+    entries = config_json.entries(config)
     return {path: (entry.get("spqt") or {}).get("curve") for path, entry in entries.items()}
 
 

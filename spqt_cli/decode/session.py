@@ -13,11 +13,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from spqt_cli.convert import source
-from spqt_cli.decode import active_counts, bytes_read, profile
+from spqt_cli.decode import active_counts, architecture, bytes_read, hooks, profile
+from spqt_cli.decode.hooks import as_stored, wished_sparsity
+from spqt_cli.decode.layers import zigzag_layers
 from spqt_cli.errors import ResourceError, SpqtError, Terminated, UnsupportedError
-from spqt_cli.format import config_json, identity, thresholds
-from spqt_cli.patch import as_stored, wished_sparsity, zigzag_layers
+from spqt_cli.format import config_json, identity, locate, thresholds
 
 
 @dataclass
@@ -52,7 +52,7 @@ def load(
     else each runs as this device's profile says.
     Raises SpqtError when the folder is damaged, was edited, or is not a converted model.
     """
-    folder = source.local_folder(str(path), revision=revision)
+    folder = locate.local_folder(str(path), revision=revision)
     config = identity.check_model(folder, trust_remote_code=trust_remote_code)
     if adapter_path is not None and not (Path(adapter_path) / "adapter_config.json").is_file():
         raise SpqtError(f"{adapter_path} has no adapter_config.json", "give a folder of LoRA adapters")
@@ -61,8 +61,13 @@ def load(
     loaded = Loaded(model, tokenizer, config, folder, None)
     _set_thresholds(loaded, wished_sparsity() if sparsity is None else sparsity, dense)
     if not dense:
-        loaded.note = "; ".join(filter(None, [loaded.note, profile.apply(loaded)]))
+        loaded.note = "; ".join(filter(None, [loaded.note, apply_profile(loaded)]))
     return loaded
+
+
+def apply_profile(loaded: Loaded) -> str:
+    """Let each layer run as this device's profile says; returns what `profile.follow` says."""
+    return profile.follow(loaded.model, profile.curves(loaded.config), loaded.sparsity)
 
 
 def load_lazily(path: Path) -> Loaded:
@@ -77,7 +82,9 @@ def _through_mlx_lm(folder: Path, wishes: dict[str, Any]) -> tuple[nn.Module, An
     """mlx-lm's model and tokenizer of a checked folder."""
     import mlx_lm
 
-    source.classes(config_json.read_config(folder), str(folder))  # a class that ends the process is met here
+    # A class that ends the process is met here.
+    architecture.classes(config_json.read_config(folder), str(folder))
+    hooks.install()
     with plain_path(folder) as readable, _load_errors(folder), as_stored():
         model, tokenizer, *_ = mlx_lm.load(
             str(readable),
@@ -171,11 +178,12 @@ def load_draft(path: str, target: Loaded, *, dense: bool = False) -> Loaded:
     """
     import mlx_lm
 
-    folder = source.local_folder(path)
+    folder = locate.local_folder(path)
     config = config_json.read_config(folder)
     if "spqt" in config:
         identity.check_model(folder)
-    source.classes(config, str(folder))
+    architecture.classes(config, str(folder))
+    hooks.install()
     with plain_path(folder) as readable, _load_errors(folder):
         draft, tokenizer, *_ = mlx_lm.load(str(readable))
     if tokenizer.vocab_size != target.tokenizer.vocab_size:

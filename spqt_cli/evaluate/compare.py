@@ -8,10 +8,10 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
-from spqt_cli.convert import source
 from spqt_cli.decode import generate, session
+from spqt_cli.decode.options import Options, Prompt, Sampling
 from spqt_cli.evaluate.report import shown
-from spqt_cli.format import identity
+from spqt_cli.format import identity, locate
 from spqt_cli.system.terminal import harmless
 
 
@@ -27,7 +27,7 @@ class Row:
 
 def compare(
     path: str,
-    prompt: generate.Prompt,
+    prompt: Prompt,
     sparsities: Sequence[float],
     max_tokens: int = 96,
     on_row: Callable[[str], None] = lambda _: None,
@@ -36,7 +36,7 @@ def compare(
 
     Raises SpqtError before any weight is read where a sparsity needs thresholds and there are none.
     """
-    folder = source.local_folder(path)
+    folder = locate.local_folder(path)
     session.calibrated_share(identity.check_model(folder), folder, max(sparsities))
     rows: list[Row] = []
     answers: list[list[int]] = []
@@ -45,9 +45,9 @@ def compare(
         # Loaded anew each time: a profile repacks layers for one share, and there is no way back.
         loaded = session.load(path, sparsity=target, dense=not target)
         answer: list[int] = []
-        options = generate.Options(max_tokens=max_tokens, on_token=answer.append)
+        options = Options(max_tokens=max_tokens, on_token=answer.append)
         tokens = generate.encode(loaded, prompt)
-        *pieces, statistics = generate.stream(loaded, tokens, generate.Sampling(), options)
+        *pieces, statistics = generate.stream(loaded, tokens, Sampling(), options)
         rows.append(Row(target, "".join(pieces), statistics, math.nan))
         answers.append(answer)
         del loaded

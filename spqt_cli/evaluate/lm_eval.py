@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from spqt_cli.decode import text_borders
+from spqt_cli.decode.layers import zigzag_layers
 from spqt_cli.errors import UnsupportedError
 from spqt_cli.evaluate import multiple_choice
 from spqt_cli.measure import probes
-from spqt_cli.patch import zigzag_layers
 
 
 def prepare() -> None:

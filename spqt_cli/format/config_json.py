@@ -26,6 +26,13 @@ from spqt_cli.system import files
 FORMAT_VERSION = 1
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
+CODE_KEYS = ("model_file", "auto_map")  # config keys that name code of the model's own
+TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "*.tiktoken")
+# What goes along with the weights: never code.
+KEPT = (
+    *TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt",
+    "chat_template*.json", "*.jinja", "generation_config.json", "LICENSE*", "NOTICE*",
+)  # fmt: skip
 LONGEST_JSON = 64 << 20  # bytes of a config or an index; the largest index seen has 20 MB
 MODE = "zigzag"  # the `mode` of a Zigzag layer's entry
 METADATA_KEY = "spqt_fingerprint"  # in every shard's safetensors metadata

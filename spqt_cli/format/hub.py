@@ -17,10 +17,9 @@ import huggingface_hub
 from huggingface_hub import constants, errors
 from huggingface_hub.utils import validate_repo_id
 
-from spqt_cli.convert.source import KEPT
 from spqt_cli.errors import ResourceError, SpqtError, UnsupportedError
-from spqt_cli.format import checks
-from spqt_cli.format.config_json import CONFIG, INDEX, read_config
+from spqt_cli.format import checks, identity
+from spqt_cli.format.config_json import CONFIG, INDEX, KEPT, read_config
 from spqt_cli.system import files
 
 WEIGHTS = ("model*.safetensors", INDEX)
@@ -152,8 +151,6 @@ def download(repo: str, revision: str | None) -> Path:
     folder = _snapshot(repo, revision, (*SMALL, *WEIGHTS))
     marker = _marker(repo, folder.name)
     if not marker.exists():
-        from spqt_cli.format import identity
-
         identity.verify(folder)
         with contextlib.suppress(OSError):  # without the marker the next run only checks again
             marker.parent.mkdir(parents=True, exist_ok=True)

@@ -5,14 +5,12 @@ carries both, and each shard's SHA-256. `check_model` reads headers only and run
 `verify` reads every byte.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
-from spqt_cli.convert.shards import Shard
 from spqt_cli.errors import SpqtError, UnsupportedError
 from spqt_cli.format import checks, config_json, layout
-from spqt_cli.format.config_json import INDEX, METADATA_CONTENT, METADATA_KEY
+from spqt_cli.format.config_json import METADATA_CONTENT, METADATA_KEY
 from spqt_cli.system import files
 
 AGAIN = "download or convert the model again"
@@ -21,14 +19,6 @@ AGAIN = "download or convert the model again"
 def metadata(fingerprint: str, content: str) -> dict[str, str]:
     """The metadata of every shard: safetensors' `format`, the settings' fingerprint, the weights' hash."""
     return {"format": "mlx", METADATA_KEY: fingerprint, METADATA_CONTENT: content}
-
-
-def write_index(folder: Path, shards: list[Shard]) -> None:
-    """Write the index that names each tensor's shard."""
-    weight_map = {part.name: shard.name for shard in shards for part in shard.parts}
-    total = sum(part.nbytes for shard in shards for part in shard.parts)
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    files.write_text(folder / INDEX, json.dumps(index, indent=1) + "\n")
 
 
 def check_model(folder: Path, *, trust_remote_code: bool = False) -> dict[str, Any]:

@@ -15,13 +15,13 @@ import numpy as np
 import psutil
 from mlx import nn
 
-from spqt_cli.decode import patch_cpu
+from spqt_cli.decode import hooks_cpu
 from spqt_cli.decode.layers import ZigzagLinear
 from spqt_cli.format import layout
 
 HELD_SHARE = 0.3  # of the available memory, for weights held unpacked
 
-_attention = patch_cpu.STOCK["scaled_dot_product_attention"]
+_attention = hooks_cpu.STOCK["scaled_dot_product_attention"]
 
 
 def on_cpu() -> bool:
@@ -217,8 +217,8 @@ def many_rows(heads: bool = True) -> Iterator[None]:
         return
     replaced: list[tuple[Any, str, Any]] = [
         (mx.fast, "scaled_dot_product_attention", attention),
-        (mx.fast, "rms_norm", patch_cpu.STOCK["rms_norm"]),  # ours have no gradient
-        (mx.fast, "rope", patch_cpu.STOCK["rope"]),
+        (mx.fast, "rms_norm", hooks_cpu.STOCK["rms_norm"]),  # ours have no gradient
+        (mx.fast, "rope", hooks_cpu.STOCK["rope"]),
         (nn.Linear, "__call__", lambda self, x: _plain(x, _host(self.weight), self.get("bias"))),
         (nn.QuantizedLinear, "__call__", lambda self, x: _plain(x, unpacked(self), self.get("bias"))),
     ]

@@ -15,11 +15,10 @@ import numpy as np
 from mlx import nn
 from mlx.utils import tree_unflatten
 
-from spqt_cli.decode.layers import ZigzagLinear
+from spqt_cli.decode.layers import ZigzagLinear, zigzag_layers
 from spqt_cli.errors import UnsupportedError
 from spqt_cli.format import layout, thresholds
 from spqt_cli.measure import many_rows
-from spqt_cli.patch import zigzag_layers
 
 
 class Masking:

@@ -13,10 +13,9 @@ from spqt_cli.backends.interface import Backend
 from spqt_cli.bench import bench, model_runs, models
 from spqt_cli.bench.reporting import ModelRow
 from spqt_cli.cli.entry import app
-from spqt_cli.decode import active_counts, patch_cpu, phase, profile
-from spqt_cli.decode.layers import ZigzagLinear
+from spqt_cli.decode import active_counts, hooks_cpu, phase, profile
+from spqt_cli.decode.layers import ZigzagLinear, zigzag_layers
 from spqt_cli.errors import ResourceError, SpqtError, UsageError
-from spqt_cli.patch import zigzag_layers
 from tests.conftest import tiny_config
 
 
@@ -77,17 +76,17 @@ def test_the_cpu_backend_is_out_of_the_way_while_stock_runs(subject, monkeypatch
 
     monkeypatch.setattr(model_runs, "_decode_rate", rate)
     native = kernels.backend().name == "cpu"
-    patch_cpu.install()
+    hooks_cpu.install()
     monkeypatch.setattr(kernels, "backend", lambda: Backend("cpu", "for this test", cpu, native_float32=True))
     try:
         dense_only = model_runs.Runs(subject, [], model_runs.bench_machine.Energy(), 1e9)
         dense_only.run(model_runs.Test("decode", 4, 0), 2, lambda *_: None)  # no model is really run
-        assert nn.QuantizedLinear.__call__.__module__ == "spqt_cli.decode.patch_cpu"
+        assert nn.QuantizedLinear.__call__.__module__ == "spqt_cli.decode.hooks_cpu"
     finally:
         if not native:
-            patch_cpu.remove()
+            hooks_cpu.remove()
     assert {module for zigzag, module in during if not zigzag} == {"mlx.nn.layers.quantized"}
-    assert {module for zigzag, module in during if zigzag} == {"spqt_cli.decode.patch_cpu"}
+    assert {module for zigzag, module in during if zigzag} == {"spqt_cli.decode.hooks_cpu"}
 
 
 def test_stock_weights_are_the_zigzag_ones_requantized_by_rows(subject):

@@ -14,7 +14,7 @@ import pytest
 from spqt_cli.calibrate import calibrate
 from spqt_cli.calibrate.calibrate import CalibrateOptions
 from spqt_cli.calibrate.progress import NAME
-from spqt_cli.decode import session
+from spqt_cli.decode import layers, session
 from spqt_cli.errors import BusyError, ResourceError, SpqtError, UsageError
 from spqt_cli.format import config_json, thresholds
 from spqt_cli.measure import probes
@@ -61,7 +61,7 @@ def test_stored_thresholds_pass_the_checks_and_load(done):
     folder, result = done
     loaded = session.load(folder)
     assert loaded.sparsity == 0.4
-    loaded_values = {p: layer.threshold.item() for p, layer in session.zigzag_layers(loaded.model).items()}
+    loaded_values = {p: layer.threshold.item() for p, layer in layers.zigzag_layers(loaded.model).items()}
     for row in result.layers:
         assert loaded_values[row.path] == pytest.approx(row.threshold, rel=1e-5)
     section = loaded.config["spqt"]["calibration"]
@@ -73,7 +73,7 @@ def test_curve_derives_other_sparsities(done):
     folder, _ = done
     low, high = (session.load(folder, sparsity=s) for s in (0.2, 0.6))
     pairs = zip(
-        session.zigzag_layers(low.model).values(), session.zigzag_layers(high.model).values(), strict=True
+        layers.zigzag_layers(low.model).values(), layers.zigzag_layers(high.model).values(), strict=True
     )
     assert all(0 < a.threshold.item() < b.threshold.item() for a, b in pairs)
 
@@ -235,10 +235,10 @@ def test_table_shows_blocks_in_order(done):
 
 def test_probes_are_taken_out_again(calibrated):
     loaded = session.load(calibrated)
-    before = session.zigzag_layers(loaded.model)
+    before = layers.zigzag_layers(loaded.model)
     with pytest.raises(Killed), probes.probing(loaded.model):
         raise Killed
-    after = session.zigzag_layers(loaded.model)
+    after = layers.zigzag_layers(loaded.model)
     assert list(before) == list(after)
     assert all(before[path] is after[path] for path in before)
     assert np.isfinite(before["model.layers.0.mlp.up_proj"].threshold.item())

@@ -90,14 +90,14 @@ def test_generate_skips_them_by_default_with_the_dense_logits(at_zero):
     skipped = [1 - density for _, density in counter.densities()]
     assert len(skipped) == 4
     assert min(skipped) > 0.2
-    assert all(layer.threshold is None for layer in session.zigzag_layers(dense.model).values())
+    assert all(layer.threshold is None for layer in layers.zigzag_layers(dense.model).values())
 
 
 def test_other_shares_of_the_curve_keep_them(at_zero):
     folder, _ = at_zero
     for sparsity in (0, 0.3):
         loaded = session.load(folder, sparsity=sparsity)
-        for path, layer in session.zigzag_layers(loaded.model).items():
+        for path, layer in layers.zigzag_layers(loaded.model).items():
             if path.endswith("down_proj"):
                 assert layer.threshold.item() >= np.float32(LOSSLESS)
             elif sparsity == 0:

@@ -7,7 +7,7 @@ import pytest
 
 from spqt_cli.calibrate import calibrate, result
 from spqt_cli.cli import describe
-from spqt_cli.decode import session
+from spqt_cli.decode import layers, session
 from spqt_cli.format import config_json
 
 
@@ -23,7 +23,7 @@ def test_size_counts_embedding_and_head(converted, tmp_path, monkeypatch):
     """A model of 1.5B weights has 1.3B in its blocks; by those alone it would count as smaller."""
     folder = shutil.copytree(converted, tmp_path / "model")
     loaded = session.load(folder, dense=True)
-    blocks = sum(layer.inputs * layer.outputs for layer in session.zigzag_layers(loaded.model).values())
+    blocks = sum(layer.inputs * layer.outputs for layer in layers.zigzag_layers(loaded.model).values())
     seen = []
     monkeypatch.setattr(calibrate, "default_sparsity", lambda weights: seen.append(weights) or 0.25)
     options = calibrate.CalibrateOptions(tokens=128, window=64, method="uniform")

@@ -11,10 +11,10 @@ import pytest
 from spqt_cli.calibrate import calibrate, speed, targets
 from spqt_cli.calibrate.calibrate import CalibrateOptions
 from spqt_cli.decode import profile, relayout, repacking, session
+from spqt_cli.decode.layers import zigzag_layers
 from spqt_cli.errors import SpqtError, UsageError
 from spqt_cli.format import config_json
 from spqt_cli.measure import probes
-from spqt_cli.patch import zigzag_layers
 
 OPTIONS = CalibrateOptions(tokens=512, window=64, method="uniform")
 DENSE, FREE = 0.010, 0.002  # seconds a token takes dense, and of that what skipping can't save

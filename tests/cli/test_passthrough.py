@@ -12,8 +12,8 @@ from contextlib import closing
 
 import pytest
 
-from spqt_cli import patch
 from spqt_cli.cli import passthrough, worker
+from spqt_cli.decode import layers
 from spqt_cli.errors import SpqtError, UnsupportedError
 from tests.cli.test_commands import assert_error, process
 
@@ -99,7 +99,7 @@ def test_a_converted_model_that_no_flag_shows_is_refused_when_it_is_loaded(conve
     monkeypatch.setattr(sys, "argv", ["spqt"])
     with pytest.raises(UnsupportedError, match="mlx-lm's lora can't take a converted model"):
         passthrough.run(["lora", "-c", "settings.yaml"])
-    assert patch.zigzag_layers(mlx_lm.load(str(converted))[0])
+    assert layers.zigzag_layers(mlx_lm.load(str(converted))[0])
 
 
 def test_the_number_of_tokens_is_no_model(calibrated, monkeypatch):

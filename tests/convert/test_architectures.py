@@ -9,7 +9,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from spqt_cli.convert import convert
 from spqt_cli.decode import phase, session
-from spqt_cli.patch import zigzag_layers
+from spqt_cli.decode.layers import zigzag_layers
 from tests.conftest import SIZES, random_weights, write_tokenizer
 
 COMMON = {key: SIZES[key] for key in SIZES if key not in ("head_dim", "torch_dtype")}

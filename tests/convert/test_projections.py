@@ -13,9 +13,9 @@ from spqt_cli.cli import describe
 from spqt_cli.convert import convert
 from spqt_cli.convert.convert import ConvertOptions
 from spqt_cli.decode import phase, session
+from spqt_cli.decode.layers import zigzag_layers
 from spqt_cli.errors import SpqtError
 from spqt_cli.format import config_json, identity, layout, presets
-from spqt_cli.patch import zigzag_layers
 from tests.cli.test_commands import process
 from tests.lib.converting import contents, interrupted
 

@@ -13,6 +13,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from spqt_cli.convert import convert, tokenizer_fidelity, tokenizer_files
 from spqt_cli.decode import generate, session, text_borders
+from spqt_cli.decode.options import Options, Prompt, Sampling
 from spqt_cli.errors import SpqtError, UnsupportedError
 from spqt_cli.evaluate import compare
 from spqt_cli.measure import texts
@@ -367,7 +368,7 @@ def test_named_templates_go_along(tmp_path: Path) -> None:
     assert loaded.tokenizer.apply_chat_template(turn, tokenize=False, chat_template="rag") == "RAG x"
     assert loaded.tokenizer.chat_template["default"] == inline  # transformers alone would overlook it
     for name, text in (("default", "<|user|>x</s><|assistant|>"), ("rag", "RAG x")):
-        asked = generate.Prompt("x", template_config=json.dumps({"chat_template": name}))
+        asked = Prompt("x", template_config=json.dumps({"chat_template": name}))
         assert generate.encode(loaded, asked) == loaded.tokenizer.encode(text, add_special_tokens=False)
 
 
@@ -417,12 +418,12 @@ def test_what_is_written_is_the_whole_answer(
     end = loaded.tokenizer.eos_token_id if ends else None
     monkeypatch.setattr("mlx_lm.stream_generate", scripted(tokens, end))
     told: list[int] = []
-    prompt = generate.encode(loaded, generate.Prompt("the quick", ignore_chat_template=True))
-    *given, _ = generate.stream(loaded, prompt, generate.Sampling(), generate.Options(on_token=told.append))
+    prompt = generate.encode(loaded, Prompt("the quick", ignore_chat_template=True))
+    *given, _ = generate.stream(loaded, prompt, Sampling(), Options(on_token=told.append))
     assert ("".join(given), told) == (answer, tokens)
-    *given, _ = generate.stream(loaded, prompt, generate.Sampling(), generate.Options(stop=["zzz"]))
+    *given, _ = generate.stream(loaded, prompt, Sampling(), Options(stop=["zzz"]))
     assert "".join(given) == answer
-    (row,) = compare.compare(str(converted), generate.Prompt("the quick"), [0.0])
+    (row,) = compare.compare(str(converted), Prompt("the quick"), [0.0])
     assert row.text == answer
-    templated = generate.encode(loaded, generate.Prompt("the quick"))
+    templated = generate.encode(loaded, Prompt("the quick"))
     assert row.perplexity == compare.perplexity(loaded, templated, tokens)

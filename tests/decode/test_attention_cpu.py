@@ -7,7 +7,7 @@ from mlx_lm.models import gemma3_text, llama, qwen2, qwen3
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 
 from spqt_cli.backends import cpu
-from spqt_cli.decode import attention_cpu, patch_cpu
+from spqt_cli.decode import attention_cpu, hooks_cpu
 from tests.conftest import layer_settings
 
 USABLE, REASON = cpu.status()
@@ -19,9 +19,9 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
 
 @pytest.fixture(autouse=True)
 def ops_of_ours():
-    patch_cpu.install()
+    hooks_cpu.install()
     yield
-    patch_cpu.remove()
+    hooks_cpu.remove()
 
 
 class Rescaled(llama.Attention):

@@ -9,7 +9,7 @@ from mlx import nn
 from mlx_lm.models.cache import make_prompt_cache
 
 from spqt_cli.decode import phase, session
-from spqt_cli.patch import zigzag_layers
+from spqt_cli.decode.layers import zigzag_layers
 
 PROMPT = mx.array([[5, 9, 40, 7, 300]])
 

@@ -7,12 +7,11 @@ import pytest
 from mlx_lm.models import gemma, gemma3_text, llama, olmo2, qwen2, qwen3
 from mlx_lm.models.cache import KVCache
 
-from spqt_cli import patch
 from spqt_cli.backends import problems
 from spqt_cli.backends.gpu import backend as gpu
 from spqt_cli.backends.gpu import first_use, geometry, kernel_text, launch_plan
 from spqt_cli.backends.gpu import launch as launching
-from spqt_cli.decode import active_counts, fused_block, fused_block_gpu, fused_mlp, phase
+from spqt_cli.decode import active_counts, fused_block, fused_block_gpu, fused_mlp, hooks, layers, phase
 from tests.backends.gpu.test_first_use import fresh_trust, run_emulated
 from tests.backends.gpu.test_kernels import CUTS, emulated, kinds, use
 from tests.conftest import layer_settings
@@ -84,8 +83,8 @@ def block(model=llama, kind=None):
     settings = layer_settings(hidden_size=WIDTH, intermediate_size=448, head_dim=32)
     made = (kind or model.TransformerBlock)(model.ModelArgs.from_dict(settings))
     nn.quantize(made, 64, 4, mode="zigzag", class_predicate=lambda _, m: isinstance(m, nn.Linear))
-    patch._share_inputs(made)
-    for path, layer in patch.zigzag_layers(made).items():
+    hooks._share_inputs(made)
+    for path, layer in layers.zigzag_layers(made).items():
         layer.set_threshold(0.3 if "self_attn" in path else 0.05)
     made.input_layernorm.weight = mx.random.uniform(0.5, 1.5, (WIDTH,))
     mx.eval(made.parameters())
@@ -165,7 +164,7 @@ def test_fault_47_a_prompt_of_one_row_is_dense_and_decoding_goes_on_sparse(strip
         prompt, counted = steps(made)
     assert counted == {}
     assert np.array_equal(steps(made)[0], before)
-    for layer in patch.zigzag_layers(made).values():
+    for layer in layers.zigzag_layers(made).values():
         layer.set_threshold(0.0)  # skips nothing, by the kernels that are built already
     dense, _ = steps(made)
     assert np.allclose(prompt, dense, rtol=1e-4, atol=1e-4)
@@ -175,7 +174,7 @@ def test_fault_47_a_prompt_of_one_row_is_dense_and_decoding_goes_on_sparse(strip
 def test_new_thresholds_of_any_layer_are_seen(striped):
     made = installed(block())
     before, _ = steps(made)
-    for path, layer in patch.zigzag_layers(made).items():
+    for path, layer in layers.zigzag_layers(made).items():
         kept = layer.threshold
         layer.set_threshold(2.0)
         assert not np.array_equal(steps(made)[0], before), path

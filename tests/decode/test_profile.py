@@ -12,11 +12,10 @@ from spqt_cli.backends import kernels
 from spqt_cli.bench import models
 from spqt_cli.convert import convert
 from spqt_cli.decode import fused_block, profile, relayout, repacking, session
-from spqt_cli.decode.layers import ZigzagLinear
+from spqt_cli.decode.layers import ZigzagLinear, zigzag_layers
 from spqt_cli.decode.profile import ROWS, SPARSE, ZIGZAG, Choice
 from spqt_cli.errors import UsageError
 from spqt_cli.format import config_json
-from spqt_cli.patch import zigzag_layers
 from tests.conftest import tiny_config
 from tests.lib.backends import DEFINITION, EMULATED
 
@@ -64,7 +63,7 @@ def test_writing_again_keeps_other_units():
 def test_no_profile_changes_nothing():
     one = loaded()
     before = zigzag_layers(one.model)
-    assert profile.apply(one) == ""
+    assert session.apply_profile(one) == ""
     assert zigzag_layers(one.model) == before
 
 
@@ -86,7 +85,7 @@ def test_a_damaged_profile_is_ignored_aloud(text):
     choices, fault = profile.read()
     assert choices == {}
     assert "bench --kernel --write" in fault
-    assert profile.apply(loaded()) == fault
+    assert session.apply_profile(loaded()) == fault
 
 
 @pytest.mark.parametrize(
@@ -125,7 +124,7 @@ def test_densities_come_from_the_layer_s_own_curve():
     zigzag_layers(one.model)[PATHS[1]].set_threshold(None)
     by_layer = {
         id(layer): density
-        for layer, density in profile.expected_densities(one.model, profile.curves(one), one.sparsity)
+        for layer, density in profile.expected_densities(one.model, profile.curves(one.config), one.sparsity)
     }
     layers = zigzag_layers(one.model)
     assert by_layer[id(layers[PATHS[0]])] == pytest.approx(0.25)
@@ -140,7 +139,7 @@ def test_sparse_layers_stay_as_they_are():
     one = loaded()
     profile.write({key: Choice(0.61, ROWS) for key in keys(one.model).values()}, {})
     before = {path: (layer, layer.threshold) for path, layer in zigzag_layers(one.model).items()}
-    assert profile.apply(one) == "profile of this device: 14 sparse layers"
+    assert session.apply_profile(one) == "profile of this device: 14 sparse layers"
     after = {path: (layer, layer.threshold) for path, layer in zigzag_layers(one.model).items()}
     assert after == before
 
@@ -148,7 +147,7 @@ def test_sparse_layers_stay_as_they_are():
 def test_dense_zigzag_layers_lose_their_threshold():
     one = loaded()
     profile.write({keys(one.model)["gate_proj+up_proj"]: Choice(0.2, ZIGZAG)}, {})
-    assert profile.apply(one) == "profile of this device: 4 zigzag layers"
+    assert session.apply_profile(one) == "profile of this device: 4 zigzag layers"
     layers = zigzag_layers(one.model)
     dense = {path for path, layer in layers.items() if layer.threshold is None}
     assert len(layers) == 14
@@ -159,7 +158,7 @@ def test_row_grouped_layers_are_repacked_with_cost_and_error_stated():
     one = loaded()
     exact = {path: layer.dequantized() for path, layer in zigzag_layers(one.model).items()}
     profile.write({keys(one.model)["gate_proj+up_proj"]: Choice(0.2, ROWS)}, {})
-    said = profile.apply(one)
+    said = session.apply_profile(one)
     assert said.startswith("profile of this device: 4 row-grouped layers; repacking took")
     assert "relative error of the weights" in said
     for path in PATHS:
@@ -175,7 +174,7 @@ def test_row_grouped_layers_are_repacked_with_cost_and_error_stated():
 def test_a_layer_that_stock_can_t_hold_runs_zigzag_dense():
     one = loaded(group_size=64)  # down_proj has 160 inputs
     profile.write({keys(one.model)["down_proj"]: Choice(0.2, ROWS)}, {})
-    assert profile.apply(one) == "profile of this device: 2 zigzag layers"
+    assert session.apply_profile(one) == "profile of this device: 2 zigzag layers"
     assert zigzag_layers(one.model)["model.layers.0.mlp.down_proj"].threshold is None
 
 
@@ -202,7 +201,7 @@ def test_a_head_moves_to_zigzag_when_the_profile_says_so(arch, tied):
     before = head.module.as_linear(x) if tied else one.model.lm_head(x)
     rows = one.model.model.embed_tokens(ids)
     profile.write({head.key: Choice(0.0, ZIGZAG)}, {})
-    said = profile.apply(one)
+    said = session.apply_profile(one)
     assert said.startswith("profile of this device: no layers; head in Zigzag")
     after = one.model.model.embed_tokens.as_linear(x) if tied else one.model.lm_head(x)
     error = mx.linalg.norm(after - before) / mx.linalg.norm(before)
@@ -216,7 +215,7 @@ def test_an_embedding_with_its_own_head_is_not_read_whole():
     one = loaded("llama")
     before, _ = session.weight_bytes(one.model, one.config)
     profile.write({relayout.find(one.model).key: Choice(0.0, ZIGZAG)}, {})
-    profile.apply(one)
+    session.apply_profile(one)
     after, _ = session.weight_bytes(one.model, one.config)
     embedding = one.model.model.embed_tokens
     row = sum(embedding[name].nbytes for name in ("weight", "scales", "biases")) / 512
@@ -227,7 +226,7 @@ def test_a_head_stays_where_stock_is_faster():
     one = loaded()
     head = relayout.find(one.model)
     profile.write({head.key: Choice(0.0, ROWS)}, {})
-    assert profile.apply(one) == ""
+    assert session.apply_profile(one) == ""
     assert relayout.find(one.model).module is head.module
 
 
@@ -273,11 +272,11 @@ def test_layers_of_blocks_that_run_whole_on_a_gpu_stay_as_they_are(monkeypatch):
     monkeypatch.setattr(kernels, "backend", lambda: EMULATED)
     for other in (ZIGZAG, ROWS):
         profile.write({unit.key: Choice(0.0, other) for unit in profile.units(one.model)}, {})
-        profile.apply(one)
+        session.apply_profile(one)
         assert list(zigzag_layers(one.model)) == before
         assert all(layer.threshold is not None for layer in zigzag_layers(one.model).values())
     monkeypatch.setattr(kernels, "backend", lambda: DEFINITION)
-    profile.apply(one)
+    session.apply_profile(one)
     assert len(zigzag_layers(one.model)) < len(before)
 
 

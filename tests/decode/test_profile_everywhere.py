@@ -9,10 +9,10 @@ from mlx import nn
 from mlx_lm import cli
 
 import spqt_cli
-from spqt_cli import patch
 from spqt_cli.cli import passthrough
-from spqt_cli.decode import generate, profile, session
+from spqt_cli.decode import hooks, profile, session
 from spqt_cli.decode.layers import ZigzagLinear
+from spqt_cli.decode.options import Prompt
 from spqt_cli.decode.profile import ROWS, SPARSE, ZIGZAG, Choice
 from spqt_cli.evaluate import compare, evaluate, lm_eval
 
@@ -51,16 +51,16 @@ def test_every_way_to_load_a_model_follows_the_profile(calibrated, followed):
     assert ways(spqt_cli.load(str(calibrated))[0]) == FOLLOWING
     assert ways(mlx_lm.load(str(calibrated))[0]) == FOLLOWING
     assert set(ways(session.load(calibrated, dense=True).model).values()) == {ZIGZAG}
-    with patch.as_stored():
+    with hooks.as_stored():
         assert ways(mlx_lm.load(str(calibrated))[0]) == AS_STORED
 
 
 def test_compare_follows_the_profile(calibrated, followed):
-    dense, sparse = compare.compare(str(calibrated), generate.Prompt("fox"), [0.0, 0.4], max_tokens=4)
+    dense, sparse = compare.compare(str(calibrated), Prompt("fox"), [0.0, 0.4], max_tokens=4)
     assert "profile" not in dense.statistics.note
     assert "profile of this device: 2 zigzag, 2 row-grouped layers" in sparse.statistics.note
     assert "row-grouped" in compare.report([dense, sparse])
-    alone = compare.compare(str(calibrated), generate.Prompt("fox"), [0.0], max_tokens=4)
+    alone = compare.compare(str(calibrated), Prompt("fox"), [0.0], max_tokens=4)
     assert dense.perplexity == alone[0].perplexity
 
 

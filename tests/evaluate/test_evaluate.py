@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from spqt_cli.decode import phase, session
+from spqt_cli.decode.layers import zigzag_layers
 from spqt_cli.errors import SpqtError, UsageError
 from spqt_cli.evaluate import evaluate
 from spqt_cli.evaluate.evaluate import EvaluateOptions, parse_shares
@@ -47,7 +48,7 @@ def test_masked_rows_are_one_token_steps(calibrated):
     loaded.model(tokens[:, :12], cache=cache)  # a dense prompt
     with phase.decoding():
         steps = [loaded.model(tokens[:, i : i + 1], cache=cache) for i in range(12, 24)]
-    layers = session.zigzag_layers(loaded.model)
+    layers = zigzag_layers(loaded.model)
     masking = probes.Masking({path: layer.threshold.item() for path, layer in layers.items()})
     with probes.probing(loaded.model) as harness:
         cache = probes.prompt_cache(loaded.model, tokens[:, :12])

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from spqt_cli.decode import session
+from spqt_cli.decode import layers, session
 from spqt_cli.evaluate import multiple_choice, questions
 from spqt_cli.measure import probes
 from tests.cli.test_commands import assert_error, process
@@ -59,7 +59,7 @@ def test_choices_are_scored_as_decoded(calibrated, stand_in):
     sparse = ask("choice", calibrated, stand_in)
     dense = ask("choice", calibrated, stand_in, SPQT_SPARSITY="0")
     loaded = session.load(calibrated)
-    values = {path: one.threshold.item() for path, one in session.zigzag_layers(loaded.model).items()}
+    values = {path: one.threshold.item() for path, one in layers.zigzag_layers(loaded.model).items()}
     question = questions.Question(CONTEXT, tuple(ending[1:] for ending in ENDINGS), 0, 1)
     encoded = multiple_choice.encode(question, loaded.tokenizer, None, Path("questions.jsonl"))
     with probes.probing(loaded.model) as harness:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from spqt_cli.convert import convert
-from spqt_cli.decode import phase, session
+from spqt_cli.decode import layers, phase, session
 from spqt_cli.errors import SpqtError, UsageError
 from spqt_cli.evaluate import multiple_choice, questions
 from spqt_cli.evaluate.evaluate import EvaluateOptions
@@ -92,7 +92,7 @@ def test_scores_are_those_of_decoding(calibrated, context):
     sparse, loaded = session.load(calibrated), session.load(calibrated)
     encoded = multiple_choice.encode(question, loaded.tokenizer, None, Path("questions.jsonl"))
     assert len({len(ending) for ending in encoded.endings}) > 1  # so rows are padded
-    values = {path: layer.threshold.item() for path, layer in session.zigzag_layers(loaded.model).items()}
+    values = {path: layer.threshold.item() for path, layer in layers.zigzag_layers(loaded.model).items()}
     with probes.probing(loaded.model) as harness:
         cache = multiple_choice.after_context(loaded.model, encoded)
         masking = probes.Masking(values)
@@ -110,7 +110,7 @@ def test_batches_are_one_by_one(calibrated, monkeypatch):
     )
     loaded = session.load(calibrated)
     encoded = multiple_choice.encode(question, loaded.tokenizer, None, Path("questions.jsonl"))
-    values = {path: layer.threshold.item() for path, layer in session.zigzag_layers(loaded.model).items()}
+    values = {path: layer.threshold.item() for path, layer in layers.zigzag_layers(loaded.model).items()}
     found, shares = [], []
     with probes.probing(loaded.model) as harness:
         cache = multiple_choice.after_context(loaded.model, encoded)

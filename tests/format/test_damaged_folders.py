@@ -11,6 +11,7 @@ import pytest
 
 from spqt_cli.calibrate import calibrate
 from spqt_cli.decode import generate, session
+from spqt_cli.decode.options import Prompt
 from spqt_cli.errors import SpqtError
 from spqt_cli.format import config_json, identity
 from spqt_cli.measure import texts
@@ -106,7 +107,7 @@ def test_fault_64_tokenizer_of_a_larger_model(folder: Path) -> None:
     path.write_text(json.dumps(tokenizer))
     loaded = session.load(folder)
     with pytest.raises(SpqtError, match="the model has 512"):
-        generate.encode(loaded, generate.Prompt("fox", ignore_chat_template=True))
+        generate.encode(loaded, Prompt("fox", ignore_chat_template=True))
     with pytest.raises(SpqtError, match="the model has 512"):
         calibrate.choose_windows(loaded, texts.read(None), calibrate.CalibrateOptions())
 
@@ -144,7 +145,7 @@ def test_fault_64_length_of_a_tokenizer_that_is_no_number(folder: Path) -> None:
 def test_template_that_leaves_nothing_of_the_prompt(folder: Path) -> None:
     (folder / "chat_template.jinja").write_text("{{ '' }}")
     with pytest.raises(SpqtError, match="leave nothing"):
-        generate.encode(session.load(folder), generate.Prompt("hello"))
+        generate.encode(session.load(folder), Prompt("hello"))
 
 
 @pytest.mark.parametrize("context", [1, 2, 31])

@@ -21,7 +21,8 @@ from mlx_lm.utils import _get_classes
 
 from spqt_cli.calibrate import calibrate
 from spqt_cli.convert import convert
-from spqt_cli.decode import generate, patch_cpu, phase, session
+from spqt_cli.decode import generate, hooks_cpu, layers, phase, session
+from spqt_cli.decode.options import Options, Prompt, Sampling
 from spqt_cli.format import config_json, layout
 from tests.conftest import write_tokenizer
 from tests.lib import architecture_configs
@@ -150,8 +151,8 @@ def _generates(folder: Path) -> None:
     """Let spqt write a few tokens, dense and sparse."""
     for dense in (True, False):
         loaded = session.load(folder, dense=dense)
-        tokens = generate.encode(loaded, generate.Prompt("pack my box with five dozen liquor jugs"))
-        pieces = list(generate.stream(loaded, tokens, generate.Sampling(), generate.Options(max_tokens=4)))
+        tokens = generate.encode(loaded, Prompt("pack my box with five dozen liquor jugs"))
+        pieces = list(generate.stream(loaded, tokens, Sampling(), Options(max_tokens=4)))
         assert pieces[-1].generation_tokens > 0
 
 
@@ -180,7 +181,7 @@ def _difference(folder: Path, thresholds: Thresholds) -> float:
     """The largest difference of a converted model's logits from its definition's, over the largest logit."""
     expected, thresholds, seed = _expected(folder, thresholds)
     loaded = session.load(folder, dense=True)
-    for path, layer in session.zigzag_layers(loaded.model).items():
+    for path, layer in layers.zigzag_layers(loaded.model).items():
         layer.set_threshold(thresholds[path])
     found = _logits(loaded.model, seed)
     allowed = expected > -np.inf  # phi3small forbids some tokens
@@ -240,11 +241,11 @@ def _definition(folder: Path, thresholds: Thresholds) -> nn.Module:
 @contextmanager
 def _stock() -> Iterator[None]:
     """MLX's own functions in this block, not those that spqt puts behind their names."""
-    patch_cpu.remove()
+    hooks_cpu.remove()
     try:
         yield
     finally:
-        patch_cpu.install()
+        hooks_cpu.install()
 
 
 def _logits(network: Any, seed: int) -> np.ndarray:

@@ -18,6 +18,7 @@ from spqt_cli.cli import describe
 from spqt_cli.convert import convert
 from spqt_cli.convert.convert import ConvertOptions
 from spqt_cli.decode import generate, session
+from spqt_cli.decode.options import Options, Prompt, Sampling
 from spqt_cli.errors import SpqtError
 from spqt_cli.format import identity
 from tests.conftest import ARCHITECTURES, random_weights, tiny_checkpoint, tiny_config
@@ -93,7 +94,7 @@ def _use_converted(folder: Path, rng: random.Random) -> str:
     if rng.random() < 0.8:
         return "accepted"
     loaded = session.load(folder)
-    tokens = generate.encode(loaded, generate.Prompt("the quick brown fox"))
-    for _ in generate.stream(loaded, tokens, generate.Sampling(), generate.Options(max_tokens=3)):
+    tokens = generate.encode(loaded, Prompt("the quick brown fox"))
+    for _ in generate.stream(loaded, tokens, Sampling(), Options(max_tokens=3)):
         pass
     return "ran"

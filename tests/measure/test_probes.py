@@ -9,6 +9,7 @@ import pytest
 from spqt_cli.calibrate import calibrate
 from spqt_cli.convert import convert
 from spqt_cli.decode import phase, session
+from spqt_cli.decode.layers import zigzag_layers
 from spqt_cli.measure import probes
 from tests.conftest import tiny_checkpoint
 
@@ -36,7 +37,7 @@ def test_masked_rows_are_one_token_steps(folder):
     loaded.model(tokens[:, :80], cache=cache)
     with phase.decoding():
         steps = [loaded.model(tokens[:, i : i + 1], cache=cache) for i in range(80, 100)]
-    layers = session.zigzag_layers(loaded.model)
+    layers = zigzag_layers(loaded.model)
     with probes.probing(loaded.model) as harness:
         cache = probes.prompt_cache(loaded.model, tokens[:, :80])
         harness.masking = probes.Masking({path: layer.threshold.item() for path, layer in layers.items()})
@@ -47,7 +48,7 @@ def test_masked_rows_are_one_token_steps(folder):
 
 
 def test_weighted_counts_dense_layers_as_zero(folder):
-    layers = session.zigzag_layers(session.load(folder).model)
+    layers = zigzag_layers(session.load(folder).model)
     whole = sum(layer.inputs * layer.outputs for layer in layers.values())
     one = next(iter(layers))
     expected = 0.5 * layers[one].inputs * layers[one].outputs / whole

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from spqt_cli.decode import generate, session
+from spqt_cli.decode.options import Prompt
 from spqt_cli.errors import SpqtError, Terminated, UnsupportedError
 from spqt_cli.system import sandbox
 
@@ -18,7 +19,7 @@ ESCAPE = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
 def encode_with(calibrated, template: str) -> None:
     loaded = session.load(calibrated)
     loaded.tokenizer.chat_template = template
-    generate.encode(loaded, generate.Prompt("hello"))
+    generate.encode(loaded, Prompt("hello"))
 
 
 def test_fault_66_nested_loops_are_stopped(calibrated):

@@ -8,7 +8,7 @@ from typing import Any, cast
 import mlx.core as mx
 from mlx import nn
 
-from spqt_cli import patch
+from spqt_cli.decode import hooks
 from spqt_cli.errors import UsageError
 from spqt_cli.measure import many_rows, probes
 
@@ -79,7 +79,7 @@ class Weights:
                 if self._files[name] == file and path in self._modules:
                     self._modules[path][attribute] = stored[name]
         if many_rows.on_cpu():
-            patch.compute_in_float32(self._modules[prefix])
+            hooks.compute_in_float32(self._modules[prefix])
         mx.clear_cache()
 
 

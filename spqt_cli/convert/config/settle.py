@@ -17,8 +17,9 @@ import mlx.nn as nn
 
 from spqt_cli.convert.config import config_keys, definition, dropped, rope_definition
 from spqt_cli.convert.config.definition import Definition
-from spqt_cli.convert.source import DTYPES, Checkpoint, classes
+from spqt_cli.convert.source import DTYPES, Checkpoint
 from spqt_cli.decode import exact
+from spqt_cli.decode.architecture import classes
 from spqt_cli.errors import SpqtError, UnsupportedError
 from spqt_cli.format import checks
 

@@ -9,7 +9,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from spqt_cli.backends import cpu
 from spqt_cli.convert.convert import ConvertOptions, convert
-from spqt_cli.decode import patch_cpu
+from spqt_cli.decode import hooks_cpu
 from spqt_cli.decode.session import load
 from tests.conftest import tiny_checkpoint
 
@@ -111,8 +111,8 @@ def test_all_widths_in_one_graph():
 def ops():
     """Sets which operations stand behind MLX's names; they are as before in the end."""
     before = mx.fast.rms_norm
-    yield lambda ours: patch_cpu.install() if ours else patch_cpu.remove()
-    patch_cpu.install() if before is patch_cpu.rms_norm else patch_cpu.remove()
+    yield lambda ours: hooks_cpu.install() if ours else hooks_cpu.remove()
+    hooks_cpu.install() if before is hooks_cpu.rms_norm else hooks_cpu.remove()
 
 
 def test_logits_of_a_model_with_heads_of_80(tmp_path, ops):

@@ -5,9 +5,8 @@ import numpy as np
 import pytest
 from mlx_lm.models import llama, qwen2
 
-from spqt_cli import patch
 from spqt_cli.backends import cpu, interface
-from spqt_cli.decode import fused_mlp, patch_cpu
+from spqt_cli.decode import fused_mlp, hooks_cpu, layers
 from tests.decode.test_fused_block import block, installed, steps, token
 
 USABLE, REASON = cpu.status()
@@ -17,9 +16,9 @@ pytestmark = [pytest.mark.skipif(not USABLE, reason=REASON), pytest.mark.usefixt
 @pytest.fixture(autouse=True)
 def ops_of_ours():
     """The separate norms must be ours as well, or the comparison is with other roundings."""
-    patch_cpu.install()
+    hooks_cpu.install()
     yield
-    patch_cpu.remove()
+    hooks_cpu.remove()
 
 
 def separate(model=llama):
@@ -50,7 +49,7 @@ def test_three_operations_replace_the_block(tmp_path):
 def test_dense_layers_and_no_counts():
     made, whole = separate(), installed(block())
     for one in (made, whole):
-        for layer in patch.zigzag_layers(one).values():
+        for layer in layers.zigzag_layers(one).values():
             layer.set_threshold(None)
     assert mx.array_equal(made(token(5)), whole(token(5))).item()
 

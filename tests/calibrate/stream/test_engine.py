@@ -16,7 +16,7 @@ from spqt_cli.calibrate.stream import paging
 from spqt_cli.calibrate.stream.blocks import Chain
 from spqt_cli.calibrate.stream.gradients import Backwards
 from spqt_cli.convert import convert
-from spqt_cli.decode import session
+from spqt_cli.decode import layers, session
 from spqt_cli.errors import BusyError, UnsupportedError, UsageError
 from spqt_cli.format import config_json, thresholds
 from spqt_cli.measure import probes
@@ -107,7 +107,7 @@ def test_result_loads_and_skips(folder):
     calibrate.calibrate(folder, settings(), quiet)
     loaded = session.load(folder)
     assert loaded.sparsity == 0.4
-    assert all(layer.threshold is not None for layer in session.zigzag_layers(loaded.model).values())
+    assert all(layer.threshold is not None for layer in layers.zigzag_layers(loaded.model).values())
 
 
 def test_a_block_is_dropped_after_use(folder, monkeypatch):
@@ -123,7 +123,7 @@ def test_a_block_is_dropped_after_use(folder, monkeypatch):
     calibrate.calibrate(folder, settings(), quiet)
     loaded = session.load_lazily(folder)
     sizes = {path: sum(a.nbytes for a in layer.values() if isinstance(a, mx.array))
-             for path, layer in session.zigzag_layers(loaded.model).items()}  # fmt: skip
+             for path, layer in layers.zigzag_layers(loaded.model).items()}  # fmt: skip
     block = sum(size for path, size in sizes.items() if ".layers.0." in path)
     assert len(read) == LAYERS
     assert min(read) >= block  # what dropping a block's weights set free

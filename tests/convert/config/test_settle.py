@@ -12,6 +12,7 @@ from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
 from spqt_cli.convert import convert, parameters, source
 from spqt_cli.convert.config import definition
 from spqt_cli.decode import exact, generate, session
+from spqt_cli.decode.options import Prompt
 from spqt_cli.errors import SpqtError, UnsupportedError
 from tests import ROOT
 from tests.conftest import SIZES, random_weights, tiny_checkpoint, tiny_config, write_tokenizer
@@ -104,7 +105,7 @@ def test_longrope_is_kept_to_its_short_factors(original, refused, tmp_path):
     loaded = session.load(tmp_path / "out")
     assert generate.context_tokens(loaded.config) == 300
     with pytest.raises(SpqtError, match="300"):
-        generate.encode(loaded, generate.Prompt("a b " * 400, ignore_chat_template=True))
+        generate.encode(loaded, Prompt("a b " * 400, ignore_chat_template=True))
 
 
 def test_other_head_wins_over_a_wrong_tie(tmp_path):

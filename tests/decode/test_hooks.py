@@ -9,9 +9,8 @@ import mlx.nn as nn
 import mlx_lm
 import pytest
 
-from spqt_cli import patch
-from spqt_cli.decode import session
-from spqt_cli.patch import zigzag_layers
+from spqt_cli.decode import hooks, session
+from spqt_cli.decode.layers import zigzag_layers
 from tests.conftest import tiny_checkpoint
 
 ON_CPU = mx.default_device().type == mx.DeviceType.cpu
@@ -34,7 +33,7 @@ def half_precision(tmp_path_factory):
 
 def test_installing_twice_changes_nothing():
     before = (nn.Linear.to_quantized, nn.Module.load_weights)
-    patch.install()
+    hooks.install()
     assert before == (nn.Linear.to_quantized, nn.Module.load_weights)
 
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from spqt_cli.backends import cpu
-from spqt_cli.decode import patch_cpu
+from spqt_cli.decode import hooks_cpu
 
 USABLE, REASON = cpu.status()
-ATTENTION = patch_cpu.STOCK["scaled_dot_product_attention"]
+ATTENTION = hooks_cpu.STOCK["scaled_dot_product_attention"]
 pytestmark = [pytest.mark.skipif(not USABLE, reason=REASON), pytest.mark.usefixtures("isa")]
 
 # both sides are float32: a few units in the last place of sums of up to 300 terms
@@ -19,10 +19,10 @@ TOLERANCE = 5e-6
 @pytest.fixture(autouse=True)
 def patched():
     before = (mx.fast.rms_norm, nn.QuantizedLinear.__call__)
-    patch_cpu.install()
+    hooks_cpu.install()
     yield
-    if before[0] is not patch_cpu.rms_norm:
-        patch_cpu.remove()
+    if before[0] is not hooks_cpu.rms_norm:
+        hooks_cpu.remove()
 
 
 def random(*shape, seed=0):
@@ -49,12 +49,12 @@ def test_rms_norm(shape, weighted, tmp_path):
     x, weight = random(*shape), random(shape[-1], seed=1) if weighted else None
     y = mx.fast.rms_norm(x, weight, 1e-5)
     assert "SpqtRmsNorm" in name_of(y, tmp_path)
-    close(y, patch_cpu.STOCK["rms_norm"](x, weight, 1e-5))
+    close(y, hooks_cpu.STOCK["rms_norm"](x, weight, 1e-5))
 
 
 def test_rms_norm_of_strided_input():
     x = random(8, 3, 64)[:, 1]
-    close(mx.fast.rms_norm(x, None, 1e-5), patch_cpu.STOCK["rms_norm"](x, None, 1e-5))
+    close(mx.fast.rms_norm(x, None, 1e-5), hooks_cpu.STOCK["rms_norm"](x, None, 1e-5))
 
 
 @pytest.mark.parametrize("shape", [(1, 49152), (1, 1), (3, 5), (2, 1037)], ids=str)
@@ -75,13 +75,13 @@ def test_logsumexp_of_what_is_not_finite(at, value):
     x = random(1, 41)
     x[0, at] = value
     for one in (x, mx.full((1, 41), value)):
-        assert mx.allclose(mx.logsumexp(one), patch_cpu._logsumexp(one), equal_nan=True)
+        assert mx.allclose(mx.logsumexp(one), hooks_cpu._logsumexp(one), equal_nan=True)
     assert mx.isnan(mx.logsumexp(mx.array([float("inf"), float("nan")])))
 
 
 def test_logsumexp_of_strided_input_and_its_gradient():
     x = random(40, 3)[:, 1]
-    close(mx.logsumexp(x), patch_cpu._logsumexp(x))
+    close(mx.logsumexp(x), hooks_cpu._logsumexp(x))
     close(mx.grad(lambda x: mx.logsumexp(x, keepdims=True).sum())(x), mx.softmax(x))
 
 
@@ -94,7 +94,7 @@ def test_rope(dims, width, positions, offset, traditional, tmp_path):
         form = {"traditional": traditional, "base": base, "scale": 0.5, "offset": offset, "freqs": given}
         y = mx.fast.rope(x, dims, **form)
         assert "SpqtRope" in name_of(y, tmp_path)
-        close(y, patch_cpu.STOCK["rope"](x, dims, **form))
+        close(y, hooks_cpu.STOCK["rope"](x, dims, **form))
 
 
 @pytest.mark.parametrize(
@@ -159,8 +159,8 @@ def test_layers(tmp_path):
     embedding = nn.QuantizedEmbedding.from_embedding(nn.Embedding(200, 64), 64, 4)
     linear = nn.QuantizedLinear.from_linear(nn.Linear(64, 96), 32, 8)
     for ours, stock in (
-        (embedding.as_linear(x), patch_cpu._as_linear(embedding, x)),
-        (linear(x), patch_cpu._quantized_linear(linear, x)),
+        (embedding.as_linear(x), hooks_cpu._as_linear(embedding, x)),
+        (linear(x), hooks_cpu._quantized_linear(linear, x)),
     ):
         assert "SpqtDense" in name_of(ours, tmp_path)
         close(ours, stock)
@@ -169,17 +169,17 @@ def test_layers(tmp_path):
 def test_layers_of_other_modes_go_to_mlx():
     linear = nn.QuantizedLinear.from_linear(nn.Linear(64, 96), mode="mxfp4")
     x = random(1, 64)
-    assert mx.array_equal(linear(x), patch_cpu._quantized_linear(linear, x))
+    assert mx.array_equal(linear(x), hooks_cpu._quantized_linear(linear, x))
 
 
 def test_gradients_are_mlx_own():
     x, weight = random(1, 3, 64), random(64, seed=1)
     ours = mx.grad(lambda x: (mx.fast.rms_norm(x, weight, 1e-5) * weight).sum())(x)
-    stock = mx.grad(lambda x: (patch_cpu.STOCK["rms_norm"](x, weight, 1e-5) * weight).sum())(x)
+    stock = mx.grad(lambda x: (hooks_cpu.STOCK["rms_norm"](x, weight, 1e-5) * weight).sum())(x)
     close(ours, stock)
 
 
 def test_removing_gives_mlx_its_own_back():
-    patch_cpu.remove()
-    assert mx.logsumexp is patch_cpu._logsumexp
-    assert mx.fast.rms_norm is patch_cpu.STOCK["rms_norm"]
+    hooks_cpu.remove()
+    assert mx.logsumexp is hooks_cpu._logsumexp
+    assert mx.fast.rms_norm is hooks_cpu.STOCK["rms_norm"]

@@ -22,10 +22,10 @@ from mlx_lm.utils import does_model_support_input_embeddings
 from spqt_cli.backends import kernels, stock
 from spqt_cli.bench import models
 from spqt_cli.convert import convert
-from spqt_cli.decode import active_counts, patch_generate, phase, session
-from spqt_cli.decode.layers import ZigzagLinear
+from spqt_cli.decode import active_counts, hooks_generate, phase, session
+from spqt_cli.decode.layers import ZigzagLinear, zigzag_layers
+from spqt_cli.decode.options import Options, Sampling
 from spqt_cli.measure import probes
-from spqt_cli.patch import zigzag_layers
 from tests.conftest import SIZES, random_weights, tiny_checkpoint, write_tokenizer
 
 PROMPTS = [[60], [70, 80], [90, 61, 62, 63, 64], [81, 82, 83, 84, 85, 86, 87, 88, 89]]
@@ -202,8 +202,8 @@ def test_counts_with_a_draft_model_are_numpy_s(folder, monkeypatch):
         return call(layer, x)
 
     monkeypatch.setattr(ZigzagLinear, "__call__", record)
-    options = generate.Options(max_tokens=12, cache={"num_draft_tokens": 3}, draft=draft)
-    *_, statistics = generate.stream(loaded, PROMPTS[2], generate.Sampling(), options)
+    options = Options(max_tokens=12, cache={"num_draft_tokens": 3}, draft=draft)
+    *_, statistics = generate.stream(loaded, PROMPTS[2], Sampling(), options)
     read, dense, skipped = 0.0, 0.0, []
     for one in (loaded, draft):
         other, sizes = session.weight_bytes(one.model, one.config)
@@ -306,19 +306,19 @@ def test_the_hook_knows_every_loop_of_the_installed_mlx_lm():
 
 def test_the_hook_stands_wherever_mlx_lm_looks_its_loops_up():
     loops = importlib.import_module("mlx_lm.generate")
-    assert loops.generate_step is patch_generate.generate_step is generate_step
-    assert loops.speculative_generate_step is patch_generate.speculative_generate_step
+    assert loops.generate_step is hooks_generate.generate_step is generate_step
+    assert loops.speculative_generate_step is hooks_generate.speculative_generate_step
     assert importlib.import_module("mlx_lm.cache_prompt").generate_step is generate_step
-    patch_generate.install()  # again changes nothing
+    hooks_generate.install()  # again changes nothing
     assert loops.generate_step is generate_step
-    for name, stock_loop in patch_generate._stock.items():
+    for name, stock_loop in hooks_generate._stock.items():
         assert inspect.signature(getattr(loops, name)) == inspect.signature(stock_loop)
         assert list(inspect.signature(stock_loop).parameters)[:2] == ["prompt", "model"]
 
 
 def test_a_told_model_is_otherwise_the_model(loaded):
-    told = patch_generate.told(loaded.model, 3)
+    told = hooks_generate.told(loaded.model, 3)
     assert told.layers is loaded.model.layers
     assert does_model_support_input_embeddings(told) is does_model_support_input_embeddings(loaded.model)
-    plain = patch_generate.told(loaded.model.model.layers[0].mlp, 3)
+    plain = hooks_generate.told(loaded.model.model.layers[0].mlp, 3)
     assert not does_model_support_input_embeddings(plain)

@@ -1,16 +1,13 @@
-"""Which values a generation takes, so that a wrong one is a line about its flag, not an error of mlx-lm's.
-
-It knows ranges alone; what the values mean is `generate`'s.
-"""
+"""What one generation is asked for, and which values it takes: a wrong one is a line about its flag."""
 
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
+from spqt_cli.decode import session
 from spqt_cli.errors import UsageError
 from spqt_cli.format import config_json, layout
-
-if TYPE_CHECKING:
-    from spqt_cli.decode.generate import Options, Sampling
 
 LARGEST_SEED = (1 << 64) - 1  # MLX's
 # Flag -> least and largest value; ends included.
@@ -23,7 +20,48 @@ RANGES: dict[str, tuple[float, float]] = {
 }  # fmt: skip
 
 
-def check(sampling: "Sampling", options: "Options", config: dict[str, Any]) -> None:
+@dataclass
+class Sampling:
+    """How the next token is drawn; names and meanings are mlx-lm's. temp 0 takes the likeliest."""
+
+    temp: float = 0.0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    top_k: int = 0
+    min_tokens_to_keep: int = 1
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.0
+    repetition_penalty: float | None = None
+    seed: int | None = None
+
+
+@dataclass
+class Prompt:
+    """What to answer. text: the user's words; the rest steers the chat template, as in mlx-lm."""
+
+    text: str
+    system: str | None = None
+    prefill: str | None = None
+    ignore_chat_template: bool = False
+    template_config: str | None = None
+
+
+@dataclass
+class Options:
+    """Length, stops, cache and draft model of one generation; cache settings are mlx-lm's.
+
+    on_token: told each token of the text as it comes.
+    """
+
+    max_tokens: int = 256
+    stop: Sequence[str] = ()
+    extra_eos_tokens: Sequence[str] = ()
+    cache: dict[str, Any] = field(default_factory=dict)
+    draft: session.Loaded | None = None
+    on_token: Callable[[int], object] = lambda _: None
+
+
+def check(sampling: Sampling, options: Options, config: dict[str, Any]) -> None:
     """Refuse values outside their range, or that this model can't take (exit 2)."""
     if options.max_tokens == 0 or options.max_tokens < -1:
         raise UsageError(f"--max-tokens {options.max_tokens}: nothing to do", "-1 means no limit")

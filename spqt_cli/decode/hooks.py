@@ -1,0 +1,176 @@
+"""The hooks into mlx-lm: `install` makes `mlx_lm.load` understand Zigzag layers.
+
+`nn.quantize` passes each layer's entry of config.json to `to_quantized`, so one wrapped method is a
+complete loader hook; a second one, on `load_weights`, sees the whole model once its weights are in.
+Everything that leans on MLX's or mlx-lm's insides stands here, in hooks_cpu.py and in hooks_generate.py.
+"""
+
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextvars import ContextVar
+from importlib.abc import MetaPathFinder
+from importlib.machinery import PathFinder
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from spqt_cli.backends import kernels
+from spqt_cli.decode import attention_cpu, exact, fused_block, fused_mlp, hooks_cpu, hooks_generate, profile
+from spqt_cli.decode.layers import SHARED_INPUTS, SharedInput, ZigzagLinear, zigzag_layers
+from spqt_cli.errors import SpqtError, UsageError
+from spqt_cli.format import thresholds
+
+_linear_to_quantized = nn.Linear.to_quantized
+_load_weights = nn.Module.load_weights
+_refusal: ContextVar[SpqtError | None] = ContextVar("refusal", default=None)
+_follows_profile: ContextVar[bool] = ContextVar("follows_profile", default=True)
+_log = logging.getLogger("spqt")
+
+
+def _to_quantized(self: nn.Linear, group_size: Any = None, bits: Any = None, mode: str = "affine", **kw: Any):
+    if mode != "zigzag":
+        return _linear_to_quantized(self, group_size, bits, mode, **kw)
+    if error := _refusal.get():
+        raise error
+    layer = ZigzagLinear.from_linear(self, group_size, bits, **kw)
+    sparsity, curve = wished_sparsity(), (kw.get("spqt") or {}).get("curve")
+    object.__setattr__(layer, "curve", curve)  # not as a module keeps it, among its parameters
+    if sparsity is not None and curve:
+        layer.set_threshold(thresholds.derive(curve, sparsity) or None)
+    return layer
+
+
+def wished_sparsity() -> float | None:
+    """SPQT_SPARSITY: another share to skip, where no flag of ours reaches (spqt mlx-lm ...)."""
+    text = os.environ.get("SPQT_SPARSITY")
+    if not text:
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 0.95:
+        raise UsageError(f"SPQT_SPARSITY={text!r} is not a number in 0 to 0.95", "0.25 skips a quarter")
+    return value
+
+
+@contextlib.contextmanager
+def refusing(error: SpqtError) -> Iterator[None]:
+    """Within the block loading a model with Zigzag layers raises `error`."""
+    token = _refusal.set(error)
+    try:
+        yield
+    finally:
+        _refusal.reset(token)
+
+
+@contextlib.contextmanager
+def as_stored() -> Iterator[None]:
+    """Within the block models are loaded as their folder has them, whatever this device's profile says."""
+    token = _follows_profile.set(False)
+    try:
+        yield
+    finally:
+        _follows_profile.reset(token)
+
+
+def _load_weights_and_prepare(self: nn.Module, file_or_weights: Any, strict: bool = True) -> nn.Module:
+    """Load weights; a model with Zigzag layers is then made ready for its backend."""
+    result = _load_weights(self, file_or_weights, strict)
+    if zigzag_layers(self):
+        hooks_generate.install()  # not before: it imports mlx_lm.generate, which holds on to MLX's device
+        _share_inputs(self)
+        if mx.default_device().type == mx.DeviceType.cpu:
+            compute_in_float32(self)
+        if kernels.backend().native_float32:
+            hooks_cpu.install()
+        if kernels.backend().fuses:
+            for module in self.modules():
+                fused_mlp.install(module)
+            for module in self.modules():
+                fused_block.install(module)
+        if kernels.backend().native_float32:
+            for module in self.modules():
+                attention_cpu.install(module)
+        follows = strict and _follows_profile.get()  # with only a part of the weights nothing is repacked
+        if follows and (said := profile.follow(self, profile.stored_curves(self), wished_sparsity())):
+            _log.warning(said)
+    return result
+
+
+class _OnImport(MetaPathFinder):
+    """Hooks mlx_lm.utils once it is imported, and not before: mlx_lm holds on to MLX's device."""
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
+        if fullname != "mlx_lm.utils":
+            return None
+        sys.meta_path.remove(self)
+        found: Any = PathFinder.find_spec(fullname, path, target)
+        run = found.loader.exec_module
+
+        def exec_module(module: Any) -> None:
+            run(module)
+            _hook_loading(module)
+
+        found.loader.exec_module = exec_module
+        return found
+
+
+def _hook_loading(utils: Any) -> None:
+    """Let mlx-lm's load_model put in what its class leaves out of a config (`exact`)."""
+    stock = utils.load_model
+    if getattr(stock, "is_exact", False):
+        return
+
+    def load_model(path: Any, lazy: bool = False, strict: bool = True, **kw: Any) -> Any:
+        get = kw.pop("get_model_classes", utils._get_classes)
+        return stock(path, lazy, strict, get_model_classes=lambda config: exact.classes(get, config), **kw)
+
+    hooked: Any = load_model
+    hooked.is_exact = True
+    utils.load_model = hooked
+
+
+def _share_inputs(model: nn.Module) -> None:
+    """Let q/k/v and gate/up of one block run in one launch."""
+    for module in model.modules():
+        for names in SHARED_INPUTS:
+            siblings = [module.get(name) for name in names]
+            layers = [layer for layer in siblings if isinstance(layer, ZigzagLinear)]
+            if len(layers) > 1 and len({layer.inputs for layer in layers}) == 1:
+                shared = SharedInput(layers)
+                for layer in layers:
+                    layer.share_input(shared)
+
+
+def compute_in_float32(model: nn.Module) -> None:
+    """Cast what is not packed to float32: MLX's CPU build runs 16-bit types 30 times slower.
+
+    Lazy, so each array is converted as it is first read; the stored folder keeps its dtype. Our own
+    kernels read 16-bit scales as they are, which is less to read.
+    """
+    native = kernels.backend().native_float32
+    for module in model.modules():
+        packed = native and isinstance(module, nn.QuantizedLinear)
+        for name, value in module.items():
+            if not isinstance(value, mx.array) or not mx.issubdtype(value.dtype, mx.floating):
+                continue
+            if not (packed and name in ("scales", "biases")):
+                module[name] = value.astype(mx.float32)
+
+
+def install() -> None:
+    """Patch MLX's modules; doing it twice changes nothing."""
+    linear: Any = nn.Linear
+    module: Any = nn.Module
+    linear.to_quantized, module.load_weights = _to_quantized, _load_weights_and_prepare
+    if "mlx_lm.generate" in sys.modules:
+        hooks_generate.install()
+    if "mlx_lm.utils" in sys.modules:
+        _hook_loading(sys.modules["mlx_lm.utils"])
+    elif not any(isinstance(finder, _OnImport) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _OnImport())
