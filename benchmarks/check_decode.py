@@ -315,7 +315,9 @@ def prepared(arguments: argparse.Namespace, dtype: str | None) -> tuple[session.
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.check_decode", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.check_decode",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=256)

@@ -5,10 +5,10 @@
     python -m benchmarks.cpu bands                 # CPU time by stored band, one thread
     python -m benchmarks.cpu table benchmarks/results/cpu.json    # the tables of docs/performance.md
 
-Variants take turns in every repetition. Products of 192 MB of weights are evaluated as one graph, ours and
-llama.cpp's, so that none finds its weights in a cache. Every time of ours contains
-collecting the active channels and building MLX's graph. `bands` reads the same random bytes as bands of different width and counts CPU time, not
-wall time, because other work on the machine then counts only through the memory that it uses.
+Variants take turns in every repetition. Products of 192 MB of weights are evaluated as one graph, so that
+none finds its weights in a cache. Every time of ours contains collecting the active channels and building
+MLX's graph. `bands` reads the same random bytes as bands of different width and counts CPU time, not wall
+time, because other work on the machine then counts only through the memory that it uses.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from mlx_lm.models.activations import swiglu
 
 from benchmarks.machine import facts
 from benchmarks.peer import Peer
-from spqt_cli.backends import cpu, interface, kernels
+from spqt_cli.backends import cpu, interface, select
 from spqt_cli.bench import models, shapes
 from spqt_cli.decode import hooks_cpu, layers
 from spqt_cli.decode.hooks_cpu import STOCK
@@ -118,7 +118,7 @@ class Case:
         """Microseconds of one product of ours, prepared as decoding prepares it."""
         for layer in self.layers:
             layer.set_threshold(self.thresholds[density])
-        steps = [kernels.prepare([layer]) for layer in self.layers]
+        steps = [select.prepare([layer]) for layer in self.layers]
         products = clock(lambda: [step(self.x, None)[0][0] for step in steps])
         return products / len(self.layers) * 1e6
 

@@ -9,11 +9,10 @@
 then 0 % and --sparsity at every depth. Tables go to stdout. The JSON file holds every sample and is rewritten
 after each shape. A shape that fails is reported and the others still run; the exit code is then 1.
 
-`host` shows where the host's time goes in a decode step, in microseconds per block: `build` is Python up to the
-lazy result, `encode` is mx.async_eval, which also waits when the device is far behind, `step` is the whole step.
-Variants are stock, Zigzag dense and sparse, the latter two with blocks as two calls around attention and with
-their layers one by one. Where torch can profile the device, `device` is its kernel time. Both run from a
-checkout without an installed spqt.
+`host` shows the host's part of a decode step, in microseconds per block: `build` is Python up to the lazy
+result, `encode` is mx.async_eval, which also waits when the device is far behind, `step` is the whole step.
+Variants are stock, Zigzag dense and sparse, the latter two with fused blocks and layer by layer. Where torch
+can profile the device, `device` is its kernel time. Both run from a checkout without an installed spqt.
 """
 
 import argparse
@@ -74,7 +73,7 @@ def measure(shape: str, arguments: argparse.Namespace) -> list[reporting.Report]
     def show(done: float, total: float, what: str) -> None:
         print(f"{time.monotonic() - began:6.0f} s  {shape}  {what}", file=sys.stderr)
 
-    options = options_of(shape, arguments, arguments.depth, arguments.prompt_tokens)
+    options = options_of(shape, arguments, arguments.depth or [0, 8192], arguments.prompt_tokens)
     if arguments.profile:
         reports.append(bench.run_kernels(options, show))
         bench.write_profile(reports[-1])
@@ -128,7 +127,7 @@ class Prepared:
         model = self.variant(kind, whole)
         cache = self.caches[depth]["stock" if kind == "stock" else "zigzag"]
         token, found = self.subject.prompt(depth, 1), []
-        with active_counts.counting(select.counted_steps()), contextlib.ExitStack() as watching:
+        with active_counts.counting(select.backend().count_every), contextlib.ExitStack() as watching:
             for step in range(WARM_STEPS + STEPS):
                 if watch is not None and step == WARM_STEPS:  # steps are prepared by now
                     watching.enter_context(watch)
@@ -168,7 +167,7 @@ def device_times(run: Callable[[Any], Any], count: int) -> dict[str, float]:
 def measure_host(arguments: argparse.Namespace) -> int:
     """The host's time in a decode step of the first shape."""
     shape, sparsity = arguments.shapes.split(",")[0], float(arguments.sparsity.split(",")[-1])
-    depths = arguments.depth
+    depths = arguments.depth or [0]
     prepared = Prepared(shape, arguments.blocks or HOST_BLOCKS, depths, sparsity)
     rows = []
     print("| depth | variant | blocks | build | encode | step | device |\n|---|---|---|---|---|---|---|")
@@ -208,11 +207,11 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="JSON file to write; `models` needs one")
     parser.add_argument("--shapes", default="llama-3-8b,llama-3-70b", help="`host` takes the first")
     parser.add_argument("--sparsity", default="0.25,0.5", help="0 is always measured; `host` takes the last")
-    parser.add_argument("--depth", type=numbers, default=[0], help="tokens of context, such as 0,8192")
+    parser.add_argument("--depth", type=numbers, help="tokens of context; default 0,8192, of `host` 0")
     parser.add_argument("--prompt-tokens", type=numbers, default=[512], help="'' for none")
     parser.add_argument("--generation-tokens", type=int, default=64)
     parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--blocks", type=int, help=f"only so many transformer blocks; {HOST_BLOCKS} for `host`")
+    parser.add_argument("--blocks", type=int, help=f"transformer blocks: all; `host` {HOST_BLOCKS}")
     parser.add_argument("--dtype", help="default: the model's own")
     parser.add_argument("--profile", action="store_true", help="measure kernels first and follow them")
     parser.add_argument("--commit", help="where git is not there to name it")

@@ -81,7 +81,9 @@ def ptx(nvrtc: ctypes.CDLL, text: str, options: Sequence[str]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.instructions", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.instructions",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--bits", type=int, nargs="+", default=[3, 4, 8])
     parser.add_argument("--architecture", default="compute_90")
