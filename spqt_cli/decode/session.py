@@ -160,7 +160,7 @@ def calibrated_share(config: dict[str, Any], folder: Path, sparsity: float) -> f
 
 
 def known(loaded: Loaded, tokens: list[int]) -> list[int]:
-    """`tokens`, all of which the model has. MLX looks others up beyond the embedding and may crash."""
+    """`tokens`, all of which the model has; others are refused before MLX sees them."""
     count = config_json.whole(loaded.config, "vocab_size")
     if count is not None and tokens and not 0 <= min(tokens) <= max(tokens) < count:
         raise SpqtError(
