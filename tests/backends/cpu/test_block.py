@@ -1,4 +1,7 @@
-"""A block's two sides of attention on the CPU extension: equal, bit for bit, to one layer at a time."""
+"""The CPU extension's fused block: what stands before and after attention, each as one operation.
+
+Contract (cpu/block.h): equal, bit for bit, to the same operations one by one. So there is no tolerance.
+"""
 
 import mlx.core as mx
 import numpy as np

@@ -1,4 +1,9 @@
-"""Prompts, heads and MLX's own layout on the CPU extension, against the definition in float64."""
+"""The CPU extension's dense products (prompts, heads, MLX's own layout) against the definition in float64.
+
+Contract (cpu/dense.h): x @ W.T + bias for any number of rows, Zigzag or row-grouped; every channel is used.
+Tolerance: L2 error relative to y, 1e-5: float32 sums of a few thousand terms, each rounded at 2^-24, errors
+of both signs.
+"""
 
 import mlx.core as mx
 import numpy as np

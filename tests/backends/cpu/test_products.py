@@ -1,4 +1,11 @@
-"""The CPU extension against the definition in float64, over the full matrix of formats."""
+"""The CPU extension's sparse product against the definition in float64, over the full matrix of formats.
+
+Contract (cpu/zigzag.h): y = matmul(mask(x, threshold), W) + bias for each projection of one row of x, with
+exact counts of active channels; the same bits for any number of threads and with each instruction set.
+Tolerance: L2 error relative to y. 1e-5 for float32 y: sums of a few thousand terms, each rounded at 2^-24,
+with errors of both signs. For 16-bit y half a unit in the last place is added: 2^-11 for float16, 2^-8 for
+bfloat16.
+"""
 
 import threading
 

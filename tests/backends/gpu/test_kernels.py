@@ -1,4 +1,12 @@
-"""The Metal bodies under emulation against float64: every variant, every hazard in the shapes."""
+"""The Metal kernel bodies under emulation against float64: every variant, every hazard in the shapes.
+
+Contract: y = matmul(mask(x, threshold), W) for one row of x (metal/sparse_gemv.metal,
+reduce_stripes.metal), with a norm before it and silu(gate) * up, a residual or rotary positions after it
+where asked for. Counts of active channels are exact, and a second run gives the same bits.
+Tolerance: the bound (n + 64) * 2^-24 * A of float32 sums, derived in metal/README.md ("The error bound")
+and computed per output by `backends/accuracy.py`. Looser tolerances stand where 16-bit values are compared,
+each with its reason.
+"""
 
 import itertools
 
