@@ -67,7 +67,7 @@ def random_packed(outputs: int, inputs: int, band: int, density: float, bits: in
 def timed(build: Callable[[int], list[mx.array]]) -> dict[str, float | None]:
     """Microseconds per call: evaluation (dispatch included) and building the graph in Python.
 
-    us_quiet: the median of the repeats whose host was quiet (`bench.quiet_host`), where two or more were.
+    us_quiet: the median of the repeats whose host was quiet (spqt_cli/bench/quiet_host.py), where two or more were.
     """
     evaluation, building, looks = [], [], []
     for repeat in range(REPEATS + 2):

@@ -1,4 +1,4 @@
-"""`spqt mlx-lm server`: it ends when it is told to.
+"""`spqt mlx-lm server`: it ends when it is told to, and refuses prompts that are too long.
 
 mlx-lm's server ends by itself on Ctrl-C alone, and any other way out of its main thread waits for ever for
 the thread that generates. It holds nothing that would be lost, so a signal ends the process as it stands.
@@ -13,7 +13,27 @@ import threading
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
+from spqt_cli.decode import context
 from spqt_cli.errors import SpqtError
+
+
+def refuse_long(server: Any) -> None:
+    """Let mlx-lm's server answer with an error where a prompt is longer than its model is kept to.
+
+    server: the module mlx_lm.server. Its batches would refuse it too, but that ends the generating thread.
+    """
+    generator: Any = server.ResponseGenerator
+    stock = generator._tokenize
+    if stock.__module__ == __name__:
+        return
+
+    def _tokenize(self: Any, *args: Any) -> Any:
+        found = stock(self, *args)
+        if (limit := context.of(self.model_provider.model)) is not None:
+            context.room(limit, len(found[0]))
+        return found
+
+    generator._tokenize = _tokenize
 
 
 @contextlib.contextmanager

@@ -1,8 +1,7 @@
 """A block's decode step on a GPU as two traced calls with no more than the attention product between them.
 
 Heads, rotary positions and whatever else the attention module computes around the product are traced from
-its own code (attention_traced.py), or done by the reduction of q/k/v where the module is plain
-(positions.py).
+its own code (attention_traced.py), or done by the reduction of q/k/v where the module is plain (positions.py).
 """
 
 import copy

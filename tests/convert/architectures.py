@@ -1,6 +1,6 @@
 """Every architecture of the installed mlx-lm, converted, calibrated, run, and held against its definition.
 
-    python -m tests.convert.architectures              against docs/architectures.md; exit 1 where a row changed
+    python -m tests.convert.architectures              compare with docs/architectures.md; exit 1 where a row changed
     python -m tests.convert.architectures --write      write that table anew
     python -m tests.convert.architectures --one NAME   one architecture, as JSON
 

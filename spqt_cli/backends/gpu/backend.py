@@ -1,7 +1,7 @@
 """The Metal and CUDA kernels: which launches a call takes, and what can be kept between calls.
 
-Texts are in `kernel_text.py`, the cut of a launch in `geometry.py`, what it is made of in `launch_plan.py`;
-each kernel is built once. It knows layers only through `kernels.Projection` and decides nothing about
+Texts are in `kernel_text.py`, the cut of a launch in `geometry.py`, what it is made of in `launch_plan.py`; each
+kernel is built once. It knows layers only through `kernels.Projection` and decides nothing about
 thresholds or models.
 """
 

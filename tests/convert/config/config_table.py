@@ -32,7 +32,7 @@ results and is dropped is refused by name (exit 4). A model that is right only u
 chunked attention) is kept to it. `make fuzz-configs` tries 2,000 configs of twelve families against decoders
 written from their definitions.
 
-`python -m tests.convert.config.config_table` prints the table: a mark where the class reads a key of that kind.
+The table is printed by `python -m tests.convert.config.config_table`: a mark where the class reads a key of that kind.
 """
 
 
