@@ -27,7 +27,10 @@ class Variant:
 
 @dataclass
 class Quality:
-    """Results on one text: `scored` positions in `windows` windows of `window` tokens."""
+    """Results on one text: `scored` positions in `windows` windows of `window` tokens.
+
+    note: one line for people where that is not the usual number.
+    """
 
     model: str
     text: str
@@ -36,6 +39,7 @@ class Quality:
     window: int
     scored: int
     variants: list[Variant]
+    note: str = ""
 
 
 def report(quality: Quality) -> str:
@@ -57,7 +61,7 @@ def report(quality: Quality) -> str:
     lines.append(
         f"p99 and top-1: against {'the source' if reference == SOURCE else 'dense'}; ± standard errors"
     )
-    return "\n".join(lines + _picture(quality))
+    return "\n".join(lines + _picture(quality) + ([quality.note] if quality.note else []))
 
 
 def shown(value: float, digits: int) -> str:

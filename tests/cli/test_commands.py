@@ -67,7 +67,7 @@ def assert_error(result: subprocess.CompletedProcess, code: int, *words: str) ->
 
 def test_help_is_fast_because_nothing_heavy_is_imported():
     code = (
-        "import sys; from spqt_cli import cli;"
+        "import sys; from spqt_cli.cli import entry;"
         "heavy = {'mlx', 'mlx_lm', 'transformers', 'numpy'} & set(sys.modules);"
         "sys.exit(repr(heavy) if heavy else 0)"
     )

@@ -83,7 +83,7 @@ SERVER = """
 import json, os, sys, threading, urllib.request
 import mlx.nn as nn
 from mlx_lm import server
-from spqt_cli import passthrough
+from spqt_cli.cli import passthrough
 
 dtypes, started, holder = set(), threading.Event(), {}
 norm, forever = nn.RMSNorm.__call__, server.ThreadingHTTPServer.serve_forever

@@ -19,7 +19,7 @@ from mlx_lm.generate import BatchGenerator, batch_generate, generate_step, specu
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import does_model_support_input_embeddings
 
-from spqt_cli.backends import kernels, stock
+from spqt_cli.backends import kernels
 from spqt_cli.bench import models
 from spqt_cli.convert import convert
 from spqt_cli.decode import active_counts, hooks_generate, phase, session
@@ -27,6 +27,7 @@ from spqt_cli.decode.layers import ZigzagLinear, zigzag_layers
 from spqt_cli.decode.options import Options, Sampling
 from spqt_cli.measure import probes
 from tests.conftest import SIZES, random_weights, tiny_checkpoint, write_tokenizer
+from tests.lib.backends import DEFINITION
 
 PROMPTS = [[60], [70, 80], [90, 61, 62, 63, 64], [81, 82, 83, 84, 85, 86, 87, 88, 89]]
 COUNT = 10  # tokens written
@@ -44,8 +45,7 @@ def folder(tmp_path_factory) -> Path:
 def loaded(request, folder, monkeypatch) -> session.Loaded:
     """The model on this machine's own backend, and on MLX's matmul; half of all channels skipped."""
     if request.param == "stock":
-        monkeypatch.setattr(kernels, "backend", lambda: kernels.Backend("stock", "the definition"))
-        monkeypatch.setattr(kernels, "_implementation", lambda: stock)
+        monkeypatch.setattr(kernels, "backend", lambda: DEFINITION)
     return half_skipped(session.load(folder))
 
 
@@ -188,8 +188,7 @@ def test_counts_with_a_draft_model_are_numpy_s(folder, monkeypatch):
     """On MLX's matmul, where each product is a call of its layer: all that is fed can be recorded."""
     from spqt_cli.decode import generate
 
-    monkeypatch.setattr(kernels, "backend", lambda: kernels.Backend("stock", "the definition"))
-    monkeypatch.setattr(kernels, "_implementation", lambda: stock)
+    monkeypatch.setattr(kernels, "backend", lambda: DEFINITION)
     loaded, draft = half_skipped(session.load(folder)), half_skipped(session.load(folder))
     for layer in zigzag_layers(draft.model).values():
         layer.set_threshold(layer.threshold * 0.7)
@@ -309,11 +308,13 @@ def test_the_hook_stands_wherever_mlx_lm_looks_its_loops_up():
     assert loops.generate_step is hooks_generate.generate_step is generate_step
     assert loops.speculative_generate_step is hooks_generate.speculative_generate_step
     assert importlib.import_module("mlx_lm.cache_prompt").generate_step is generate_step
-    hooks_generate.install()  # again changes nothing
+    assert mlx_lm.stream_generate is loops.stream_generate is hooks_generate.stream_generate
+    hooks_generate.install(loops)  # again changes nothing
     assert loops.generate_step is generate_step
     for name, stock_loop in hooks_generate._stock.items():
         assert inspect.signature(getattr(loops, name)) == inspect.signature(stock_loop)
-        assert list(inspect.signature(stock_loop).parameters)[:2] == ["prompt", "model"]
+        first = ["model", "tokenizer"] if name == "stream_generate" else ["prompt", "model"]
+        assert list(inspect.signature(stock_loop).parameters)[:2] == first
 
 
 def test_a_told_model_is_otherwise_the_model(loaded):

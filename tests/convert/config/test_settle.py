@@ -11,7 +11,7 @@ from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
 
 from spqt_cli.convert import convert, parameters, source
 from spqt_cli.convert.config import definition
-from spqt_cli.decode import exact, generate, session
+from spqt_cli.decode import context, exact, generate, session
 from spqt_cli.decode.options import Prompt
 from spqt_cli.errors import SpqtError, UnsupportedError
 from tests import ROOT
@@ -103,7 +103,7 @@ def test_longrope_is_kept_to_its_short_factors(original, refused, tmp_path):
     result = convert.convert(str(opened.folder), tmp_path / "out", convert.ConvertOptions(group_size=32))
     assert any("300 tokens" in warning for warning in result.warnings)
     loaded = session.load(tmp_path / "out")
-    assert generate.context_tokens(loaded.config) == 300
+    assert context.tokens(loaded.config) == 300
     with pytest.raises(SpqtError, match="300"):
         generate.encode(loaded, Prompt("a b " * 400, ignore_chat_template=True))
 
