@@ -19,7 +19,7 @@ from mlx_lm.generate import BatchGenerator, batch_generate, generate_step, specu
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import does_model_support_input_embeddings
 
-from spqt_cli.backends import kernels
+from spqt_cli.backends import select
 from spqt_cli.bench import models
 from spqt_cli.convert import convert
 from spqt_cli.decode import active_counts, hooks_generate, phase, session
@@ -45,7 +45,7 @@ def folder(tmp_path_factory) -> Path:
 def loaded(request, folder, monkeypatch) -> session.Loaded:
     """The model on this machine's own backend, and on MLX's matmul; half of all channels skipped."""
     if request.param == "stock":
-        monkeypatch.setattr(kernels, "backend", lambda: DEFINITION)
+        monkeypatch.setattr(select, "backend", lambda: DEFINITION)
     return half_skipped(session.load(folder))
 
 
@@ -188,7 +188,7 @@ def test_counts_with_a_draft_model_are_numpy_s(folder, monkeypatch):
     """On MLX's matmul, where each product is a call of its layer: all that is fed can be recorded."""
     from spqt_cli.decode import generate
 
-    monkeypatch.setattr(kernels, "backend", lambda: DEFINITION)
+    monkeypatch.setattr(select, "backend", lambda: DEFINITION)
     loaded, draft = half_skipped(session.load(folder)), half_skipped(session.load(folder))
     for layer in zigzag_layers(draft.model).values():
         layer.set_threshold(layer.threshold * 0.7)
