@@ -112,7 +112,7 @@ def _within(limit: int | None, asked: Options, options: Options) -> tuple[Option
     tests = list(_tests(options))
     if limit is None or not tests or _longest(tests) <= limit:
         return options, []
-    if asked.prompt_tokens is None and (left := limit - max(options.depths)) > 0:
+    if asked.prompt_tokens is None and (left := limit - max(options.depths) - 1) > 0:
         shorter = dataclasses.replace(options, prompt_tokens=(min(left, *(options.prompt_tokens or ())),))
         if _longest(list(_tests(shorter))) <= limit:
             return shorter, [f"prompts of {left} tokens: the model's context is {limit}"]
@@ -123,9 +123,8 @@ def _within(limit: int | None, asked: Options, options: Options) -> tuple[Option
 
 
 def _longest(tests: Sequence[model_runs.Test]) -> int:
-    """The tokens that the longest test feeds: mlx-lm's loop runs one step ahead of what it yields."""
-    ahead = {True: model_runs.WARM_TOKENS, False: 1}
-    return max(test.depth + test.tokens + ahead[test.decodes] + 1 for test in tests)
+    """The tokens of the longest test: decoding has a prompt of one, a prompt an answer of one."""
+    return max(test.depth + 1 + test.tokens + test.decodes * model_runs.WARM_TOKENS for test in tests)
 
 
 def _tests(options: Options) -> Iterator[model_runs.Test]:
