@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from spqt_cli.bench import traffic
+from spqt_cli.bench import projections
 
 SCALE_BYTES = 2
 LINES = (32, 64, 128)  # candidate sizes of a memory transaction; the table decides
@@ -80,8 +80,8 @@ def touched(
     active = np.zeros(inputs, bool)
     active[np.random.default_rng(SEED).permutation(inputs)[: round(density * inputs)]] = True
     bits, group_size = form
-    chunks = traffic.chunk_bytes(bits, group_size, band, SCALE_BYTES)
-    return traffic.line_bytes(active, -(-outputs // band), chunks, line)
+    chunks = projections.chunk_bytes(bits, group_size, band, SCALE_BYTES)
+    return projections.line_bytes(active, -(-outputs // band), chunks, line)
 
 
 def fit() -> Fit:

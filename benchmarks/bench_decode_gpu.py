@@ -31,7 +31,7 @@ def from_bare_tree() -> None:
 
 
 from_bare_tree()
-from spqt_cli.bench import bench, reporting
+from spqt_cli.bench import bench, results
 
 
 def numbers(text: str) -> list[int]:
@@ -56,7 +56,7 @@ def options_of(
     )
 
 
-def measure(shape: str, arguments: argparse.Namespace) -> list[reporting.Report]:
+def measure(shape: str, arguments: argparse.Namespace) -> list[results.Report]:
     """The kernel report, where a profile was asked for, and the model report of one shape."""
     reports = []
     began = time.monotonic()
@@ -98,8 +98,8 @@ def main() -> int:
             failed = 1
             continue
         for report in reports:
-            print(reporting.render(report, "md") + "\n", flush=True)
-            documents.append(reporting.plain(report))
+            print(results.render(report, "md") + "\n", flush=True)
+            documents.append(results.plain(report))
         arguments.output.write_text(json.dumps(documents) + "\n")
     return failed
 

@@ -38,7 +38,8 @@ from spqt_cli.calibrate.measurements import Workbench
 from spqt_cli.calibrate.progress import Progress
 from spqt_cli.convert import convert, plan
 from spqt_cli.decode import session
-from spqt_cli.evaluate import evaluate
+from spqt_cli.evaluate import perplexity
+from spqt_cli.evaluate.variants import Choice, EvaluateOptions
 from spqt_cli.format import config_json, thresholds
 from spqt_cli.measure import probes, scoring, texts
 
@@ -122,12 +123,12 @@ def rows_table(options: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
     folder = converted(options, work)
     results = []
     for source_head in (False, True):
-        wishes = evaluate.EvaluateOptions(
+        wishes = EvaluateOptions(
             windows=options.windows, baseline=options.source, rows=True, source_head=source_head
         )
-        quality = evaluate.evaluate(folder, options.test, wishes, progress)
+        quality = perplexity.evaluate(folder, options.test, wishes, progress)
         print(f"\nembedding and head {'of the source' if source_head else 'quantized too'}")
-        print(evaluate.report(quality), flush=True)
+        print(quality.table(), flush=True)
         results += [{"source_head": source_head, **asdict(row)} for row in quality.variants]
     return results
 
@@ -136,10 +137,10 @@ def methods_table(options: argparse.Namespace, work: Path) -> list[dict[str, Any
     """Every method's candidates at each sparsity, all scored in one pass over the test windows."""
     loaded = session.load(converted(options, work), dense=True)
     candidates = search(options, loaded, work)
-    choices = {name: evaluate.Choice(share, one.chosen) for name, (share, one) in candidates.items()}
-    wishes = evaluate.EvaluateOptions(windows=options.windows, baseline=options.source, source_head=True)
-    quality = evaluate.evaluate_choices(loaded, options.test, wishes, choices, progress)
-    print(f"\n{evaluate.report(quality)}\n\nKL to the source below uniform's, paired by window")
+    choices = {name: Choice(share, one.chosen) for name, (share, one) in candidates.items()}
+    wishes = EvaluateOptions(windows=options.windows, baseline=options.source, source_head=True)
+    quality = perplexity.evaluate_choices(loaded, options.test, wishes, choices, progress)
+    print(f"\n{quality.table()}\n\nKL to the source below uniform's, paired by window")
     rows = {row.name: asdict(row) for row in quality.variants}
     for name, (share, one) in candidates.items():
         gained, error = paired(rows[f"uniform {share:.0%}"], rows[name])

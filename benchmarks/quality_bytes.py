@@ -16,7 +16,7 @@ import numpy as np
 from mlx import nn
 
 from spqt_cli.decode import layers, session
-from spqt_cli.evaluate import reference, variants
+from spqt_cli.evaluate import variants
 from spqt_cli.measure import many_rows, probes, scoring, texts
 
 WINDOW, BATCH = 512, 2
@@ -75,7 +75,10 @@ def sparse_against_fewer_bits(
     """A calibrated 4-bit model dense, at the share that reads what dense 3-bit row-grouped layers do, and
     at `shares`; beside it those row-grouped layers and `few`, the model in 3-bit Zigzag.
     """
-    dense, rows = Subject(loaded.model), Subject(reference.load(source, reference.settings(few)))
+    dense, rows = (
+        Subject(loaded.model),
+        Subject(variants.load_source(source, variants.quantized_settings(few))),
+    )
     body = sum(dense.sizes[path] for path in dense.skippable)
     equal = round((dense.touched - rows.touched) / body, 4)
     asked = ",".join(str(share) for share in sorted({equal, *shares}))
@@ -100,7 +103,7 @@ def table(
     source: str, subjects: Mapping[str, Subject], rows: np.ndarray, on_progress: Callable[..., None]
 ) -> list[dict[str, Any]]:
     """Score the source and all subjects on rows (windows, WINDOW); print and return the results."""
-    every = {SOURCE: Subject(reference.load(source)), **subjects}
+    every = {SOURCE: Subject(variants.load_source(source)), **subjects}
     models = {id(one.model): one.model for one in every.values()}
     with ExitStack() as stack, many_rows.holding(many_rows.spare_bytes()):
         harnesses = {key: stack.enter_context(probes.probing(each)) for key, each in models.items()}
