@@ -34,7 +34,7 @@ def subject() -> models.Subject:
 
 
 def runs(subject: models.Subject) -> model_timing.Runs:
-    return model_timing.Runs(subject, [0.5], model_timing.bench_machine.Energy(), 1e9)
+    return model_timing.Runs(subject, [0.5], model_timing.hardware.Energy(), 1e9)
 
 
 def rows(subject: models.Subject, test: model_timing.Test, repetitions: int = 2) -> list[ModelRow]:
@@ -81,7 +81,7 @@ def test_the_cpu_backend_is_out_of_the_way_while_stock_runs(subject, monkeypatch
         select, "backend", lambda: Backend("cpu", "for this test", cpu, fused=cpu, native_float32=True)
     )
     try:
-        dense_only = model_timing.Runs(subject, [], model_timing.bench_machine.Energy(), 1e9)
+        dense_only = model_timing.Runs(subject, [], model_timing.hardware.Energy(), 1e9)
         dense_only.run(model_timing.Test("decode", 4, 0), 2, lambda *_: None)  # no model is really run
         assert nn.QuantizedLinear.__call__.__module__ == "spqt_cli.decode.hooks_cpu"
     finally:
