@@ -220,4 +220,4 @@ def test_a_loop_that_was_taken_early_is_hooked(kept):
         "print(*(one.__module__ + '.' + one.__code__.co_filename.rsplit('/', 1)[-1] for one in found))"
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert said.split() == ["mlx_lm.generate.patch_generate.py"] * 2
+    assert said.split() == ["mlx_lm.generate.hooks_generate.py"] * 2
