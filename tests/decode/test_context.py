@@ -64,7 +64,7 @@ def test_windows_that_were_asked_for_are_refused_beyond_the_context(kept, tmp_pa
     text.write_text(" ".join(map(str, range(3000))))
     quality = evaluate.evaluate(kept, text, evaluate.EvaluateOptions(windows=2), lambda *_: None)
     assert quality.window == LIMIT
-    assert evaluate.report(quality).endswith("windows of 300 tokens instead of 512: the model's context")
+    assert quality.table().endswith("windows of 300 tokens instead of 512: the model's context")
     for attempt in (
         lambda: evaluate.evaluate(kept, text, evaluate.EvaluateOptions(window=301), lambda *_: None),
         lambda: calibrate.calibrate(
