@@ -38,7 +38,7 @@ from gpu_common import (
 )
 
 from spqt_cli.backends.gpu import backend as gpu
-from spqt_cli.backends.gpu import geometry, prompts
+from spqt_cli.backends.gpu import geometry
 from spqt_cli.format import layout
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
@@ -190,7 +190,7 @@ def peak(call: Callable[[], mx.array]) -> float:
 
 
 def dequantized(x: mx.array, layer: Packed) -> mx.array:
-    prompts.DEQUANTIZE_ROWS = 2
+    gpu.DEQUANTIZE_ROWS = 2
     return gpu.matmul(x, layer)
 
 

@@ -10,7 +10,7 @@ from gpu_common import Packed, random_packed, timed
 
 from spqt_cli.backends.gpu import backend as gpu
 from spqt_cli.backends.gpu import first_use as trust
-from spqt_cli.backends.gpu import launch_plan
+from spqt_cli.backends.gpu import launch as launching
 from spqt_cli.backends.gpu.kernel_text import Kernel
 from spqt_cli.format import layout
 
@@ -24,7 +24,6 @@ BLOCK = [
 # The stand-alone collector of the paper, one threadgroup: indices, values and the number of active channels.
 COLLECTOR = """
 const uint lane = thread_position_in_threadgroup.x;
-threadgroup uint simdgroup_count[32];
 uint total = 0;
 for (uint first = 0; first < settings[0]; first += 1024) {
   const uint k = first + lane;
@@ -53,10 +52,12 @@ KINDS = {"sparse": False, "dense": True}  # with thresholds, and without
 FEW, MANY = 16, 64  # times the channels: the slope is free of what a launch costs
 
 
-def collecting(inputs: int) -> gpu.Launch:
+def collecting(inputs: int) -> launching.Launch:
     """The stand-alone collector for x of `inputs` channels."""
-    kernel = Kernel("collect", ("x", "settings"), ("indices", "values", "count"), COLLECTOR, 1024)
-    return gpu.Launch(kernel, (1, 1), [(inputs,), (inputs,), (1,)], [mx.uint32, mx.float16, mx.uint32])
+    shared = "threadgroup" if mx.metal.is_available() else "__shared__"
+    body = f"{shared} uint simdgroup_count[32];\n{COLLECTOR}"
+    kernel = Kernel("collect", ("x", "settings"), ("indices", "values", "count"), (), (), "", body, 1024)
+    return launching.Launch(kernel, (1, 1), [(inputs,), (inputs,), (1,)], [mx.uint32, mx.float16, mx.uint32])
 
 
 def first_use() -> list[dict[str, Any]]:
@@ -86,8 +87,8 @@ def first_use() -> list[dict[str, Any]]:
 def checked(state: str, name: str, layers: list[Packed], kind: str) -> dict[str, Any]:
     """One verdict, timed. Ends the program where a kernel is not right: its time would say nothing."""
     began = time.perf_counter()
-    cut, form = gpu.choose(layers, mx.float16), launch_plan.Form(KINDS[kind])
-    plan = launch_plan.make_plan((1, 1, layers[0].weight.shape[1]), mx.float16, layers, cut, form)
+    cut, form = gpu.choose(layers, mx.float16), launching.Form(KINDS[kind])
+    plan = launching.make_plan((1, 1, layers[0].weight.shape[1]), mx.float16, layers, cut, form)
     reason = trust.verdict(plan, mx.float16, layers, cut)
     seconds = time.perf_counter() - began
     if reason:
@@ -105,8 +106,8 @@ def collector() -> list[dict[str, Any]]:
     rows = []
     for outputs, inputs in ((28672, 8192), (14336, 4096), (4096, 14336)):
         layer = random_packed(outputs, inputs, layout.band_of(outputs, 64), 0.5)
-        plan = launch_plan.make_plan(
-            (1, 1, inputs), mx.float16, [layer], gpu.choose([layer], mx.float16), launch_plan.Form()
+        plan = launching.make_plan(
+            (1, 1, inputs), mx.float16, [layer], gpu.choose([layer], mx.float16), launching.Form()
         )
         mx.eval(plan.inputs)
         row: dict[str, Any] = {"shape": [outputs, inputs], "threadgroups": plan.gemv.threadgroups}
@@ -129,7 +130,7 @@ def longer(plan: Any, x: mx.array, times: int) -> Any:
     settings = mx.array(numbers, dtype=mx.uint32)
     mx.eval(settings)
     stretched = plan._replace(inputs=[settings, *plan.inputs[1:]])
-    return lambda _: gpu.launch(x, stretched)[0][0]
+    return lambda _: launching.launch(x, stretched)[0][0]
 
 
 def alone(x: mx.array, inputs: int) -> Any:
@@ -138,4 +139,4 @@ def alone(x: mx.array, inputs: int) -> Any:
     settings = mx.concatenate([numbers, mx.zeros(6, mx.uint32)])  # eight: fewer would be `constant` on Metal
     mx.eval(settings)
     launch = collecting(x.size)
-    return lambda _: gpu.run(launch, [x, settings])[2]
+    return lambda _: launching.run(launch, [x, settings])[2]

@@ -5,7 +5,7 @@ import itertools
 import mlx.core as mx
 from gpu_common import layers_of, set_density, sparse, stock, timed
 
-from spqt_cli.backends.gpu import first_use, geometry, joined_weights
+from spqt_cli.backends.gpu import first_use, geometry, weights
 from spqt_cli.format import layout
 
 
@@ -56,7 +56,7 @@ def sweep(outputs: int, inputs: int) -> list[dict]:
         for d in DENSITIES:
             set_density(layers, d)
             for one in layers:
-                joined_weights.kept(one).clear()
+                weights.kept(one).forget()
             try:
                 row[str(d)] = sparse(layers, inputs)["us"]
             except RuntimeError as error:
@@ -98,7 +98,7 @@ def overhead() -> list[dict]:
         for stripes in (1, 2):
             use(cut_of(2, 128, 2, (outputs, inputs), stripes))
             for one in layers:
-                joined_weights.kept(one).clear()
+                weights.kept(one).forget()
             rows.append({"shape": [outputs, inputs], "stripes": stripes, **sparse(layers, inputs)})
         rows.append({"shape": [outputs, inputs], "stock": stock(outputs, inputs)})
     for row in rows:
