@@ -1,0 +1,182 @@
+"""The `spqt` command: names the commands, runs one, turns errors into a line and an exit code.
+
+Only Typer and Rich are imported here; each command imports its module when it runs.
+"""
+
+import contextlib
+import errno
+import functools
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from spqt_cli.cli import (
+    bench,
+    calibrate,
+    compare,
+    convert,
+    doctor,
+    evaluate,
+    generate,
+    inspect,
+    mlx_lm,
+    verify,
+    worker,
+)
+from spqt_cli.errors import BackendError, ResourceError, SpqtError, Terminated
+from spqt_cli.system.terminal import harmless
+from spqt_cli.version import __version__
+
+INSTALL_HINT = (
+    'pip install "spqt[cpu]" (Linux without a GPU), "spqt[cuda13]" or "spqt[cuda12]" (NVIDIA); '
+    "on Apple silicon: pip install --force-reinstall spqt"
+)
+BUG = 70
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+app = typer.Typer(
+    name="spqt",
+    help="Run quantized language models faster by skipping inactive channels.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"spqt {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Options of every command."""
+
+
+def _until_the_pipe_closes(command: Callable[..., None]) -> Callable[..., None]:
+    """`command`, ending quietly when nobody reads its output any more (Click would exit with 1)."""
+
+    @functools.wraps(command)
+    def quietly(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(0) from None
+
+    return quietly
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "convert": convert.convert,
+    "calibrate": calibrate.calibrate,
+    "generate": generate.generate,
+    "compare": compare.compare,
+    "eval": evaluate.evaluate,
+    "bench": bench.bench,
+    "inspect": inspect.inspect,
+    "verify": verify.verify,
+    "doctor": doctor.doctor,
+}
+for _name, _command in COMMANDS.items():
+    app.command(_name)(_until_the_pipe_closes(_command))
+app.command(
+    "mlx-lm",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+)(mlx_lm.mlx_lm)
+
+
+def main() -> None:
+    """Run the command line and exit with the code of what happened."""
+    arguments = sys.argv[1:]
+    passthrough = "mlx-lm" in arguments[:2]  # its own options follow; ours would be taken from them
+    debug = "--debug" in (arguments[: arguments.index("mlx-lm")] if passthrough else arguments)
+    if debug:
+        arguments = [argument for argument in arguments if argument != "--debug"]
+        sys.argv[1:] = arguments
+    signal.signal(signal.SIGTERM, _terminate)
+    wants_json = "--json" in arguments and not passthrough
+    try:
+        if worker.wanted(arguments):
+            sys.exit(worker.run(["--debug", *arguments] if debug else arguments))
+        worker.follow_parent()
+        sys.exit(app(standalone_mode=False, prog_name="spqt"))
+    except SpqtError as error:
+        _fail(error, debug, wants_json)
+    except ImportError as error:
+        if not _is_mlx(error):
+            _bug(error, debug, wants_json)
+        cause = (
+            "MLX is not installed"
+            if isinstance(error, ModuleNotFoundError)
+            else f"MLX can't be loaded: {error}"
+        )
+        _fail(BackendError(cause, INSTALL_HINT), debug, wants_json)
+    except (KeyboardInterrupt, typer.Abort):
+        sys.exit(128 + signal.SIGINT)
+    except MemoryError:
+        _fail(
+            ResourceError("out of memory", "close other programs, or use a smaller model"), debug, wants_json
+        )
+    except OSError as error:
+        if error.errno in FULL:  # what stdout goes to; whatever we write ourselves has its own error
+            _fail(ResourceError("the output's disk is full", "free some space"), debug, wants_json)
+        if error.filename is None:
+            _bug(error, debug, wants_json)
+        cause = f"{str(error.filename)[:200]} can't be used: {error.strerror}"
+        _fail(SpqtError(cause, "check the path and its permissions"), debug, wants_json)
+    except Exception as error:  # the last line of defence: ours to mend, not the user's
+        if hasattr(error, "show") and hasattr(error, "exit_code"):  # Typer's own, for wrong options
+            if wants_json:
+                _as_json(str(error), "spqt --help", error.exit_code)
+            error.show()
+            sys.exit(error.exit_code)
+        _bug(error, debug, wants_json)
+
+
+def _is_mlx(error: ImportError) -> bool:
+    """True when it is MLX itself that is missing or broken, not one of our modules."""
+    return (error.name or "").split(".")[0] == "mlx" or "libmlx" in str(error)
+
+
+def _terminate(number: int, frame: Any) -> NoReturn:
+    raise Terminated(128 + number)
+
+
+def _fail(error: SpqtError, debug: bool, wants_json: bool) -> NoReturn:
+    if debug:
+        raise error
+    code = error.exit_code
+    if wants_json:
+        _as_json(error.cause, error.hint, code)
+    for line in [f"spqt: {error.cause}"] + ([f"  hint: {error.hint}"] if error.hint else []):
+        typer.echo(harmless(line.replace("\n", " ")), err=True)  # names in it may be a hostile model's
+    sys.exit(code)
+
+
+def _as_json(cause: str, hint: str, code: int) -> None:
+    with contextlib.suppress(OSError):  # a full disk is the error itself
+        typer.echo(json.dumps({"error": {"cause": cause, "hint": hint, "exit_code": code}}))
+
+
+def _bug(error: Exception, debug: bool, wants_json: bool) -> NoReturn:
+    if debug:
+        raise error
+    bug = SpqtError(
+        f"this is a bug in spqt: {type(error).__name__}: {error}",
+        "run it again with --debug and report what it prints",
+    )
+    bug.exit_code = BUG
+    _fail(bug, debug, wants_json)

@@ -1,0 +1,137 @@
+"""`spqt mlx-lm ...`: mlx-lm's own command line on converted models."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import typer
+
+from spqt_cli.errors import SpqtError, Terminated, UnsupportedError, UsageError
+
+# Flags of mlx-lm's commands that name a model to load.
+MODEL_FLAGS = ("--model", "--draft-model", "--hf-path", "--quantized-model", "-m")
+WRITING = ("generate", "chat", "server", "benchmark", "evaluate")  # commands that generate tokens
+# What mlx-lm's commands can't do with a converted model, and what can be done instead. Others run.
+TRAINS = "adapters can't be trained on Zigzag layers", "train on the source with plain mlx_lm"
+QUANTIZES = "it quantizes weights that are not quantized yet, and these are", "give it the source"
+REFUSED = {
+    "convert": ("it would write a folder that neither mlx-lm nor spqt reads", "convert the source instead"),
+    "fuse": ("adapters can't be added to Zigzag weights", "fuse into the source, then: spqt convert"),
+    "lora": TRAINS,
+    "awq": QUANTIZES,
+    "dwq": QUANTIZES,
+    "dynamic_quant": QUANTIZES,
+    "gptq": QUANTIZES,
+}
+SHORT_M = tuple(REFUSED)  # where `-m` is the model; with generate it is the number of tokens
+MEASURES = ("evaluate", "perplexity")  # quality: of the model as it is stored
+DENSE = "note: mlx-lm's perplexity runs many tokens at once, which skips nothing; spqt eval measures skipping"
+
+
+def mlx_lm(context: typer.Context) -> None:
+    """Run an mlx-lm command (chat, server, benchmark, ...) on converted models."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    run(context.args)
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Patch mlx-lm, check the models that the command names, hand over.
+
+    Raises SpqtError for a damaged or edited converted folder, UnsupportedError for a command that can't work
+    on one, before any work, and SpqtError for what mlx-lm raises: that is its own.
+    """
+    if not arguments:
+        raise UsageError(
+            "which mlx-lm command?", "spqt mlx-lm server --model DIR; spqt mlx-lm --help lists them"
+        )
+    from spqt_cli.decode import hooks
+
+    command = arguments[0]
+    converted = [name for name in _models(arguments) if _check(name, command, hooks.wished_sparsity())]
+    hooks.install()
+    if converted and command == "perplexity":
+        print(DENSE, file=sys.stderr)
+    if command == "evaluate":
+        from spqt_cli.evaluate import lm_eval
+
+        lm_eval.prepare()
+    sys.argv = ["mlx_lm", *arguments]
+    with contextlib.ExitStack() as around:
+        if command in REFUSED:
+            around.enter_context(hooks.refusing(_refusal("a converted model", command)))
+        if command in MEASURES:
+            around.enter_context(hooks.as_stored())
+        if command == "server":
+            from spqt_cli.cli import mlx_lm_server
+
+            around.enter_context(mlx_lm_server.ending())
+        _hand_over()
+
+
+def _hand_over() -> None:
+    """mlx-lm's command line with sys.argv; what it raises becomes an SpqtError."""
+    from mlx_lm import cli
+
+    try:
+        cli.main()
+    except (SpqtError, MemoryError, BrokenPipeError, EOFError, Terminated):
+        raise
+    except SystemExit as end:
+        if end.code in (None, 0, 2):  # 2: a wrong option, already told
+            raise
+        raise SpqtError(f"mlx-lm's own command ended with {end.code}", "see what it printed") from None
+    except Exception as error:
+        said = " ".join(str(error).split())[:300]
+        raise SpqtError(
+            f"mlx-lm's own command failed: {type(error).__name__}: {said}",
+            "spqt mlx-lm COMMAND --help lists its options; spqt --debug mlx-lm ... shows the traceback",
+        ) from error
+
+
+def _mode(config: dict[str, Any], wished: float | None) -> str:
+    """How requests to a model run, for people."""
+    calibrated: float = (config["spqt"].get("calibration") or {}).get("sparsity") or 0.0
+    share = calibrated if wished is None else wished
+    if not share:
+        return "all runs dense, nothing is skipped"
+    return f"prompts run dense, generated tokens at {share:.0%} sparsity, in batches too"
+
+
+def _check(name: str, command: str, wished: float | None) -> bool:
+    """Whether a model is a converted folder, which is sound then and one that the command can take.
+
+    Raises SpqtError where it is not, and for a path with nothing there.
+    """
+    from spqt_cli.format import config_json, identity, locate
+    from spqt_cli.system import files
+
+    path = files.expanded(name)
+    if not path.exists() and not locate.is_hub_id(name):
+        raise SpqtError(f"{name} is not found", "give a model's folder or a hub id (org/name)")
+    if not path.is_dir() or "spqt" not in config_json.read_config(path):
+        return False
+    if command in REFUSED:
+        raise _refusal(f"{name}, a converted model", command)
+    config = identity.check_model(path)
+    if wished and "calibration" not in config["spqt"]:
+        raise SpqtError(f"{path} has no thresholds for SPQT_SPARSITY={wished}", f"spqt calibrate {path}")
+    if command in WRITING:
+        print(f"spqt: {path}: {_mode(config, wished)}", file=sys.stderr, flush=True)
+    return True
+
+
+def _refusal(what: str, command: str) -> UnsupportedError:
+    reason, hint = REFUSED[command]
+    return UnsupportedError(f"mlx-lm's {command} can't take {what}: {reason}", hint)
+
+
+def _models(arguments: Sequence[str]) -> list[str]:
+    flags = [flag for flag in MODEL_FLAGS if flag != "-m" or arguments[0] in SHORT_M]
+    found = []
+    for at, argument in enumerate(arguments):
+        name, _, value = argument.partition("=")
+        if name in flags:
+            found.append(value if value else (arguments[at + 1 : at + 2] or [""])[0])
+    return [name for name in found if name]
