@@ -61,7 +61,7 @@ def test_packed_records_are_read_back_as_packed(planned):
     assert (first.inputs, first.stripe, first.projections) == (x.size, 40, PROJECTIONS)
     assert first.eps == np.float32(1e-5)
     assert [one.outputs for one in own] == list(CASE.outputs)
-    assert [one.first_tile for one in own] == [0, own[0].tiles]
+    assert [one.first_tile for one in own] == [0, 7 * own[0].tiles]  # 1,100 outputs in 7 bands of 160
     assert own[0].weight < own[0].scales < own[0].biases < own[1].weight
 
 
