@@ -2,18 +2,16 @@
 
 The last token of a prompt, which mlx-lm feeds alone, is prompt like the others. A request keeps to this from
 its first token to its last: alone, in a batch that others join and leave, and where drafts are verified.
-All that leans on mlx_lm.generate's insides for this stands here.
 """
 
 import functools
 import importlib
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
 
-from spqt_cli.decode import active_counts, phase
+from spqt_cli.decode import active_counts, foreign, phase
 from spqt_cli.decode.layers import ZigzagLinear
 
 _stock: dict[str, Callable[..., Any]] = {}  # by name: what mlx_lm.generate had of its own
@@ -26,15 +24,11 @@ def install() -> None:
         return
     for ours in (generate_step, speculative_generate_step):
         stock = _stock[ours.__name__] = getattr(loops, ours.__name__)
-        replacement = functools.update_wrapper(ours, stock)
-        for module in list(sys.modules.values()):
-            for name, value in list(getattr(module, "__dict__", {}).items()):
-                if value is stock:
-                    setattr(module, name, replacement)
+        foreign.replace_everywhere(loops, ours.__name__, functools.update_wrapper(ours, stock))
     prompts, generation = loops.PromptProcessingBatch, loops.GenerationBatch
-    prompts.prompt = _within(phase.prompting, prompts.prompt)
-    generation.__init__ = _within(phase.prompting, generation.__init__)  # feeds each prompt's last token
-    generation.next = _within(phase.decoding, generation.next)
+    foreign.replace(prompts, "prompt", _within(phase.prompting, prompts.prompt))
+    foreign.replace(generation, "__init__", _within(phase.prompting, generation.__init__))
+    foreign.replace(generation, "next", _within(phase.decoding, generation.next))
 
 
 def _within(block: Callable[[], Any], method: Callable[..., Any]) -> Callable[..., Any]:
