@@ -17,9 +17,8 @@ import mlx.nn as nn
 import numpy as np
 
 from spqt_cli.backends import interface, select
-from spqt_cli.decode import active_counts
+from spqt_cli.decode import active_counts, recognize
 from spqt_cli.decode.attention_own import OwnAttention
-from spqt_cli.decode.layers import ZigzagLinear
 from spqt_cli.decode.recognize import Block, Rope
 
 Counts = Sequence[interface.Count]
@@ -250,7 +249,7 @@ def _watching(attention: nn.Module) -> str:
         type(part).__name__
         for part in attention.values()
         if isinstance(part, nn.Module)
-        and type(part) is not ZigzagLinear
+        and not recognize.is_zigzag(part)
         and type(part).__module__.partition(".")[0] not in ("mlx", "mlx_lm")
     ]
     return f"its {others[0]} may watch its calls" if others else ""

@@ -10,8 +10,6 @@ from typing import Any
 import mlx.core as mx
 
 from spqt_cli.decode import foreign
-from spqt_cli.decode.layers import ZigzagLinear
-from spqt_cli.decode.recognize import OUT
 
 
 class _Given:
@@ -48,17 +46,17 @@ class _Unchanged:
 class OwnAttention:
     """The code of one attention module whose result is `o_proj(...)`, for its parts as they are now.
 
-    projections: the layers, parts of the module, whose products will be given.
+    projections: the Zigzag layers, parts of the module, whose products will be given.
     """
 
-    def __init__(self, module: Any, projections: Sequence[ZigzagLinear]) -> None:
+    def __init__(self, module: Any, projections: Sequence[Any]) -> None:
         self.module, self.projections = module, projections
         self.code: Callable[..., Any] = foreign.own_class(module).__call__
         self._stand_in: Any = dict.__new__(type(module))
         self._given = [_Given(layer) for layer in projections]
         by_layer = dict(zip(map(id, projections), self._given, strict=True))
         dict.update(self._stand_in, {name: by_layer.get(id(part), part) for name, part in module.items()})
-        dict.update(self._stand_in, {OUT: _Unchanged(module[OUT])})
+        dict.update(self._stand_in, {"o_proj": _Unchanged(module["o_proj"])})
         object.__setattr__(self._stand_in, "__dict__", module.__dict__)  # one for both: settings may change
 
     def __call__(

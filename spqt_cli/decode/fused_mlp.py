@@ -12,7 +12,7 @@ import mlx.nn as nn
 
 from spqt_cli.backends import interface, select
 from spqt_cli.decode import active_counts, phase, prepared, recognize
-from spqt_cli.decode.layers import SharedInput, ZigzagLinear
+from spqt_cli.decode.layers import SharedInput
 
 ATTRIBUTE = "_fused_mlp"
 
@@ -65,7 +65,7 @@ class FusedMLP:
         prepared.arrange(layers)
         places = [(self.module, name) for name in self.names]
         self._sources = prepared.Sources([*places, *prepared.of_layers(layers)])
-        if not all(isinstance(layer, ZigzagLinear) for layer in layers):
+        if not all(map(recognize.is_zigzag, layers)):
             return  # a profile's row-grouped layer, or a watched one
         gate, up, down = layers
         if [id(layer) for layer in gate.shared_input.layers] == [id(gate), id(up)]:

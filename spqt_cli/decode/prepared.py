@@ -14,7 +14,7 @@ import mlx.nn as nn
 
 from spqt_cli.backends import select
 from spqt_cli.decode import foreign
-from spqt_cli.decode.layers import ZigzagLinear
+from spqt_cli.decode.recognize import is_zigzag
 
 Place = tuple[dict[str, Any], str]  # where something is kept: a module, or its attributes, and a key
 
@@ -61,18 +61,18 @@ class Sources:
 def arrange(layers: Iterable[Any]) -> None:
     """Let the backend lay the Zigzag layers' weights out, before their arrays are remembered."""
     for layer in layers:
-        if isinstance(layer, ZigzagLinear):
+        if is_zigzag(layer):
             select.arrange(layer.shared_input.layers)
 
 
 def of_layers(layers: Iterable[Any]) -> list[Place]:
     """The places of the weights and thresholds of those that are Zigzag layers."""
-    zigzag = [layer for layer in layers if isinstance(layer, ZigzagLinear)]
+    zigzag = [layer for layer in layers if is_zigzag(layer)]
     return [(layer, "weight") for layer in zigzag] + [(layer.__dict__, "_threshold") for layer in zigzag]
 
 
 def within(module: Any) -> list[Place]:
     """The places of a module's arrays and parts, and of theirs where they are no Zigzag layers."""
     children = [value for value in module.values() if isinstance(value, nn.Module)]
-    plain = [child for child in children if not isinstance(child, ZigzagLinear)]
+    plain = [child for child in children if not is_zigzag(child)]
     return [(holder, key) for holder in (module, *plain) for key in holder]

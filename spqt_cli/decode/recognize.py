@@ -21,7 +21,7 @@ from spqt_cli.backends import interface
 from spqt_cli.decode import foreign
 from spqt_cli.decode.bytes_read import BLOCK
 from spqt_cli.decode.exact import ExactRoPE
-from spqt_cli.decode.layers import ZigzagLinear
+from spqt_cli.format import config_json
 
 PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
@@ -50,7 +50,7 @@ class Block(NamedTuple):
     """
 
     norm: interface.Norm
-    projections: list[ZigzagLinear]
+    projections: list[Any]
     rope: Rope | None
     tail: interface.Tail
 
@@ -61,8 +61,8 @@ class Block(NamedTuple):
 
 
 def is_zigzag(layer: Any) -> bool:
-    """Whether a layer is in the Zigzag layout."""
-    return isinstance(layer, ZigzagLinear)
+    """Whether a layer is a ZigzagLinear, by its mode."""
+    return getattr(layer, "mode", None) == config_json.MODE
 
 
 def block(module: Any, backend: interface.Backend) -> Block | str:
@@ -84,7 +84,7 @@ def block(module: Any, backend: interface.Backend) -> Block | str:
 
 def why_not(module: Any, backend: interface.Backend, zigzag: IsZigzag = is_zigzag) -> str:
     """Why a block can't run fused; "" where it can. zigzag: which layers are or will be Zigzag layers."""
-    if not backend.fuses:
+    if not backend.fused:
         return f"backend {backend.name} has no fused steps"
     if reason := form(module):
         return reason

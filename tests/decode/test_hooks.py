@@ -32,6 +32,7 @@ def half_precision(tmp_path_factory):
 
 
 def test_installing_twice_changes_nothing():
+    hooks.install()
     before = (nn.Linear.to_quantized, nn.Module.load_weights)
     hooks.install()
     assert before == (nn.Linear.to_quantized, nn.Module.load_weights)
