@@ -275,6 +275,7 @@ def test_layers_of_blocks_that_run_fused_on_a_gpu_stay_as_they_are(monkeypatch):
         assert list(zigzag_layers(one.model)) == before
         assert all(layer.threshold is not None for layer in zigzag_layers(one.model).values())
     monkeypatch.setattr(select, "backend", lambda: DEFINITION)
+    profile.write({unit.key: Choice(0.0, ROWS) for unit in profile.units(one.model)}, {})
     session.apply_profile(one)
     assert len(zigzag_layers(one.model)) < len(before)
 
