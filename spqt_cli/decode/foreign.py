@@ -84,7 +84,7 @@ REPLACED = (
          "scores endings as they decode; mlx-lm's runs them dense, like a prompt"),
     Hook("mlx_lm.evaluate.MLXLM", "loglikelihood_rolling", ("self", "requests"), "evaluate/lm_eval.py",
          "refuses tasks that have no prompt"),
-    Hook("mlx_lm.server.ResponseGenerator", "__init__", ("self",), "cli/serving.py",
+    Hook("mlx_lm.server.ResponseGenerator", "__init__", ("self",), "cli/mlx_lm_server.py",
          "knows the generating thread, which must be told to end"),
 )  # fmt: skip
 
