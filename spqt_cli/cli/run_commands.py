@@ -114,7 +114,7 @@ def generate(
     tokens = generator.encode(loaded, request)
     if loaded.note and not quiet:
         typer.echo(f"note: {loaded.note}", err=True)
-    if not quiet and (said := result.warning_of(loaded.config, loaded.sparsity)):
+    if not quiet and (said := result.warning_of(loaded.folder.calibration, loaded.sparsity)):
         typer.echo(said, err=True)
     _print_stream(generator.stream(loaded, tokens, sampling, options), quiet, json_output)
 
@@ -154,8 +154,9 @@ def _check_max_tokens(max_tokens: int) -> None:
 
 
 def _check_sparsity(sparsity: float | None) -> None:
-    if sparsity is not None and not 0 <= sparsity <= 0.95:
-        raise UsageError(f"sparsity {sparsity} is not in 0 to 0.95", "0.25 skips a quarter")
+    from spqt_cli.format import thresholds
+
+    thresholds.check_sparsity(sparsity)
 
 
 def _print_stream(pieces: Any, quiet: bool, json_output: bool) -> None:

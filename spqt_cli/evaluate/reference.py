@@ -54,7 +54,7 @@ def check(name: str, loaded: session.Loaded, sizes: Sequence[str] = ("vocab_size
     checkpoint = source.open_source(name, None, source.Trust(requantize=True), headers_only=True)
     hint = f"name the source of {loaded.folder}"
     for size in sizes:
-        theirs, ours = (config_json.whole(config, size) for config in (checkpoint.config, loaded.config))
+        theirs, ours = config_json.size(checkpoint.config, size), loaded.folder.size(size)
         if theirs != ours:
             raise SpqtError(f"{name} has a {size} of {theirs}, {loaded.folder} of {ours}", hint)
     named = {token: text for text, token in loaded.tokenizer.get_vocab().items()}

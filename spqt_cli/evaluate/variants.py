@@ -14,7 +14,7 @@ from spqt_cli.decode import session
 from spqt_cli.errors import UsageError
 from spqt_cli.evaluate import reference
 from spqt_cli.evaluate.report import ROWS, SOURCE
-from spqt_cli.format import config_json, thresholds
+from spqt_cli.format import thresholds
 
 OnProgress = Callable[[float, float, str], None]
 
@@ -59,10 +59,9 @@ def check(options: EvaluateOptions) -> None:
 
 def stored(loaded: session.Loaded, asked: str | None) -> dict[str, Choice]:
     """Name -> thresholds of every share asked for, from a model's calibration."""
-    entries = config_json.entries(loaded.config)
     return {
         f"{share:.0%}" if round(share, 2) == share else f"{share:.2%}": Choice(
-            share, {layer: _threshold(entry, share, loaded) for layer, entry in entries.items()}
+            share, loaded.folder.thresholds(share)
         )
         for share in _shares(asked, loaded)
     }
@@ -70,9 +69,9 @@ def stored(loaded: session.Loaded, asked: str | None) -> dict[str, Choice]:
 
 def _shares(asked: str | None, loaded: session.Loaded) -> list[float]:
     """The sparsities to measure, each with thresholds to be had."""
-    calibration = loaded.config["spqt"].get("calibration")
+    calibration = loaded.folder.calibration
     if asked is None:
-        return [calibration["sparsity"]] if calibration and calibration["sparsity"] else []
+        return [calibration.sparsity] if calibration and calibration.sparsity else []
     shares = parse_shares(asked)
     if shares and calibration is None:
         raise UsageError(f"{loaded.folder} has no thresholds yet", f"spqt calibrate {loaded.folder}")
@@ -127,10 +126,3 @@ def _take_heads(model: nn.Module, source: nn.Module) -> None:
         if isinstance(module, nn.QuantizedEmbedding) or path.endswith("lm_head")
     ]
     model.update_modules(tree_unflatten(heads))
-
-
-def _threshold(entry: dict, share: float, loaded: session.Loaded) -> float:
-    """The layer's threshold at a share: the calibrated one where that is what was asked."""
-    if share == loaded.config["spqt"]["calibration"]["sparsity"]:
-        return float(entry["spqt"]["threshold"])
-    return thresholds.derive(entry["spqt"]["curve"], share)
