@@ -26,7 +26,7 @@ mx.set_default_device(mx.cpu)
 from machine import facts
 from peer import Peer
 
-from spqt_cli.backends import cpu, kernels
+from spqt_cli.backends import cpu, select
 from spqt_cli.bench import models, shapes
 from spqt_cli.decode import layers
 from spqt_cli.decode.layers import ZigzagLinear
@@ -107,7 +107,7 @@ class Case:
         """Microseconds of one product of ours, prepared as decoding prepares it."""
         for layer in self.layers:
             layer.set_threshold(self.thresholds[density])
-        steps = [kernels.prepare([layer]) for layer in self.layers]
+        steps = [select.prepare([layer]) for layer in self.layers]
         products = clock(lambda: [step(self.x, None)[0][0] for step in steps])
         return products / len(self.layers) * 1e6
 

@@ -45,7 +45,7 @@ import mlx.core as mx
 from decode_runs import Forced, Run, dequantized, exact, intercept
 from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 
-from spqt_cli.backends import accuracy, kernels, stock
+from spqt_cli.backends import accuracy, select, stock
 from spqt_cli.decode import phase, session
 
 TEXT = Path(__file__).resolve().parent.parent / "configs" / "calibration.txt"
@@ -197,7 +197,7 @@ def main() -> None:
         how = prepared(arguments, dtype)
         figures = compare(native, *how, wanted[dtype]) if wanted else compare_steps(native, *how)
         tokens = how[1]
-        result |= {"backend": kernels.backend().name, "steps": len(tokens) - arguments.prompt}
+        result |= {"backend": select.backend().name, "steps": len(tokens) - arguments.prompt}
         result[dtype or "as_loaded"] = figures | {"seconds": round(time.perf_counter() - began, 1)}
         print(table(dtype or "as loaded", figures), flush=True)
         print(f"{result[dtype or 'as_loaded']['seconds']} s", flush=True)

@@ -24,7 +24,7 @@ from_bare_tree()
 import mlx.core as mx
 from mlx_lm.models.cache import trim_prompt_cache
 
-from spqt_cli.backends import kernels
+from spqt_cli.backends import select
 from spqt_cli.bench import bench, models
 from spqt_cli.decode import active_counts, phase
 from spqt_cli.decode.layers import zigzag_layers
@@ -63,7 +63,7 @@ class Prepared:
         model = self.variant(kind, whole)
         cache = self.caches[depth]["stock" if kind == "stock" else "zigzag"]
         token, found = self.subject.prompt(depth, 1), []
-        with active_counts.counting(kernels.counted_steps()), contextlib.ExitStack() as watching:
+        with active_counts.counting(select.backend().count_every), contextlib.ExitStack() as watching:
             for step in range(WARM_STEPS + STEPS):
                 if watch is not None and step == WARM_STEPS:  # steps are prepared by now
                     watching.enter_context(watch)

@@ -4,7 +4,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from spqt_cli.backends import kernels
+from spqt_cli.backends import select
 from spqt_cli.decode import phase
 from spqt_cli.format import layout
 
@@ -54,10 +54,10 @@ def intercept() -> Any:
 
     Each step counts on from the one before, as in `spqt generate`.
     """
-    native = kernels.prepare
+    native = select.prepare
     # Else several products would be one call, with no masks to see.
-    kernels.prepare_gated = kernels.prepare_head = kernels.prepare_tail = lambda *_: None
-    kernels.prepare = lambda layers: lambda x, _: under_way[0](x, layers)
+    select.prepare_gated = select.prepare_head = select.prepare_tail = lambda *_: None
+    select.prepare = lambda layers: lambda x, _: under_way[0](x, layers)
     steps: dict[tuple[int, ...], list[Any]] = {}
 
     def path(x: mx.array, layers: Any) -> Any:

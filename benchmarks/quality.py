@@ -32,7 +32,7 @@ import mlx.core as mx
 import numpy as np
 import quality_bytes
 
-from spqt_cli.backends import kernels
+from spqt_cli.backends import select
 from spqt_cli.calibrate import calibrate, methods  # fmt: skip
 from spqt_cli.calibrate.measurements import Workbench
 from spqt_cli.calibrate.progress import Progress
@@ -223,7 +223,7 @@ def setting(options: argparse.Namespace) -> dict[str, Any]:
     )
     return {
         "options": {key: Path(str(value)).name for key, value in vars(options).items()},  # no machine's paths
-        "backend": kernels.backend().name,
+        "backend": select.backend().name,
         "versions": {name: version(name) for name in ("spqt", "mlx", "mlx-lm", "numpy")},
         "commit": commit.stdout.strip(),
     }

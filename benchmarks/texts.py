@@ -14,7 +14,7 @@ from pathlib import Path
 
 from machine import facts
 
-from spqt_cli.backends import kernels
+from spqt_cli.backends import select
 from spqt_cli.decode import generate, session
 from spqt_cli.decode.options import Options, Prompt, Sampling
 from spqt_cli.evaluate import compare
@@ -88,7 +88,7 @@ def main() -> None:
         "model": name,
         "command": f"python benchmarks/texts.py --model {name} --sparsity {arguments.sparsity:g} "
         f"--max-tokens {arguments.max_tokens}",
-        "machine": f"{facts()}, backend {kernels.backend().name}",
+        "machine": f"{facts()}, backend {select.backend().name}",
     }
     for label, share in (("dense", 0.0), ("sparse", arguments.sparsity)):
         rows = [measure(loaded, prompt, share, arguments.max_tokens) for prompt in PROMPTS]

@@ -116,7 +116,7 @@ class Rotary(NamedTuple):
 
 
 class Calls(Protocol):
-    """The functions that a backend's module has; `kernels.py` says what each returns.
+    """The functions that a backend's module has; `select.py` says what each returns.
 
     A backend that has no such step answers a `prepare_...` with None: the caller then goes on layer by layer.
     """

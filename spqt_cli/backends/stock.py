@@ -10,7 +10,7 @@ from spqt_cli.format import layout
 
 
 def sparse_gemv(x: mx.array, layers: Sequence[Projection]) -> tuple[list[mx.array], mx.array]:
-    """As `kernels.sparse_gemv`; the definition that every other backend is held against."""
+    """As `select.sparse_gemv`; the definition that every other backend is held against."""
     masked = [x if layer.threshold is None else layout.mask(x, layer.threshold) for layer in layers]
     outputs = [matmul(one, layer) for one, layer in zip(masked, layers, strict=True)]
     return outputs, mx.stack([_active(x, layer) for layer in layers])
@@ -23,7 +23,7 @@ def _active(x: mx.array, layer: Projection) -> mx.array:
 
 
 def prepare(layers: Sequence[Projection]) -> Step:
-    """As `kernels.prepare`."""
+    """As `select.prepare`."""
     return lambda x, counted: add_counts(sparse_gemv(x, layers), counted)
 
 
@@ -33,23 +33,23 @@ def found(reason: str) -> Backend:
 
 
 def arrange(layers: Sequence[Projection]) -> None:
-    """As `kernels.arrange`: nothing to do."""
+    """As `select.arrange`: nothing to do."""
 
 
 def prepare_gated(x: mx.array, pair: Sequence[Projection], down: Projection) -> None:
-    """As `kernels.prepare_gated`: there is none, as for the other steps of several products."""
+    """As `select.prepare_gated`: there is none, as for the other steps of several products."""
 
 
 def prepare_head(norm: Norm, layers: Sequence[Projection]) -> None:
-    """As `kernels.prepare_head`: there is none."""
+    """As `select.prepare_head`: there is none."""
 
 
 def prepare_rotary(x: mx.array, norm: Norm, layers: Sequence[Projection], rotary: Rotary) -> None:
-    """As `kernels.prepare_rotary`: there is none."""
+    """As `select.prepare_rotary`: there is none."""
 
 
 def prepare_tail(x: mx.array, tail: Tail) -> None:
-    """As `kernels.prepare_tail`: there is none."""
+    """As `select.prepare_tail`: there is none."""
 
 
 def add_counts(
@@ -61,7 +61,7 @@ def add_counts(
 
 
 def matmul(x: mx.array, layer: Projection) -> mx.array:
-    """As `kernels.matmul`: x (..., inputs) -> (..., outputs)."""
+    """As `select.matmul`: x (..., inputs) -> (..., outputs)."""
     y = layout.matmul(
         x,
         layer.weight,

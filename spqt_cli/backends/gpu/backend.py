@@ -77,7 +77,7 @@ def arrange(layers: Sequence[Projection]) -> None:
 
 
 def prepare(layers: Sequence[Projection]) -> Step:
-    """As `kernels.prepare`. What one call does is traced once per shape and dtype, then only replayed:
+    """As `select.prepare`. What one call does is traced once per shape and dtype, then only replayed:
     asking MLX for a custom kernel from Python costs more than the rest of a small layer.
     """
     dense = all(layer.threshold is None for layer in layers)
@@ -111,7 +111,7 @@ def prepare_gated(x: mx.array, pair: Sequence[Projection], down: Projection) -> 
 
 
 def prepare_head(norm: Norm, layers: Sequence[Projection]) -> HeadStep:
-    """As `kernels.prepare_head`, in one traced call; the kernel normalizes x itself where it can."""
+    """As `select.prepare_head`, in one traced call; the kernel normalizes x itself where it can."""
     products = prepare(layers)
     dense = all(layer.threshold is None for layer in layers)
 
@@ -127,7 +127,7 @@ def prepare_head(norm: Norm, layers: Sequence[Projection]) -> HeadStep:
 def prepare_rotary(
     x: mx.array, norm: Norm, layers: Sequence[Projection], rotary: Rotary
 ) -> RotaryStep | None:
-    """As `kernels.prepare_rotary`, in one traced call: the reduction of q/k/v turns their heads."""
+    """As `select.prepare_rotary`, in one traced call: the reduction of q/k/v turns their heads."""
     dense = all(layer.threshold is None for layer in layers)
     plan = _usable(x, layers, Form(dense, rotary, norm)) if launch_plan.turns(layers, rotary) else None
     if plan is None:
@@ -141,7 +141,7 @@ def prepare_rotary(
 
 
 def prepare_tail(x: mx.array, tail: Tail) -> TailStep | None:
-    """As `kernels.prepare_tail`: one traced call; the residual stream is added in the reductions."""
+    """As `select.prepare_tail`: one traced call; the residual stream is added in the reductions."""
     plan = _gated_plan(x, tail.pair, tail.norm)
     if plan is None:
         return None
