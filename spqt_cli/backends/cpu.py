@@ -10,13 +10,15 @@ import sys
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import psutil
 
 from spqt_cli.backends.interface import (
     Backend,
+    Calls,
+    FusedCalls,
     GatedStep,
     HeadStep,
     Norm,
@@ -42,10 +44,15 @@ def status() -> tuple[bool, str]:
     return module is not None, reason
 
 
-def find() -> Backend | str:
-    """The CPU extension, or why it can't be used."""
+def find() -> Backend | str | None:
+    """The CPU extension; or why it can't be used; None where the device is a GPU."""
+    if mx.default_device().type != mx.DeviceType.cpu:
+        return None
     usable, reason = status()
-    return Backend("cpu", reason, sys.modules[__name__], native_float32=True) if usable else reason
+    if not usable:
+        return reason
+    this = sys.modules[__name__]
+    return Backend("cpu", reason, cast(Calls, this), fused=cast(FusedCalls, this), native_float32=True)
 
 
 def sparse_gemv(x: mx.array, layers: Sequence[Any]) -> tuple[list[mx.array], mx.array]:

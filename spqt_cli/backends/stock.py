@@ -2,10 +2,11 @@
 
 import sys
 from collections.abc import Sequence
+from typing import cast
 
 import mlx.core as mx
 
-from spqt_cli.backends.interface import Backend, Norm, Projection, Rotary, Step, Tail
+from spqt_cli.backends.interface import Backend, Calls, Projection, Step
 from spqt_cli.format import layout
 
 
@@ -27,29 +28,18 @@ def prepare(layers: Sequence[Projection]) -> Step:
     return lambda x, counted: add_counts(sparse_gemv(x, layers), counted)
 
 
+def find() -> Backend:
+    """This backend: it runs on every device."""
+    return found("MLX's own matmul runs on every device")
+
+
 def found(reason: str) -> Backend:
     """This backend, for a reason."""
-    return Backend("stock", reason, sys.modules[__name__], fuses=False, sums_in_half=True)
+    return Backend("stock", reason, cast(Calls, sys.modules[__name__]), sums_in_half=True)
 
 
 def arrange(layers: Sequence[Projection]) -> None:
-    """As `select.arrange`: nothing to do."""
-
-
-def prepare_gated(x: mx.array, pair: Sequence[Projection], down: Projection) -> None:
-    """As `select.prepare_gated`: there is none, as for the other steps of several products."""
-
-
-def prepare_head(norm: Norm, layers: Sequence[Projection]) -> None:
-    """As `select.prepare_head`: there is none."""
-
-
-def prepare_rotary(x: mx.array, norm: Norm, layers: Sequence[Projection], rotary: Rotary) -> None:
-    """As `select.prepare_rotary`: there is none."""
-
-
-def prepare_tail(x: mx.array, tail: Tail) -> None:
-    """As `select.prepare_tail`: there is none."""
+    """As `select.arrange`: the arrays stay as they are."""
 
 
 def add_counts(

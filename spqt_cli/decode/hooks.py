@@ -88,7 +88,7 @@ def _load_weights_and_prepare(self: nn.Module, file_or_weights: Any, strict: boo
             compute_in_float32(self)
         if select.backend().native_float32:
             hooks_cpu.install()
-        if select.backend().fuses:
+        if select.backend().fused:
             for module in self.modules():
                 fused_mlp.install(module)
             for module in self.modules():

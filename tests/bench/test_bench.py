@@ -77,7 +77,9 @@ def test_the_cpu_backend_is_out_of_the_way_while_stock_runs(subject, monkeypatch
     monkeypatch.setattr(model_runs, "_decode_rate", rate)
     native = select.backend().name == "cpu"
     hooks_cpu.install()
-    monkeypatch.setattr(select, "backend", lambda: Backend("cpu", "for this test", cpu, native_float32=True))
+    monkeypatch.setattr(
+        select, "backend", lambda: Backend("cpu", "for this test", cpu, fused=cpu, native_float32=True)
+    )
     try:
         dense_only = model_runs.Runs(subject, [], model_runs.bench_machine.Energy(), 1e9)
         dense_only.run(model_runs.Test("decode", 4, 0), 2, lambda *_: None)  # no model is really run

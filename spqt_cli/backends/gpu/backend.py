@@ -8,6 +8,7 @@ thresholds or models.
 import sys
 from collections.abc import Callable, Sequence
 from functools import cache
+from typing import cast
 
 import mlx.core as mx
 
@@ -18,7 +19,9 @@ from spqt_cli.backends.gpu.launch import launch
 from spqt_cli.backends.gpu.launch_plan import Form, Plan
 from spqt_cli.backends.interface import (
     Backend,
+    Calls,
     Count,
+    FusedCalls,
     GatedStep,
     HeadStep,
     Norm,
@@ -30,17 +33,18 @@ from spqt_cli.backends.interface import (
 )
 
 
-def find() -> Backend | str:
-    """The kernels of this process's GPU, or why they can't run."""
+def find() -> Backend | str | None:
+    """The kernels of this process's GPU; or why they can't run; None where the device is no GPU."""
     if mx.default_device() != mx.Device(mx.gpu):
-        return "MLX's default device is the CPU"
+        return None
     if first_use.broken():
         return first_use.broken()[0]
     for name, module, kind in (("metal", mx.metal, "Metal"), ("cuda", mx.cuda, "CUDA")):
         if module.is_available():
             # Counts are handed from step to step by the host, which is the slower of the two here.
-            reason = f"MLX has a {kind} GPU"
-            return Backend(name, reason, sys.modules[__name__], count_every=8, traces=True)
+            reason, this = f"MLX has a {kind} GPU", sys.modules[__name__]
+            calls, fused = cast(Calls, this), cast(FusedCalls, this)
+            return Backend(name, reason, calls, fused=fused, count_every=8, traces=True)
     return "MLX has no GPU here"
 
 

@@ -1,37 +1,101 @@
-"""Where the host's time goes in a decode step: building the graph, encoding it, and the whole step.
+"""Decode speed at the shapes of large models with random weights, stock mlx-lm in the same run.
 
-    python benchmarks/decode_host.py --shape llama-3-8b --blocks 8 --depth 0,8192 --output host.json
+    python -m benchmarks.decode models --output decode.json
+    python -m benchmarks.decode models --output prompts.json --shapes llama-3-8b --depth 0 \\
+        --prompt-tokens 512,2048,8192
+    python -m benchmarks.decode host --shapes llama-3-8b --blocks 8 --depth 0,8192 --output host.json
 
-Random weights; stock, Zigzag dense and sparse, the latter two with blocks as two calls around attention
-and with their layers one by one. Microseconds per block, medians over the steps of all rounds; `build` is
-Python up to the lazy result, `encode` is mx.async_eval, which also waits when the device is far behind.
-Where torch can profile the device, its kernel time stands beside. Works from a bare checkout.
+`models` measures each shape: with --profile first the kernels, whose crossovers become this device's profile;
+then 0 % and --sparsity at every depth. Tables go to stdout. The JSON file holds every sample and is rewritten
+after each shape. A shape that fails is reported and the others still run; the exit code is then 1.
+
+`host` shows the host's part of a decode step, in microseconds per block: `build` is Python up to the lazy
+result, `encode` is mx.async_eval, which also waits when the device is far behind, `step` is the whole step.
+Variants are stock, Zigzag dense and sparse, the latter two with fused blocks and layer by layer. Where torch
+can profile the device, `device` is its kernel time. Both run from a checkout without an installed spqt.
 """
 
 import argparse
 import contextlib
 import json
 import statistics
+import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench_decode_gpu import from_bare_tree
-from machine import facts
+from benchmarks.machine import facts, from_bare_tree
 
 from_bare_tree()
 import mlx.core as mx
 from mlx_lm.models.cache import trim_prompt_cache
 
 from spqt_cli.backends import select
-from spqt_cli.bench import bench, models
+from spqt_cli.bench import bench, models, reporting
 from spqt_cli.decode import active_counts, phase
 from spqt_cli.decode.layers import zigzag_layers
 
 WARM_STEPS, STEPS, ROUNDS = 4, 60, 4
 LARGEST = 12  # kernels that are told apart
 VARIANTS = [("stock", False), ("dense", False), ("dense", True), ("sparse", False), ("sparse", True)]
+HOST_BLOCKS = 8
+
+
+def numbers(text: str) -> list[int]:
+    """A comma-separated list of whole numbers; empty for an empty text."""
+    return [int(part) for part in text.split(",") if part]
+
+
+def options_of(
+    shape: str, arguments: argparse.Namespace, depths: list[int], prompts: list[int]
+) -> bench.Options:
+    """What to measure for one shape."""
+    return bench.Options(
+        shape=shape,
+        sparsities=[float(part) for part in arguments.sparsity.split(",")],
+        depths=depths,
+        prompt_tokens=prompts,
+        generation_tokens=arguments.generation_tokens,
+        repetitions=arguments.repetitions,
+        blocks=arguments.blocks,
+        dtype=arguments.dtype,
+        commit=arguments.commit,
+    )
+
+
+def measure(shape: str, arguments: argparse.Namespace) -> list[reporting.Report]:
+    """The kernel report, where a profile was asked for, and the model report of one shape."""
+    reports = []
+    began = time.monotonic()
+
+    def show(done: float, total: float, what: str) -> None:
+        print(f"{time.monotonic() - began:6.0f} s  {shape}  {what}", file=sys.stderr)
+
+    options = options_of(shape, arguments, arguments.depth or [0, 8192], arguments.prompt_tokens)
+    if arguments.profile:
+        reports.append(bench.run_kernels(options, show))
+        bench.write_profile(reports[-1])
+    reports.append(bench.run(options, show))
+    return reports
+
+
+def measure_models(arguments: argparse.Namespace) -> int:
+    """Every shape; 1 if one of them failed."""
+    documents, failed = [], 0
+    for shape in arguments.shapes.split(","):
+        try:
+            reports = measure(shape, arguments)
+        except Exception:  # one shape must not cost the others
+            traceback.print_exc()
+            failed = 1
+            continue
+        for report in reports:
+            print(reporting.render(report, "md") + "\n", flush=True)
+            documents.append(reporting.plain(report))
+        arguments.output.write_text(json.dumps(documents) + "\n")
+    return failed
 
 
 class Prepared:
@@ -100,18 +164,11 @@ def device_times(run: Callable[[Any], Any], count: int) -> dict[str, float]:
     return {"all": round(sum(times.values()), 1), **{key: round(times[key], 1) for key in largest}}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--shape", default="llama-3-8b")
-    parser.add_argument("--blocks", type=int, default=8)
-    parser.add_argument("--depth", default="0")
-    parser.add_argument("--sparsity", type=float, default=0.5)
-    parser.add_argument("--output", type=Path)
-    arguments = parser.parse_args()
-    depths = [int(part) for part in arguments.depth.split(",")]
-    prepared = Prepared(arguments.shape, arguments.blocks, depths, arguments.sparsity)
+def measure_host(arguments: argparse.Namespace) -> int:
+    """The host's time in a decode step of the first shape."""
+    shape, sparsity = arguments.shapes.split(",")[0], float(arguments.sparsity.split(",")[-1])
+    depths = arguments.depth or [0]
+    prepared = Prepared(shape, arguments.blocks or HOST_BLOCKS, depths, sparsity)
     rows = []
     print("| depth | variant | blocks | build | encode | step | device |\n|---|---|---|---|---|---|---|")
     for depth in depths:
@@ -134,7 +191,35 @@ def main() -> None:
             )
     if arguments.output:
         arguments.output.write_text(json.dumps({"machine": facts(), "rows": rows}, indent=1) + "\n")
+    return 0
+
+
+COMMANDS = {"models": measure_models, "host": measure_host}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.decode",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("what", choices=COMMANDS)
+    parser.add_argument("--output", type=Path, help="JSON file to write; `models` needs one")
+    parser.add_argument("--shapes", default="llama-3-8b,llama-3-70b", help="`host` takes the first")
+    parser.add_argument("--sparsity", default="0.25,0.5", help="0 is always measured; `host` takes the last")
+    parser.add_argument("--depth", type=numbers, help="tokens of context; default 0,8192, of `host` 0")
+    parser.add_argument("--prompt-tokens", type=numbers, default=[512], help="'' for none")
+    parser.add_argument("--generation-tokens", type=int, default=64)
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--blocks", type=int, help=f"transformer blocks: all; `host` {HOST_BLOCKS}")
+    parser.add_argument("--dtype", help="default: the model's own")
+    parser.add_argument("--profile", action="store_true", help="measure kernels first and follow them")
+    parser.add_argument("--commit", help="where git is not there to name it")
+    arguments = parser.parse_args()
+    if arguments.what == "models" and arguments.output is None:
+        parser.error("models needs --output")
+    return COMMANDS[arguments.what](arguments)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
