@@ -21,7 +21,7 @@ from spqt_cli.bench.models import Subject
 from spqt_cli.bench.results import Crossover, KernelRow, ModelRow, Report
 from spqt_cli.decode import profile
 from spqt_cli.errors import UsageError
-from spqt_cli.format import config_json, presets
+from spqt_cli.format import config_json, layout, thresholds
 
 UNSTEADY = 0.15  # relative spread of the typical row from which on figures are doubtful
 KERNEL_REPETITIONS = 3  # samples of a kernel for one of a model: they are short
@@ -78,9 +78,9 @@ def _check(options: Options) -> None:
         raise UsageError("a context depth is below 0", "for example --depth 0,4096")
     if options.dtype not in (None, "float16", "bfloat16", "float32"):
         raise UsageError(f"--dtype {options.dtype!r} does not exist", "float16, bfloat16 or float32")
-    presets.check(presets.Preset(bits=options.bits, group_size=options.group_size))
-    if any(not 0 <= sparsity <= 0.95 for sparsity in options.sparsities):
-        raise UsageError("a sparsity is not in 0 to 0.95", "for example --sparsity 0,0.25,0.5")
+    layout.check(options.bits, options.group_size)
+    for sparsity in options.sparsities:
+        thresholds.check_sparsity(sparsity)
 
 
 def run(options: Options, on_progress: Progress = lambda *_: None) -> Report:
@@ -172,7 +172,7 @@ def make_subject(options: Options) -> Subject:
 
 
 def _settings(options: Options, subject: Subject) -> dict[str, Any]:
-    blocks = config_json.whole(subject.config, "num_hidden_layers")
+    blocks = config_json.size(subject.config, "num_hidden_layers")
     return {
         "model": subject.name, "blocks": blocks, **subject.settings, "repetitions": options.repetitions,
     }  # fmt: skip

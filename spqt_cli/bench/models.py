@@ -95,7 +95,7 @@ def loaded_subject(path: str) -> Subject:
     from spqt_cli.measure import texts
 
     loaded = session.load(path, dense=True)
-    calibration = loaded.config["spqt"].get("calibration")
+    calibration = loaded.folder.calibration
     if calibration is None:
         raise SpqtError(f"{path} has no thresholds, so nothing would be skipped", f"spqt calibrate {path}")
 
@@ -105,9 +105,9 @@ def loaded_subject(path: str) -> Subject:
         return {name: one.threshold for name, one in layers if one.threshold is not None}
 
     tokens = texts.tokens(texts.read(None), loaded.tokenizer)
-    settings = {**packing(loaded.model), "calibrated": calibration["sparsity"]}
+    settings = {**packing(loaded.model), "calibrated": calibration.sparsity}
     twin = stock_twin(loaded.model, loaded.config)
-    return Subject(loaded.folder.name, loaded.config, loaded.model, twin, tokens, settings, stored)
+    return Subject(loaded.folder.path.name, loaded.config, loaded.model, twin, tokens, settings, stored)
 
 
 def lazy_model(path: str) -> nn.Module:
@@ -115,12 +115,10 @@ def lazy_model(path: str) -> nn.Module:
     from mlx_lm.utils import load_model
 
     from spqt_cli.decode import session
-    from spqt_cli.format import identity
 
-    folder = locate.local_folder(path)
-    identity.check_model(folder)
+    folder = locate.open_folder(path)
     hooks.install()
-    with session.plain_path(folder) as readable, hooks.as_stored():
+    with session.plain_path(folder.path) as readable, hooks.as_stored():
         return load_model(readable, lazy=True)[0]
 
 

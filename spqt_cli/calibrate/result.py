@@ -1,9 +1,12 @@
 """What a calibration found: the result, its stored form, its table for people."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
+
+from spqt_cli.format.contract import CalibrationRecord
 
 # KL to the dense model, in nats on held-out text, above which people are warned. On SmolLM2-135M 25 % cost
 # 0.05 (perplexity +3.5 %), 40 % 0.14 (+13 %), 50 % 0.31 (+34 %): KL is about the logarithm of the rise.
@@ -85,17 +88,11 @@ def warning(kl: float) -> str:
     )
 
 
-def stored_warning(section: Any) -> str:
-    """The warning for what config.json says of a calibration; "" where it says nothing of KL."""
-    kl = section.get("kl") if isinstance(section, dict) else None
-    return warning(kl) if isinstance(kl, (int, float)) else ""
-
-
-def warning_of(config: dict[str, Any], sparsity: float | None) -> str:
-    """The warning for a model that runs at that share: what was calibrated, or more."""
-    section = config["spqt"].get("calibration") or {}
-    skips_as_much = sparsity is not None and sparsity >= section.get("sparsity", math.inf)
-    return stored_warning(section) if skips_as_much else ""
+def warning_of(calibration: CalibrationRecord | None, sparsity: float | None) -> str:
+    """The warning for a model that runs at a sparsity: the calibrated one, or more; else ""."""
+    if calibration is None or calibration.kl is None or sparsity is None or sparsity < calibration.sparsity:
+        return ""
+    return warning(calibration.kl)
 
 
 def print_table(result: Calibration, stream: TextIO) -> None:
@@ -149,9 +146,9 @@ def _exceptions(result: Calibration) -> list[str]:
     return found
 
 
-def stored_zeros(section: Any) -> str:
+def stored_zeros(record: Mapping[str, Any]) -> str:
     """A line on exact zeros for what config.json says of a calibration; "" where there are none."""
-    rows = section.get("layers") if isinstance(section, dict) else None
+    rows = record.get("layers")
     shares = (
         [row.get("zeros") for row in rows.values() if isinstance(row, dict)] if isinstance(rows, dict) else []
     )

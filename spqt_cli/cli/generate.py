@@ -113,7 +113,7 @@ def generate(
     tokens = generator.encode(loaded, request)
     if loaded.note and not quiet:
         typer.echo(f"note: {loaded.note}", err=True)
-    if not quiet and (said := result.warning_of(loaded.config, loaded.sparsity)):
+    if not quiet and (said := result.warning_of(loaded.folder.calibration, loaded.sparsity)):
         typer.echo(said, err=True)
     _print_stream(generator.stream(loaded, tokens, sampling, options), quiet, json_output)
 

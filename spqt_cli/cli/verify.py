@@ -14,7 +14,7 @@ def verify(
     json_output: Json = False,
 ) -> None:
     """Read every byte of a converted folder and hold it against its recorded hashes."""
-    from spqt_cli.format import identity
+    from spqt_cli.format.folder import Folder
 
-    shards = identity.verify(model)
+    shards = Folder(model).verify()
     typer.echo(as_json({"shards": shards}) if json_output else f"{model}: {len(shards)} shard(s) intact")

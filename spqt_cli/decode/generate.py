@@ -126,13 +126,13 @@ def context_tokens(config: dict[str, Any]) -> int | None:
 
     It is shorter than the config's own where mlx-lm's class is right only up to a length (`settle`).
     """
-    limits = (config_json.whole(config, "max_position_embeddings"), _kept_to(config))
+    limits = (config_json.size(config, "max_position_embeddings"), _kept_to(config))
     return min((each for each in limits if each is not None), default=None)
 
 
 def _kept_to(config: dict[str, Any]) -> int | None:
     section = config.get("spqt")
-    return config_json.whole(section, "context") if isinstance(section, dict) else None
+    return config_json.size(section, "context") if isinstance(section, dict) else None
 
 
 def stream(loaded: session.Loaded, tokens: list[int], sampling: Sampling, options: Options) -> Iterator[Any]:
@@ -216,7 +216,7 @@ def _statistics(
     loaded: session.Loaded,
     response: Any,
     counter: active_counts.Counter,
-    draft: session.Loaded | None,
+    draft: session.Draft | None,
     reason: str | None,
 ) -> Statistics:
     shares = counter.shares()

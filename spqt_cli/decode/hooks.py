@@ -7,6 +7,7 @@ Everything that leans on MLX's or mlx-lm's insides stands here, in hooks_cpu.py 
 
 import contextlib
 import logging
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ import mlx.nn as nn
 from spqt_cli.backends import select
 from spqt_cli.decode import attention_cpu, exact, fused_block, fused_mlp, hooks_cpu, hooks_generate, profile
 from spqt_cli.decode.layers import SHARED_INPUTS, SharedInput, ZigzagLinear, zigzag_layers
-from spqt_cli.errors import SpqtError, UsageError
+from spqt_cli.errors import SpqtError
 from spqt_cli.format import thresholds
 
 _linear_to_quantized = nn.Linear.to_quantized
@@ -52,9 +53,8 @@ def wished_sparsity() -> float | None:
     try:
         value = float(text)
     except ValueError:
-        value = -1.0
-    if not 0 <= value <= 0.95:
-        raise UsageError(f"SPQT_SPARSITY={text!r} is not a number in 0 to 0.95", "0.25 skips a quarter")
+        value = math.nan
+    thresholds.check_sparsity(value, f"SPQT_SPARSITY={text!r}")
     return value
 
 

@@ -57,7 +57,7 @@ class Options:
     stop: Sequence[str] = ()
     extra_eos_tokens: Sequence[str] = ()
     cache: dict[str, Any] = field(default_factory=dict)
-    draft: session.Loaded | None = None
+    draft: session.Draft | None = None
     on_token: Callable[[int], object] = lambda _: None
 
 
@@ -71,7 +71,7 @@ def check(sampling: Sampling, options: Options, config: dict[str, Any]) -> None:
         if value is not None and not least <= value <= largest:  # NaN compares false
             wanted = f"at least {least:g}" if largest == math.inf else f"{least:g} to {largest:g}"
             raise UsageError(f"{_flag(name)} {value} is out of range", f"{wanted} is possible")
-    vocabulary = config_json.whole(config, "vocab_size")
+    vocabulary = config_json.size(config, "vocab_size")
     if vocabulary and sampling.top_k >= vocabulary:
         raise UsageError(f"--top-k {sampling.top_k}: the model has {vocabulary} tokens", "0 keeps them all")
     if vocabulary and sampling.min_tokens_to_keep > vocabulary:
@@ -83,7 +83,7 @@ def check(sampling: Sampling, options: Options, config: dict[str, Any]) -> None:
 
 def _check_quantized_cache(cache: dict[str, Any], sizes: dict[str, Any]) -> None:
     bits, group = cache["kv_bits"], cache.get("kv_group_size", 64)
-    if bits not in layout.BITS or group not in layout.GROUP_SIZES:
+    if not layout.is_packable(bits, group):
         raise UsageError(
             f"--kv-bits {bits} --kv-group-size {group}: MLX has no such quantization",
             f"bits {layout.BITS}, groups {layout.GROUP_SIZES}",

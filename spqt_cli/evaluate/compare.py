@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from spqt_cli.decode import generate, session
 from spqt_cli.decode.options import Options, Prompt, Sampling
 from spqt_cli.evaluate.report import shown
-from spqt_cli.format import identity, locate
+from spqt_cli.format import locate
 from spqt_cli.system.terminal import harmless
 
 
@@ -36,14 +36,14 @@ def compare(
 
     Raises SpqtError before any weight is read where a sparsity needs thresholds and there are none.
     """
-    folder = locate.local_folder(path)
-    session.calibrated_share(identity.check_model(folder), folder, max(sparsities))
+    folder = locate.open_folder(path)
+    folder.thresholds(max(sparsities))
     rows: list[Row] = []
     answers: list[list[int]] = []
     for target in sparsities:
         on_row(f"sparsity {target:.0%}" if target else "dense")
         # Loaded anew each time: a profile repacks layers for one share, and there is no way back.
-        loaded = session.load(path, sparsity=target, dense=not target)
+        loaded = session.load(folder, sparsity=target, dense=not target)
         answer: list[int] = []
         options = Options(max_tokens=max_tokens, on_token=answer.append)
         tokens = generate.encode(loaded, prompt)
@@ -51,7 +51,7 @@ def compare(
         rows.append(Row(target, "".join(pieces), statistics, math.nan))
         answers.append(answer)
         del loaded
-    judge = session.load(path, dense=True)
+    judge = session.load(folder, dense=True)
     for row, answer in zip(rows, answers, strict=True):
         row.perplexity = perplexity(judge, generate.encode(judge, prompt), answer)
     return rows

@@ -69,10 +69,9 @@ def check(options: EvaluateOptions) -> None:
 
 def stored(loaded: session.Loaded, asked: str | None) -> dict[str, Choice]:
     """Name -> thresholds of every share asked for, from a model's calibration."""
-    entries = config_json.entries(loaded.config)
     return {
         f"{share:.0%}" if round(share, 2) == share else f"{share:.2%}": Choice(
-            share, {layer: _threshold(entry, share, loaded) for layer, entry in entries.items()}
+            share, loaded.folder.thresholds(share)
         )
         for share in _shares(asked, loaded)
     }
@@ -80,9 +79,9 @@ def stored(loaded: session.Loaded, asked: str | None) -> dict[str, Choice]:
 
 def _shares(asked: str | None, loaded: session.Loaded) -> list[float]:
     """The sparsities to measure, each with thresholds to be had."""
-    calibration = loaded.config["spqt"].get("calibration")
+    calibration = loaded.folder.calibration
     if asked is None:
-        return [calibration["sparsity"]] if calibration and calibration["sparsity"] else []
+        return [calibration.sparsity] if calibration and calibration.sparsity else []
     shares = parse_shares(asked)
     if shares and calibration is None:
         raise UsageError(f"{loaded.folder} has no thresholds yet", f"spqt calibrate {loaded.folder}")
@@ -139,13 +138,6 @@ def _take_heads(model: nn.Module, unquantized: nn.Module) -> None:
     model.update_modules(tree_unflatten(heads))
 
 
-def _threshold(entry: dict, share: float, loaded: session.Loaded) -> float:
-    """The layer's threshold at a share: the calibrated one where that is what was asked."""
-    if share == loaded.config["spqt"]["calibration"]["sparsity"]:
-        return float(entry["spqt"]["threshold"])
-    return thresholds.derive(entry["spqt"]["curve"], share)
-
-
 def load_source(name: str, rows: Mapping[str, tuple[int, int]] | None = None) -> nn.Module:
     """The model of a source, unquantized, or its modules in `rows` quantized as mlx-lm does, row by row.
 
@@ -178,7 +170,7 @@ def check_source(name: str, loaded: session.Loaded, sizes: Sequence[str] = ("voc
     checkpoint = source.open_source(name, None, source.Trust(requantize=True), headers_only=True)
     hint = f"name the source of {loaded.folder}"
     for size in sizes:
-        theirs, ours = (config_json.whole(config, size) for config in (checkpoint.config, loaded.config))
+        theirs, ours = config_json.size(checkpoint.config, size), loaded.folder.size(size)
         if theirs != ours:
             raise SpqtError(f"{name} has a {size} of {theirs}, {loaded.folder} of {ours}", hint)
     named = {token: text for text, token in loaded.tokenizer.get_vocab().items()}

@@ -8,7 +8,7 @@ import pytest
 from spqt_cli.calibrate import calibrate, result
 from spqt_cli.cli import describe
 from spqt_cli.decode import layers, session
-from spqt_cli.format import config_json
+from spqt_cli.format.folder import Folder
 
 
 @pytest.mark.parametrize(
@@ -39,13 +39,10 @@ def test_limit_is_met_and_one_step_over_it_warns():
 
 @pytest.fixture
 def poor(calibrated):
-    """The config of a model whose calibration, at 40 %, came out at a KL of 0.25."""
-    config = config_json.read_config(calibrated)
-    assert config["spqt"]["calibration"]["kl"] == pytest.approx(
-        config["spqt"]["calibration"]["tried"][0]["kl"], rel=1e-5
-    )
-    config["spqt"]["calibration"]["kl"] = 0.25
-    return config
+    """A calibration, at 40 %, that came out at a KL of 0.25."""
+    found = Folder(calibrated).calibration
+    assert found.kl == pytest.approx(found.record["tried"][0]["kl"], rel=1e-5)
+    return dataclasses.replace(found, kl=0.25)
 
 
 def test_warned_of_the_calibrated_share_and_above(poor):
@@ -53,10 +50,9 @@ def test_warned_of_the_calibrated_share_and_above(poor):
     assert [share for share, said in shown.items() if said] == [0.4, 0.6]
 
 
-@pytest.mark.parametrize("damaged", ["much", None, [0.2]])
-def test_damaged_kl_warns_of_nothing(poor, damaged):
-    poor["spqt"]["calibration"]["kl"] = damaged
-    assert result.warning_of(poor, 0.4) == ""
+def test_no_calibration_or_no_recorded_kl_warns_of_nothing(poor):
+    assert result.warning_of(dataclasses.replace(poor, kl=None), 0.4) == ""
+    assert result.warning_of(None, 0.4) == ""
 
 
 def test_inspect_shows_cost_and_warning(calibrated):
