@@ -112,14 +112,9 @@ def loaded_subject(path: str) -> Subject:
 
 def lazy_model(path: str) -> nn.Module:
     """A converted model whose weights are not read yet."""
-    from mlx_lm.utils import load_model
-
     from spqt_cli.decode import session
 
-    folder = locate.open_folder(path)
-    hooks.install()
-    with session.plain_path(folder.path) as readable, hooks.as_stored():
-        return load_model(readable, lazy=True)[0]
+    return session.load_lazily(locate.open_folder(path)).model
 
 
 def random_model(config: dict[str, Any], bits: int, group_size: int, dtype: mx.Dtype) -> nn.Module:

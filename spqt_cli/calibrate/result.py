@@ -1,17 +1,12 @@
 """What a calibration found: the result, its stored form, its table for people."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from spqt_cli.format.contract import CalibrationRecord
+from spqt_cli.decode import quality_warning
 
-# KL to the dense model, in nats on held-out text, above which people are warned. On SmolLM2-135M 25 % cost
-# 0.05 (perplexity +3.5 %), 40 % 0.14 (+13 %), 50 % 0.31 (+34 %): KL is about the logarithm of the rise.
-# At 0.1 perplexity is up by a tenth, between what reads well there and what does not (docs/quality.md).
-SUFFERS = 0.1
 NAMED = 12  # layers listed by name in one line
 
 
@@ -74,25 +69,8 @@ class Calibration:
 
     @property
     def warning(self) -> str:
-        """A line for people where the text will suffer, else ""."""
-        return warning(self.tried[0].kl)
-
-
-def warning(kl: float) -> str:
-    """A line for people where a KL to the dense model, in nats on held-out text, means worse text; or ""."""
-    if kl <= SUFFERS:
-        return ""
-    return (
-        f"warning: the text will suffer: KL to dense {kl:.2f} on held-out text, perplexity about "
-        f"{math.expm1(min(kl, 10)):+.0%}; a lower --sparsity, or --max-kl {SUFFERS:g}, keeps more"
-    )
-
-
-def warning_of(calibration: CalibrationRecord | None, sparsity: float | None) -> str:
-    """The warning for a model that runs at a sparsity: the calibrated one, or more; else ""."""
-    if calibration is None or calibration.kl is None or sparsity is None or sparsity < calibration.sparsity:
-        return ""
-    return warning(calibration.kl)
+        """One line where the text will suffer, else ""."""
+        return quality_warning.warning(self.tried[0].kl)
 
 
 def print_table(result: Calibration, stream: TextIO) -> None:

@@ -10,6 +10,7 @@ from mlx.utils import tree_flatten
 
 from spqt_cli.calibrate import result
 from spqt_cli.convert import parameters, plan
+from spqt_cli.decode import quality_warning
 from spqt_cli.decode.bytes_read import Piece, Reads, summed
 from spqt_cli.format import locate, presets
 from spqt_cli.format.folder import Folder
@@ -55,7 +56,7 @@ class Summary:
             wanted = ("method", "sparsity", "realised", "kl", "tokens")
             facts = [f"{key} {self.calibration[key]}" for key in wanted if key in self.calibration]
             lines.append("calibrated: " + ", ".join(facts))
-            if said := result.warning(self.calibration.get("kl") or 0.0):
+            if said := quality_warning.warning(self.calibration.get("kl") or 0.0):
                 lines.append(said)
             if self.zeros:
                 lines.append(self.zeros)

@@ -13,7 +13,6 @@ from spqt_cli.backends import select
 from spqt_cli.decode import active_counts, session, text_borders
 from spqt_cli.decode.options import Options, Prompt, Sampling, check
 from spqt_cli.errors import BackendError, SpqtError, UsageError
-from spqt_cli.format import config_json
 from spqt_cli.system import files, sandbox
 
 CHECK_EVERY = 32  # tokens between looks at the log-probabilities: a look waits for the device
@@ -63,7 +62,7 @@ def encode(loaded: session.Loaded, prompt: Prompt) -> list[int]:
     """
     if not prompt.text.strip():
         raise UsageError("the prompt is empty", 'give one: --prompt "Hello", or pipe text in')
-    if not files.is_utf8("".join(filter(None, (prompt.text, prompt.system, prompt.prefill)))):
+    if not files.is_utf8("".join(filter(None, (prompt.text, prompt.system_prompt, prompt.prefill_response)))):
         raise SpqtError("the prompt is not UTF-8", "convert it to UTF-8")
     tokenizer = loaded.tokenizer
     if prompt.ignore_chat_template or not tokenizer.has_chat_template:
@@ -74,7 +73,7 @@ def encode(loaded: session.Loaded, prompt: Prompt) -> list[int]:
         tokens = tokenizer.encode(_templated(tokenizer, prompt), add_special_tokens=False)
     if not tokens:
         raise SpqtError("template and tokenizer leave nothing of the prompt", "try --ignore-chat-template")
-    limit = context_tokens(loaded.config)
+    limit = session.context_tokens(loaded.config)
     if limit is not None and len(tokens) >= limit:
         raise SpqtError(f"the prompt has {len(tokens)} tokens, the model's context {limit}", "shorten it")
     return session.known(loaded, tokens)
@@ -94,14 +93,14 @@ def _encode_literally(tokenizer: Any, prompt: Prompt) -> list[int]:
 
 def _templated(tokenizer: Any, prompt: Prompt) -> str:
     messages: list[dict[str, str | None]] = (
-        [{"role": "system", "content": prompt.system}] if prompt.system is not None else []
+        [{"role": "system", "content": prompt.system_prompt}] if prompt.system_prompt is not None else []
     )
     messages.append({"role": "user", "content": prompt.text})
-    prefilled = prompt.prefill is not None
+    prefilled = prompt.prefill_response is not None
     if prefilled:
-        messages.append({"role": "assistant", "content": prompt.prefill})
+        messages.append({"role": "assistant", "content": prompt.prefill_response})
     try:
-        config = json.loads(prompt.template_config) if prompt.template_config else {}
+        config = json.loads(prompt.chat_template_config) if prompt.chat_template_config else {}
         if not isinstance(config, dict):
             raise ValueError("not an object")
     except ValueError as error:
@@ -121,29 +120,15 @@ def _templated(tokenizer: Any, prompt: Prompt) -> str:
         raise SpqtError(f"the chat template failed: {error}", "try --ignore-chat-template") from error
 
 
-def context_tokens(config: dict[str, Any]) -> int | None:
-    """The model's context length in tokens, None where config.json does not say.
-
-    It is shorter than the config's own where mlx-lm's class is right only up to a length (`settle`).
-    """
-    limits = (config_json.size(config, "max_position_embeddings"), _kept_to(config))
-    return min((each for each in limits if each is not None), default=None)
-
-
-def _kept_to(config: dict[str, Any]) -> int | None:
-    section = config.get("spqt")
-    return config_json.size(section, "context") if isinstance(section, dict) else None
-
-
 def stream(loaded: session.Loaded, tokens: list[int], sampling: Sampling, options: Options) -> Iterator[Any]:
     """Pieces of text as they come (str), then the Statistics of the run, last."""
     import mlx.core as mx
     import mlx_lm
 
-    check(sampling, options, loaded.config)
+    check(sampling, options.cache, loaded.config)
     if sampling.seed is not None:
         mx.random.seed(sampling.seed)
-    for name in options.extra_eos_tokens:
+    for name in options.extra_eos_token or ():
         try:
             loaded.tokenizer.add_eos_token(name)
         except ValueError:
@@ -151,12 +136,12 @@ def stream(loaded: session.Loaded, tokens: list[int], sampling: Sampling, option
                 f"--extra-eos-token {name}: the model has no such token", "see tokenizer.json"
             ) from None
     arguments = _loop_arguments(loaded, sampling, options)
-    kept_to = _kept_to(loaded.config)
-    if kept_to is not None:  # what would come after it would be wrong
-        asked = options.max_tokens if options.max_tokens > 0 else kept_to
-        arguments["max_tokens"] = max(1, min(asked, kept_to - len(tokens)))
+    right = session.right_tokens(loaded.config)
+    if right is not None:  # what would come after it would be wrong
+        asked = options.max_tokens if options.max_tokens > 0 else right
+        arguments["max_tokens"] = max(1, min(asked, right - len(tokens)))
     mx.reset_peak_memory()
-    gate, response, stopped = StopStrings(options.stop), None, False
+    gate, response, stopped = StopStrings(options.stop or ()), None, False
     answer = text_borders.Answer(loaded.tokenizer, tokens)
     with active_counts.counting(select.backend().count_every) as counter:
         for response in mlx_lm.stream_generate(loaded.model, loaded.tokenizer, tokens, **arguments):
@@ -169,7 +154,7 @@ def stream(loaded: session.Loaded, tokens: list[int], sampling: Sampling, option
                 break
     if not stopped and (rest := gate.flush()):
         yield rest
-    yield _statistics(loaded, response, counter, options.draft, "stop string" if stopped else None)
+    yield _statistics(loaded, response, counter, "stop string" if stopped else None)
 
 
 def _text(answer: text_borders.Answer, response: Any, options: Options) -> str:
@@ -195,13 +180,13 @@ def _loop_arguments(loaded: session.Loaded, sampling: Sampling, options: Options
         xtc_threshold=sampling.xtc_threshold,
         xtc_special_tokens=tokenizer.encode("\n") + list(tokenizer.eos_token_ids),
     )
-    arguments = {"max_tokens": options.max_tokens, "sampler": sampler, **options.cache}
+    arguments = {"max_tokens": options.max_tokens, "sampler": sampler, **vars(options.cache)}
     if sampling.repetition_penalty is not None:
         arguments["logits_processors"] = make_logits_processors(
             repetition_penalty=sampling.repetition_penalty
         )
-    if options.draft is not None:
-        arguments["draft_model"] = options.draft.model
+    if loaded.draft is not None:
+        arguments |= {"draft_model": loaded.draft.model, "num_draft_tokens": options.num_draft_tokens}
     return arguments
 
 
@@ -216,12 +201,11 @@ def _statistics(
     loaded: session.Loaded,
     response: Any,
     counter: active_counts.Counter,
-    draft: session.Draft | None,
     reason: str | None,
 ) -> Statistics:
     shares = counter.shares()
     read, dense, skipped = session.touched_bytes(loaded, shares)
-    draft_skipped = None
+    draft, draft_skipped = loaded.draft, None
     if draft is not None:
         more, more_dense, draft_skipped = session.touched_bytes(draft, shares)
         of_draft, own = (counter.steps(one.model) / response.generation_tokens for one in (draft, loaded))

@@ -1,6 +1,7 @@
-"""Loading a converted model: the folder is checked first, mlx-lm does the rest.
+"""Opens a model to decode with: generate, compare, calibrate, bench and `spqt_cli.load` all come here.
 
-It knows folders and thresholds; it does not know prompts or the command line.
+It knows folders, thresholds, this device's profile and draft models; it does not know prompts or the command
+line. mlx-lm loads the weights.
 """
 
 import contextlib
@@ -8,39 +9,21 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from spqt_cli.decode import active_counts, architecture, bytes_read, hooks, profile
+from spqt_cli.decode import active_counts, architecture, bytes_read, hooks, profile, quality_warning
 from spqt_cli.decode.hooks import as_stored, wished_sparsity
 from spqt_cli.decode.layers import zigzag_layers
+from spqt_cli.decode.options import Loading
 from spqt_cli.errors import CONVERT_AGAIN, ResourceError, SpqtError, Terminated, UnsupportedError
-from spqt_cli.format import config_json, locate
+from spqt_cli.format import config_json, locate, thresholds
 from spqt_cli.format.folder import Folder, is_converted
 from spqt_cli.system import files
 
-
-@dataclass
-class Loaded:
-    """A model ready to run.
-
-    folder: where it lies and what config.json says, checked. sparsity: the share of channels that its
-    thresholds aim to skip, None when it runs dense. note: one line for people when that is not simply what
-    the calibration says.
-    """
-
-    model: nn.Module
-    tokenizer: Any
-    folder: Folder
-    sparsity: float | None = None
-    note: str = ""
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """config.json as read."""
-        return self.folder.config
+DRAFT_NOTE = "proposed tokens are checked several at a time, which skips channels but reads all weights"
 
 
 @dataclass
@@ -51,33 +34,63 @@ class Draft:
     config: dict[str, Any]
 
 
-def load(
-    path: str | Path | Folder,
-    *,
-    sparsity: float | None = None,
-    dense: bool = False,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    adapter_path: str | None = None,
-) -> Loaded:
-    """A converted model from a folder or hub id, or of a folder that is checked already, with its tokenizer.
+@dataclass
+class Loaded:
+    """A model ready to run.
 
-    sparsity: derive thresholds for this share from the stored curves instead of the calibrated ones;
-    None takes SPQT_SPARSITY, where that is set. dense: skip nothing, and run every layer as it is stored;
-    else each runs as this device's profile says.
-    Raises SpqtError when the folder is damaged, was edited, or is not a converted model.
+    folder: where it lies and what config.json says, checked. sparsity: the share of channels that its
+    thresholds aim to skip, 0 to 1; None when it runs dense. note: one line for a user where the model does
+    not simply run as it was calibrated, else "". draft: proposes tokens, if there is one.
     """
+
+    model: nn.Module
+    tokenizer: Any
+    folder: Folder
+    sparsity: float | None = None
+    note: str = ""
+    draft: Draft | None = None
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """config.json as read."""
+        return self.folder.config
+
+    @property
+    def warning(self) -> str:
+        """One line where the calibration measured that the text will suffer at this sparsity, else ""."""
+        return quality_warning.warning_of(self.folder.calibration, self.sparsity)
+
+    def add_note(self, text: str) -> None:
+        """Append to `note`; "" adds nothing."""
+        self.note = "; ".join(filter(None, [self.note, text]))
+
+
+def load(path: str | Path | Folder, **options: Unpack[Loading]) -> Loaded:
+    """A converted model with its tokenizer, ready to run as `options` say (`Loading` has their meaning).
+
+    path: a folder, a hub id, or a folder that is checked already. The steps: check the folder, load it,
+    set the thresholds, let each layer run as this device's profile says, load the draft model.
+    Raises UsageError for a sparsity out of range, SpqtError when the folder is damaged, was edited, or is
+    not a converted model.
+    """
+    sparsity, dense = options.get("sparsity"), options.get("dense", False)
+    adapter, trusted = options.get("adapter_path"), options.get("trust_remote_code", False)
+    thresholds.check_sparsity(sparsity)
     if isinstance(path, Folder):
         folder = path
     else:
-        folder = locate.open_folder(str(path), revision, trust_remote_code=trust_remote_code)
-    if adapter_path is not None and not (Path(adapter_path) / "adapter_config.json").is_file():
-        raise SpqtError(f"{adapter_path} has no adapter_config.json", "give a folder of LoRA adapters")
-    wishes: dict[str, Any] = {"adapter_path": adapter_path, "trust_remote_code": trust_remote_code}
+        folder = locate.open_folder(str(path), options.get("revision"), trust_remote_code=trusted)
+    if adapter is not None and not (Path(adapter) / "adapter_config.json").is_file():
+        raise SpqtError(f"{adapter} has no adapter_config.json", "give a folder of LoRA adapters")
+    wishes = {"adapter_path": adapter, "trust_remote_code": trusted}
     loaded = Loaded(*_through_mlx_lm(folder, wishes), folder)
     _set_thresholds(loaded, wished_sparsity() if sparsity is None else sparsity, dense)
     if not dense:
-        loaded.note = "; ".join(filter(None, [loaded.note, apply_profile(loaded)]))
+        loaded.add_note(apply_profile(loaded))
+    if draft := options.get("draft_model"):
+        loaded.draft = load_draft(draft, loaded, dense=dense)
+        if loaded.sparsity:
+            loaded.add_note(DRAFT_NOTE)
     return loaded
 
 
@@ -167,6 +180,21 @@ def known(loaded: Loaded, tokens: list[int]) -> list[int]:
             f"the tokenizer is of another model: {CONVERT_AGAIN}",
         )
     return tokens
+
+
+def context_tokens(config: dict[str, Any]) -> int | None:
+    """The model's context length in tokens, None where config.json does not say.
+
+    It is shorter than the config's own where mlx-lm's class is right only up to a length (`settle`).
+    """
+    limits = (config_json.size(config, "max_position_embeddings"), right_tokens(config))
+    return min((each for each in limits if each is not None), default=None)
+
+
+def right_tokens(config: dict[str, Any]) -> int | None:
+    """The length in tokens up to which mlx-lm's class computes the model right; None: any length."""
+    section = config.get("spqt")
+    return config_json.size(section, "context") if isinstance(section, dict) else None
 
 
 def load_draft(name: str, target: Loaded, *, dense: bool = False) -> Draft:

@@ -5,9 +5,9 @@ import shutil
 
 import pytest
 
-from spqt_cli.calibrate import calibrate, result
+from spqt_cli.calibrate import calibrate
 from spqt_cli.cli import describe
-from spqt_cli.decode import layers, session
+from spqt_cli.decode import layers, quality_warning, session
 from spqt_cli.format.folder import Folder
 
 
@@ -32,9 +32,9 @@ def test_size_counts_embedding_and_head(converted, tmp_path, monkeypatch):
 
 
 def test_limit_is_met_and_one_step_over_it_warns():
-    assert result.warning(result.SUFFERS) == ""
-    assert "perplexity about +28%" in result.warning(0.25)  # exp(0.25) = 1.284
-    assert result.warning(1e300)  # no overflow
+    assert quality_warning.warning(quality_warning.SUFFERS) == ""
+    assert "perplexity about +28%" in quality_warning.warning(0.25)  # exp(0.25) = 1.284
+    assert quality_warning.warning(1e300)  # no overflow
 
 
 @pytest.fixture
@@ -46,13 +46,13 @@ def poor(calibrated):
 
 
 def test_warned_of_the_calibrated_share_and_above(poor):
-    shown = {share: result.warning_of(poor, share) for share in (None, 0.2, 0.4, 0.6)}
+    shown = {share: quality_warning.warning_of(poor, share) for share in (None, 0.2, 0.4, 0.6)}
     assert [share for share, said in shown.items() if said] == [0.4, 0.6]
 
 
 def test_no_calibration_or_no_recorded_kl_warns_of_nothing(poor):
-    assert result.warning_of(dataclasses.replace(poor, kl=None), 0.4) == ""
-    assert result.warning_of(None, 0.4) == ""
+    assert quality_warning.warning_of(dataclasses.replace(poor, kl=None), 0.4) == ""
+    assert quality_warning.warning_of(None, 0.4) == ""
 
 
 def test_inspect_shows_cost_and_warning(calibrated):

@@ -103,7 +103,7 @@ def test_longrope_is_kept_to_its_short_factors(original, refused, tmp_path):
     result = convert.convert(str(opened.folder), tmp_path / "out", convert.ConvertOptions(group_size=32))
     assert any("300 tokens" in warning for warning in result.warnings)
     loaded = session.load(tmp_path / "out")
-    assert generate.context_tokens(loaded.config) == 300
+    assert session.context_tokens(loaded.config) == 300
     with pytest.raises(SpqtError, match="300"):
         generate.encode(loaded, Prompt("a b " * 400, ignore_chat_template=True))
 
