@@ -11,13 +11,11 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from spqt_cli.decode import session
+from spqt_cli.decode import context, session
 from spqt_cli.evaluate import variants
-from spqt_cli.evaluate.report import DENSE, SOURCE, Quality, Variant, report
-from spqt_cli.evaluate.variants import Choice, EvaluateOptions, OnProgress, parse_shares
+from spqt_cli.evaluate.report import DENSE, SOURCE, Quality, Variant
+from spqt_cli.evaluate.variants import Choice, EvaluateOptions, OnProgress
 from spqt_cli.measure import many_rows, probes, scoring, texts
-
-__all__ = ["Choice", "EvaluateOptions", "Quality", "Variant", "evaluate", "parse_shares", "report"]
 
 MOST_WINDOWS = 2  # at once
 LOGITS_BYTES = 256 << 20  # of one variant at once, if that is more than a window: several times it is held
@@ -43,9 +41,12 @@ def evaluate_choices(
     """As `evaluate`, for thresholds that need not be stored: name -> Choice, beside dense."""
     document = texts.read(text)
     stream = session.known(loaded, texts.tokens(document, loaded.tokenizer))
-    rows = texts.windows(stream, options.window, texts.opening(loaded.tokenizer))
+    window, note = context.window(context.tokens(loaded.config), options.window, variants.WINDOW)
+    rows = texts.windows(stream, window, texts.opening(loaded.tokenizer))
     texts.need(rows, options.windows, document)
-    return _Evaluation(loaded, options, choices, on_progress).run(rows[: options.windows], document)
+    quality = _Evaluation(loaded, options, choices, on_progress).run(rows[: options.windows], document)
+    quality.note = note
+    return quality
 
 
 class _Evaluation:
