@@ -19,7 +19,7 @@ from spqt_cli.calibrate.methods import CANDIDATES, Search, layer_row, steps
 from spqt_cli.calibrate.progress import Progress
 from spqt_cli.calibrate.result import Calibration, LayerRow, Tried, print_table
 from spqt_cli.calibrate.stream import engine, paging
-from spqt_cli.decode import session
+from spqt_cli.decode import context, session
 from spqt_cli.errors import SpqtError, UnsupportedError, UsageError
 from spqt_cli.format import thresholds
 from spqt_cli.format.contract import ThresholdsError
@@ -32,6 +32,7 @@ from spqt_cli.system import files
 __all__ = ["CalibrateOptions", "Calibration", "LayerRow", "calibrate", "print_table", "remove"]
 
 MIN_WINDOW = 32
+WINDOW = 512  # tokens, where none are asked for
 OnProgress = Callable[[float, float, str], None]
 
 
@@ -39,8 +40,8 @@ OnProgress = Callable[[float, float, str], None]
 class CalibrateOptions:
     """sparsity: share to skip, None for the default of the model's size. data: a text file, None for
     the shipped one. tokens: of text run in all, a quarter of them held out to check the result.
-    window: tokens per sequence, the first half a prompt. seed: picks the windows.
-    method: a key of methods.CANDIDATES. restart: drop an unfinished run's progress.
+    window: tokens per sequence, the first half a prompt; None: 512, or what the context allows.
+    seed: picks the windows. method: a key of methods.CANDIDATES. restart: drop an unfinished run's progress.
     max_kl, max_ppl_increase: instead of a sparsity, the highest one whose KL to dense (nats) or rise of
     perplexity (percent) on held-out text stays under this. min_tokens_per_second: instead, the lowest
     one that decodes so fast on this machine. stream: load one block of weights at a time; None: if the
@@ -50,7 +51,7 @@ class CalibrateOptions:
     sparsity: float | None = None
     data: Path | None = None
     tokens: int = 4096
-    window: int = 512
+    window: int | None = None
     seed: int = 0
     method: str = "auto"
     restart: bool = False
@@ -124,9 +125,9 @@ def _check_options(options: CalibrateOptions) -> None:
     thresholds.check_sparsity(options.sparsity)
     if options.method not in CANDIDATES:
         raise UsageError(f"there is no method {options.method!r}", f"use one of: {', '.join(CANDIDATES)}")
-    if min(options.tokens // 2, options.window) < MIN_WINDOW:
+    if min(options.tokens // 2, options.window or WINDOW) < MIN_WINDOW:
         raise UsageError(
-            f"{options.tokens} tokens in windows of {options.window} are too few",
+            f"{options.tokens} tokens in windows of {options.window or WINDOW} are too few",
             f"use at least {2 * MIN_WINDOW} tokens and windows of {MIN_WINDOW}",
         )
 
@@ -148,14 +149,21 @@ def _check_writable(path: Path) -> None:
         pass
 
 
+def _window(loaded: session.Loaded, options: CalibrateOptions) -> tuple[int, str]:
+    """(tokens of each window, a line for people where the model's context shortens them)."""
+    limit = context.tokens(loaded.config)
+    if limit is not None and limit < MIN_WINDOW:
+        raise SpqtError(f"{loaded.folder} has a context of {limit} tokens", "convert the model again")
+    window, note = context.window(limit, options.window, WINDOW)
+    most = options.tokens // 2
+    return min(window, most) // 2 * 2, note if window <= most else ""
+
+
 def choose_windows(
     loaded: session.Loaded, text: texts.Text, options: CalibrateOptions
 ) -> tuple[np.ndarray, np.ndarray]:
     """The windows to calibrate on and the ones held out: (count, window) each, int32."""
-    context = loaded.folder.size("max_position_embeddings") or options.window
-    if context < MIN_WINDOW:
-        raise SpqtError(f"{loaded.folder} has a context of {context} tokens", "convert the model again")
-    window = min(options.window, options.tokens // 2, context) // 2 * 2
+    window = _window(loaded, options)[0]
     stream = session.known(loaded, texts.tokens(text, loaded.tokenizer))
     rows = texts.windows(stream, window, texts.opening(loaded.tokenizer))
     count = options.tokens // window
@@ -175,6 +183,7 @@ class _Run:
 
         self.loaded, self.text, self.options, self.on_progress = loaded, text, options, on_progress
         self.rows, self.held_out = choose_windows(loaded, text, options)
+        self.note = _window(loaded, options)[1]
         self.weights = get_total_parameters(loaded.model)
         identity = {
             "model": loaded.folder.weights_fingerprint,
@@ -226,8 +235,7 @@ class _Run:
             layers=rows,
             tokens_per_second=rate,
             lossless=probes.weighted(zeros, harness.layers),
-            note=search.without_gradients
-            and f"{search.without_gradients}; so all layers skip the same share",
+            note="; ".join(filter(None, [self.note, search.without_gradients])),
         )
         self._store(result, curves)
         return result

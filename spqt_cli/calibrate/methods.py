@@ -145,7 +145,7 @@ class Search:
         except UnsupportedError as error:
             if method == "fast":
                 raise
-            self.without_gradients = error.cause
+            self.without_gradients = f"{error.cause}; so all layers skip the same share"
             return [uniform]
         gradient = Candidate("gradient", allocated(costs, self.bench.weights))
         return [gradient] if method == "fast" else [uniform, gradient]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from spqt_cli.backends import select
-from spqt_cli.decode import active_counts, session, text_borders
+from spqt_cli.decode import active_counts, context, session, text_borders
 from spqt_cli.decode.options import Options, Prompt, Sampling, check
 from spqt_cli.errors import BackendError, SpqtError, UsageError
 from spqt_cli.system import files, sandbox
@@ -73,9 +73,8 @@ def encode(loaded: session.Loaded, prompt: Prompt) -> list[int]:
         tokens = tokenizer.encode(_templated(tokenizer, prompt), add_special_tokens=False)
     if not tokens:
         raise SpqtError("template and tokenizer leave nothing of the prompt", "try --ignore-chat-template")
-    limit = session.context_tokens(loaded.config)
-    if limit is not None and len(tokens) >= limit:
-        raise SpqtError(f"the prompt has {len(tokens)} tokens, the model's context {limit}", "shorten it")
+    if (limit := context.tokens(loaded.config)) is not None:
+        context.room(limit, len(tokens))
     return session.known(loaded, tokens)
 
 
@@ -136,10 +135,6 @@ def stream(loaded: session.Loaded, tokens: list[int], sampling: Sampling, option
                 f"--extra-eos-token {name}: the model has no such token", "see tokenizer.json"
             ) from None
     arguments = _loop_arguments(loaded, sampling, options)
-    right = session.right_tokens(loaded.config)
-    if right is not None:  # what would come after it would be wrong
-        asked = options.max_tokens if options.max_tokens > 0 else right
-        arguments["max_tokens"] = max(1, min(asked, right - len(tokens)))
     mx.reset_peak_memory()
     gate, response, stopped = StopStrings(options.stop or ()), None, False
     answer = text_borders.Answer(loaded.tokenizer, tokens)

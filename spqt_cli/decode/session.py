@@ -182,21 +182,6 @@ def known(loaded: Loaded, tokens: list[int]) -> list[int]:
     return tokens
 
 
-def context_tokens(config: dict[str, Any]) -> int | None:
-    """The model's context length in tokens, None where config.json does not say.
-
-    It is shorter than the config's own where mlx-lm's class is right only up to a length (`settle`).
-    """
-    limits = (config_json.size(config, "max_position_embeddings"), right_tokens(config))
-    return min((each for each in limits if each is not None), default=None)
-
-
-def right_tokens(config: dict[str, Any]) -> int | None:
-    """The length in tokens up to which mlx-lm's class computes the model right; None: any length."""
-    section = config.get("spqt")
-    return config_json.size(section, "context") if isinstance(section, dict) else None
-
-
 def load_draft(name: str, target: Loaded, *, dense: bool = False) -> Draft:
     """A smaller model for speculative decoding: converted or any that mlx-lm loads.
 

@@ -28,16 +28,16 @@ def _own_cache(tmp_path, monkeypatch):
 
 
 def loaded(arch: str = "llama", sparsity: float = 0.4, group_size: int = 32) -> SimpleNamespace:
-    """A tiny model as `model.load` returns it, every layer with a threshold of that sparsity."""
+    """A tiny model as `session.load` returns it, every layer with a threshold of that sparsity."""
     mx.random.seed(7)
     config = tiny_config(arch)
     model = models.random_model(config, 4, group_size, mx.float32)
     curve = [share * 2.0 for share in thresholds.CURVE_SPARSITIES]
-    quantization = {}
-    for path, layer in zigzag_layers(model).items():
+    layers = zigzag_layers(model)
+    for layer in layers.values():
         layer.set_threshold(sparsity * 2.0)
-        quantization[path] = {"mode": "zigzag", "spqt": {"curve": curve, "threshold": sparsity * 2.0}}
-    return SimpleNamespace(model=model, config={**config, "quantization": quantization}, sparsity=sparsity)
+    folder = SimpleNamespace(curves=dict.fromkeys(layers, curve))
+    return SimpleNamespace(model=model, config=config, folder=folder, sparsity=sparsity)
 
 
 def keys(model: nn.Module) -> dict[str, str]:
