@@ -8,9 +8,6 @@ from collections.abc import Sequence
 import typer
 
 from spqt_cli.errors import SpqtError, Terminated, UnsupportedError, UsageError
-from spqt_cli.format import locate
-from spqt_cli.format.folder import Folder, is_converted
-from spqt_cli.system import files
 
 # Flags of mlx-lm's commands that name a model to load.
 MODEL_FLAGS = ("--model", "--draft-model", "--hf-path", "--quantized-model", "-m")
@@ -92,9 +89,8 @@ def _hand_over() -> None:
         ) from error
 
 
-def _mode(folder: Folder, wished: float | None) -> str:
-    """How requests to a model run, for people."""
-    calibrated = folder.calibration.sparsity if folder.calibration else 0.0
+def _mode(calibrated: float, wished: float | None) -> str:
+    """How requests to a model run. calibrated, wished: sparsities, 0 to 1; wished: by SPQT_SPARSITY."""
     share = calibrated if wished is None else wished
     if not share:
         return "all runs dense, nothing is skipped"
@@ -106,6 +102,10 @@ def _check(name: str, command: str, wished: float | None) -> bool:
 
     Raises SpqtError where it is not, and for a path with nothing there.
     """
+    from spqt_cli.format import locate
+    from spqt_cli.format.folder import Folder, is_converted
+    from spqt_cli.system import files
+
     path = files.expanded(name)
     if not path.exists() and not locate.is_hub_id(name):
         raise SpqtError(f"{name} is not found", "give a model's folder or a hub id (org/name)")
@@ -117,7 +117,8 @@ def _check(name: str, command: str, wished: float | None) -> bool:
     if wished and folder.calibration is None:
         raise SpqtError(f"{path} has no thresholds for SPQT_SPARSITY={wished}", f"spqt calibrate {path}")
     if command in WRITING:
-        print(f"spqt: {path}: {_mode(folder, wished)}", file=sys.stderr, flush=True)
+        calibrated = folder.calibration.sparsity if folder.calibration else 0.0
+        print(f"spqt: {path}: {_mode(calibrated, wished)}", file=sys.stderr, flush=True)
     return True
 
 
