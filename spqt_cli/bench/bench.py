@@ -1,6 +1,6 @@
 """Tokens per second of a whole model: stock mlx-lm and Zigzag at several sparsities, in one interleaved run.
 
-The loop is mlx-lm's own `generate_step`, so Python's share of a token is in every figure. In each
+The loop is mlx-lm's own `generate_step`, so Python's part of a token is in every figure. In each
 repetition every variant runs once, one after another, so that a drift of the machine meets all alike.
 model_timing.py holds the clock, models.py makes the models, kernel_timing.py is the kernel level.
 """
@@ -165,7 +165,7 @@ def run_kernels(options: Options, on_progress: Progress = lambda *_: None) -> Re
 
 
 def unsteadiness(report: Report) -> float:
-    """The typical standard deviation of a kernel report's times, as a share of their mean."""
+    """The typical standard deviation of a kernel report's times, as a fraction of their mean."""
     rows = [row for row in report.rows if isinstance(row, KernelRow)]
     return statistics.median(row.time.spread / row.time.mean for row in rows)
 

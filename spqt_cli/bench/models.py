@@ -29,7 +29,7 @@ CHUNK_TOKENS = 2048  # of an untimed pass: mlx-lm's own step
 
 @dataclass
 class Subject:
-    """What is measured. tokens: of prompts, repeated as needed; settings: how it was made, for people.
+    """What is measured. tokens: of prompts, repeated as needed; settings: of its making.
 
     thresholds(sparsity, cache, tokens): the threshold of each layer by path, for decoding `tokens`
     more tokens after what `cache` holds.
@@ -59,7 +59,7 @@ def compute_dtype(model: nn.Module) -> mx.Dtype:
 
 
 def packing(model: nn.Module) -> dict[str, Any]:
-    """Bits and group size of a model's first Zigzag layer, and the dtype it computes in, for people."""
+    """Bits and group size of a model's first Zigzag layer, and the dtype it computes in."""
     first = next(iter(zigzag_layers(model).values()))
     computed_in = str(compute_dtype(model)).rpartition(".")[2]
     return {"bits": first.bits, "group_size": first.group_size, "computed_in": computed_in}
@@ -213,7 +213,7 @@ def evaluate(model: nn.Module) -> None:
 
 
 def check_memory(zigzag: nn.Module, name: str) -> None:
-    """Refuse a model that does not fit twice: in the Zigzag layout, and row-grouped beside it."""
+    """Refuse a model that does not fit twice: in the Zigzag layout, and row-grouped."""
     layers = sum(one.weight.nbytes + 2 * one.scales.nbytes for one in zigzag_layers(zigzag).values())
     wanted = layers + sum(array.nbytes for array in arrays(zigzag).values())
     info = mx.device_info()
@@ -239,7 +239,7 @@ def caches(subject: Subject, depth: int) -> dict[str, list[Any]]:
 def fit_thresholds(
     model: nn.Module, sparsity: float, tokens: mx.array, cache: list[Any]
 ) -> dict[str, mx.array]:
-    """Path -> threshold, (1,) float32: each layer skips that share of its inputs over `tokens` (n,).
+    """Path -> threshold, (1,) float32: each layer skips that fraction of its inputs over `tokens` (n,).
 
     Layer after layer in one pass, each fed by the layers before it as they will run, skipping: fitted
     to a dense run, thresholds would skip ever more, since skipping shrinks what comes after.

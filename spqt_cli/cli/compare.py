@@ -16,7 +16,7 @@ def compare(
     model: ModelArgument = None,
     model_option: ModelOption = None,
     sparsity: Annotated[
-        str, typer.Option(help="Shares to compare, comma-separated; 0 is dense.")
+        str, typer.Option(help="Sparsities to compare, comma-separated; 0 is dense.")
     ] = "0,0.25,0.4",
     max_tokens: Annotated[int, typer.Option("--max-tokens", "-m", help="Tokens of each text.")] = 96,
     quiet: Quiet = False,
@@ -26,9 +26,11 @@ def compare(
     model = flags.needed(model, model_option, 'spqt compare MODEL --prompt "Hello"')
     text = prompt_text(prompt, None)
     try:
-        shares = [float(part) for part in sparsity.split(",")]
+        sparsities = [float(part) for part in sparsity.split(",")]
     except ValueError:
-        raise UsageError(f"--sparsity {sparsity!r} is no list of numbers", "for example 0,0.25,0.4") from None
+        raise UsageError(
+            f"--sparsity {sparsity!r} is not a list of numbers", "for example 0,0.25,0.4"
+        ) from None
     from spqt_cli.decode.options import Prompt
     from spqt_cli.evaluate import compare as comparer
 
@@ -36,5 +38,5 @@ def compare(
         if not (quiet or json_output):
             typer.echo(f"{what} ...", err=True)
 
-    rows = comparer.compare(model, Prompt(text), shares, max_tokens, announce)
+    rows = comparer.compare(model, Prompt(text), sparsities, max_tokens, announce)
     typer.echo(as_json([comparer.as_dict(row) for row in rows]) if json_output else comparer.report(rows))

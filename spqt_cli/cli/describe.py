@@ -39,7 +39,7 @@ class Summary:
     zeros: str = ""
 
     def text(self) -> str:
-        """A few lines for people."""
+        """The summary as a few lines of text."""
         total = self.zigzag_bytes + self.other_bytes
         kinds, own = (
             ", ".join(f"{count} x {kind}" for kind, count in each.items()) for each in (self.kinds, self.own)
@@ -111,8 +111,8 @@ def _reads(folder: Folder) -> Reads:
             reason = plan.KEPT_BY_WISH  # today's plan would take it
         pieces.append(Piece(path, size, decide.fractions.of(path) * size, reason))
     if folder.calibration is not None and folder.calibration.sparsity:
-        share, origin = folder.calibration.sparsity, "calibrated"
+        sparsity, origin = folder.calibration.sparsity, "calibrated"
     else:
         count = sum(array.size for array in dict(tree_flatten(model.parameters())).values())
-        share, origin = presets.default_sparsity(count), "not calibrated yet: the default for this size"
-    return summed(pieces, decide.fractions.experts, share, origin)
+        sparsity, origin = presets.default_sparsity(count), "not calibrated yet: the default for this size"
+    return summed(pieces, decide.fractions.experts, sparsity, origin)

@@ -24,7 +24,7 @@ def generate(
     prompt_file: Annotated[
         Path | None, typer.Option("--prompt-file", "-f", help="A UTF-8 file.", readable=False)
     ] = None,
-    system_prompt: Annotated[str | None, typer.Option(help="System turn of the chat template.")] = None,
+    system_prompt: Annotated[str | None, typer.Option(help="System message of the chat template.")] = None,
     prefill_response: Annotated[str | None, typer.Option(help="Beginning of the answer.")] = None,
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", "-m", help="Most tokens to write; -1: no limit.")
@@ -35,7 +35,7 @@ def generate(
     sparsity: Annotated[
         float | None,
         typer.Option(
-            help="Skip this share instead of the calibrated one; 0: exact zeros alone, without loss."
+            help="Sparsity instead of the calibrated one, 0 to 0.95; 0 skips only exact zeros, without loss."
         ),
     ] = None,
     temp: Annotated[float, typer.Option(help="Temperature; 0 takes the likeliest token.")] = 0.0,

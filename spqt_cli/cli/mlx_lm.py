@@ -91,10 +91,10 @@ def _hand_over() -> None:
 
 def _mode(calibrated: float, wished: float | None) -> str:
     """How requests to a model run. calibrated, wished: sparsities, 0 to 1; wished: by SPQT_SPARSITY."""
-    share = calibrated if wished is None else wished
-    if not share:
+    sparsity = calibrated if wished is None else wished
+    if not sparsity:
         return "all runs dense, nothing is skipped"
-    return f"prompts run dense, generated tokens at {share:.0%} sparsity, in batches too"
+    return f"prompts run dense, generated tokens at {sparsity:.0%} sparsity, in batches too"
 
 
 def _check(name: str, command: str, wished: float | None) -> bool:

@@ -13,7 +13,7 @@ def verify(
     model: Annotated[Path, typer.Argument(help="A converted folder.", readable=False)],
     json_output: Json = False,
 ) -> None:
-    """Read every byte of a converted folder and hold it against its recorded hashes."""
+    """Read every byte of a converted folder and compare it with the recorded hashes."""
     from spqt_cli.format.folder import Folder
 
     shards = Folder(model).verify()

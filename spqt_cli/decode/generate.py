@@ -22,7 +22,7 @@ CHECK_EVERY = 32  # tokens between looks at the log-probabilities: a look waits 
 class Statistics:
     """What one generation did. Rates in tokens per second, sizes in bytes, sparsity 0 to 1.
 
-    Of what was decoded: prompts run dense. sparsity: share of Zigzag weights skipped, the mean over tokens
+    Of what was decoded: prompts run dense. sparsity: fraction of Zigzag weights skipped, the mean over tokens
     fed. weight_bytes_per_token: read for each token written, by the draft model too; steps that verify drafts
     read all weights whatever they skip. dense_weight_bytes_per_token: what the same steps would read dense.
     draft_sparsity: the draft model's; None without one.
@@ -43,7 +43,7 @@ class Statistics:
     draft_sparsity: float | None = None
 
     def line(self) -> str:
-        """One line for people."""
+        """The statistics as one line of text."""
         draft = "" if self.draft_sparsity is None else f" ({self.draft_sparsity:.1%} of the draft model's)"
         return (
             f"prompt {self.prompt_tokens} tokens, {self.prompt_tps:.1f} tok/s | "
@@ -79,7 +79,7 @@ def encode(loaded: session.Loaded, prompt: Prompt) -> list[int]:
 
 
 def _encode_literally(tokenizer: Any, prompt: Prompt) -> list[int]:
-    """Token ids when the user's text spells a control token: the text stays text, no turn is forged.
+    """Token ids when the user's text spells a control token: the text stays text and forges no message.
 
     Template and text are tokenized apart, which other prompts are not: mlx-lm tokenizes them together.
     """
@@ -153,7 +153,7 @@ def stream(loaded: session.Loaded, tokens: list[int], sampling: Sampling, option
 
 
 def _text(answer: text_borders.Answer, response: Any, options: Options) -> str:
-    """The text that a step adds; the token that ends a turn has none."""
+    """The text that a step adds; an end-of-sequence token has none."""
     text = ""
     if response.finish_reason != "stop":
         options.on_token(response.token)

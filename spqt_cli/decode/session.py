@@ -38,8 +38,8 @@ class Draft:
 class Loaded:
     """A model ready to run.
 
-    folder: where it lies and what config.json says, checked. sparsity: the share of channels that its
-    thresholds aim to skip, 0 to 1; None when it runs dense. note: one line for a user where the model does
+    folder: where it lies and what config.json says, checked. sparsity: what its
+    thresholds aim at, 0 to 1; None when it runs dense. note: one line for a user where the model does
     not simply run as it was calibrated, else "". draft: proposes tokens, if there is one.
     """
 
@@ -155,7 +155,7 @@ def set_dense(loaded: Loaded) -> None:
 
 
 def set_sparsity(loaded: Loaded, sparsity: float) -> None:
-    """Skip another share of the channels: the calibrated thresholds, or ones derived from the curves.
+    """Set the thresholds of another sparsity: the calibrated ones, or ones derived from the curves.
 
     sparsity: 0 to 0.95; at 0 only exact zeros are skipped, in layers that have them, which loses nothing.
     """
@@ -269,7 +269,7 @@ def weight_bytes(model: nn.Module, config: dict[str, Any]) -> tuple[float, dict[
 
 
 def touched_bytes(loaded: Loaded | Draft, shares: list[active_counts.Share]) -> tuple[float, float, float]:
-    """(bytes of weights read per step, bytes of a dense step, share of Zigzag weights skipped per token).
+    """(bytes of weights read per step, bytes of a dense step, fraction of Zigzag weights skipped per token).
 
     The last may be more than is saved in reading: steps of many rows read all weights.
     """

@@ -1,7 +1,7 @@
-"""One prompt at several sparsities, side by side: text, speed, bytes, and what the text cost.
+"""`spqt compare`: one prompt at several sparsities, with text, speed, bytes read and quality of each.
 
-The cost is the dense model's perplexity of each text: how surprising the dense model, run over the
-same prompt, finds what was written. It needs no second model and no reference text.
+Quality is the perplexity that the dense model gives to each text after the same prompt. It needs no second
+model and no reference text.
 """
 
 import math
