@@ -90,9 +90,7 @@ def _check_layer_types(inner: dict[str, Any], name: str) -> None:
     """Raise SpqtError for layer types that are no list of names."""
     types = inner.get("layer_types")
     if types is not None and not (isinstance(types, list) and all(isinstance(one, str) for one in types)):
-        raise SpqtError(
-            f"{name}: config.json: 'layer_types' is {types!r:.40}, not a list of names", checks.AGAIN
-        )
+        raise SpqtError(f"{name}: config.json: 'layer_types' is {types!r:.40}, not a list of names", AGAIN)
 
 
 def _by_layer_type(inner: dict[str, Any]) -> list[dict[str, Any]]:
