@@ -1,14 +1,17 @@
 """What a converted folder holds and what a token reads of it, from config.json and headers alone."""
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mlx import nn
 from mlx.utils import tree_flatten
 
+from spqt_cli.backends import select
 from spqt_cli.calibrate import result
 from spqt_cli.convert import parameters, plan
+from spqt_cli.decode import exact, fused_block
 from spqt_cli.decode.bytes_read import Piece, Reads, summed
 from spqt_cli.format import checks, config_json, identity, locate, presets
 
@@ -21,7 +24,8 @@ class Summary:
 
     kinds: Zigzag layers per (bits, group size). own: likewise, row-grouped layers that differ from the
     model's default, such as embedding and head. zeros: a line on layers whose inputs have exact zeros, or "".
-    reads: what a token reads, and what of it is always read.
+    reads: what a token reads, and what of it is always read. fused_blocks: how transformer blocks would run
+    on `backend`, which is this machine's.
     """
 
     folder: Path
@@ -34,6 +38,8 @@ class Summary:
     own: dict[str, int]
     reads: Reads
     zeros: str = ""
+    backend: str = ""
+    fused_blocks: fused_block.Report = field(default_factory=fused_block.Report)
 
     def text(self) -> str:
         """A few lines for people."""
@@ -57,6 +63,7 @@ class Summary:
                 lines.append(said)
             if self.zeros:
                 lines.append(self.zeros)
+        lines.append(f"on backend {self.backend} {self.fused_blocks.line()}")
         return "\n".join(lines + self.reads.lines())
 
 
@@ -78,18 +85,33 @@ def describe(path: str, revision: str | None = None) -> Summary:
     if facts is not None:
         facts = {key: value for key, value in facts.items() if not isinstance(value, (dict, list))}
     model_type = str(config.get("model_type"))
-    reads = _reads(folder, config, tensors)
+    model = parameters.build(config, str(folder))
+    reads = _reads(model, config, tensors)
     layers, other = len(entries), total - zigzag
-    return Summary(folder, model_type, layers, dict(kinds), zigzag, other, facts, dict(own), reads, zeros)
+    model = exact.complete(model, config["spqt"])
+    zigzag_layers = {id(module) for path, module in model.named_modules() if path in entries}
+    return Summary(
+        folder,
+        model_type,
+        layers,
+        dict(kinds),
+        zigzag,
+        other,
+        facts,
+        dict(own),
+        reads,
+        zeros,
+        select.backend().name,
+        fused_block.report(model, lambda layer: id(layer) in zigzag_layers),
+    )
 
 
 def _kind(entry: dict[str, Any]) -> str:
     return f"{entry.get('bits')} bits, group {entry.get('group_size')}"
 
 
-def _reads(folder: Path, config: dict[str, Any], tensors: dict[str, checks.Tensor]) -> Reads:
+def _reads(model: nn.Module, config: dict[str, Any], tensors: dict[str, checks.Tensor]) -> Reads:
     """What a token reads; the reasons are those of a plan made today for the same model."""
-    model = parameters.build(config, str(folder))
     decide = plan.Decisions(model, plan.Wishes(), config)
     entries = config_json.entries(config)
     pieces = []
