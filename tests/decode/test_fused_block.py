@@ -9,7 +9,7 @@ from mlx_lm.models.cache import KVCache
 
 from spqt_cli.backends import problems
 from spqt_cli.backends.gpu import backend as gpu
-from spqt_cli.backends.gpu import first_use, geometry, kernel_text, launch_plan
+from spqt_cli.backends.gpu import first_use, geometry, kernel_text
 from spqt_cli.backends.gpu import launch as launching
 from spqt_cli.decode import active_counts, attention_gpu, fused_block, fused_mlp, hooks, layers, phase
 from tests.backends.gpu.test_first_use import fresh_trust, run_emulated
@@ -183,12 +183,10 @@ def test_the_first_use_check_judges_the_residual_sum(monkeypatch, fresh_trust, c
             "body",
             lambda name: real(name).replace("+ float(residual[at])", "- float(residual[at])"),
         )
-    kernel_text.reduce_kernel.cache_clear()
     monkeypatch.setattr(launching, "run", run_emulated)
     use(monkeypatch, CUTS["wide"])
     case = problems.Case((128,), 301)
     layers, x = problems.matrices(case), problems.vector(case)
-    assert (gpu._plan(x, layers, launch_plan.Form(then="residual")).gemv is None) is wrong
+    assert (gpu._plan(x, layers, launching.Form(then="residual")).gemv is None) is wrong
     assert bool(first_use.broken()) is wrong
     assert ("y + residual is off" in capfd.readouterr().err) is wrong
-    kernel_text.reduce_kernel.cache_clear()

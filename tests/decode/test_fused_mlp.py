@@ -7,7 +7,7 @@ import pytest
 
 from spqt_cli.backends import problems, select
 from spqt_cli.backends.gpu import backend as gpu
-from spqt_cli.backends.gpu import first_use, joined_weights, kernel_text, launch_plan
+from spqt_cli.backends.gpu import first_use, kernel_text, weights
 from spqt_cli.backends.gpu import launch as launching
 from spqt_cli.decode import active_counts, fused_mlp, phase
 from spqt_cli.decode.layers import ZigzagLinear, share_input
@@ -133,7 +133,7 @@ def test_unequal_layers_and_single_launches_are_left_alone(on_emulator, monkeypa
     made = module()
     assert gpu.prepare_gated(X, [made.gate_proj, made.down_proj], made.down_proj) is None
     use(monkeypatch, CUTS["narrow"])  # one stripe: nothing is added up that could carry silu
-    joined_weights.kept(made.gate_proj).clear()
+    weights.kept(made.gate_proj).forget()
     assert gpu.prepare_gated(X, [made.gate_proj, made.up_proj], made.down_proj) is None
 
 
@@ -143,7 +143,7 @@ def test_one_stripe_is_no_fault_of_the_kernels(monkeypatch, fresh_trust):
     use(monkeypatch, CUTS["narrow"])
     some, x = problems.matrices(problems.Case((128, 128), 301)), problems.vector(problems.Case((128,), 301))
     assert gpu.prepare_gated(x, some, some[0]) is None
-    assert gpu._plan(x, some[:1], launch_plan.Form(then="residual")).gemv is None
+    assert gpu._plan(x, some[:1], launching.Form(then="residual")).gemv is None
     assert first_use.broken() == []
 
 
@@ -154,7 +154,6 @@ def test_the_first_use_check_judges_the_gated_reduction(monkeypatch, fresh_trust
         monkeypatch.setattr(
             kernel_text, "body", lambda name: real(name).replace("1.0f + exp(", "2.0f + exp(")
         )
-    kernel_text.reduce_kernel.cache_clear()
     monkeypatch.setattr(launching, "run", run_emulated)
     use(monkeypatch, CUTS["wide"])
     some = problems.matrices(problems.Case((128, 128), 301))
@@ -162,4 +161,3 @@ def test_the_first_use_check_judges_the_gated_reduction(monkeypatch, fresh_trust
     assert (gpu.prepare_gated(x, some, some[0]) is None) is wrong
     assert bool(first_use.broken()) is wrong
     assert ("silu(gate) * up is off" in capfd.readouterr().err) is wrong
-    kernel_text.reduce_kernel.cache_clear()
