@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -22,9 +21,11 @@ from spqt_cli.calibrate.result import Calibration, LayerRow, Tried, print_table
 from spqt_cli.calibrate.stream import engine, paging
 from spqt_cli.decode import context, session
 from spqt_cli.errors import SpqtError, UnsupportedError, UsageError
-from spqt_cli.format import config_json, thresholds
-from spqt_cli.format.config_json import CURVE_SPARSITIES
+from spqt_cli.format import thresholds
+from spqt_cli.format.contract import ThresholdsError
+from spqt_cli.format.folder import Folder, remove_thresholds
 from spqt_cli.format.presets import default_sparsity
+from spqt_cli.format.thresholds import CURVE_SPARSITIES
 from spqt_cli.measure import probes, texts
 from spqt_cli.system import files
 
@@ -76,54 +77,41 @@ def calibrate(path: Path, options: CalibrateOptions, on_progress: OnProgress) ->
     """
     _check_options(options)
     text = texts.read(options.data)
-    _drop_bad_thresholds(path)
+    folder = _open(path)
     _check_writable(path)
     with files.claim(path):
         if paging.wanted(path, options):
             try:
-                return _calibrate(path, text, paging.stepped_down(path, options), on_progress)
+                return _calibrate(folder, text, paging.stepped_down(path, options), on_progress)
             except UnsupportedError as error:
                 if options.stream:
                     raise
                 paging.note(f"{error.cause}; so the whole model is loaded")
                 options = replace(options, restart=True)
-        return _calibrate(path, text, replace(options, stream=False), on_progress)
+        return _calibrate(folder, text, replace(options, stream=False), on_progress)
 
 
 def _calibrate(
-    path: Path, text: texts.Text, options: CalibrateOptions, on_progress: OnProgress
+    folder: Folder, text: texts.Text, options: CalibrateOptions, on_progress: OnProgress
 ) -> Calibration:
     started = time.monotonic()
-    loaded = session.load_lazily(path) if options.stream else session.load(path, dense=True)
+    loaded = session.load_lazily(folder) if options.stream else session.load(folder, dense=True)
     run = _Run(loaded, text, options, on_progress)
     try:
         result = run.finish(started)
     except UnsupportedError:
         run.progress.clear()  # there is nothing to finish: another method may be tried at once
-        paging.clear(path)
+        paging.clear(folder.path)
         raise
-    with files.disk_errors(path):
-        config_json.write_config(path, loaded.config)
     run.progress.clear()
-    paging.clear(path)
+    paging.clear(folder.path)
     return result
 
 
 def remove(path: Path) -> None:
     """Take all thresholds out of a converted folder: it runs dense again."""
-    config = config_json.read_config(path)
-    if not config_json.entries(config) or not isinstance(config.get("spqt"), dict):
-        raise SpqtError(f"{path} is not a converted model", f"convert it first: spqt convert {path}")
-    _strip(config)
     with files.claim(path), files.disk_errors(path):
-        config_json.write_config(path, config)
-
-
-def _strip(config: dict[str, Any]) -> None:
-    config["spqt"].pop("calibration", None)
-    for entry in config_json.entries(config).values():
-        for key in ("threshold", "curve"):
-            (entry.get("spqt") or {}).pop(key, None)
+        remove_thresholds(path)
 
 
 def _check_options(options: CalibrateOptions) -> None:
@@ -134,8 +122,7 @@ def _check_options(options: CalibrateOptions) -> None:
         )
     if any(limit is not None and not (limit > 0 and math.isfinite(limit)) for limit in limits):
         raise UsageError("a KL, a rise of perplexity or a speed must be a positive number", "--max-kl 0.1")
-    if options.sparsity is not None and not 0 <= options.sparsity <= 0.95:
-        raise UsageError(f"sparsity {options.sparsity} is not in 0 to 0.95", "0.25 skips a quarter")
+    thresholds.check_sparsity(options.sparsity)
     if options.method not in CANDIDATES:
         raise UsageError(f"there is no method {options.method!r}", f"use one of: {', '.join(CANDIDATES)}")
     if min(options.tokens // 2, options.window or WINDOW) < MIN_WINDOW:
@@ -145,19 +132,15 @@ def _check_options(options: CalibrateOptions) -> None:
         )
 
 
-def _drop_bad_thresholds(path: Path) -> None:
-    """Thresholds that are damaged or of other weights keep a model from loading, and are what calibration
-    replaces: they go first. Anything else that is wrong is left for loading to report.
+def _open(path: Path) -> Folder:
+    """The folder to calibrate. Thresholds that are damaged or of other weights, which no other command
+    accepts, are what calibration replaces: they are removed first.
     """
-    config = config_json.read_config(path)
     try:
-        config_json.check(config, path)
-    except SpqtError:
-        if not isinstance(config.get("spqt"), dict):
-            raise
-        _strip(config)
-        config_json.check(config, path)
+        return Folder(path)
+    except ThresholdsError:
         remove(path)
+        return Folder(path)
 
 
 def _check_writable(path: Path) -> None:
@@ -203,7 +186,7 @@ class _Run:
         self.note = _window(loaded, options)[1]
         self.weights = get_total_parameters(loaded.model)
         identity = {
-            "model": config_json.weights_fingerprint(loaded.config),
+            "model": loaded.folder.weights_fingerprint,
             "text": text.sha256,
             "first": FIRST_TOKENS,
             "goal": [
@@ -215,15 +198,15 @@ class _Run:
             ],
             "windows": [len(self.rows), self.rows.shape[1], options.seed, options.stream],
         }
-        self.progress = Progress(loaded.folder, identity, options.restart)
+        self.progress = Progress(loaded.folder.path, identity, options.restart)
         self.done = windows_done(self.progress)
         self.steps = steps(options.method, len(self.rows), len(self.held_out))
 
     def finish(self, started: float) -> Calibration:
-        """Run all of it and put the result into the config (in memory)."""
+        """Run all of it and write the result into config.json."""
         with probes.probing(self.loaded.model) as harness:
             bench = Workbench(self.loaded.model, harness, (self.rows, self.held_out), self.progress)
-            stream = engine.Stream(bench, self.loaded.folder) if self.options.stream else None
+            stream = engine.Stream(bench, self.loaded.folder.path) if self.options.stream else None
             counts = {} if stream else bench.histograms(self._step)
             live = {path: seen for path, seen in counts.items() if not thresholds.is_dead(seen)}
             target, rate = self._target(bench, live)
@@ -240,7 +223,7 @@ class _Run:
         rows = [layer_row(path, best, target, counts.get(path)) for path in harness.layers]
         zeros = {row.path: row.zeros for row in rows}
         result = Calibration(
-            folder=self.loaded.folder,
+            folder=self.loaded.folder.path,
             sparsity=target,
             realised=tried[0].realised,
             method=self.options.method,
@@ -283,14 +266,12 @@ class _Run:
         self.done += 1
 
     def _store(self, result: Calibration, curves: dict[str, list[float]]) -> None:
-        config = self.loaded.config
-        entries = config_json.entries(config)
-        for row in result.layers:
-            spqt = entries[row.path]["spqt"]
-            spqt["threshold"] = _short(row.threshold)
-            spqt["curve"] = [_short(value) for value in curves.get(row.path, [0.0] * len(CURVE_SPARSITIES))]
-        config["spqt"]["calibration"] = {
-            "fingerprint": config_json.weights_fingerprint(config),
+        flat = [0.0] * len(CURVE_SPARSITIES)
+        chosen = {
+            row.path: (_short(row.threshold), [_short(value) for value in curves.get(row.path, flat)])
+            for row in result.layers
+        }
+        record = {
             "method": result.method,
             "tried": [asdict(tried) for tried in result.tried],
             "sparsity": result.sparsity,
@@ -302,6 +283,8 @@ class _Run:
             "seed": self.options.seed,
             "layers": {row.path: row.stored() for row in result.layers},
         }
+        with files.disk_errors(self.loaded.folder.path):
+            self.loaded.folder.write_calibration(chosen, record)
 
 
 def _short(value: float) -> float:

@@ -20,7 +20,7 @@ from spqt_cli.calibrate.measurements import SETTLING_ROUNDS, SETTLING_WINDOWS, O
 from spqt_cli.calibrate.result import LayerRow
 from spqt_cli.errors import UnsupportedError
 from spqt_cli.format import thresholds
-from spqt_cli.format.config_json import CURVE_SPARSITIES
+from spqt_cli.format.thresholds import CURVE_SPARSITIES
 from spqt_cli.measure import probes
 
 CANDIDATES = {

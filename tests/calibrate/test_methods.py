@@ -8,7 +8,7 @@ import pytest
 from spqt_cli.calibrate import methods
 from spqt_cli.calibrate.methods import Candidate, Search
 from spqt_cli.format import thresholds
-from spqt_cli.format.config_json import CURVE_SPARSITIES
+from spqt_cli.format.thresholds import CURVE_SPARSITIES
 
 SHARES = np.array(CURVE_SPARSITIES)
 

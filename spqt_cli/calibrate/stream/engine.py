@@ -24,7 +24,7 @@ from spqt_cli.calibrate.methods import Candidate, allocated
 from spqt_cli.calibrate.stream.blocks import Chain, Run
 from spqt_cli.calibrate.stream.gradients import Backwards
 from spqt_cli.format import thresholds
-from spqt_cli.format.config_json import CURVE_SPARSITIES
+from spqt_cli.format.thresholds import CURVE_SPARSITIES
 from spqt_cli.measure import probes, scoring
 from spqt_cli.system import files
 
