@@ -123,10 +123,9 @@ def _batch(every: Mapping[str, Subject], harnesses: Mapping[int, probes.Harness]
         key = id(one.model)
         if key not in caches:
             caches[key] = probes.prompt_cache(one.model, prompt)
-        harnesses[key].masking = one.masking
-        log_p = scoring.log_probabilities(probes.continuation(one.model, rest[:, :-1], caches[key]))
-        one.masking.evaluate()
-        harnesses[key].masking = None
+        with harnesses[key].masked(one.masking):
+            log_p = scoring.log_probabilities(probes.continuation(one.model, rest[:, :-1], caches[key]))
+            one.masking.evaluate()
         one.scores.add(log_p, np.array(rest[:, 1:]), references)
         references = references or {SOURCE: scoring.Reference(log_p)}
 
