@@ -89,9 +89,9 @@ unit: $(STAMP)
 
 # LLAMA_CPP: a llama.cpp checkout or the source package of llama-cpp-python, to measure beside; GGUF: a model.
 bench-cpu: $(STAMP)
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python benchmarks/bench_cpu.py $(if $(LLAMA_CPP),--llama-cpp $(LLAMA_CPP)) \
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m benchmarks.cpu speed $(if $(LLAMA_CPP),--llama-cpp $(LLAMA_CPP)) \
 	  $(if $(SMOL_GGUF),--gguf $(SMOL_GGUF)) --output benchmarks/results/cpu.json
-	$(BIN)/python benchmarks/table_cpu.py benchmarks/results/cpu.json
+	$(BIN)/python -m benchmarks.cpu table benchmarks/results/cpu.json
 
 # The CPU extension under the address, undefined-behaviour and thread sanitizers.
 sanitize: $(STAMP)

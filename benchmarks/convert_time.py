@@ -1,7 +1,7 @@
 """Time of `spqt convert` at two commits, run in turns on the same checkpoint.
 
     git worktree add ../first 2207960
-    python benchmarks/convert_time.py ../first . MODEL... [--repeats 5] [--synthetic 10] [--output FILE]
+    python -m benchmarks.convert_time ../first . MODEL... [--repeats 5] [--synthetic 10] [--output FILE]
 
 Each conversion is a process of its own; its time is all of it, from the start of Python to the renamed
 folder. CPU time is user plus system of that process; on a machine with other work wall time means little.
@@ -21,6 +21,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks import machine, memory
+
 SLACK = 1.05
 WIDTH = 2048  # of the synthetic model
 # An editable install comes before every path; the checkout's own package must win.
@@ -32,8 +34,9 @@ sys.path.insert(0, checkout)
 from pathlib import Path
 import spqt_cli
 assert Path(spqt_cli.__file__).is_relative_to(checkout), spqt_cli.__file__
-from spqt_cli import convert
-convert.convert(source, Path(output), convert.ConvertOptions())
+from spqt_cli.__main__ import main
+sys.argv = ["spqt", "convert", source, "-o", output]
+sys.exit(main())
 """
 
 
@@ -80,10 +83,11 @@ def commit(checkout: Path) -> str:
 
 
 def main() -> int:
-    import machine  # both lie beside this script
-    import memory
-
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.convert_time",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("first", type=Path, help="a checkout")
     parser.add_argument("second", type=Path, help="another")
     parser.add_argument("sources", type=Path, nargs="*", help="model folders")

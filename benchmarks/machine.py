@@ -1,9 +1,11 @@
-"""Where a number came from: device, versions, commit, in one line."""
+"""Device, versions and commit of a measurement, and how a benchmark runs without an installed spqt."""
 
 import platform
 import subprocess
 from importlib import metadata
 from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def facts() -> str:
@@ -22,7 +24,15 @@ def facts() -> str:
 
 def commit() -> str:
     """The commit of this checkout, with `-dirty` when files differ from it."""
-    root = Path(__file__).parent
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude", "*"]
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude", "*"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     return result.stdout.strip() or "unknown"
+
+
+def from_bare_tree() -> None:
+    """Link kernel bodies and presets into the package, as an installation places them, where it has none."""
+    for name in ("metal", "configs"):
+        try:
+            __import__(f"spqt_cli.{name}")
+        except ModuleNotFoundError:
+            (ROOT / "spqt_cli" / name).symlink_to(Path("..") / name)

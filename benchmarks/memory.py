@@ -1,10 +1,13 @@
-"""Peak memory of `spqt convert` on synthetic checkpoints of 2 to 16 layers of one width.
+"""Peak memory of `spqt convert` and `spqt calibrate` on synthetic models of several depths and one width.
 
-    python benchmarks/memory.py [--hidden 4352] [--layers 2 4 8 16] [--folder DIR] [--keep]
+    python -m benchmarks.memory convert [--hidden 4352] [--layers 2 4 8 16] [--folder DIR] [--keep]
+    python -m benchmarks.memory calibrate [--hidden 1024] [--layers 4 16] [--method M] [--folder DIR]
 
-Each conversion runs in a process of its own; the figure is that process's peak resident set size. The
-rule: at most 300 MiB + 3 x the largest tensor, and less than 5 % growth from the first to the last
-number of layers. The last line of stdout is one JSON document; the exit code is 1 if the rule is broken.
+Each run is a process of its own; the figure is that process's peak resident set size. The rule of `convert`:
+at most 300 MiB + 3 x the largest tensor, and less than 5 % growth from the first to the last number of
+layers. `calibrate` runs once block by block (`--stream`) and once with the model in memory. Its rule: block
+by block, the peak grows by less than a quarter of what the weights grow by. The last line of stdout is one
+JSON document; the exit code is 1 if the rule is broken.
 """
 
 import argparse
@@ -19,8 +22,11 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks import machine
+
 BASE_BYTES = 300 << 20
-CHILD = "import sys; from benchmarks.memory import child; child(*sys.argv[1:])"
+CHILD = "import sys; from benchmarks import memory; getattr(memory, sys.argv[1])(*sys.argv[2:])"
+TOKENS, WINDOW = 256, 64  # of a calibration
 ROWS_AT_ONCE = 1024  # of a synthetic tensor, so that writing it takes little memory
 
 
@@ -78,7 +84,7 @@ def write_checkpoint(folder: Path, hidden: int, layers: int) -> int:
     return end
 
 
-def child(source: str, output: str) -> None:
+def convert_here(source: str, output: str) -> None:
     """Convert, and print the peak resident set size in bytes and the seconds taken."""
     from spqt_cli.convert import convert
 
@@ -99,15 +105,11 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on macOS
 
 
-def measure(folder: Path, hidden: int, layers: int, keep: bool) -> dict[str, object]:
+def convert_row(folder: Path, hidden: int, layers: int, keep: bool) -> dict[str, object]:
     """One row: convert a synthetic checkpoint in its own process."""
     source, output = folder / f"llama-{hidden}-{layers}", folder / f"converted-{hidden}-{layers}"
     size = write_checkpoint(source, hidden, layers)
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD, source, output],
-        cwd=Path(__file__).parent.parent, check=True, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    row = json.loads(done.stdout.splitlines()[-1])
+    row = in_process("convert_here", source, output)
     largest = max(2 * int(np.prod(shape)) for shape in shapes(hidden, layers).values())
     row |= {"layers": layers, "source_bytes": size, "largest_tensor_bytes": largest}
     row["limit_bytes"] = BASE_BYTES + 3 * largest
@@ -123,26 +125,89 @@ def measure(folder: Path, hidden: int, layers: int, keep: bool) -> dict[str, obj
     return row
 
 
-def main() -> int:
-    import machine  # lies beside this script
+def in_process(function: str, *arguments: object) -> dict[str, object]:
+    """What a function of this module prints, run in a process of its own."""
+    command = [sys.executable, "-c", CHILD, function, *map(str, arguments)]
+    done = subprocess.run(command, cwd=machine.ROOT, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--hidden", type=int, default=4352, help="width; a multiple of 256")
-    parser.add_argument("--layers", type=int, nargs="+", default=[2, 4, 8, 16])
-    parser.add_argument("--folder", type=Path, help="where the checkpoints go; default: a temporary folder")
+
+def calibrate_here(folder: str, text: str, stream: str, method: str) -> None:
+    """Calibrate, and print the peak resident set size in bytes, the seconds and the sparsity reached."""
+    from spqt_cli.calibrate import calibrate
+
+    start = time.perf_counter()
+    options = calibrate.CalibrateOptions(
+        sparsity=0.4,
+        data=Path(text),
+        tokens=TOKENS,
+        window=WINDOW,
+        method=method,
+        stream=stream == "stream",
+    )
+    result = calibrate.calibrate(Path(folder), options, lambda *_: None)
+    seconds = time.perf_counter() - start
+    print(json.dumps({"peak_bytes": peak_bytes(), "seconds": seconds, "realised": result.realised}))
+
+
+def calibrate_row(folder: Path, hidden: int, layers: int, method: str) -> dict[str, object]:
+    """One row: a synthetic model, converted, then calibrated both ways."""
+    from spqt_cli.calibrate.stream import blocks
+    from spqt_cli.convert import convert
+
+    source, model = folder / f"llama-{hidden}-{layers}", folder / f"converted-{hidden}-{layers}"
+    write_checkpoint(source, hidden, layers)
+    convert.convert(str(source), model, convert.ConvertOptions(), lambda *_: None)
+    text = folder / "text.txt"
+    text.write_text("a" * (TOKENS + WINDOW))
+    row: dict[str, object] = {"layers": layers, "weight_bytes": blocks.weights_bytes(model)}
+    for way in ("stream", "whole"):
+        row[way] = in_process("calibrate_here", model, text, way, method)
+        print(f"{layers:>3} layers, {way}: {row[way]}", file=sys.stderr)
+    return row
+
+
+def measure_convert(options: argparse.Namespace, folder: Path) -> dict[str, object]:
+    hidden, depths = options.hidden or 4352, options.layers or [2, 4, 8, 16]
+    rows = [convert_row(folder, hidden, layers, options.keep) for layers in depths]
+    growth = rows[-1]["peak_bytes"] / rows[0]["peak_bytes"] - 1
+    holds = growth < 0.05 and all(row["peak_bytes"] <= row["limit_bytes"] for row in rows)
+    return {"rows": rows, "growth": growth, "holds": holds}
+
+
+def measure_calibrate(options: argparse.Namespace, folder: Path) -> dict[str, object]:
+    hidden, depths = options.hidden or 1024, options.layers or [4, 16]
+    rows = [calibrate_row(folder, hidden, layers, options.method) for layers in depths]
+    grown = rows[-1]["stream"]["peak_bytes"] - rows[0]["stream"]["peak_bytes"]
+    holds = grown < (rows[-1]["weight_bytes"] - rows[0]["weight_bytes"]) / 4
+    return {"rows": rows, "grown_bytes": grown, "holds": holds}
+
+
+COMMANDS = {"convert": measure_convert, "calibrate": measure_calibrate}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.memory",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("what", choices=COMMANDS)
+    parser.add_argument("--hidden", type=int, help="width; a multiple of 256")
+    parser.add_argument("--layers", type=int, nargs="+")
+    parser.add_argument("--method", default="uniform", help="of `calibrate`: uniform, paper or fast")
+    parser.add_argument("--folder", type=Path, help="where the models go; default: a temporary folder")
     parser.add_argument("--output", type=Path, help="a .json file for the result")
-    parser.add_argument("--keep", action="store_true", help="leave the checkpoints there")
+    parser.add_argument("--keep", action="store_true", help="of `convert`: leave the checkpoints in --folder")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
         folder = options.folder if options.keep and options.folder else Path(temporary)
-        rows = [measure(folder, options.hidden, layers, options.keep) for layers in options.layers]
-    growth = rows[-1]["peak_bytes"] / rows[0]["peak_bytes"] - 1
-    holds = growth < 0.05 and all(row["peak_bytes"] <= row["limit_bytes"] for row in rows)
-    result = json.dumps({"rows": rows, "growth": growth, "holds": holds, "machine": machine.facts()})
+        found = COMMANDS[options.what](options, folder) | {"machine": machine.facts()}
+    result = json.dumps(found)
     print(result)
     if options.output:
         options.output.write_text(result + "\n")
-    return 0 if holds else 1
+    return 0 if found["holds"] else 1
 
 
 if __name__ == "__main__":

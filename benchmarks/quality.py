@@ -1,46 +1,78 @@
 """The tables of docs/quality.md: what quantization costs, and what each calibration method keeps.
 
-    python benchmarks/quality.py rows SOURCE --test FILE
-    python benchmarks/quality.py methods SOURCE --calibration FILE --test FILE --sparsity 0.4,0.5
-    python benchmarks/quality.py mixed SOURCE --test FILE
-    python benchmarks/quality.py bytes SOURCE --test FILE --sparsity 0.25,0.4,0.5
-    python benchmarks/quality.py cost SOURCE --calibration FILE --methods fast --sparsity 0.4 --tokens 4096
+    python -m benchmarks.quality rows SOURCE --test FILE
+    python -m benchmarks.quality methods SOURCE --calibration FILE --test FILE --sparsity 0.4,0.5
+    python -m benchmarks.quality mixed SOURCE --test FILE
+    python -m benchmarks.quality bytes SOURCE --test FILE --sparsity 0.25,0.4,0.5
+    python -m benchmarks.quality cost SOURCE --calibration FILE --methods fast --sparsity 0.4 --tokens 4096
+    python -m benchmarks.quality texts MODEL --sparsity 0.25
 
-SOURCE is an unquantized folder, a hub id or a .gguf file. `rows` holds Zigzag against MLX's
-row-grouped layout, once whole and once with the source's embedding and head in both. `methods`
-calibrates by each method at each sparsity and scores all that they tried on the same windows, with
-the source's embedding and head; differences from uniform are paired by window. `cost` gives the CPU time
-of a calibration beside that of one dense pass over the same windows. `mixed` holds choices of bits and
-groups against one another, `bytes` sparse 4 bits against dense 3 bits, both with the bytes that a token
-reads. Converted models and progress are kept in the work folder. The last line of stdout is one JSON
-document.
+SOURCE is an unquantized folder, a hub id or a .gguf file. `rows` holds Zigzag against MLX's row-grouped
+layout, once whole and once with the source's embedding and head in both. `methods` calibrates by each method
+at each sparsity and scores all that they tried on the same windows, with the source's embedding and head;
+differences from uniform are paired by window. `cost` gives the CPU time of a calibration beside that of one
+dense pass over the same windows. `mixed` holds choices of bits and groups against one another, `bytes`
+sparse 4 bits against dense 3 bits, both with the bytes that a token reads (quantized weights with 16-bit
+scales; an embedding counts only where it is the head too). `texts` writes five greedy texts of a converted
+MODEL, dense and sparse. Converted models and progress are kept in the work folder. The last line of stdout
+is one JSON document.
 """
 
 import argparse
 import json
+import math
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, replace
+from collections import Counter
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
-import quality_bytes
+from mlx import nn
 
-from spqt_cli.backends import kernels
+from benchmarks import machine
+from spqt_cli.backends import select
 from spqt_cli.calibrate import calibrate, methods  # fmt: skip
-from spqt_cli.calibrate.measurements import Workbench
+from spqt_cli.calibrate.measurements import Candidate
+from spqt_cli.calibrate.memory import InMemory
 from spqt_cli.calibrate.progress import Progress
 from spqt_cli.convert import convert, plan
-from spqt_cli.decode import session
-from spqt_cli.evaluate import evaluate
-from spqt_cli.format import config_json, thresholds
-from spqt_cli.measure import probes, scoring, texts
+from spqt_cli.decode import generate, layers, session
+from spqt_cli.decode.options import Options, Prompt, Sampling
+from spqt_cli.evaluate import compare, evaluate, reference, variants
+from spqt_cli.format import config_json
+from spqt_cli.measure import many_rows, probes, scoring, texts
+
+WINDOW, BATCH = 512, 2
+SOURCE = "source"
+# Settings of convert; on a model whose head is a fifth of it some pairs have about equal bytes.
+RECIPES: dict[str, dict[str, Any]] = {
+    "4 bits throughout": {"head_bits": 4},
+    "head 5 bits (default)": {},
+    "head 6 bits": {"head_bits": 6},
+    "head 8 bits": {"head_bits": 8},
+    "g32, head 4 bits": {"group_size": 32, "head_bits": 4},
+    "g32, head 5 bits": {"group_size": 32},
+    "k 8 bits, head 5": {"projections": (("k_proj", 8, 64),)},
+    "mixed: q, k, v, head 5": {"projections": tuple((f"{name}_proj", 5, 64) for name in "qkv")},
+    "q, k, v 6 bits, head 5": {"projections": tuple((f"{name}_proj", 6, 64) for name in "qkv")},
+}
+# Prompts whose dense greedy text does not loop by itself at 96 tokens, so that a loop is sparsity's doing.
+# Left out for looping densely: "What are the main differences between a cat and a dog as pets?"
+PROMPTS = (
+    "Explain in a few sentences why the sky is blue.",
+    "Write a short story about a lighthouse keeper who finds a bottle on the beach.",
+    "Give three tips for a good night's sleep.",
+    "Give me a simple recipe for vegetable soup, step by step.",
+    "Write a polite email to a colleague asking to move a meeting to Thursday.",
+)
 
 
 def main() -> None:
@@ -51,16 +83,19 @@ def main() -> None:
         "mixed": mixed_table,
         "bytes": bytes_table,
         "cost": cost_table,
+        "texts": texts_table,
     }
-    variants = tables[options.table](options, Path(options.work))
-    print(json.dumps({"table": options.table, "setting": setting(options), "variants": variants}))
+    found = tables[options.table](options, Path(options.work))
+    print(json.dumps({"table": options.table, "setting": setting(options), "variants": found}))
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.quality",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("table", choices=("rows", "methods", "mixed", "bytes", "cost"))
+    parser.add_argument("table", choices=("rows", "methods", "mixed", "bytes", "cost", "texts"))
     parser.add_argument("source")
     parser.add_argument("--test", type=Path, help="text to score, never calibrated on")
     parser.add_argument("--calibration", type=Path, help="text to calibrate on; default: the shipped one")
@@ -70,10 +105,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=8192, help="of calibration text")
     parser.add_argument("--sparsity", default="0.4,0.5")
-    parser.add_argument("--recipes", nargs="+", choices=quality_bytes.RECIPES, help="of `mixed`, only these")
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, help="of `mixed`, only these")
+    parser.add_argument("--max-tokens", type=int, default=96, help="of each of `texts`")
     parser.add_argument("--methods", default="auto", help="auto tries uniform too; paper is apart")
     options = parser.parse_args()
-    if options.test is None and options.table != "cost":
+    if options.test is None and options.table not in ("cost", "texts"):
         parser.error("--test is needed to score on")
     return options
 
@@ -92,12 +128,12 @@ def converted(options: argparse.Namespace, work: Path, **wishes: Any) -> Path:
 def mixed_table(options: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
     models = {
         name: session.load(converted(options, work, **wishes), dense=True)
-        for name, wishes in quality_bytes.RECIPES.items()
+        for name, wishes in RECIPES.items()
         if options.recipes is None or name in options.recipes
     }
-    rows = quality_bytes.windows(options.test, next(iter(models.values())).tokenizer, options.windows)
-    subjects = {name: quality_bytes.Subject(one.model) for name, one in models.items()}
-    source, *found = quality_bytes.table(options.source, subjects, rows, progress)
+    rows = windows(options.test, next(iter(models.values())).tokenizer, options.windows)
+    subjects = {name: Subject(one.model) for name, one in models.items()}
+    source, *found = score(options.source, subjects, rows, progress)
     print(f"\nKL to the source below that of {found[0]['name']!r}, paired by window")
     for row in found[1:]:
         gained, error = paired(found[0], row)
@@ -113,9 +149,122 @@ def bytes_table(options: argparse.Namespace, work: Path) -> list[dict[str, Any]]
         calibrate.calibrate(folder, wishes, progress)
     loaded, few = (session.load(path, dense=True) for path in (folder, converted(options, work, bits=3)))
     shares = [float(share) for share in options.sparsity.split(",")]
-    subjects = quality_bytes.sparse_against_fewer_bits(options.source, loaded, few.model, shares)
-    rows = quality_bytes.windows(options.test, loaded.tokenizer, options.windows)
-    return quality_bytes.table(options.source, subjects, rows, progress)
+    subjects = sparse_against_fewer_bits(options.source, loaded, few.model, shares)
+    rows = windows(options.test, loaded.tokenizer, options.windows)
+    return score(options.source, subjects, rows, progress)
+
+
+@dataclass
+class Subject:
+    """A model to score, dense or masked by `thresholds`.
+
+    sizes: bytes that a dense step reads, by module; skippable: those of Zigzag layers among them.
+    """
+
+    model: nn.Module
+    thresholds: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.sizes = quantized_bytes(self.model)
+        self.skippable = self.sizes.keys() & layers.zigzag_layers(self.model).keys()
+        self.masking = probes.Masking(self.thresholds)
+        self.scores = scoring.Scores()
+
+    @property
+    def touched(self) -> float:
+        """Bytes read per token over what was masked so far."""
+        realised = self.masking.realised() if self.thresholds else {}
+        return sum(size * (1 - realised.get(path, 0.0)) for path, size in self.sizes.items())
+
+
+def quantized_bytes(some: nn.Module) -> dict[str, float]:
+    """Path -> bytes of a quantized module that one dense decode step reads, scales as 16-bit numbers."""
+    modules = [(path, one) for path, one in some.named_modules() if "scales" in one]
+    has_head = any(path.rpartition(".")[2] == "lm_head" for path, _ in modules)
+    return {
+        path: one.weight.nbytes + 4 * one["scales"].size
+        for path, one in modules
+        if not (has_head and isinstance(one, nn.QuantizedEmbedding))
+    }
+
+
+def sparse_against_fewer_bits(
+    source: str, loaded: session.Loaded, few: nn.Module, shares: list[float]
+) -> dict[str, Subject]:
+    """A calibrated 4-bit model dense, at the share that reads what dense 3-bit row-grouped layers do, and
+    at `shares`; beside it those row-grouped layers and `few`, the model in 3-bit Zigzag.
+    """
+    dense, rows = Subject(loaded.model), Subject(reference.load(source, reference.settings(few)))
+    body = sum(dense.sizes[path] for path in dense.skippable)
+    equal = round((dense.touched - rows.touched) / body, 4)
+    asked = ",".join(str(share) for share in sorted({equal, *shares}))
+    sparse = {
+        f"Zigzag 4-bit at {name}": Subject(loaded.model, choice.thresholds)
+        for name, choice in variants.stored(loaded, asked).items()
+    }
+    return {
+        "Zigzag 4-bit": dense, **sparse, "row-grouped 3-bit": rows, "Zigzag 3-bit": Subject(few)
+    }  # fmt: skip
+
+
+def windows(test: Path, tokenizer: Any, count: int) -> np.ndarray:
+    """The text's first `count` windows: (count, WINDOW) tokens."""
+    document = texts.read(test)
+    rows = texts.windows(texts.tokens(document, tokenizer), WINDOW, texts.opening(tokenizer))
+    texts.need(rows, count, document)
+    return rows[:count]
+
+
+def score(
+    source: str, subjects: Mapping[str, Subject], rows: np.ndarray, on_progress: Callable[..., None]
+) -> list[dict[str, Any]]:
+    """Score the source and all subjects on rows (windows, WINDOW); print and return the results."""
+    every = {SOURCE: Subject(reference.load(source)), **subjects}
+    models = {id(one.model): one.model for one in every.values()}
+    with ExitStack() as stack, many_rows.holding(many_rows.spare_bytes()):
+        harnesses = {key: stack.enter_context(probes.probing(each)) for key, each in models.items()}
+        for at in range(0, len(rows), BATCH):
+            _batch(every, harnesses, mx.array(rows[at : at + BATCH]))
+            on_progress(at + BATCH, len(rows), "windows")
+    results = [_row(name, one) for name, one in every.items()]
+    print(f"\n{'':<26}{'MB/token':>9}{'skipped':>9}{'perplexity':>17}{'KL to source':>18}{'top-1':>8}")
+    for row in results:
+        print(_line(row), flush=True)
+    return results
+
+
+def _batch(every: Mapping[str, Subject], harnesses: Mapping[int, probes.Harness], window: mx.array) -> None:
+    """Score windows (B, WINDOW) by every subject; the first is what the others are held against."""
+    prompt, rest = mx.split(window, [WINDOW // 2], axis=1)
+    caches: dict[int, list[Any]] = {}
+    references: dict[str, scoring.Reference] = {}
+    for one in every.values():
+        key = id(one.model)
+        if key not in caches:
+            caches[key] = probes.prompt_cache(one.model, prompt)
+        with harnesses[key].masked(one.masking):
+            log_p = scoring.log_probabilities(probes.continuation(one.model, rest[:, :-1], caches[key]))
+            one.masking.evaluate()
+        one.scores.add(log_p, np.array(rest[:, 1:]), references)
+        references = references or {SOURCE: scoring.Reference(log_p)}
+
+
+def _row(name: str, one: Subject) -> dict[str, Any]:
+    perplexity, error, _ = one.scores.perplexity()
+    body = sum(one.sizes[path] for path in one.skippable)
+    row = {"name": name, "perplexity": perplexity, "perplexity_se": error, "bytes_per_token": one.touched}
+    row["skipped"] = (sum(one.sizes.values()) - one.touched) / body if body else 0.0
+    return row | ({"against": {SOURCE: asdict(one.scores.against(SOURCE))}} if name != SOURCE else {})
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    perplexity = f"{row['perplexity']:.2f} ± {row['perplexity_se']:.2f}"
+    if "against" not in row:
+        return f"{row['name']:<26}{'':>18}{perplexity:>17}"
+    one = row["against"][SOURCE]
+    kl, skipped = f"{one['kl']:.4f} ± {one['se']:.4f}", f"{row['skipped']:.1%}" if row["skipped"] else ""
+    size = row["bytes_per_token"] / 1e6
+    return f"{row['name']:<26}{size:>9.2f}{skipped:>9}{perplexity:>17}{kl:>18}{one['top1']:>8.1%}"
 
 
 def rows_table(options: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
@@ -136,7 +285,7 @@ def methods_table(options: argparse.Namespace, work: Path) -> list[dict[str, Any
     """Every method's candidates at each sparsity, all scored in one pass over the test windows."""
     loaded = session.load(converted(options, work), dense=True)
     candidates = search(options, loaded, work)
-    choices = {name: evaluate.Choice(share, one.chosen) for name, (share, one) in candidates.items()}
+    choices = {name: evaluate.Choice(share, one.thresholds) for name, (share, one) in candidates.items()}
     wishes = evaluate.EvaluateOptions(windows=options.windows, baseline=options.source, source_head=True)
     quality = evaluate.evaluate_choices(loaded, options.test, wishes, choices, progress)
     print(f"\n{evaluate.report(quality)}\n\nKL to the source below uniform's, paired by window")
@@ -183,7 +332,7 @@ def cost_table(options: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
 
 def search(
     options: argparse.Namespace, loaded: session.Loaded, work: Path
-) -> dict[str, tuple[float, methods.Candidate]]:
+) -> dict[str, tuple[float, Candidate]]:
     """ "METHOD SHARE" -> the share and the candidate; passes over the text are shared and resumable."""
     wishes = calibrate.CalibrateOptions(data=options.calibration, tokens=options.tokens)
     text = texts.read(options.calibration)
@@ -195,14 +344,61 @@ def search(
     }
     found = {}
     with probes.probing(loaded.model) as harness:
-        bench = Workbench(loaded.model, harness, windows, Progress(work, identity, restart=False))
-        counts = bench.histograms(step)
-        live = {path: seen for path, seen in counts.items() if not thresholds.is_dead(seen)}
+        saved = Progress(work, identity, restart=False)
+        measurements = InMemory(loaded.model, harness, windows, saved, progress)
         for share in map(float, options.sparsity.split(",")):
             for method in options.methods.split(","):
-                for one in methods.Search(bench, live, share).run(method, step):
+                for one in methods.candidates(measurements, methods.METHODS[method], share):
                     found[f"{one.name} {share:.0%}"] = (share, one)
     return found
+
+
+def repeats_thrice(text: str, size: int = 8) -> bool:
+    """True where some run of `size` words occurs three times."""
+    words = text.split()
+    runs = Counter(tuple(words[at : at + size]) for at in range(len(words) - size + 1))
+    return max(runs.values(), default=0) >= 3
+
+
+def written(loaded: session.Loaded, prompt: str, sparsity: float, max_tokens: int) -> dict:
+    """One text and the dense model's loss over it."""
+    tokens = generate.encode(loaded, Prompt(prompt))
+    session.set_sparsity(loaded, sparsity)
+    answer: list[int] = []
+    options = Options(max_tokens=max_tokens, on_token=answer.append)
+    *pieces, statistics = generate.stream(loaded, tokens, Sampling(), options)
+    session.set_sparsity(loaded, 0)
+    text = "".join(pieces)
+    perplexity = compare.perplexity(loaded, tokens, answer)
+    return {
+        "prompt": prompt,
+        "text": text,
+        "tokens": statistics.generation_tokens,
+        "skipped": round(statistics.sparsity, 4),
+        "perplexity_by_dense": round(perplexity, 3),
+        "an_8_gram_three_times": repeats_thrice(text),
+    }
+
+
+def mean_perplexity(rows: list[dict]) -> float:
+    losses = sum(math.log(row["perplexity_by_dense"]) * row["tokens"] for row in rows)
+    return math.exp(losses / sum(row["tokens"] for row in rows))
+
+
+def texts_table(options: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
+    """Five greedy texts at 0 and at the first sparsity, each with the dense model's perplexity of it."""
+    loaded = session.load(Path(options.source))
+    rows = []
+    for sparsity in (0.0, float(options.sparsity.split(",")[0])):
+        found = [written(loaded, prompt, sparsity, options.max_tokens) for prompt in PROMPTS]
+        rows.append({"sparsity": sparsity, "mean_perplexity": mean_perplexity(found), "texts": found})
+        for one in found:
+            title = (
+                f"{one['skipped']:.1%} skipped, perplexity by the dense model {one['perplexity_by_dense']}"
+            )
+            print(f"\n## {title}\n\n> {one['prompt']}\n\n{one['text'].strip()}")
+    print(f"\nratio of mean perplexities: {rows[1]['mean_perplexity'] / rows[0]['mean_perplexity']:.3f}")
+    return rows
 
 
 def paired(first: dict[str, Any], row: dict[str, Any]) -> tuple[float, float]:
@@ -214,23 +410,12 @@ def paired(first: dict[str, Any], row: dict[str, Any]) -> tuple[float, float]:
 
 def setting(options: argparse.Namespace) -> dict[str, Any]:
     """What the figures belong to: versions, backend, commit and the options."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(__file__).parent,
-    )
     return {
         "options": {key: Path(str(value)).name for key, value in vars(options).items()},  # no machine's paths
-        "backend": kernels.backend().name,
+        "backend": select.backend().name,
         "versions": {name: version(name) for name in ("spqt", "mlx", "mlx-lm", "numpy")},
-        "commit": commit.stdout.strip(),
+        "commit": machine.commit(),
     }
-
-
-def step(what: str) -> None:
-    print(what.ljust(60), end="\r", file=sys.stderr)
 
 
 def progress(done: float, total: float, what: str) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from spqt_cli.backends.interface import Rotary
 from spqt_cli.format import layout
 
-Result = tuple[list[mx.array], mx.array]  # as kernels.sparse_gemv returns
+Result = tuple[list[mx.array], mx.array]  # as select.sparse_gemv returns
 
 ROUNDING = {mx.float16: 2.0**-11, mx.bfloat16: 2.0**-8, mx.float32: 2.0**-24}  # half a unit in the last place
 SMALLEST = {mx.float16: 2.0**-25, mx.bfloat16: 0.0, mx.float32: 0.0}  # half of the smallest subnormal

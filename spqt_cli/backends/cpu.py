@@ -10,13 +10,15 @@ import sys
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import psutil
 
 from spqt_cli.backends.interface import (
     Backend,
+    Calls,
+    FusedCalls,
     GatedStep,
     HeadStep,
     Norm,
@@ -42,10 +44,15 @@ def status() -> tuple[bool, str]:
     return module is not None, reason
 
 
-def find() -> Backend | str:
-    """The CPU extension, or why it can't be used."""
+def find() -> Backend | str | None:
+    """The CPU extension; or why it can't be used; None where the device is a GPU."""
+    if mx.default_device().type != mx.DeviceType.cpu:
+        return None
     usable, reason = status()
-    return Backend("cpu", reason, sys.modules[__name__], native_float32=True) if usable else reason
+    if not usable:
+        return reason
+    this = sys.modules[__name__]
+    return Backend("cpu", reason, cast(Calls, this), fused=cast(FusedCalls, this), native_float32=True)
 
 
 def sparse_gemv(x: mx.array, layers: Sequence[Any]) -> tuple[list[mx.array], mx.array]:
@@ -58,12 +65,12 @@ def sparse_gemv(x: mx.array, layers: Sequence[Any]) -> tuple[list[mx.array], mx.
 
 
 def prepare(layers: Sequence[Any]) -> Step:
-    """As `kernels.prepare`: checked once, and later calls hand no weights over from Python."""
+    """As `select.prepare`: checked once, and later calls hand no weights over from Python."""
     return _native().SparseStep([_packed(layer, layer.threshold) for layer in layers])
 
 
 def prepare_gated(x: mx.array, pair: Sequence[Any], down: Any) -> GatedStep | None:
-    """As `kernels.prepare_gated`: one operation; None for another type than float32."""
+    """As `select.prepare_gated`: one operation; None for another type than float32."""
     if x.dtype != mx.float32:
         return None
     packed = [_packed(layer, layer.threshold) for layer in (*pair, down)]
@@ -71,23 +78,23 @@ def prepare_gated(x: mx.array, pair: Sequence[Any], down: Any) -> GatedStep | No
 
 
 def prepare_head(norm: Norm, layers: Sequence[Any]) -> HeadStep | None:
-    """As `kernels.prepare_head`: one operation; None for a norm of another type than float32."""
+    """As `select.prepare_head`: one operation; None for a norm of another type than float32."""
     if norm.weight.dtype != mx.float32:
         return None
     return _native().HeadStep(norm.weight, norm.eps, [_packed(layer, layer.threshold) for layer in layers])
 
 
 def arrange(layers: Sequence[Any]) -> None:
-    """As `kernels.arrange`: the kernels take the arrays as they are."""
+    """As `select.arrange`: the kernels take the arrays as they are."""
 
 
 def prepare_rotary(x: mx.array, norm: Norm, layers: Sequence[Any], rotary: Rotary) -> RotaryStep | None:
-    """As `kernels.prepare_rotary`: there is none; attention turns its heads itself."""
+    """As `select.prepare_rotary`: there is none; attention turns its heads itself."""
     return None
 
 
 def prepare_tail(x: mx.array, tail: Tail) -> TailStep | None:
-    """As `kernels.prepare_tail`: one operation; None for another type than float32."""
+    """As `select.prepare_tail`: one operation; None for another type than float32."""
     if x.dtype != mx.float32 or tail.norm.weight.dtype != mx.float32:
         return None
     out, *pair, down = (_packed(layer, layer.threshold) for layer in (tail.out, *tail.pair, tail.down))

@@ -116,10 +116,11 @@ class Rotary(NamedTuple):
 
 
 class Calls(Protocol):
-    """The functions that a backend's module has; `kernels.py` says what each returns.
+    """The functions that every backend has, as a module or an object; `select` says what each returns."""
 
-    A backend that has no such step answers a `prepare_...` with None: the caller then goes on layer by layer.
-    """
+    def find(self) -> "Backend | str | None":
+        """This backend; why its kernels can't run on this device; or None: a device of another kind."""
+        ...  # pragma: no cover
 
     def sparse_gemv(
         self, x: mx.array, layers: Sequence[Projection], /
@@ -127,6 +128,11 @@ class Calls(Protocol):
     def matmul(self, x: mx.array, layer: Projection, /) -> mx.array: ...
     def arrange(self, layers: Sequence[Projection], /) -> None: ...
     def prepare(self, layers: Sequence[Projection], /) -> Step: ...
+
+
+class FusedCalls(Protocol):
+    """Steps of more than one product; each answers None for layers or inputs that it does not cover."""
+
     def prepare_gated(
         self, x: mx.array, pair: Sequence[Projection], down: Projection, /
     ) -> GatedStep | None: ...
@@ -139,20 +145,20 @@ class Calls(Protocol):
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to multiply, as it runs here.
+    """One way to multiply, as it runs here, and what it can: nobody compares its name.
 
-    name: metal, cuda, cpu or stock. reason: why this one, in one line. calls: the module that multiplies.
-    fuses: it has steps for more than one product. count_every: of how many decode steps one is counted; where
-    the host is slower than the device, counting each costs speed. traces: steps around attention are traced
-    into few launches, so that a block is worth keeping whole. native_float32: it also replaces MLX's CPU
-    norms, rotary positions and attention, in float32, and reads 16-bit scales as they are.
+    name: metal, cuda, cpu or stock, for reports. reason: why this one, in one line. calls: multiplies.
+    fused: its steps of more than one product, if it has some. count_every: of how many decode steps one is
+    counted; where the host is slower than the device, counting each costs speed. traces: steps around
+    attention are traced into few launches, so that a fused block pays. native_float32: it also replaces
+    MLX's CPU norms, rotary positions and attention, in float32, and reads 16-bit scales as they are.
     sums_in_half: float16 products are added up in float16, so that only float32 can be judged.
     """
 
     name: str
     reason: str
-    calls: Any  # Calls: a module
-    fuses: bool = True
+    calls: Calls
+    fused: FusedCalls | None = None
     count_every: int = 1
     traces: bool = False
     native_float32: bool = False

@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from spqt_cli.backends import accuracy, kernels
+from spqt_cli.backends import accuracy, select
 from spqt_cli.backends.gpu import backend as gpu
 from spqt_cli.backends.gpu import first_use, launch_plan
 from spqt_cli.backends.gpu.launch_plan import Form
@@ -30,7 +30,7 @@ def run() -> list[dict[str, Any]]:
 
 def _half_sums() -> bool:
     """Whether float16 is added up in float16, as MLX's CPU matmul does: then only float32 can be judged."""
-    return kernels.backend().sums_in_half
+    return select.backend().sums_in_half
 
 
 def _sparse_rows() -> list[dict[str, Any]]:
@@ -39,7 +39,7 @@ def _sparse_rows() -> list[dict[str, Any]]:
         if _half_sums() and case.dtype != mx.float32:
             continue
         try:
-            worst = _worst(case, kernels.sparse_gemv)
+            worst = _worst(case, select.sparse_gemv)
         except RuntimeError as fault:  # MLX's word for a kernel that does not compile or start
             rows.append(_row(name, case, str(fault).strip().splitlines()[0][:60], False))
             continue
@@ -49,7 +49,7 @@ def _sparse_rows() -> list[dict[str, Any]]:
 
 def _reduction_rows() -> list[dict[str, Any]]:
     """Launches of a GPU that do more: norms before the product, and reductions that do not just add up."""
-    if not kernels.backend().traces:
+    if not select.backend().traces:
         return []
     rows = []
     turned = Rotary(64, 48, traditional=False, rotated=2)
@@ -131,7 +131,7 @@ def _variants(dtypes: Sequence[mx.Dtype]) -> list[tuple[int, int, mx.Dtype]]:
 def _worst(case: Case, sparse_gemv: Any) -> accuracy.Judgement:
     """The worst over none, one, a quarter, half, three quarters and all of the channels active."""
     some = matrices(case)
-    rounded = kernels.backend().traces and launch_plan.tiny(some)  # MLX's own matmul runs
+    rounded = select.backend().traces and launch_plan.tiny(some)  # MLX's own matmul runs
     found = []
     for active in (0, 1, 0.25, 0.5, 0.75, 1.0):
         x = vector(case, active)
@@ -154,4 +154,4 @@ def _many_rows(case: Case, count: int) -> float:
     exact = accuracy.wide(x)[0] @ w.T + accuracy.wide(matrix.bias)
     size = np.abs(accuracy.wide(x)[0]) @ sizes.T + np.abs(accuracy.wide(matrix.bias))
     bound = 4 * max(accuracy.ROUNDING[case.dtype], 2.0**-11) * size
-    return float(np.max(np.abs(accuracy.wide(kernels.matmul(x, matrix))[0] - exact) / bound))
+    return float(np.max(np.abs(accuracy.wide(select.matmul(x, matrix))[0] - exact) / bound))

@@ -2,15 +2,16 @@
 
 import sys
 from collections.abc import Sequence
+from typing import cast
 
 import mlx.core as mx
 
-from spqt_cli.backends.interface import Backend, Norm, Projection, Rotary, Step, Tail
+from spqt_cli.backends.interface import Backend, Calls, Projection, Step
 from spqt_cli.format import layout
 
 
 def sparse_gemv(x: mx.array, layers: Sequence[Projection]) -> tuple[list[mx.array], mx.array]:
-    """As `kernels.sparse_gemv`; the definition that every other backend is held against."""
+    """As `select.sparse_gemv`; the definition that every other backend is held against."""
     masked = [x if layer.threshold is None else layout.mask(x, layer.threshold) for layer in layers]
     outputs = [matmul(one, layer) for one, layer in zip(masked, layers, strict=True)]
     return outputs, mx.stack([_active(x, layer) for layer in layers])
@@ -23,33 +24,22 @@ def _active(x: mx.array, layer: Projection) -> mx.array:
 
 
 def prepare(layers: Sequence[Projection]) -> Step:
-    """As `kernels.prepare`."""
+    """As `select.prepare`."""
     return lambda x, counted: add_counts(sparse_gemv(x, layers), counted)
+
+
+def find() -> Backend:
+    """This backend: it runs on every device."""
+    return found("MLX's own matmul runs on every device")
 
 
 def found(reason: str) -> Backend:
     """This backend, for a reason."""
-    return Backend("stock", reason, sys.modules[__name__], fuses=False, sums_in_half=True)
+    return Backend("stock", reason, cast(Calls, sys.modules[__name__]), sums_in_half=True)
 
 
 def arrange(layers: Sequence[Projection]) -> None:
-    """As `kernels.arrange`: nothing to do."""
-
-
-def prepare_gated(x: mx.array, pair: Sequence[Projection], down: Projection) -> None:
-    """As `kernels.prepare_gated`: there is none, as for the other steps of several products."""
-
-
-def prepare_head(norm: Norm, layers: Sequence[Projection]) -> None:
-    """As `kernels.prepare_head`: there is none."""
-
-
-def prepare_rotary(x: mx.array, norm: Norm, layers: Sequence[Projection], rotary: Rotary) -> None:
-    """As `kernels.prepare_rotary`: there is none."""
-
-
-def prepare_tail(x: mx.array, tail: Tail) -> None:
-    """As `kernels.prepare_tail`: there is none."""
+    """As `select.arrange`: the arrays stay as they are."""
 
 
 def add_counts(
@@ -61,7 +51,7 @@ def add_counts(
 
 
 def matmul(x: mx.array, layer: Projection) -> mx.array:
-    """As `kernels.matmul`: x (..., inputs) -> (..., outputs)."""
+    """As `select.matmul`: x (..., inputs) -> (..., outputs)."""
     y = layout.matmul(
         x,
         layer.weight,

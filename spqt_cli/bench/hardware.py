@@ -18,7 +18,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from spqt_cli.backends import kernels
+from spqt_cli.backends import select
 from spqt_cli.decode import profile
 from spqt_cli.version import __version__
 
@@ -29,7 +29,7 @@ RAPL = Path("/sys/class/powercap/intel-rapl:0/energy_uj")
 
 def describe(commit: str | None = None) -> dict[str, Any]:
     """Device, versions and commit, as printed with every result. commit: where git can't tell it."""
-    backend = kernels.backend()
+    backend = select.backend()
     return {
         "device": profile.chip(),
         "system": f"{platform.system()} {platform.machine()}, {os.cpu_count()} logical cores",

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from spqt_cli.backends import kernels
+from spqt_cli.backends import select
 from spqt_cli.bench import reporting, traffic
 from spqt_cli.bench.kernel_units import Copy, Work, make_copies, with_threshold
 from spqt_cli.bench.reporting import Crossover, KernelRow, Stat
@@ -50,7 +50,7 @@ def measure(
     x = mx.random.normal((1, 1, work.inputs)).astype(work.dtype)
     mx.eval(x)
     variants = [Variant("stock", None, _stock(work), copies)]
-    if kernels.backend().native_float32 and len(copies[0].rows[0]) == 3:
+    if select.backend().native_float32 and len(copies[0].rows[0]) == 3:
         variants.append(Variant(ROWS, None, _rows_on_cpu(work), copies))
     variants.append(Variant("zigzag dense", 0.0, _dense, copies))
     for sparsity in [] if work.is_head else sorted({0.0, *sparsities}):
@@ -163,11 +163,11 @@ def _rows_on_cpu(work: Work) -> Call:
 
 
 def _dense(x: mx.array, copy: Copy) -> list[mx.array]:
-    return [kernels.matmul(x, layer) for layer in copy.layers]
+    return [select.matmul(x, layer) for layer in copy.layers]
 
 
 def _sparse(x: mx.array, copy: Copy) -> list[mx.array]:
-    return kernels.sparse_gemv(x, copy.layers)[0]
+    return select.sparse_gemv(x, copy.layers)[0]
 
 
 @mx.compile

@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 from mlx import nn
 
-from spqt_cli.backends import kernels
+from spqt_cli.backends import select
 from spqt_cli.decode import profile, relayout
 from spqt_cli.decode.layers import ZigzagLinear
 from spqt_cli.format import layout
@@ -89,7 +89,7 @@ def make_copies(work: Work) -> list[Copy]:
 
 def _first_copy(work: Work) -> Copy:
     layers, rows = [], []
-    dtype = mx.bfloat16 if kernels.backend().native_float32 else work.dtype  # as hooks.py leaves it
+    dtype = mx.bfloat16 if select.backend().native_float32 else work.dtype  # as hooks.py leaves it
     for outputs in work.outputs:
         w = (mx.random.normal((outputs, work.inputs)) * work.inputs**-0.5).astype(dtype)
         band = layout.band_of(outputs, work.group_size)

@@ -16,7 +16,7 @@ import mlx.core as mx
 from mlx import nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from spqt_cli.backends import kernels
+from spqt_cli.backends import select
 from spqt_cli.bench import hardware, models, quiet_host, reporting
 from spqt_cli.bench.models import Subject
 from spqt_cli.bench.reporting import ModelRow, Stat
@@ -93,7 +93,7 @@ class Runs:
         self.host = quiet_host.Watch()
         self.layers = zigzag_layers(subject.zigzag)
         self.units = profile.units(subject.zigzag)
-        self.kept = fused_block.whole(subject.zigzag) if kernels.backend().traces else ()
+        self.kept = fused_block.whole(subject.zigzag) if select.backend().traces else ()
         self.stock_layers = dict(subject.stock.named_modules())
         self.choices, fault = profile.read()
         self.head = relayout.find(subject.zigzag)
@@ -205,7 +205,7 @@ class Runs:
         joules, start = self.energy.joules(), time.perf_counter()
         quietly = contextlib.redirect_stdout(sys.stderr)  # mlx-lm prints a warning about large models
         limit = wired_limit(model, streams)
-        counting = active_counts.counting(kernels.backend().count_every)
+        counting = active_counts.counting(select.backend().count_every)
         with quietly, self.surroundings(variant, model), limit, counting as counter:
             if test.decodes:
                 tokens = WARM_TOKENS + test.tokens

@@ -15,7 +15,7 @@ import psutil
 from mlx import nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from spqt_cli.backends import kernels
+from spqt_cli.backends import select
 from spqt_cli.convert import plan
 from spqt_cli.decode import architecture, hooks, hooks_cpu
 from spqt_cli.decode.layers import ZigzagLinear, zigzag_layers
@@ -190,7 +190,7 @@ def _row_grouped(path: str, layer: ZigzagLinear, dtype: mx.Dtype) -> dict[str, m
 @contextmanager
 def only_mlx() -> Iterator[None]:
     """In this block MLX's own functions run, also where the CPU backend stands behind their names."""
-    native = kernels.backend().native_float32
+    native = select.backend().native_float32
     if native:
         hooks_cpu.remove()
     try:

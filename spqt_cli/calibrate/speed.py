@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_unflatten
 
-from spqt_cli.backends import kernels
+from spqt_cli.backends import select
 from spqt_cli.decode import active_counts, relayout, session
 from spqt_cli.decode.layers import zigzag_layers
 from spqt_cli.measure import probes
@@ -38,7 +38,7 @@ class Pace:
 
         thresholds: path -> threshold; layers left out, or at 0, run dense. share: what they skip in all.
         """
-        with self._ready(thresholds, share), active_counts.counting(kernels.backend().count_every):
+        with self._ready(thresholds, share), active_counts.counting(select.backend().count_every):
             cache = self._filled()
             times = [time.perf_counter() for _ in _steps(self.loaded.model, self._prompt[-1:], cache)]
         spent = np.diff(times)[WARM_TOKENS:]

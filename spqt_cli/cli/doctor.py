@@ -34,9 +34,9 @@ class Report:
 
 def examine(selftest: bool) -> Report:
     """Look at the machine; with `selftest`, run every kernel of its backend against the definition."""
-    from spqt_cli.backends import kernels
+    from spqt_cli.backends import select
 
-    backend = kernels.backend()
+    backend = select.backend()
     report = Report(_machine(), backend.name, backend.reason)
     if selftest:
         from spqt_cli.backends import selftest as checks

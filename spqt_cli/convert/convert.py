@@ -135,7 +135,7 @@ def _plan(
     planned, weights = plan.make(checkpoint, wishes)
     if options.profile is None:
         return planned, weights, wishes
-    from spqt_cli.backends import kernels
+    from spqt_cli.backends import select
     from spqt_cli.convert import parameters
     from spqt_cli.decode import fused_block, profile
 
@@ -145,7 +145,7 @@ def _plan(
         if unit.kind == ZIGZAG
         for outputs, inputs in [weights[unit.name].shape]
     }
-    kept = fused_block.whole(parameters.load(checkpoint)[0]) if kernels.backend().traces else ()
+    kept = fused_block.whole(parameters.load(checkpoint)[0]) if select.backend().traces else ()
     rows = profile.better_as_rows(sizes, 1 - options.profile, kept)
     wishes = dataclasses.replace(wishes, skip=(*wishes.skip, *rows))
     return *plan.make(checkpoint, wishes), wishes

@@ -16,7 +16,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from spqt_cli.backends import interface, kernels
+from spqt_cli.backends import interface, select
 from spqt_cli.decode import active_counts, fused_block_gpu, phase, prepared
 from spqt_cli.decode.fused_block_gpu import Counts
 from spqt_cli.decode.layers import SharedInput, ZigzagLinear
@@ -175,8 +175,8 @@ class Block:
             return
         self._skips = any(layer.threshold is not None for layer in [*shared, out, gate, up, down])
         tail = interface.Tail(out, interface.Norm(after["weight"], after.eps), [gate, up], down)
-        self._tail = kernels.prepare_tail(x, tail)
-        self._head = kernels.prepare_head(interface.Norm(before["weight"], before.eps), shared)
-        if self._head and self._tail and kernels.backend().traces and fused_block_gpu.traceable(attention):
+        self._tail = select.prepare_tail(x, tail)
+        self._head = select.prepare_head(interface.Norm(before["weight"], before.eps), shared)
+        if self._head and self._tail and select.backend().traces and fused_block_gpu.traceable(attention):
             own = fused_block_gpu.Own(attention, interface.Norm(before["weight"], before.eps), self._attended)
             self._around = fused_block_gpu.Around(x, own, self._head, self._tail)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-from spqt_cli.backends import interface, kernels
+from spqt_cli.backends import interface, select
 from spqt_cli.decode import active_counts, positions
 from spqt_cli.decode.attention_traced import Halves
 from spqt_cli.decode.layers import ZigzagLinear
@@ -72,7 +72,7 @@ class Around:
         together = [id(own.attention.get(name)) for name in PROJECTIONS] == list(map(id, shared))
         if together and (turning := positions.form_of(own.attention)):
             kind, turns = turning
-            if step := kernels.prepare_rotary(x, own.norm, shared, kind):
+            if step := select.prepare_rotary(x, own.norm, shared, kind):
                 self._before, self._place = step, turns.at
                 halves.settings = {"scale": own.attention.scale}
 

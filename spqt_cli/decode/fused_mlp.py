@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from spqt_cli.backends import interface, kernels
+from spqt_cli.backends import interface, select
 from spqt_cli.decode import active_counts, phase, prepared
 from spqt_cli.decode.layers import SharedInput, ZigzagLinear
 from spqt_cli.decode.prepared import Parts
@@ -103,4 +103,4 @@ class Gated:
         if [id(layer) for layer in gate._siblings.layers] == [id(gate), id(up)]:
             self._groups = [gate._siblings, down._siblings]
             self._skips = any(layer.threshold is not None for layer in layers)
-            self._step = kernels.prepare_gated(x, [gate, up], down)
+            self._step = select.prepare_gated(x, [gate, up], down)

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from spqt_cli.backends import kernels
+from spqt_cli.backends import select
 from spqt_cli.decode import active_counts, session, text_borders
 from spqt_cli.decode.options import Options, Prompt, Sampling, check
 from spqt_cli.errors import BackendError, SpqtError, UsageError
@@ -158,7 +158,7 @@ def stream(loaded: session.Loaded, tokens: list[int], sampling: Sampling, option
     mx.reset_peak_memory()
     gate, response, stopped = StopStrings(options.stop), None, False
     answer = text_borders.Answer(loaded.tokenizer, tokens)
-    with active_counts.counting(kernels.backend().count_every) as counter:
+    with active_counts.counting(select.backend().count_every) as counter:
         for response in mlx_lm.stream_generate(loaded.model, loaded.tokenizer, tokens, **arguments):
             if response.generation_tokens % CHECK_EVERY == 1 or response.finish_reason:
                 _check_finite(response)
@@ -226,7 +226,7 @@ def _statistics(
         more, more_dense, draft_skipped = session.touched_bytes(draft, shares)
         of_draft, own = (counter.steps(one.model) / response.generation_tokens for one in (draft, loaded))
         read, dense = own * read + of_draft * more, own * dense + of_draft * more_dense
-    backend = kernels.backend()
+    backend = select.backend()
     return Statistics(
         prompt_tokens=response.prompt_tokens,
         prompt_tps=response.prompt_tps,

@@ -18,7 +18,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from spqt_cli.backends import kernels
+from spqt_cli.backends import select
 from spqt_cli.decode import attention_cpu, exact, fused_block, fused_mlp, hooks_cpu, hooks_generate, profile
 from spqt_cli.decode.layers import SHARED_INPUTS, SharedInput, ZigzagLinear, zigzag_layers
 from spqt_cli.errors import SpqtError, UsageError
@@ -86,14 +86,14 @@ def _load_weights_and_prepare(self: nn.Module, file_or_weights: Any, strict: boo
         _share_inputs(self)
         if mx.default_device().type == mx.DeviceType.cpu:
             compute_in_float32(self)
-        if kernels.backend().native_float32:
+        if select.backend().native_float32:
             hooks_cpu.install()
-        if kernels.backend().fuses:
+        if select.backend().fused:
             for module in self.modules():
                 fused_mlp.install(module)
             for module in self.modules():
                 fused_block.install(module)
-        if kernels.backend().native_float32:
+        if select.backend().native_float32:
             for module in self.modules():
                 attention_cpu.install(module)
         follows = strict and _follows_profile.get()  # with only a part of the weights nothing is repacked
@@ -153,7 +153,7 @@ def compute_in_float32(model: nn.Module) -> None:
     Lazy, so each array is converted as it is first read; the stored folder keeps its dtype. Our own
     kernels read 16-bit scales as they are, which is less to read.
     """
-    native = kernels.backend().native_float32
+    native = select.backend().native_float32
     for module in model.modules():
         packed = native and isinstance(module, nn.QuantizedLinear)
         for name, value in module.items():

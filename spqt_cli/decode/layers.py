@@ -10,7 +10,7 @@ from typing import Any, Self
 import mlx.core as mx
 import mlx.nn as nn
 
-from spqt_cli.backends import interface, kernels
+from spqt_cli.backends import interface, select
 from spqt_cli.decode import active_counts, phase
 from spqt_cli.format import layout
 
@@ -90,13 +90,13 @@ class ZigzagLinear(nn.QuantizedLinear):
             return self._siblings.output(x, self)
         if decodes and self._threshold is not None:
             return self._masked(x, self._threshold)
-        return kernels.matmul(x, self)
+        return select.matmul(x, self)
 
     def _masked(self, x: mx.array, threshold: mx.array) -> mx.array:
         """y for x (..., inputs) of many rows, each masked by itself; all weights are read."""
         if counter := active_counts.current():
             counter.count_rows(self, layout.inactive(x, threshold))
-        return kernels.matmul(layout.mask(x, threshold), self)
+        return select.matmul(layout.mask(x, threshold), self)
 
     def share_input(self, siblings: "SharedInput") -> None:
         """Compute this layer together with the others of `siblings`, in one launch."""
@@ -175,8 +175,8 @@ class SharedInput:
     def _products(self, x: mx.array) -> list[mx.array]:
         step = self._step
         if step is None or any(layer["weight"] is not weight for layer, weight in self._weights):
-            kernels.arrange(self.layers)
-            step = self._step = kernels.prepare(self.layers)
+            select.arrange(self.layers)
+            step = self._step = select.prepare(self.layers)
             self._weights = [(layer, layer["weight"]) for layer in self.layers]
             self._skips = self.skips
         counter = active_counts.current() if self._skips else None

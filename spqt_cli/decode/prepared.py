@@ -10,7 +10,7 @@ from typing import Any
 
 import mlx.nn as nn
 
-from spqt_cli.backends import kernels
+from spqt_cli.backends import select
 from spqt_cli.decode.layers import ZigzagLinear
 
 Place = tuple[dict[str, Any], str]  # where something is kept: a module, or its attributes, and a key
@@ -34,7 +34,7 @@ def arrange(layers: Iterable[Any]) -> None:
     """Let the backend lay the Zigzag layers' weights out, before their arrays are remembered."""
     for layer in layers:
         if isinstance(layer, ZigzagLinear):
-            kernels.arrange(layer._siblings.layers)
+            select.arrange(layer._siblings.layers)
 
 
 def of_layers(layers: Iterable[Any]) -> list[Place]:

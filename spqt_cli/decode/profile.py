@@ -20,7 +20,7 @@ import mlx.core as mx
 import numpy as np
 from mlx import nn
 
-from spqt_cli.backends import kernels
+from spqt_cli.backends import select
 from spqt_cli.decode import fused_block, relayout, repacking
 from spqt_cli.decode.layers import SHARED_INPUTS, ZigzagLinear, zigzag_layers
 from spqt_cli.errors import UsageError
@@ -109,7 +109,7 @@ def device_key() -> dict[str, str]:
     """What a profile belongs to."""
     return {
         "chip": chip(),
-        "backend": kernels.backend().name,
+        "backend": select.backend().name,
         "mlx": metadata.version("mlx"),
         "spqt": __version__,
     }
@@ -193,7 +193,7 @@ def follow(model: nn.Module, curves: Curves, sparsity: float | None) -> str:
     densities = {id(layer): density for layer, density in expected_densities(model, curves, sparsity)}
     counts = dict.fromkeys((SPARSE, ZIGZAG, ROWS), 0)
     repack: dict[str, ZigzagLinear] = {}
-    kept = fused_block.whole(model) if kernels.backend().traces else ()
+    kept = fused_block.whole(model) if select.backend().traces else ()
     for unit in units(model):
         choice = choices.get(unit.key)
         if choice is None:

@@ -13,7 +13,7 @@ import numpy as np
 from mlx import nn
 from mlx.utils import tree_unflatten
 
-from spqt_cli.backends import kernels
+from spqt_cli.backends import select
 from spqt_cli.format import layout
 
 
@@ -71,7 +71,7 @@ class ZigzagHead(nn.Module):
         return None
 
     def __call__(self, x: mx.array) -> mx.array:
-        return kernels.matmul(x, self)
+        return select.matmul(x, self)
 
     def error_against(self, module: nn.QuantizedLinear | nn.QuantizedEmbedding) -> float:
         """The relative L2 distance of these weights from a module's."""

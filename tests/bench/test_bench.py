@@ -8,7 +8,7 @@ import pytest
 from mlx import nn
 from typer.testing import CliRunner
 
-from spqt_cli.backends import cpu, kernels
+from spqt_cli.backends import cpu, select
 from spqt_cli.backends.interface import Backend
 from spqt_cli.bench import bench, model_runs, models
 from spqt_cli.bench.reporting import ModelRow
@@ -75,9 +75,11 @@ def test_the_cpu_backend_is_out_of_the_way_while_stock_runs(subject, monkeypatch
         return 1.0
 
     monkeypatch.setattr(model_runs, "_decode_rate", rate)
-    native = kernels.backend().name == "cpu"
+    native = select.backend().name == "cpu"
     hooks_cpu.install()
-    monkeypatch.setattr(kernels, "backend", lambda: Backend("cpu", "for this test", cpu, native_float32=True))
+    monkeypatch.setattr(
+        select, "backend", lambda: Backend("cpu", "for this test", cpu, fused=cpu, native_float32=True)
+    )
     try:
         dense_only = model_runs.Runs(subject, [], model_runs.bench_machine.Energy(), 1e9)
         dense_only.run(model_runs.Test("decode", 4, 0), 2, lambda *_: None)  # no model is really run

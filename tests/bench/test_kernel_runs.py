@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from spqt_cli.backends import kernels, stock
+from spqt_cli.backends import select, stock
 from spqt_cli.bench import bench, kernel_runs, kernel_units, models, shapes, traffic
 from spqt_cli.bench.kernel_units import Work
 from spqt_cli.bench.reporting import KernelRow, Stat
@@ -131,7 +131,7 @@ def test_each_call_waits_for_the_one_before():
 @pytest.fixture
 def _no_backend(monkeypatch):
     """The variants that every backend has."""
-    monkeypatch.setattr(kernels, "backend", lambda: stock.found("asked for"))
+    monkeypatch.setattr(select, "backend", lambda: stock.found("asked for"))
 
 
 def rows_with(times: dict[str, list[float]]) -> list[KernelRow]:

@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from spqt_cli.backends import kernels
+from spqt_cli.backends import select
 from spqt_cli.calibrate import calibrate
 from spqt_cli.calibrate import result as calibration
 from spqt_cli.cli import describe
@@ -122,7 +122,7 @@ def test_kernel_skips_zeros_of_both_signs_and_no_normal_number():
     layer.set_threshold(LOSSLESS)
     x = np.zeros((1, 64), np.float32)
     x[0, :8] = (-0.0, 0.0, 1e-45, 2e-38, -2e-38, 6e-8, 1.0, -3.0)
-    ys, active = kernels.sparse_gemv(mx.array(x), [layer])
+    ys, active = select.sparse_gemv(mx.array(x), [layer])
     assert active.item() == 5
     assert mx.allclose(ys[0], mx.array(x) @ layer.dequantized().T, rtol=1e-5, atol=1e-6)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from mlx_lm.models import gemma, llama, qwen2
 
-from spqt_cli.backends import kernels, problems
+from spqt_cli.backends import problems, select
 from spqt_cli.backends.gpu import backend as gpu
 from spqt_cli.backends.gpu import first_use, joined_weights, kernel_text, launch_plan
 from spqt_cli.backends.gpu import launch as launching
@@ -64,7 +64,7 @@ def module(bias=False):
 @pytest.fixture
 def on_emulator(emulated, monkeypatch):
     use(monkeypatch, CUTS["wide"])
-    monkeypatch.setattr(kernels, "backend", lambda: EMULATED)
+    monkeypatch.setattr(select, "backend", lambda: EMULATED)
     return emulated
 
 

@@ -7,7 +7,7 @@ import mlx.nn as nn
 import mlx_lm
 import pytest
 
-from spqt_cli.backends import kernels
+from spqt_cli.backends import select
 from spqt_cli.convert import convert
 from spqt_cli.decode import generate, session
 from spqt_cli.decode.layers import zigzag_layers
@@ -88,7 +88,7 @@ def test_statistics_count_what_was_skipped(calibrated, monkeypatch):
     """Against masks recorded layer by layer."""
     loaded = session.load(calibrated)
     seen = []
-    original = kernels.prepare
+    original = select.prepare
 
     def spy(layers):
         step = original(layers)
@@ -99,9 +99,9 @@ def test_statistics_count_what_was_skipped(calibrated, monkeypatch):
 
         return spied
 
-    monkeypatch.setattr(kernels, "prepare", spy)
+    monkeypatch.setattr(select, "prepare", spy)
     for name in ("prepare_gated", "prepare_tail"):  # masks inside one operation stay unseen
-        monkeypatch.setattr(kernels, name, lambda *_: None)
+        monkeypatch.setattr(select, name, lambda *_: None)
     _, statistics = run(loaded)
     size = {id(layer): layer.weight.nbytes + layer.scales.nbytes + layer.biases.nbytes for layer, _ in seen}
     skipped = sum(float(count.item()) / layer.inputs * size[id(layer)] for layer, count in seen)
@@ -111,7 +111,7 @@ def test_statistics_count_what_was_skipped(calibrated, monkeypatch):
     saved = statistics.dense_weight_bytes_per_token - statistics.weight_bytes_per_token
     assert saved == pytest.approx(skipped / steps, rel=1e-3)
     assert 0.2 < statistics.sparsity < 0.6
-    assert statistics.backend == kernels.backend().name
+    assert statistics.backend == select.backend().name
 
 
 def test_dense_skips_nothing_and_says_so(calibrated):

@@ -4,7 +4,7 @@ import mlx.core as mx
 import pytest
 from mlx_lm.generate import generate_step
 
-from spqt_cli.backends import kernels
+from spqt_cli.backends import select
 from spqt_cli.calibrate import calibrate
 from spqt_cli.convert import convert
 from spqt_cli.decode import active_counts, session
@@ -34,7 +34,7 @@ def test_tokens_and_counts_are_the_definition_s(arch, tmp_path, monkeypatch, req
     options = calibrate.CalibrateOptions(sparsity=0.4, tokens=512, method="uniform")
     calibrate.calibrate(folder, options, lambda *_: None)
     with monkeypatch.context() as definition:
-        definition.setattr(kernels, "backend", lambda: DEFINITION)
+        definition.setattr(select, "backend", lambda: DEFINITION)
         expected = decoded(folder)
     launches = request.getfixturevalue("on_emulator")
     assert decoded(folder) == expected

@@ -19,7 +19,7 @@ from mlx_lm.generate import BatchGenerator, batch_generate, generate_step, specu
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import does_model_support_input_embeddings
 
-from spqt_cli.backends import kernels, stock
+from spqt_cli.backends import select
 from spqt_cli.bench import models
 from spqt_cli.convert import convert
 from spqt_cli.decode import active_counts, hooks_generate, phase, session
@@ -27,6 +27,7 @@ from spqt_cli.decode.layers import ZigzagLinear, zigzag_layers
 from spqt_cli.decode.options import Options, Sampling
 from spqt_cli.measure import probes
 from tests.conftest import SIZES, random_weights, tiny_checkpoint, write_tokenizer
+from tests.lib.backends import DEFINITION
 
 PROMPTS = [[60], [70, 80], [90, 61, 62, 63, 64], [81, 82, 83, 84, 85, 86, 87, 88, 89]]
 COUNT = 10  # tokens written
@@ -44,8 +45,7 @@ def folder(tmp_path_factory) -> Path:
 def loaded(request, folder, monkeypatch) -> session.Loaded:
     """The model on this machine's own backend, and on MLX's matmul; half of all channels skipped."""
     if request.param == "stock":
-        monkeypatch.setattr(kernels, "backend", lambda: kernels.Backend("stock", "the definition"))
-        monkeypatch.setattr(kernels, "_implementation", lambda: stock)
+        monkeypatch.setattr(select, "backend", lambda: DEFINITION)
     return half_skipped(session.load(folder))
 
 
@@ -187,8 +187,7 @@ def test_counts_with_a_draft_model_are_numpy_s(folder, monkeypatch):
     """On MLX's matmul, where each product is a call of its layer: all that is fed can be recorded."""
     from spqt_cli.decode import generate
 
-    monkeypatch.setattr(kernels, "backend", lambda: kernels.Backend("stock", "the definition"))
-    monkeypatch.setattr(kernels, "_implementation", lambda: stock)
+    monkeypatch.setattr(select, "backend", lambda: DEFINITION)
     loaded, draft = half_skipped(session.load(folder)), half_skipped(session.load(folder))
     for layer in zigzag_layers(draft.model).values():
         layer.set_threshold(layer.threshold * 0.7)

@@ -5,7 +5,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from spqt_cli.backends import kernels
+from spqt_cli.backends import select
 from spqt_cli.decode import active_counts, phase
 from spqt_cli.decode.layers import SharedInput, ZigzagLinear
 from spqt_cli.format import layout
@@ -144,13 +144,13 @@ def test_a_sibling_called_twice_is_computed_again():
 def test_siblings_run_in_one_launch(monkeypatch):
     layers = siblings(0.2, 0.5, 0.9)
     launches = []
-    original = kernels.prepare
+    original = select.prepare
 
     def prepare(some):
         step = original(some)
         return lambda x, counted: launches.append(len(some)) or step(x, counted)
 
-    monkeypatch.setattr(kernels, "prepare", prepare)
+    monkeypatch.setattr(select, "prepare", prepare)
     x = mx.random.normal((1, 1, 64))
     for layer in layers:
         layer(x)

@@ -8,7 +8,7 @@ import mlx.core as mx
 import pytest
 from mlx import nn
 
-from spqt_cli.backends import kernels
+from spqt_cli.backends import select
 from spqt_cli.bench import models
 from spqt_cli.convert import convert
 from spqt_cli.decode import fused_block, profile, relayout, repacking, session
@@ -269,13 +269,13 @@ def test_layers_of_blocks_that_run_whole_on_a_gpu_stay_as_they_are(monkeypatch):
     profile.write({"64x64 4 bits group 32": Choice(0.0, ROWS)}, {})
     assert profile.better_as_rows(layers, 1.0, kept) == ["other.o_proj"]
     before = list(zigzag_layers(one.model))
-    monkeypatch.setattr(kernels, "backend", lambda: EMULATED)
+    monkeypatch.setattr(select, "backend", lambda: EMULATED)
     for other in (ZIGZAG, ROWS):
         profile.write({unit.key: Choice(0.0, other) for unit in profile.units(one.model)}, {})
         session.apply_profile(one)
         assert list(zigzag_layers(one.model)) == before
         assert all(layer.threshold is not None for layer in zigzag_layers(one.model).values())
-    monkeypatch.setattr(kernels, "backend", lambda: DEFINITION)
+    monkeypatch.setattr(select, "backend", lambda: DEFINITION)
     session.apply_profile(one)
     assert len(zigzag_layers(one.model)) < len(before)
 

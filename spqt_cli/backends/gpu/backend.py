@@ -8,6 +8,7 @@ thresholds or models.
 import sys
 from collections.abc import Callable, Sequence
 from functools import cache
+from typing import cast
 
 import mlx.core as mx
 
@@ -18,7 +19,9 @@ from spqt_cli.backends.gpu.launch import launch
 from spqt_cli.backends.gpu.launch_plan import Form, Plan
 from spqt_cli.backends.interface import (
     Backend,
+    Calls,
     Count,
+    FusedCalls,
     GatedStep,
     HeadStep,
     Norm,
@@ -30,17 +33,18 @@ from spqt_cli.backends.interface import (
 )
 
 
-def find() -> Backend | str:
-    """The kernels of this process's GPU, or why they can't run."""
+def find() -> Backend | str | None:
+    """The kernels of this process's GPU; or why they can't run; None where the device is no GPU."""
     if mx.default_device() != mx.Device(mx.gpu):
-        return "MLX's default device is the CPU"
+        return None
     if first_use.broken():
         return first_use.broken()[0]
     for name, module, kind in (("metal", mx.metal, "Metal"), ("cuda", mx.cuda, "CUDA")):
         if module.is_available():
             # Counts are handed from step to step by the host, which is the slower of the two here.
-            reason = f"MLX has a {kind} GPU"
-            return Backend(name, reason, sys.modules[__name__], count_every=8, traces=True)
+            reason, this = f"MLX has a {kind} GPU", sys.modules[__name__]
+            calls, fused = cast(Calls, this), cast(FusedCalls, this)
+            return Backend(name, reason, calls, fused=fused, count_every=8, traces=True)
     return "MLX has no GPU here"
 
 
@@ -77,7 +81,7 @@ def arrange(layers: Sequence[Projection]) -> None:
 
 
 def prepare(layers: Sequence[Projection]) -> Step:
-    """As `kernels.prepare`. What one call does is traced once per shape and dtype, then only replayed:
+    """As `select.prepare`. What one call does is traced once per shape and dtype, then only replayed:
     asking MLX for a custom kernel from Python costs more than the rest of a small layer.
     """
     dense = all(layer.threshold is None for layer in layers)
@@ -111,7 +115,7 @@ def prepare_gated(x: mx.array, pair: Sequence[Projection], down: Projection) -> 
 
 
 def prepare_head(norm: Norm, layers: Sequence[Projection]) -> HeadStep:
-    """As `kernels.prepare_head`, in one traced call; the kernel normalizes x itself where it can."""
+    """As `select.prepare_head`, in one traced call; the kernel normalizes x itself where it can."""
     products = prepare(layers)
     dense = all(layer.threshold is None for layer in layers)
 
@@ -127,7 +131,7 @@ def prepare_head(norm: Norm, layers: Sequence[Projection]) -> HeadStep:
 def prepare_rotary(
     x: mx.array, norm: Norm, layers: Sequence[Projection], rotary: Rotary
 ) -> RotaryStep | None:
-    """As `kernels.prepare_rotary`, in one traced call: the reduction of q/k/v turns their heads."""
+    """As `select.prepare_rotary`, in one traced call: the reduction of q/k/v turns their heads."""
     dense = all(layer.threshold is None for layer in layers)
     plan = _usable(x, layers, Form(dense, rotary, norm)) if launch_plan.turns(layers, rotary) else None
     if plan is None:
@@ -141,7 +145,7 @@ def prepare_rotary(
 
 
 def prepare_tail(x: mx.array, tail: Tail) -> TailStep | None:
-    """As `kernels.prepare_tail`: one traced call; the residual stream is added in the reductions."""
+    """As `select.prepare_tail`: one traced call; the residual stream is added in the reductions."""
     plan = _gated_plan(x, tail.pair, tail.norm)
     if plan is None:
         return None

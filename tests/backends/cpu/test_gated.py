@@ -5,7 +5,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from spqt_cli.backends import cpu, kernels
+from spqt_cli.backends import cpu, select
 from spqt_cli.decode import active_counts, fused_mlp
 from spqt_cli.decode.layers import SharedInput, ZigzagLinear
 
@@ -122,7 +122,7 @@ def test_counts_go_on_from_those_given(start):
 
 def test_counts_of_one_product_go_on():
     made, x = module(), vector()
-    step = kernels.prepare([made.gate_proj, made.down_proj][:1])
+    step = select.prepare([made.gate_proj, made.down_proj][:1])
     _, first = step(x, None)
     _, second = step(x, first)
     assert second.item() == 2 * first.item()

@@ -3,7 +3,7 @@
 import mlx.core as mx
 import pytest
 
-from spqt_cli.backends import interface, kernels, problems, selftest, stock
+from spqt_cli.backends import interface, problems, select, selftest, stock
 from spqt_cli.backends.gpu import backend as gpu
 from spqt_cli.backends.gpu import first_use, kernel_text, launch_plan
 from spqt_cli.backends.gpu import launch as launching
@@ -108,14 +108,14 @@ def test_selftest_table_sees_a_wrong_backend(monkeypatch):
         ("fused", Case((64, 64), 40, dtype=mx.float32)),
     ]
     monkeypatch.setattr(selftest, "_cases", lambda: cases)
-    monkeypatch.setattr("spqt_cli.backends.kernels.sparse_gemv", stock.sparse_gemv)
+    monkeypatch.setattr("spqt_cli.backends.select.sparse_gemv", stock.sparse_gemv)
     assert all(row["pass"] for row in selftest.run())
 
     def wrong(x, some):
         ys, active = stock.sparse_gemv(x, some)
         return [y + 1 for y in ys], active
 
-    monkeypatch.setattr("spqt_cli.backends.kernels.sparse_gemv", wrong)
+    monkeypatch.setattr("spqt_cli.backends.select.sparse_gemv", wrong)
     assert not any(row["pass"] for row in selftest.run() if "dense" not in row["kernel"])
 
 
@@ -123,7 +123,7 @@ def test_selftest_table_sees_a_wrong_backend(monkeypatch):
 def test_selftest_table_shows_a_kernel_that_was_given_up(monkeypatch, fresh_trust, old, new):
     monkeypatch.setattr(first_use, "_broken", ["found wrong before"])
     monkeypatch.setattr(launching, "run", run_emulated)
-    monkeypatch.setattr(kernels, "backend", lambda: EMULATED)
+    monkeypatch.setattr(select, "backend", lambda: EMULATED)
     monkeypatch.setattr(selftest, "_cases", lambda: [("one launch", Case((128,), 96))])
     monkeypatch.setattr(selftest, "_dense_rows", list)
     use(monkeypatch, CUTS["narrow"])
@@ -142,7 +142,7 @@ def test_selftest_table_judges_what_reductions_do_besides(monkeypatch, fresh_tru
         )
     kernel_text.reduce_kernel.cache_clear()
     monkeypatch.setattr(launching, "run", run_emulated)
-    monkeypatch.setattr(kernels, "backend", lambda: EMULATED)
+    monkeypatch.setattr(select, "backend", lambda: EMULATED)
     rows = selftest._reduction_rows()
     assert len(rows) == 9
     assert [row["kernel"] for row in rows if not row["pass"]] == (["residual"] * 3 if wrong else [])

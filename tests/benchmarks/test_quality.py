@@ -5,11 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import quality_bytes
 from spqt_cli.convert import convert
 from spqt_cli.convert.convert import ConvertOptions
 from spqt_cli.decode import session
 from tests.conftest import tiny_checkpoint
+
+quality = pytest.importorskip("benchmarks.quality", reason="benchmarks/ is not part of a source archive")
 
 
 @pytest.mark.parametrize(("arch", "tied"), [("llama", True), ("qwen2", False)])
@@ -17,7 +18,7 @@ def test_bytes_read_are_weights_and_16_bit_scales(tmp_path: Path, arch: str, tie
     options = ConvertOptions(group_size=32, dtype="float16")
     result = convert.convert(str(tiny_checkpoint(tmp_path / "m", arch)), tmp_path / "out", options)
     read = [size for name, _, bits, _, size in result.rows if bits and (tied or "embed" not in name)]
-    sizes = quality_bytes.quantized_bytes(session.load(tmp_path / "out").model)
+    sizes = quality.quantized_bytes(session.load(tmp_path / "out").model)
     assert sum(sizes.values()) == sum(read)
     assert ("model.embed_tokens" in sizes) == tied
 
@@ -25,7 +26,7 @@ def test_bytes_read_are_weights_and_16_bit_scales(tmp_path: Path, arch: str, tie
 def test_share_that_reads_what_three_bits_do(checkpoint: Path, calibrated: Path, tmp_path: Path) -> None:
     convert.convert(str(checkpoint), tmp_path / "few", ConvertOptions(bits=3, group_size=32))
     loaded, few = session.load(calibrated, dense=True), session.load(tmp_path / "few")
-    subjects = quality_bytes.sparse_against_fewer_bits(str(checkpoint), loaded, few.model, [0.4])
+    subjects = quality.sparse_against_fewer_bits(str(checkpoint), loaded, few.model, [0.4])
     equal = next(
         name for name in subjects if name not in ("Zigzag 4-bit", "Zigzag 4-bit at 40%") and " at " in name
     )
@@ -46,10 +47,10 @@ def test_masked_model_reads_less_and_differs(
     checkpoint: Path, calibrated: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     loaded = session.load(calibrated, dense=True)
-    dense = quality_bytes.Subject(loaded.model)
-    sparse = quality_bytes.Subject(loaded.model, dict.fromkeys(dense.skippable, 0.7))
-    rows = np.random.default_rng(0).integers(3, 500, (3, quality_bytes.WINDOW))
-    source, first, second = quality_bytes.table(
+    dense = quality.Subject(loaded.model)
+    sparse = quality.Subject(loaded.model, dict.fromkeys(dense.skippable, 0.7))
+    rows = np.random.default_rng(0).integers(3, 500, (3, quality.WINDOW))
+    source, first, second = quality.score(
         str(checkpoint), {"dense": dense, "sparse": sparse}, rows, lambda *_: None
     )
     assert source["name"] == "source"

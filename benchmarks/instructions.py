@@ -1,7 +1,7 @@
 """Counts the instructions per weight of the kernel in the PTX that NVIDIA's own compiler makes.
 
-    python benchmarks/count_nvrtc.py                        # libnvrtc and headers beside MLX or PyTorch
-    python benchmarks/count_nvrtc.py --ptx-folder ptx       # keeps the PTX
+    python -m benchmarks.instructions                        # libnvrtc and headers beside MLX or PyTorch
+    python -m benchmarks.instructions --ptx-folder ptx       # keeps the PTX
 
 NVRTC gets the text that MLX gives it, with CUDA's half headers in place of MLX's larger ones. Works from a
 bare checkout; needs no GPU, only the library. tests/metal/count_instructions.py says what is counted.
@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from bench_decode_gpu import from_bare_tree
+from benchmarks.machine import from_bare_tree
 
 from_bare_tree()
 from tests.metal import count_instructions as counting
@@ -81,7 +81,9 @@ def ptx(nvrtc: ctypes.CDLL, text: str, options: Sequence[str]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.instructions",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--bits", type=int, nargs="+", default=[3, 4, 8])
     parser.add_argument("--architecture", default="compute_90")

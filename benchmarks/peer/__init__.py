@@ -9,7 +9,7 @@ import tarfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-BUILD = HERE.parent / "build" / "peer"
+BUILD = HERE.parent.parent / "build" / "peer"
 
 
 def sources(path: Path) -> Path:
@@ -35,9 +35,10 @@ class Peer:
     def __init__(self, path: Path) -> None:
         folder = sources(path)
         settings = [f"-DLLAMA_CPP={folder}", "-DCMAKE_BUILD_TYPE=Release", "-DGGML_NATIVE=ON"]
-        with (HERE.parent / "build" / "peer.log").open("w") as log:
+        BUILD.mkdir(parents=True, exist_ok=True)
+        with (BUILD.parent / "peer.log").open("w") as log:
             for command in (
-                ["cmake", "-S", str(HERE / "peer"), "-B", str(BUILD / "cmake"), *settings],
+                ["cmake", "-S", str(HERE), "-B", str(BUILD / "cmake"), *settings],
                 ["cmake", "--build", str(BUILD / "cmake"), "--target", "peer", "-j"],
             ):
                 if subprocess.run(command, stdout=log, stderr=log, check=False).returncode:

@@ -1,7 +1,7 @@
 """Which backend multiplies, and the calls that do it.
 
 `gpu/` holds the Metal and CUDA kernels, `cpu.py` the C++ extension, `stock.py` MLX's own matmul. A new
-backend is one module with the functions of `interface.Calls` and a `find`, and its line in `_found`.
+backend is one module with the functions of `interface.Calls`, and one line in `BACKENDS`.
 """
 
 import os
@@ -13,6 +13,7 @@ from spqt_cli.backends import cpu, stock
 from spqt_cli.backends.gpu import backend as gpu
 from spqt_cli.backends.interface import (
     Backend,
+    Calls,
     GatedStep,
     HeadStep,
     Norm,
@@ -24,6 +25,12 @@ from spqt_cli.backends.interface import (
     TailStep,
 )
 from spqt_cli.errors import UsageError
+
+# In this order: the first that runs on the default device is taken.
+BACKENDS: tuple[Calls, ...] = (
+    gpu,
+    cpu,
+)
 
 
 def backend() -> Backend:
@@ -39,8 +46,13 @@ def backend() -> Backend:
 
 
 def _found() -> Backend:
-    found = gpu.find() if mx.default_device().type == mx.DeviceType.gpu else cpu.find()
-    return stock.found(found) if isinstance(found, str) else found
+    reasons = []
+    for calls in BACKENDS:
+        found = calls.find()
+        if isinstance(found, Backend):
+            return found
+        reasons += [found] if found else []
+    return stock.found("; ".join(reasons) or "no other backend is for this device")
 
 
 def sparse_gemv(x: mx.array, layers: Sequence[Projection]) -> tuple[list[mx.array], mx.array]:
@@ -74,12 +86,14 @@ def prepare_gated(x: mx.array, pair: Sequence[Projection], down: Projection) -> 
 
     pair: gate and up; x: such an input as the steps will get. None where the backend has no such step.
     """
-    return backend().calls.prepare_gated(x, pair, down)
+    fused = backend().fused
+    return fused.prepare_gated(x, pair, down) if fused else None
 
 
 def prepare_head(norm: Norm, layers: Sequence[Projection]) -> HeadStep | None:
     """norm(x) and its products for these layers as they are now, in one call; None as for `prepare_tail`."""
-    return backend().calls.prepare_head(norm, layers)
+    fused = backend().fused
+    return fused.prepare_head(norm, layers) if fused else None
 
 
 def prepare_rotary(
@@ -89,7 +103,8 @@ def prepare_rotary(
 
     x: such an input as the steps will get. None where the backend has no such step.
     """
-    return backend().calls.prepare_rotary(x, norm, layers, rotary)
+    fused = backend().fused
+    return fused.prepare_rotary(x, norm, layers, rotary) if fused else None
 
 
 def prepare_tail(x: mx.array, tail: Tail) -> TailStep | None:
@@ -97,7 +112,8 @@ def prepare_tail(x: mx.array, tail: Tail) -> TailStep | None:
 
     x: such an input as the steps will get. None where the backend has no such step.
     """
-    return backend().calls.prepare_tail(x, tail)
+    fused = backend().fused
+    return fused.prepare_tail(x, tail) if fused else None
 
 
 def matmul(x: mx.array, layer: Projection) -> mx.array:

@@ -1,0 +1,20 @@
+"""Every benchmark starts: what it imports of the package exists, and `--help` says how it is called."""
+
+import subprocess
+import sys
+
+import pytest
+
+from tests import ROOT
+
+SCRIPTS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if path.stem != "machine")
+if not SCRIPTS:
+    pytest.skip("benchmarks/ is not part of a source archive", allow_module_level=True)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_names_the_command(name: str) -> None:
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--help"]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert shown.returncode == 0, shown.stderr
+    assert f"python -m benchmarks.{name}" in shown.stdout

@@ -1,0 +1,101 @@
+"""What the documents name exists: files, links, results, benchmark and test modules, make targets."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import ROOT
+
+if not (ROOT / "docs").is_dir():
+    pytest.skip("docs/ is not part of a source archive", allow_module_level=True)
+
+READ = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/**/*.md", "*/README.md")
+DOCUMENTS = sorted({path for pattern in READ for path in ROOT.glob(pattern) if ".venv" not in path.parts})
+SOURCES = [
+    path
+    for folder in ("spqt_cli", "metal", "cpu", "configs", "tests", "benchmarks", "findings")
+    for path in (ROOT / folder).rglob("*")
+    if path.suffix in {".py", ".h", ".cpp", ".metal", ".sh", ".toml"}
+]
+# A file of this repository by its ending.
+NAMED = re.compile(r"(?<![\w./*-])(?:[\w.-]+/)*[\w.-]+\.(?:py|md|metal|h|cpp|sh|toml|json)\b(?!\w)")
+ROOTED = re.compile(r"(?<![\w./-])(?:docs|benchmarks|metal|cpu|tests|findings|configs|spqt_cli)/[\w./-]*\w")
+LINK = re.compile(r"\]\(([^)#:\s]+)[^):\s]*\)")
+MODULE = re.compile(r"python -m ((?:benchmarks|tests|spqt_cli)[\w.]*\w)")
+# Files of a model, of a checkpoint's repository or of the reader.
+ELSEWHERE = re.compile(
+    r"(config|tokenizer|tokenizer_config|mine|decode|host|prompts|result)\.json|llama\.cpp|tests\.metal"
+)
+
+
+def names(path: Path) -> Iterator[str]:
+    """Every file name that a document writes."""
+    text = path.read_text(encoding="utf-8")
+    for pattern in (NAMED, ROOTED):
+        yield from (name.rstrip(".") for name in pattern.findall(text))
+
+
+def exists(name: str, near: Path) -> bool:
+    """Whether a name is a path from the root or from `near`, or a file of that name is anywhere."""
+    if (ROOT / name).exists() or (near / name).exists():
+        return True
+    return "/" not in name and any(name in known for known in BY_FOLDER.values())
+
+
+BY_FOLDER = {
+    folder: {path.name for path in (ROOT / folder).rglob("*") if path.is_file()}
+    for folder in ("spqt_cli", "metal", "cpu", "configs", "tests", "benchmarks", "findings", "docs")
+}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_documents_name_what_exists(path: Path) -> None:
+    missing = {
+        name for name in names(path) if not ELSEWHERE.fullmatch(name) and not exists(name, path.parent)
+    }
+    assert missing == set()
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(path: Path) -> None:
+    links = LINK.findall(path.read_text(encoding="utf-8"))
+    assert [link for link in links if not (path.parent / link).exists()] == []
+
+
+def test_commands_in_documents_exist() -> None:
+    text = "\n".join(path.read_text(encoding="utf-8") for path in DOCUMENTS)
+    modules = {name.replace(".", "/") for name in MODULE.findall(text)}
+    assert modules
+    assert {
+        name for name in modules if not (ROOT / f"{name}.py").is_file() and not (ROOT / name).is_dir()
+    } == set()
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"(?:`|^ *)make ([a-z][\w-]*)", text, re.MULTILINE)) <= targets
+
+
+def test_sources_name_documents_and_results_that_exist() -> None:
+    rooted = re.compile(r"(?<![\w./-])(?:docs|benchmarks)/[\w./-]*\w\.(?:md|json|py)")
+    missing = {
+        (str(path.relative_to(ROOT)), name)
+        for path in SOURCES
+        if path.name != "test_documents.py"
+        for name in rooted.findall(path.read_text(encoding="utf-8", errors="replace"))
+        if not (ROOT / name).exists()
+    }
+    assert missing == set()
+
+
+def test_every_result_is_named_by_a_document() -> None:
+    text = "\n".join(path.read_text(encoding="utf-8") for path in DOCUMENTS)
+    results = {path.name for path in (ROOT / "benchmarks" / "results").iterdir()}
+    assert {name for name in results if name not in text} == set()
+
+
+def test_a_missing_name_is_found(tmp_path: Path) -> None:
+    """The checks above can fail: names in prose, code and links, and bare ones."""
+    page = tmp_path / "page.md"
+    page.write_text("`gone.py`, docs/gone.md, `benchmarks/results/gone.json`, README.md, `cpu/pool.cpp`")
+    gone = {name for name in names(page) if not exists(name, tmp_path)}
+    assert gone == {"gone.py", "docs/gone.md", "benchmarks/results/gone.json"}
