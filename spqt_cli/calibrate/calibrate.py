@@ -38,10 +38,9 @@ __all__ = ["CalibrateOptions", "Calibration", "LayerRow", "calibrate", "print_ta
 def calibrate(path: Path, options: CalibrateOptions, on_progress: OnProgress) -> Calibration:
     """Write thresholds into a converted folder's config.json and return what they reach.
 
-    on_progress: called with (done, total, what) before each unit of work, counted anew for each `what`; a
-    total of 0 is not known. Raises SpqtError (3) for a text that is missing, not UTF-8 or too short,
-    BusyError (7) when an unfinished calibration with other settings is there, UsageError (2) for
-    values out of range.
+    on_progress: called with (done, total, what) before each unit of work; every loop counts its own.
+    Raises SpqtError (3) for a text that is missing, not UTF-8 or too short, BusyError (7) when an
+    unfinished calibration with other settings is there, UsageError (2) for values out of range.
     """
     options.check()
     text = texts.read(options.data)
@@ -113,7 +112,7 @@ class _Run:
         """The measurements, the method, the sparsity to reach and, where a speed was asked for, the tokens
         per second measured there.
 
-        The only place that knows whether the model is in memory.
+        The only place that picks an engine.
         """
         options = self.options
         measured_on = (self.loaded.model, harness, self.windows, self.progress, self.on_progress)

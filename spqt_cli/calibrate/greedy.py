@@ -139,6 +139,6 @@ class _Search:
 
 
 def _first(out: Any) -> mx.array:
-    """A block's hidden state; some models' blocks return more beside it."""
+    """A block's hidden state; some models' blocks return more than it."""
     result: mx.array = out[0] if isinstance(out, (tuple, list)) else out
     return result

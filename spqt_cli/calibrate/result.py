@@ -1,11 +1,11 @@
-"""What a calibration found: the result, its stored form, its table for people."""
+"""What a calibration found: the result, its stored form, its printed table."""
 
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-# KL to the dense model, in nats on held-out text, above which people are warned. On SmolLM2-135M 25 % cost
+# KL to the dense model, in nats on held-out text, above which a warning is printed. On SmolLM2-135M 25 % cost
 # 0.05 (perplexity +3.5 %), 40 % 0.14 (+13 %), 50 % 0.31 (+34 %): KL is about the logarithm of the rise.
 # At 0.1 perplexity is up by a tenth, between what reads well there and what does not (docs/quality.md).
 SUFFERS = 0.1
@@ -14,10 +14,12 @@ NAMED = 12  # layers listed by name in one line
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One layer's result: shares in 0 to 1; dead: its inputs told nothing, so it stays dense.
+    """One layer's result. target, realised: fractions of its inputs to skip, and skipped on held-out text.
 
-    zeros: share of its inputs that are exactly 0 and skipped at any sparsity, where there are enough of them.
-    unreached: the text never came to it (an expert not chosen, keys that other layers share): it stays dense.
+    threshold: on |x|, 0 where it stays dense. dead: its inputs are constant, so it stays dense. zeros:
+    fraction of its inputs that are exactly 0 and skipped at any sparsity, where there are enough of
+    them. unreached: the text never reached it (an expert not chosen, keys taken from another layer), so it
+    stays dense.
     """
 
     path: str
@@ -38,7 +40,7 @@ class LayerRow:
 @dataclass(frozen=True)
 class Tried:
     """One allocation's score on held-out text: KL to the dense quantized model in nats, its mean and
-    per window; realised: share of all Zigzag weights skipped.
+    per window; realised: fraction of all Zigzag weights skipped.
     """
 
     name: str
@@ -49,9 +51,9 @@ class Tried:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was written. tried: the allocations measured, the one in use first; realised: its share
+    """What was written. tried: the allocations measured, the one in use first; realised: its fraction
     of all Zigzag weights skipped on held-out text. tokens_per_second: measured here where a speed was
-    the goal, else None. lossless: share of all Zigzag weights that exact zeros skip. note: a line for people
+    the target, else None. lossless: fraction of all Zigzag weights that exact zeros skip. note: a line
     where a method could not be followed, or "".
     """
 
@@ -71,12 +73,12 @@ class Calibration:
 
     @property
     def warning(self) -> str:
-        """A line for people where the text will suffer, else ""."""
+        """One line where the text will suffer, else ""."""
         return warning(self.tried[0].kl)
 
 
 def warning(kl: float) -> str:
-    """A line for people where a KL to the dense model, in nats on held-out text, means worse text; or ""."""
+    """One line where a KL to the dense model, in nats on held-out text, means worse text; else ""."""
     if kl <= SUFFERS:
         return ""
     return (
@@ -92,7 +94,7 @@ def stored_warning(section: Any) -> str:
 
 
 def warning_of(config: dict[str, Any], sparsity: float | None) -> str:
-    """The warning for a model that runs at that share: what was calibrated, or more."""
+    """The warning for a model that runs at `sparsity`, if that is what was calibrated, or more; else ""."""
     section = config["spqt"].get("calibration") or {}
     skips_as_much = sparsity is not None and sparsity >= section.get("sparsity", math.inf)
     return stored_warning(section) if skips_as_much else ""
@@ -152,10 +154,10 @@ def _exceptions(result: Calibration) -> list[str]:
 def stored_zeros(section: Any) -> str:
     """A line on exact zeros for what config.json says of a calibration; "" where there are none."""
     rows = section.get("layers") if isinstance(section, dict) else None
-    shares = (
+    zeros = (
         [row.get("zeros") for row in rows.values() if isinstance(row, dict)] if isinstance(rows, dict) else []
     )
-    found = [share for share in shares if isinstance(share, (int, float))]
+    found = [zero for zero in zeros if isinstance(zero, (int, float))]
     if not found:
         return ""
     return (

@@ -74,7 +74,7 @@ def lowest_sparsity(
     seen: dict[float, float] = {}
 
     def measured(sparsity: float, refine: bool = False) -> float:
-        on_progress(len(seen), 0, "measuring decode speed")  # how many tries it takes is not known
+        on_progress(len(seen), len(seen) + 1, "measuring decode speed")  # one more at least
         layers = candidate.at(sparsity)
         chosen = measurements.refined(layers) if refine else quantiles(measurements.skippable, layers)
         seen[sparsity] = rate(chosen if sparsity else {}, sparsity)

@@ -67,7 +67,7 @@ class Masking:
 
 
 class Harness:
-    """What all probes of a model share. Each of its contexts changes what the probes do while it is open."""
+    """What the probes of a model do: by default nothing; otherwise what an open context says."""
 
     def __init__(self, layers: dict[str, ZigzagLinear]) -> None:
         self.layers = layers
@@ -247,10 +247,10 @@ def continuation(model: nn.Module, tokens: mx.array, cache: list[Any]) -> mx.arr
         return model(tokens, cache=copy.deepcopy(cache))
 
 
-def weighted(shares: Mapping[str, float], layers: Mapping[str, ZigzagLinear]) -> float:
-    """The share of all Zigzag weights skipped, from each layer's share of inputs skipped."""
+def weighted(skipped: Mapping[str, float], layers: Mapping[str, ZigzagLinear]) -> float:
+    """The fraction of all Zigzag weights skipped. skipped: path -> fraction of the layer's inputs."""
     sizes = {path: layer.inputs * layer.outputs for path, layer in layers.items()}
-    return sum(shares.get(path, 0.0) * size for path, size in sizes.items()) / sum(sizes.values())
+    return sum(skipped.get(path, 0.0) * size for path, size in sizes.items()) / sum(sizes.values())
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from spqt_cli.calibrate import calibrate
 from spqt_cli.calibrate.calibrate import CalibrateOptions
 from spqt_cli.calibrate.gradients import SPARSITIES, Sensitivity
 from spqt_cli.calibrate.measurements import FIRST_TOKENS
-from spqt_cli.calibrate.stream import blocks, gradients
+from spqt_cli.calibrate.stream import blocks, engine, gradients
 from spqt_cli.convert import convert
 from spqt_cli.decode import layers, session
 from spqt_cli.errors import BusyError, UnsupportedError, UsageError
@@ -243,3 +243,9 @@ def test_gemma_with_its_own_masks(tmp_path):
     assert max(abs(found[path] / expected[path] - 1) for path in found) < 0.05
     priced = calibrate.calibrate(tmp_path / "model", settings(method="fast"), quiet)
     assert priced.realised == pytest.approx(0.4, abs=0.03)
+
+
+def test_states_of_an_interrupted_run_have_the_models_dtype_again():
+    states = engine._States(1, mx.ones((2, 4, 8)), {1: mx.ones((1, 4, 8))})  # saved as float32
+    assert states.resumed(mx.float16).dtype == mx.float16
+    assert states.masked[1].dtype == mx.float16
