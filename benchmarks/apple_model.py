@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from spqt_cli.bench import shapes, traffic
+from spqt_cli.bench import projections, shapes
 from spqt_cli.format import layout
 
 INSTRUCTIONS = 4  # per weight: mask, set exponent, subtract, multiply-add (metal/sparse_gemv.metal)
@@ -93,8 +93,8 @@ def touched(
     active = np.zeros(inputs, bool)
     active[np.random.default_rng(SEED).permutation(inputs)[: round(density * inputs)]] = True
     bits, group_size = form
-    chunks = traffic.chunk_bytes(bits, group_size, band, SCALE_BYTES)
-    return traffic.line_bytes(active, -(-outputs // band), chunks, line)
+    chunks = projections.chunk_bytes(bits, group_size, band, SCALE_BYTES)
+    return projections.line_bytes(active, -(-outputs // band), chunks, line)
 
 
 def fit() -> Fit:

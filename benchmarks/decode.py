@@ -33,7 +33,7 @@ import mlx.core as mx
 from mlx_lm.models.cache import trim_prompt_cache
 
 from spqt_cli.backends import select
-from spqt_cli.bench import bench, models, reporting
+from spqt_cli.bench import bench, models, results
 from spqt_cli.decode import active_counts, phase
 from spqt_cli.decode.layers import zigzag_layers
 
@@ -65,7 +65,7 @@ def options_of(
     )
 
 
-def measure(shape: str, arguments: argparse.Namespace) -> list[reporting.Report]:
+def measure(shape: str, arguments: argparse.Namespace) -> list[results.Report]:
     """The kernel report, where a profile was asked for, and the model report of one shape."""
     reports = []
     began = time.monotonic()
@@ -92,8 +92,8 @@ def measure_models(arguments: argparse.Namespace) -> int:
             failed = 1
             continue
         for report in reports:
-            print(reporting.render(report, "md") + "\n", flush=True)
-            documents.append(reporting.plain(report))
+            print(results.render(report, "md") + "\n", flush=True)
+            documents.append(results.plain(report))
         arguments.output.write_text(json.dumps(documents) + "\n")
     return failed
 

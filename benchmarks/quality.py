@@ -46,7 +46,7 @@ from spqt_cli.calibrate.progress import Progress
 from spqt_cli.convert import convert, plan
 from spqt_cli.decode import generate, layers, session
 from spqt_cli.decode.options import Options, Prompt, Sampling
-from spqt_cli.evaluate import compare, evaluate, reference, variants
+from spqt_cli.evaluate import compare, perplexity, variants
 from spqt_cli.format import config_json
 from spqt_cli.measure import many_rows, probes, scoring, texts
 
@@ -194,7 +194,10 @@ def sparse_against_fewer_bits(
     """A calibrated 4-bit model dense, at the share that reads what dense 3-bit row-grouped layers do, and
     at `shares`; beside it those row-grouped layers and `few`, the model in 3-bit Zigzag.
     """
-    dense, rows = Subject(loaded.model), Subject(reference.load(source, reference.settings(few)))
+    dense, rows = (
+        Subject(loaded.model),
+        Subject(variants.load_source(source, variants.quantized_settings(few))),
+    )
     body = sum(dense.sizes[path] for path in dense.skippable)
     equal = round((dense.touched - rows.touched) / body, 4)
     asked = ",".join(str(share) for share in sorted({equal, *shares}))
@@ -219,7 +222,7 @@ def score(
     source: str, subjects: Mapping[str, Subject], rows: np.ndarray, on_progress: Callable[..., None]
 ) -> list[dict[str, Any]]:
     """Score the source and all subjects on rows (windows, WINDOW); print and return the results."""
-    every = {SOURCE: Subject(reference.load(source)), **subjects}
+    every = {SOURCE: Subject(variants.load_source(source)), **subjects}
     models = {id(one.model): one.model for one in every.values()}
     with ExitStack() as stack, many_rows.holding(many_rows.spare_bytes()):
         harnesses = {key: stack.enter_context(probes.probing(each)) for key, each in models.items()}
@@ -271,12 +274,12 @@ def rows_table(options: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
     folder = converted(options, work)
     results = []
     for source_head in (False, True):
-        wishes = evaluate.EvaluateOptions(
+        wishes = variants.EvaluateOptions(
             windows=options.windows, baseline=options.source, rows=True, source_head=source_head
         )
-        quality = evaluate.evaluate(folder, options.test, wishes, progress)
+        quality = perplexity.evaluate(folder, options.test, wishes, progress)
         print(f"\nembedding and head {'of the source' if source_head else 'quantized too'}")
-        print(evaluate.report(quality), flush=True)
+        print(quality.table(), flush=True)
         results += [{"source_head": source_head, **asdict(row)} for row in quality.variants]
     return results
 
@@ -285,10 +288,10 @@ def methods_table(options: argparse.Namespace, work: Path) -> list[dict[str, Any
     """Every method's candidates at each sparsity, all scored in one pass over the test windows."""
     loaded = session.load(converted(options, work), dense=True)
     candidates = search(options, loaded, work)
-    choices = {name: evaluate.Choice(share, one.thresholds) for name, (share, one) in candidates.items()}
-    wishes = evaluate.EvaluateOptions(windows=options.windows, baseline=options.source, source_head=True)
-    quality = evaluate.evaluate_choices(loaded, options.test, wishes, choices, progress)
-    print(f"\n{evaluate.report(quality)}\n\nKL to the source below uniform's, paired by window")
+    choices = {name: variants.Choice(share, one.thresholds) for name, (share, one) in candidates.items()}
+    wishes = variants.EvaluateOptions(windows=options.windows, baseline=options.source, source_head=True)
+    quality = perplexity.evaluate_choices(loaded, options.test, wishes, choices, progress)
+    print(f"\n{quality.table()}\n\nKL to the source below uniform's, paired by window")
     rows = {row.name: asdict(row) for row in quality.variants}
     for name, (share, one) in candidates.items():
         gained, error = paired(rows[f"uniform {share:.0%}"], rows[name])

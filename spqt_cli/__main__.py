@@ -6,7 +6,7 @@ import sys
 def main() -> None:
     """Run the command line; it ends the process."""
     try:
-        from spqt_cli.cli import entry
+        from spqt_cli.cli import main as entry
     except KeyboardInterrupt:
         sys.exit(130)
     entry.main()

@@ -2,7 +2,7 @@
 
 The loop is mlx-lm's own `generate_step`, so Python's share of a token is in every figure. In each
 repetition every variant runs once, one after another, so that a drift of the machine meets all alike.
-model_runs.py holds the clock, models.py makes the models, kernel_runs.py is the kernel level.
+model_timing.py holds the clock, models.py makes the models, kernel_timing.py is the kernel level.
 """
 
 import dataclasses
@@ -16,9 +16,9 @@ from typing import Any
 import mlx.core as mx
 from mlx import nn
 
-from spqt_cli.bench import hardware, kernel_runs, kernel_units, model_runs, models, shapes
+from spqt_cli.bench import hardware, kernel_timing, model_timing, models, projections, shapes
 from spqt_cli.bench.models import Subject
-from spqt_cli.bench.reporting import Crossover, KernelRow, ModelRow, Report
+from spqt_cli.bench.results import Crossover, KernelRow, ModelRow, Report
 from spqt_cli.decode import profile
 from spqt_cli.errors import UsageError
 from spqt_cli.format import config_json, presets
@@ -89,7 +89,7 @@ def run(options: Options, on_progress: Progress = lambda *_: None) -> Report:
     on_progress(0, 1, "making the models")
     subject = make_subject(options)
     copy = hardware.copy_bandwidth()
-    runs = model_runs.Runs(subject, options.sparsities, hardware.Energy(), copy)
+    runs = model_timing.Runs(subject, options.sparsities, hardware.Energy(), copy)
     by_test: list[list[ModelRow]] = []
     tests = list(_tests(options))
     for at, test in enumerate(tests):
@@ -102,11 +102,11 @@ def run(options: Options, on_progress: Progress = lambda *_: None) -> Report:
     return Report(machine, _settings(options, subject), rows, [], runs.notes)
 
 
-def _tests(options: Options) -> Iterator[model_runs.Test]:
+def _tests(options: Options) -> Iterator[model_timing.Test]:
     for depth in options.depths:
         for tokens in options.prompt_tokens or ():
-            yield model_runs.Test("prompt", tokens, depth)
-        yield model_runs.Test("decode", options.generation_tokens or 0, depth)
+            yield model_timing.Test("prompt", tokens, depth)
+        yield model_timing.Test("decode", options.generation_tokens or 0, depth)
 
 
 def _show(on_progress: Progress, at: int, tests: int, share: float, what: str) -> None:
@@ -117,7 +117,7 @@ def run_kernels(options: Options, on_progress: Progress = lambda *_: None) -> Re
     """Measure every kind of projection alone, and find the densities where sparse stops paying."""
     options = options.complete()
     model, name = _lazy_model(options)
-    found = kernel_units.works(model, models.compute_dtype(model))
+    found = projections.works(model, models.compute_dtype(model))
     copy = hardware.copy_bandwidth()
     repetitions = KERNEL_REPETITIONS * (options.repetitions or 0)
     rows: list[KernelRow] = []
@@ -125,7 +125,7 @@ def run_kernels(options: Options, on_progress: Progress = lambda *_: None) -> Re
     links = []
     for at, work in enumerate(found):
         on_progress(at, len(found), f"{work.name} {work.shape}")
-        more, crossing, link = kernel_runs.measure(work, options.sparsities, repetitions, copy)
+        more, crossing, link = kernel_timing.measure(work, options.sparsities, repetitions, copy)
         rows += more
         crossovers.append(crossing)
         links.append(link)

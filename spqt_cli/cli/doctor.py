@@ -1,10 +1,28 @@
-"""What this machine has, which backend spqt uses there and why, and whether its kernels are right."""
+"""`spqt doctor`: the machine, the backend that runs on it and why, and whether its kernels are right."""
 
 import os
 import platform
 from dataclasses import dataclass, field
 from importlib import metadata
-from typing import Any
+from typing import Annotated, Any
+
+import typer
+
+from spqt_cli.cli.flags import Json
+from spqt_cli.cli.output import as_json
+
+
+def doctor(
+    selftest: Annotated[
+        bool, typer.Option("--selftest", help="Run every kernel against its definition.")
+    ] = False,
+    json_output: Json = False,
+) -> None:
+    """Say what this machine has and which backend spqt uses; check its kernels."""
+    report = examine(selftest)
+    typer.echo(as_json(report) if json_output else report.text())
+    if not report.healthy:
+        raise typer.Exit(6)
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Which converted model a command runs: named as an argument or, as mlx-lm has it, by --model."""
+"""The flags that several commands share, and which model a command line names."""
 
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +11,13 @@ ModelArgument = Annotated[
     str | None, typer.Argument(metavar="MODEL", help="A converted folder or hub id.", show_default=False)
 ]
 ModelOption = Annotated[str | None, typer.Option("--model", help="The model, as an option.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no statistics.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
+Preset = Annotated[
+    str, typer.Option(help="default, mixed, small, fast, exact, a family (smollm2) or a .toml file.")
+]
+Trust = Annotated[bool, typer.Option(help="Run code that comes with the model.")]
 
 
 def optional(argument: str | None, option: str | None, usage: str) -> str | None:

@@ -8,7 +8,7 @@ highest score per character of the ending's text.
 
 import copy
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from mlx.utils import tree_map
 from spqt_cli.decode import generate, session, text_borders
 from spqt_cli.errors import SpqtError
 from spqt_cli.evaluate import questions, variants
-from spqt_cli.evaluate.report import DENSE, SOURCE, shown
+from spqt_cli.evaluate.report import DENSE, SOURCE, Answers, Difference, Result
 from spqt_cli.evaluate.variants import Choice, EvaluateOptions, OnProgress
 from spqt_cli.measure import many_rows, probes, scoring
 
@@ -35,47 +35,6 @@ class Encoded:
     endings: list[list[int]]
     characters: np.ndarray
     label: int
-
-
-@dataclass(frozen=True)
-class Difference:
-    """How much higher a variant's accuracies are than a reference's on the same questions; paired errors."""
-
-    acc: float
-    acc_se: float
-    acc_norm: float
-    acc_norm_se: float
-
-
-@dataclass
-class Answers:
-    """One variant's accuracies, 0 to 1, with standard errors. correct, correct_norm: per question.
-
-    realised: share of Zigzag weights skipped over the rows that were decode steps: all tokens of an ending
-    but its last, after which nothing is predicted.
-    """
-
-    name: str
-    sparsity: float | None
-    realised: float
-    acc: float
-    acc_se: float
-    acc_norm: float
-    acc_norm_se: float
-    against: dict[str, Difference]
-    correct: list[bool] = field(repr=False)
-    correct_norm: list[bool] = field(repr=False)
-
-
-@dataclass
-class Result:
-    """Accuracies on one file of questions."""
-
-    model: str
-    file: str
-    file_sha256: str
-    questions: int
-    variants: list[Answers]
 
 
 def evaluate(path: str | Path, file: Path, options: EvaluateOptions, on_progress: OnProgress) -> Result:
@@ -236,22 +195,3 @@ class _Answering:
             self.correct[name],
             self.correct_norm[name],
         )
-
-
-def report(result: Result) -> str:
-    """The table, accuracies in percent."""
-    lines = [
-        f"{result.file}: {result.questions} questions; contexts run dense, endings as decode steps",
-        f"{'':<12}{'skipped':>8}{'acc':>16}{'acc_norm':>16}{'acc - dense':>18}{'acc_norm - dense':>18}",
-    ]
-    for row in result.variants:
-        skipped = f"{row.realised:.1%}" if row.sparsity else ""
-        values = ((row.acc, row.acc_se), (row.acc_norm, row.acc_norm_se))
-        cells = "".join(f"{f'{100 * value:.1f} ± {shown(100 * se, 1)}':>16}" for value, se in values)
-        other = row.against.get(DENSE)
-        if other is not None:
-            pairs = ((other.acc, other.acc_se), (other.acc_norm, other.acc_norm_se))
-            cells += "".join(f"{f'{100 * value:+.1f} ± {shown(100 * se, 1)}':>18}" for value, se in pairs)
-        lines.append(f"{row.name:<12}{skipped:>8}{cells}".rstrip())
-    lines.append("± standard errors; differences are paired by question")
-    return "\n".join(lines)

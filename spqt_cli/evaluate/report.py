@@ -1,4 +1,4 @@
-"""What an evaluation found: the result, its table and its picture for people."""
+"""What an evaluation found, on a text or on questions, and the tables that show it."""
 
 import math
 from dataclasses import dataclass, field
@@ -37,27 +37,86 @@ class Quality:
     scored: int
     variants: list[Variant]
 
+    def table(self) -> str:
+        """The table, and for a sweep of three shares or more a picture of KL over sparsity."""
+        reference = SOURCE if any(row.name == SOURCE for row in self.variants) else DENSE
+        lines = [
+            f"{self.text}: {self.scored} positions scored in {self.windows} windows "
+            f"of {self.window}, the first half of each a dense prompt",
+            f"{'':<12}{'skipped':>8}{'perplexity':>18}{'KL source':>18}{'KL dense':>18}"
+            f"{'p99':>8}{'top-1':>8}",
+        ]
+        for row in self.variants:
+            cells = [row.against.get(name) for name in (SOURCE, DENSE)]
+            kl_source, kl_dense = (f"{one.kl:.4f} ± {shown(one.se, 4)}" if one else "" for one in cells)
+            last = row.against.get(reference)
+            tail = f"{last.p99:>8.3f}{last.top1:>8.1%}" if last else ""
+            skipped = f"{row.realised:.1%}" if row.sparsity else ""
+            ppl = f"{row.perplexity:.2f} ± {shown(row.perplexity_se, 2)}"
+            lines.append(f"{row.name:<12}{skipped:>8}{ppl:>18}{kl_source:>18}{kl_dense:>18}{tail}")
+        lines.append(
+            f"p99 and top-1: against {'the source' if reference == SOURCE else 'dense'}; ± standard errors"
+        )
+        return "\n".join(lines + _chart(self))
 
-def report(quality: Quality) -> str:
-    """The table, and for a sweep of three shares or more a picture of KL over sparsity."""
-    reference = SOURCE if any(row.name == SOURCE for row in quality.variants) else DENSE
-    lines = [
-        f"{quality.text}: {quality.scored} positions scored in {quality.windows} windows "
-        f"of {quality.window}, the first half of each a dense prompt",
-        f"{'':<12}{'skipped':>8}{'perplexity':>18}{'KL source':>18}{'KL dense':>18}{'p99':>8}{'top-1':>8}",
-    ]
-    for row in quality.variants:
-        cells = [row.against.get(name) for name in (SOURCE, DENSE)]
-        kl_source, kl_dense = (f"{one.kl:.4f} ± {shown(one.se, 4)}" if one else "" for one in cells)
-        last = row.against.get(reference)
-        tail = f"{last.p99:>8.3f}{last.top1:>8.1%}" if last else ""
-        skipped = f"{row.realised:.1%}" if row.sparsity else ""
-        ppl = f"{row.perplexity:.2f} ± {shown(row.perplexity_se, 2)}"
-        lines.append(f"{row.name:<12}{skipped:>8}{ppl:>18}{kl_source:>18}{kl_dense:>18}{tail}")
-    lines.append(
-        f"p99 and top-1: against {'the source' if reference == SOURCE else 'dense'}; ± standard errors"
-    )
-    return "\n".join(lines + _picture(quality))
+
+@dataclass(frozen=True)
+class Difference:
+    """How much higher a variant's accuracies are than a reference's on the same questions; paired errors."""
+
+    acc: float
+    acc_se: float
+    acc_norm: float
+    acc_norm_se: float
+
+
+@dataclass
+class Answers:
+    """One variant's accuracies, 0 to 1, with standard errors. correct, correct_norm: per question.
+
+    realised: share of Zigzag weights skipped over the rows that were decode steps: all tokens of an ending
+    but its last, after which nothing is predicted.
+    """
+
+    name: str
+    sparsity: float | None
+    realised: float
+    acc: float
+    acc_se: float
+    acc_norm: float
+    acc_norm_se: float
+    against: dict[str, Difference]
+    correct: list[bool] = field(repr=False)
+    correct_norm: list[bool] = field(repr=False)
+
+
+@dataclass
+class Result:
+    """Accuracies on one file of questions."""
+
+    model: str
+    file: str
+    file_sha256: str
+    questions: int
+    variants: list[Answers]
+
+    def table(self) -> str:
+        """The table, accuracies in percent."""
+        lines = [
+            f"{self.file}: {self.questions} questions; contexts run dense, endings as decode steps",
+            f"{'':<12}{'skipped':>8}{'acc':>16}{'acc_norm':>16}{'acc - dense':>18}{'acc_norm - dense':>18}",
+        ]
+        for row in self.variants:
+            skipped = f"{row.realised:.1%}" if row.sparsity else ""
+            values = ((row.acc, row.acc_se), (row.acc_norm, row.acc_norm_se))
+            cells = "".join(f"{f'{100 * value:.1f} ± {shown(100 * se, 1)}':>16}" for value, se in values)
+            other = row.against.get(DENSE)
+            if other is not None:
+                pairs = ((other.acc, other.acc_se), (other.acc_norm, other.acc_norm_se))
+                cells += "".join(f"{f'{100 * value:+.1f} ± {shown(100 * se, 1)}':>18}" for value, se in pairs)
+            lines.append(f"{row.name:<12}{skipped:>8}{cells}".rstrip())
+        lines.append("± standard errors; differences are paired by question")
+        return "\n".join(lines)
 
 
 def shown(value: float, digits: int) -> str:
@@ -65,7 +124,7 @@ def shown(value: float, digits: int) -> str:
     return "-" if math.isnan(value) else f"{value:.{digits}f}"
 
 
-def _picture(quality: Quality) -> list[str]:
+def _chart(quality: Quality) -> list[str]:
     rows = [row for row in quality.variants if row.sparsity]
     if len(rows) < 3:
         return []

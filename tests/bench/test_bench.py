@@ -10,9 +10,9 @@ from typer.testing import CliRunner
 
 from spqt_cli.backends import cpu, select
 from spqt_cli.backends.interface import Backend
-from spqt_cli.bench import bench, model_runs, models
-from spqt_cli.bench.reporting import ModelRow
-from spqt_cli.cli.entry import app
+from spqt_cli.bench import bench, model_timing, models
+from spqt_cli.bench.results import ModelRow
+from spqt_cli.cli.main import app
 from spqt_cli.decode import active_counts, hooks_cpu, phase, profile
 from spqt_cli.decode.layers import ZigzagLinear, zigzag_layers
 from spqt_cli.errors import ResourceError, SpqtError, UsageError
@@ -33,11 +33,11 @@ def subject() -> models.Subject:
     return tiny_subject()
 
 
-def runs(subject: models.Subject) -> model_runs.Runs:
-    return model_runs.Runs(subject, [0.5], model_runs.bench_machine.Energy(), 1e9)
+def runs(subject: models.Subject) -> model_timing.Runs:
+    return model_timing.Runs(subject, [0.5], model_timing.hardware.Energy(), 1e9)
 
 
-def rows(subject: models.Subject, test: model_runs.Test, repetitions: int = 2) -> list[ModelRow]:
+def rows(subject: models.Subject, test: model_timing.Test, repetitions: int = 2) -> list[ModelRow]:
     return runs(subject).run(test, repetitions, lambda *_: None)
 
 
@@ -74,15 +74,15 @@ def test_the_cpu_backend_is_out_of_the_way_while_stock_runs(subject, monkeypatch
         during.append((bool(zigzag_layers(model)), nn.QuantizedLinear.__call__.__module__))
         return 1.0
 
-    monkeypatch.setattr(model_runs, "_decode_rate", rate)
+    monkeypatch.setattr(model_timing, "_decode_rate", rate)
     native = select.backend().name == "cpu"
     hooks_cpu.install()
     monkeypatch.setattr(
         select, "backend", lambda: Backend("cpu", "for this test", cpu, fused=cpu, native_float32=True)
     )
     try:
-        dense_only = model_runs.Runs(subject, [], model_runs.bench_machine.Energy(), 1e9)
-        dense_only.run(model_runs.Test("decode", 4, 0), 2, lambda *_: None)  # no model is really run
+        dense_only = model_timing.Runs(subject, [], model_timing.hardware.Energy(), 1e9)
+        dense_only.run(model_timing.Test("decode", 4, 0), 2, lambda *_: None)  # no model is really run
         assert nn.QuantizedLinear.__call__.__module__ == "spqt_cli.decode.hooks_cpu"
     finally:
         if not native:
@@ -149,7 +149,7 @@ def test_a_model_larger_than_memory_is_refused_before_it_is_computed():
 def test_fitted_thresholds_skip_the_wanted_share_in_a_sparse_run(subject, sparsity, depth):
     cache = models.caches(subject, depth)["zigzag"]
     thresholds = subject.thresholds(sparsity, cache, 16)
-    runs(subject).prepare(model_runs.Variant("sparse", "zigzag", sparsity, thresholds))
+    runs(subject).prepare(model_timing.Variant("sparse", "zigzag", sparsity, thresholds))
     with active_counts.counting() as counter, phase.decoding():
         for token in subject.tokens[:16]:  # those it was fitted to, one at a time
             mx.eval(subject.zigzag(mx.array([[token]]), cache=cache))
@@ -176,10 +176,10 @@ def test_a_sample_leaves_the_cache_as_it_was(arch, test):
     before = [np.array(entry.state[0]) for entry in cache]
     offsets = [entry.offset for entry in cache]
     one.sample(
-        model_runs.Test(test, 6, 80),
-        model_runs.Variant("zigzag dense", "zigzag", 0.0),
+        model_timing.Test(test, 6, 80),
+        model_timing.Variant("zigzag dense", "zigzag", 0.0),
         cache,
-        model_runs.Trial(),
+        model_timing.Trial(),
     )
     assert [entry.offset for entry in cache] == offsets
     for entry, old in zip(cache, before, strict=True):
@@ -199,15 +199,15 @@ def test_variants_take_turns(subject, monkeypatch):
         order.append("sparse" if skips else "zigzag" if thresholds else "stock")
         return float(len(order))
 
-    monkeypatch.setattr(model_runs, "_decode_rate", rate)
-    found = rows(subject, model_runs.Test("decode", 4, 0), 3)
+    monkeypatch.setattr(model_timing, "_decode_rate", rate)
+    found = rows(subject, model_timing.Test("decode", 4, 0), 3)
     assert order == ["stock", "zigzag", "sparse"] * 4  # the first round warms up
     assert [row.rate.samples for row in found] == [[4, 7, 10], [5, 8, 11], [6, 9, 12]]
     assert found[1].speedup.samples == pytest.approx([5 / 4, 8 / 7, 11 / 10])
 
 
 def test_a_row_tells_what_was_really_skipped_and_read(subject):
-    stock, dense, sparse = rows(subject, model_runs.Test("decode", 12, 3))
+    stock, dense, sparse = rows(subject, model_timing.Test("decode", 12, 3))
     assert (stock.test, stock.depth) == ("tg12", 3)
     assert (stock.variant, dense.variant, sparse.variant) == ("stock", "zigzag dense", "sparse 50%")
     assert stock.skipped is None
@@ -225,7 +225,7 @@ def test_a_row_tells_what_was_really_skipped_and_read(subject):
 
 
 def test_prompts_have_no_sparse_variant(subject):
-    found = rows(subject, model_runs.Test("prompt", 6, 0))
+    found = rows(subject, model_timing.Test("prompt", 6, 0))
     assert [(row.test, row.variant) for row in found] == [("pp6", "stock"), ("pp6", "zigzag dense")]
     assert all(row.skipped is None and row.weight_bytes is None for row in found)
 
@@ -234,19 +234,19 @@ def test_a_profile_adds_rows_that_follow_it(subject):
     choices = {unit.key: profile.Choice(0.0, profile.ROWS) for unit in profile.units(subject.zigzag)}
     profile.write(choices, {})
     one = runs(subject)
-    found = rows(subject, model_runs.Test("decode", 4, 0))
+    found = rows(subject, model_timing.Test("decode", 4, 0))
     assert [row.variant for row in found][3:] == ["zigzag dense, profile", "sparse 50%, profile"]
-    model = one.prepare(one.profiled(model_runs.Variant("sparse 50%", "zigzag", 0.5)))
+    model = one.prepare(one.profiled(model_timing.Variant("sparse 50%", "zigzag", 0.5)))
     assert not zigzag_layers(model)
-    assert len(zigzag_layers(one.prepare(model_runs.Variant("zigzag dense", "zigzag", 0.0)))) == 14
+    assert len(zigzag_layers(one.prepare(model_timing.Variant("zigzag dense", "zigzag", 0.0)))) == 14
 
 
 def test_decode_rate_counts_what_lies_between_the_tokens(monkeypatch):
     times = iter([0.0, 10.0, 11.0, 12.0, 13.0])  # two warm tokens, then one a second
-    monkeypatch.setattr(model_runs.time, "perf_counter", lambda: next(times))
+    monkeypatch.setattr(model_timing.time, "perf_counter", lambda: next(times))
     module = importlib.import_module("mlx_lm.generate")
     monkeypatch.setattr(module, "generate_step", lambda *a, max_tokens, **kw: range(max_tokens))
-    assert model_runs._decode_rate(None, None, [], 5) == 1.0
+    assert model_timing._decode_rate(None, None, [], 5) == 1.0
 
 
 def test_a_converted_model_is_measured_with_its_own_thresholds(calibrated):

@@ -4,7 +4,7 @@ import mlx.core as mx
 import pytest
 
 from spqt_cli import __version__
-from spqt_cli.bench import hardware, model_runs
+from spqt_cli.bench import hardware, model_timing
 
 
 def test_versions_and_device_are_named():
@@ -55,4 +55,4 @@ def test_energy_is_not_guessed(monkeypatch, tmp_path):
     ("before", "after", "spent"), [(1.0, 3.5, 2.5), (None, 1.0, None), (1.0, None, None), (9.0, 1.0, None)]
 )
 def test_a_counter_that_began_anew_tells_nothing(before, after, spent):
-    assert model_runs._spent(before, after) == spent
+    assert model_timing._spent(before, after) == spent

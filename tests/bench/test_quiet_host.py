@@ -7,9 +7,9 @@ import json
 
 import pytest
 
-from spqt_cli.bench import bench, model_runs, models, quiet_host, reporting
+from spqt_cli.bench import bench, model_timing, models, quiet_host, results
 from spqt_cli.bench.quiet_host import Quiet, Watch
-from spqt_cli.bench.reporting import ModelRow, Report, Stat
+from spqt_cli.bench.results import ModelRow, Report, Stat
 from tests.bench.test_bench import tiny_subject
 
 CALM, EDGE, BUSY = 560.0, 700.0, 700.1  # the limit is 1.25 times the fastest
@@ -88,7 +88,7 @@ def measured(monkeypatch, subject, loops_us) -> Report:
     """A report whose k-th sample ran at k tokens/s; loops_us: of looks in turn, then CALM ones."""
     rates, times = iter(range(1, 100)), iter(loops_us)
     monkeypatch.setattr(bench, "make_subject", lambda options: subject)
-    monkeypatch.setattr(model_runs, "_decode_rate", lambda *_: float(next(rates)))
+    monkeypatch.setattr(model_timing, "_decode_rate", lambda *_: float(next(rates)))
     monkeypatch.setattr(quiet_host, "loop_us", lambda: next(times, CALM))
     options = bench.Options(
         shape="tiny", sparsities=[], prompt_tokens=[], generation_tokens=4, repetitions=REPETITIONS
@@ -132,7 +132,7 @@ def test_disturbance_while_warming_up_disturbs_no_repetition(monkeypatch, subjec
 def test_a_host_disturbed_throughout_gives_no_figure(monkeypatch, subject):
     report = measured(monkeypatch, subject, [CALM] * 4 + [BUSY] * 4 * REPETITIONS)
     assert "disturbed in 3 of 3" in report.notes[-1]
-    text = reporting.render(report, "md")
+    text = results.render(report, "md")
     assert text.count("none of 3: no figure") == 2
     assert "1.20 (1.14-1.33)" in text  # 6/5, 8/7, 4/3: the figure over all stays
 
@@ -149,32 +149,32 @@ def report(each: list[bool]) -> Report:
 
 
 def test_markdown_has_the_figure_over_all_first():
-    head, _, line, calm = reporting.render(report([True, False, True]), "md").splitlines()[:4]
+    head, _, line, calm = results.render(report([True, False, True]), "md").splitlines()[:4]
     assert head.index("x stock (median, range)") < head.index("quiet host")
     assert line.index("2.00 (1.00-6.00)") < line.index("2 of 3: 3.50x (1.00-6.00)")
     assert "all 3" in calm
 
 
 def test_markdown_has_no_column_when_all_was_quiet():
-    text = reporting.render(report([True] * 3), "md")
+    text = results.render(report([True] * 3), "md")
     assert "quiet host" not in text
     assert "2.00 (1.00-6.00)" in text
 
 
 def test_csv_lines_hold_figures_and_no_lists():
-    text = reporting.render(report([True, False, True]), "csv")
+    text = results.render(report([True, False, True]), "csv")
     disturbed, calm = csv.DictReader(io.StringIO(text))
     assert "[" not in text
     assert (disturbed["quiet_host_repetitions"], disturbed["quiet_host_of"]) == ("2", "3")
     assert (disturbed["quiet_host_median"], calm["quiet_host_median"]) == ("3.5", "2.0")
-    (none, _) = csv.DictReader(io.StringIO(reporting.render(report([False] * 3), "csv")))
+    (none, _) = csv.DictReader(io.StringIO(results.render(report([False] * 3), "csv")))
     assert (none["quiet_host_repetitions"], none["quiet_host_median"]) == ("0", "")
     assert none["speedup_median"] == "2.0"
 
 
 @pytest.mark.parametrize("form", ["json", "jsonl"])
 def test_json_holds_the_loops_of_every_sample(form):
-    text = reporting.render(report([True, False, False]), form)
+    text = results.render(report([True, False, False]), form)
     row = json.loads(text)["rows"][0] if form == "json" else json.loads(text.splitlines()[0])
     assert row["host_us"] == [[CALM, BUSY]] * len(row["rate"]["samples"])
     assert row["quiet_host"] == {

@@ -10,7 +10,7 @@ import pytest
 from spqt_cli.backends.gpu import backend as gpu
 from spqt_cli.backends.gpu import kernel_text
 from spqt_cli.backends.gpu import launch as launching
-from spqt_cli.bench import traffic
+from spqt_cli.bench import projections
 from spqt_cli.decode.layers import ZigzagLinear, nn
 from spqt_cli.format import layout
 from tests import ROOT
@@ -147,9 +147,9 @@ def test_the_emulated_kernel_touches_the_lines_that_are_worked_out(density, monk
     monkeypatch.setattr(launching, "run", run)
     mx.eval(gpu.sparse_gemv(mx.array(x), [layer])[0])
     active = x > (1 - density) * inputs
-    chunks = traffic.chunk_bytes(4, 64, 256, 2)
+    chunks = projections.chunk_bytes(4, 64, 256, 2)
     product = [one for one in seen if "packed" in one][-1]  # after the first-use check, before the sum
-    assert product["packed"].lines * 128 == traffic.line_bytes(active, 1, chunks, 128)
+    assert product["packed"].lines * 128 == projections.line_bytes(active, 1, chunks, 128)
 
 
 def test_the_page_shows_what_the_command_prints():

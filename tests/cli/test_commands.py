@@ -10,7 +10,7 @@ import sys
 import huggingface_hub
 import pytest
 
-from spqt_cli.cli import entry, worker
+from spqt_cli.cli import main, worker
 from tests import ROOT
 from tests.conftest import tiny_checkpoint
 
@@ -37,7 +37,7 @@ def spqt(*arguments: object, stdin: bytes = b"") -> subprocess.CompletedProcess:
         for name, stream in streams.items():
             setattr(sys, name, stream)
         sys.argv = ["spqt", *map(str, arguments)]
-        entry.main()
+        main.main()
     except SystemExit as end:
         code = end.code
     finally:
@@ -67,7 +67,8 @@ def assert_error(result: subprocess.CompletedProcess, code: int, *words: str) ->
 
 def test_help_is_fast_because_nothing_heavy_is_imported():
     code = (
-        "import sys; from spqt_cli import cli;"
+        "import sys; from spqt_cli.cli import main;"
+        "assert main.app.registered_commands;"
         "heavy = {'mlx', 'mlx_lm', 'transformers', 'numpy'} & set(sys.modules);"
         "sys.exit(repr(heavy) if heavy else 0)"
     )
@@ -77,7 +78,7 @@ def test_help_is_fast_because_nothing_heavy_is_imported():
 
 
 def test_every_command_has_help():
-    for command in entry.COMMANDS:
+    for command in main.COMMANDS:
         result = spqt(command, "--help")
         assert result.returncode == 0, command
         assert b"Usage" in result.stdout

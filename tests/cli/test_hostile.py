@@ -10,8 +10,8 @@ from typing import get_type_hints
 
 import pytest
 
-from spqt_cli.__main__ import main
-from spqt_cli.cli import entry, worker
+from spqt_cli import __main__
+from spqt_cli.cli import main, worker
 from spqt_cli.convert import source
 from spqt_cli.errors import BusyError, ResourceError, SpqtError
 from spqt_cli.format import presets
@@ -179,14 +179,14 @@ def test_fault_55_full_disk_behind_stdout(arguments: list[str], calibrated: Path
 def test_fault_54_interrupt_while_the_command_line_loads(monkeypatch: pytest.MonkeyPatch) -> None:
     class Interrupted:
         def find_spec(self, name: str, path: object, target: object = None) -> None:
-            if name == "spqt_cli.cli.entry":
+            if name == "spqt_cli.cli.main":
                 raise KeyboardInterrupt
 
-    monkeypatch.delitem(sys.modules, "spqt_cli.cli.entry")
+    monkeypatch.delitem(sys.modules, "spqt_cli.cli.main")
     monkeypatch.setattr(sys, "meta_path", [Interrupted(), *sys.meta_path])
-    monkeypatch.delattr("spqt_cli.cli.entry")
+    monkeypatch.delattr("spqt_cli.cli.main")
     with pytest.raises(SystemExit) as caught:
-        main()
+        __main__.main()
     assert caught.value.code == 130
 
 
@@ -220,7 +220,7 @@ def test_json_has_null_for_what_is_no_number(calibrated: Path, tmp_path: Path) -
 
 def test_a_path_that_may_not_be_read_is_bad_input() -> None:
     """Typer would call it a wrong flag. Root may read anything, so the declarations are looked at."""
-    hints = [get_type_hints(command, include_extras=True) for command in entry.COMMANDS.values()]
+    hints = [get_type_hints(command, include_extras=True) for command in main.COMMANDS.values()]
     paths = [hint for each in hints for hint in each.values() if "Path" in str(hint)]
     assert len(paths) == 7
     assert not [str(hint) for hint in paths if hint.__metadata__[0].readable or hint.__metadata__[0].exists]

@@ -83,7 +83,7 @@ SERVER = """
 import json, os, sys, threading, urllib.request
 import mlx.nn as nn
 from mlx_lm import server
-from spqt_cli import passthrough
+from spqt_cli.cli import mlx_lm
 
 dtypes, started, holder = set(), threading.Event(), {}
 norm, forever = nn.RMSNorm.__call__, server.ThreadingHTTPServer.serve_forever
@@ -99,7 +99,7 @@ def recorded(self, *args):
 
 nn.RMSNorm.__call__, server.ThreadingHTTPServer.serve_forever = recording_norm, recorded
 command = ["server", "--model", sys.argv[1], "--port", "0"]
-threading.Thread(target=passthrough.run, args=(command,), daemon=True).start()
+threading.Thread(target=mlx_lm.run, args=(command,), daemon=True).start()
 started.wait(60)
 body = {"messages": [{"role": "user", "content": "fox"}], "max_tokens": 4}
 url = f"http://127.0.0.1:{holder['port']}/v1/chat/completions"

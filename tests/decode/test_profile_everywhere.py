@@ -9,12 +9,13 @@ from mlx import nn
 from mlx_lm import cli
 
 import spqt_cli
-from spqt_cli.cli import passthrough
+from spqt_cli.cli import mlx_lm as passthrough
 from spqt_cli.decode import hooks, profile, session
 from spqt_cli.decode.layers import ZigzagLinear
 from spqt_cli.decode.options import Prompt
 from spqt_cli.decode.profile import ROWS, SPARSE, ZIGZAG, Choice
-from spqt_cli.evaluate import compare, evaluate, lm_eval
+from spqt_cli.evaluate import compare, lm_eval, perplexity
+from spqt_cli.evaluate.variants import EvaluateOptions
 
 
 @pytest.fixture(autouse=True)
@@ -89,10 +90,10 @@ def test_a_damaged_profile_is_told_of(calibrated, caplog):
 
 def test_eval_is_of_the_model_as_stored(calibrated, tmp_path, request):
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog " * 50)
-    options = evaluate.EvaluateOptions(windows=2, window=32)
+    options = EvaluateOptions(windows=2, window=32)
 
     def perplexities() -> list[float]:
-        found = evaluate.evaluate(calibrated, tmp_path / "text.txt", options, lambda *_: None)
+        found = perplexity.evaluate(calibrated, tmp_path / "text.txt", options, lambda *_: None)
         return [row.perplexity for row in found.variants]
 
     before = perplexities()

@@ -13,7 +13,7 @@ from spqt_cli.convert import convert
 from spqt_cli.decode import layers, phase, session
 from spqt_cli.errors import SpqtError, UsageError
 from spqt_cli.evaluate import multiple_choice, questions
-from spqt_cli.evaluate.evaluate import EvaluateOptions
+from spqt_cli.evaluate.variants import EvaluateOptions
 from spqt_cli.measure import probes
 from tests.cli.test_commands import assert_error, process
 from tests.conftest import random_weights, tiny_config, write_tokenizer
@@ -168,7 +168,7 @@ def test_variants_and_paired_differences(calibrated, checkpoint, tmp_path):
     assert last.against["dense"].acc == gained.mean()
     assert last.against["dense"].acc_se == pytest.approx(gained.std(ddof=1) / math.sqrt(6))
     assert last.realised == pytest.approx(0.9, abs=0.1)
-    assert len(multiple_choice.report(result).splitlines()) == 8
+    assert len(result.table().splitlines()) == 8
     json.dumps(asdict(result))
 
 

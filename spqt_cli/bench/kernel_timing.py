@@ -16,9 +16,9 @@ import mlx.core as mx
 import numpy as np
 
 from spqt_cli.backends import select
-from spqt_cli.bench import reporting, traffic
-from spqt_cli.bench.kernel_units import Copy, Work, make_copies, with_threshold
-from spqt_cli.bench.reporting import Crossover, KernelRow, Stat
+from spqt_cli.bench import projections, results
+from spqt_cli.bench.projections import Copy, Work, make_copies, with_threshold
+from spqt_cli.bench.results import Crossover, KernelRow, Stat
 from spqt_cli.decode import profile
 
 SAMPLE_SECONDS = 0.02  # least length of one sample: far above the clock's and the scheduler's noise
@@ -72,7 +72,7 @@ def measure(
                 sparsity=variant.sparsity,
                 time=time_stat,
                 host=host,
-                speedup=reporting.ratio(time_stat, times["stock"], of_times=True),
+                speedup=results.ratio(time_stat, times["stock"], of_times=True),
                 weight_bytes=read,
                 line_bytes=lines,
                 bandwidth=rate,
@@ -96,7 +96,7 @@ def read_bytes(variant: Variant, x: mx.array) -> tuple[int, int | None]:
         packed = (layer.weight, layer["scales"], layer["biases"])
         chunks = [array.nbytes // (bands * layer.inputs) for array in packed]
         read += int(active.sum()) * bands * sum(chunks)
-        lines += traffic.line_bytes(active, bands, chunks)
+        lines += projections.line_bytes(active, bands, chunks)
     return read, lines
 
 
@@ -108,11 +108,11 @@ def crossover(work: Work, rows: Sequence[KernelRow]) -> Crossover:
     times = {row.variant: row.time for row in rows}
     stock, zigzag = times.get(ROWS, times["stock"]), times["zigzag dense"]
     # A change of layout costs a second rounding, so it must win clearly: heads come row-grouped.
-    gain = reporting.ratio(zigzag, stock, of_times=True).median  # above 1: Zigzag is faster
+    gain = results.ratio(zigzag, stock, of_times=True).median  # above 1: Zigzag is faster
     rows_win = gain * CLEARLY_FASTER <= 1 if work.is_head else gain < CLEARLY_FASTER
     otherwise, dense = (profile.ROWS, stock) if rows_win else (profile.ZIGZAG, zigzag)
     points = [
-        (1 - (row.sparsity or 0.0), reporting.ratio(dense, row.time, of_times=True).median)
+        (1 - (row.sparsity or 0.0), results.ratio(dense, row.time, of_times=True).median)
         for row in rows
         if row.variant.startswith("sparse")
     ]

@@ -3,10 +3,12 @@
 It makes arrays and times nothing.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from mlx import nn
 
 from spqt_cli.backends import select
@@ -15,6 +17,9 @@ from spqt_cli.decode.layers import ZigzagLinear
 from spqt_cli.format import layout
 
 ROTATE_BYTES = {"gpu": 1 << 29, "cpu": 1 << 27}  # of weights: caches hold at most a quarter of this
+# What memory hands over at once: 64 bytes on most CPUs, 128 on NVIDIA's GPUs (in sectors of 32). A chunk
+# smaller than a line is not skipped unless its neighbours are too.
+LINE_BYTES = 128
 
 
 @dataclass(frozen=True)
@@ -132,3 +137,28 @@ def with_threshold(copies: list[Copy], threshold: mx.array) -> list[Copy]:
             layers.append(twin)
         result.append(Copy(layers, copy.rows))
     return result
+
+
+def chunk_bytes(bits: int, group_size: int, band: int, scale_bytes: int) -> tuple[int, int, int]:
+    """Bytes that one input channel of one band takes in codes, scales and biases."""
+    scales = band // group_size * scale_bytes
+    return band * bits // 8, scales, scales
+
+
+def line_bytes(active: np.ndarray, bands: int, chunks: Sequence[int], line: int = LINE_BYTES) -> int:
+    """Bytes of all lines that hold a chunk of an active channel.
+
+    active: (inputs,), bool. chunks: from `chunk_bytes`; each array is taken to begin at a line.
+    """
+    return sum(_lines(active, chunk, bands, line) * line for chunk in chunks)
+
+
+def _lines(active: np.ndarray, chunk: int, bands: int, line: int) -> int:
+    """Lines of an array of (bands, inputs) chunks that an active channel's chunk lies in."""
+    channels = np.flatnonzero(active)
+    starts = (np.arange(bands)[:, None] * active.size + channels[None]).reshape(-1) * chunk
+    total = -(-bands * active.size * chunk // line)
+    edges = np.zeros(total + 1, np.int64)  # +1 where a chunk's lines begin, -1 after they end
+    np.add.at(edges, starts // line, 1)
+    np.add.at(edges, (starts + chunk - 1) // line + 1, -1)
+    return int(np.count_nonzero(np.cumsum(edges)[:total] > 0))

@@ -13,11 +13,9 @@ import numpy as np
 
 from spqt_cli.decode import session
 from spqt_cli.evaluate import variants
-from spqt_cli.evaluate.report import DENSE, SOURCE, Quality, Variant, report
-from spqt_cli.evaluate.variants import Choice, EvaluateOptions, OnProgress, parse_shares
+from spqt_cli.evaluate.report import DENSE, SOURCE, Quality, Variant
+from spqt_cli.evaluate.variants import Choice, EvaluateOptions, OnProgress
 from spqt_cli.measure import many_rows, probes, scoring, texts
-
-__all__ = ["Choice", "EvaluateOptions", "Quality", "Variant", "evaluate", "parse_shares", "report"]
 
 MOST_WINDOWS = 2  # at once
 LOGITS_BYTES = 256 << 20  # of one variant at once, if that is more than a window: several times it is held

@@ -12,7 +12,7 @@ from contextlib import closing
 
 import pytest
 
-from spqt_cli.cli import passthrough, worker
+from spqt_cli.cli import mlx_lm, worker
 from spqt_cli.decode import layers
 from spqt_cli.errors import SpqtError, UnsupportedError
 from tests.cli.test_commands import assert_error, process
@@ -85,9 +85,9 @@ def test_what_fails_in_mlx_lm_is_not_called_a_bug_of_ours(arguments):
 def test_what_can_not_work_on_a_converted_model_is_refused_before_any_work(
     converted, monkeypatch, command, flag
 ):
-    monkeypatch.setattr(passthrough, "_hand_over", lambda: pytest.fail("mlx-lm was called"))
+    monkeypatch.setattr(mlx_lm, "_hand_over", lambda: pytest.fail("mlx-lm was called"))
     with pytest.raises(UnsupportedError, match=f"mlx-lm's {command} can't take .*, a converted model") as one:
-        passthrough.run([command, flag, str(converted), "--mlx-path", "x"])
+        mlx_lm.run([command, flag, str(converted), "--mlx-path", "x"])
     assert one.value.hint
 
 
@@ -98,21 +98,21 @@ def test_a_converted_model_that_no_flag_shows_is_refused_when_it_is_loaded(conve
     monkeypatch.setattr(cli, "main", lambda: mlx_lm.load(str(converted)))  # as a hub id or a file of settings
     monkeypatch.setattr(sys, "argv", ["spqt"])
     with pytest.raises(UnsupportedError, match="mlx-lm's lora can't take a converted model"):
-        passthrough.run(["lora", "-c", "settings.yaml"])
+        mlx_lm.run(["lora", "-c", "settings.yaml"])
     assert layers.zigzag_layers(mlx_lm.load(str(converted))[0])
 
 
 def test_the_number_of_tokens_is_no_model(calibrated, monkeypatch):
     handed = []
-    monkeypatch.setattr(passthrough, "_hand_over", lambda: handed.append(sys.argv))
+    monkeypatch.setattr(mlx_lm, "_hand_over", lambda: handed.append(sys.argv))
     monkeypatch.setattr(sys, "argv", ["spqt"])
-    passthrough.run(["generate", "--model", str(calibrated), "-m", "4"])
+    mlx_lm.run(["generate", "--model", str(calibrated), "-m", "4"])
     assert handed == [["mlx_lm", "generate", "--model", str(calibrated), "-m", "4"]]
 
 
 def test_a_missing_folder_is_told_without_asking_the_hub(tmp_path):
     with pytest.raises(SpqtError, match="is not found"):
-        passthrough.run(["generate", "--model", str(tmp_path / "missing")])
+        mlx_lm.run(["generate", "--model", str(tmp_path / "missing")])
 
 
 def test_a_command_that_exits_with_a_code_of_its_own_is_an_error(monkeypatch):
@@ -120,7 +120,7 @@ def test_a_command_that_exits_with_a_code_of_its_own_is_an_error(monkeypatch):
 
     def leave(code: int) -> None:
         monkeypatch.setattr(cli, "main", lambda: sys.exit(code))
-        passthrough.run(["share"])
+        mlx_lm.run(["share"])
 
     monkeypatch.setattr(sys, "argv", ["spqt"])
     with pytest.raises(SpqtError, match="ended with 1"):

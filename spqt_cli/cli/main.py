@@ -15,7 +15,19 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from spqt_cli.cli import bench_command, make_commands, run_commands, worker
+from spqt_cli.cli import (
+    bench,
+    calibrate,
+    compare,
+    convert,
+    doctor,
+    evaluate,
+    generate,
+    inspect,
+    mlx_lm,
+    verify,
+    worker,
+)
 from spqt_cli.errors import BackendError, ResourceError, SpqtError, Terminated
 from spqt_cli.system.terminal import harmless
 from spqt_cli.version import __version__
@@ -68,22 +80,22 @@ def _until_the_pipe_closes(command: Callable[..., None]) -> Callable[..., None]:
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
-    "convert": make_commands.convert,
-    "calibrate": make_commands.calibrate,
-    "generate": run_commands.generate,
-    "compare": run_commands.compare,
-    "eval": run_commands.evaluate,
-    "bench": bench_command.bench,
-    "inspect": make_commands.inspect,
-    "verify": make_commands.verify,
-    "doctor": run_commands.doctor,
+    "convert": convert.convert,
+    "calibrate": calibrate.calibrate,
+    "generate": generate.generate,
+    "compare": compare.compare,
+    "eval": evaluate.evaluate,
+    "bench": bench.bench,
+    "inspect": inspect.inspect,
+    "verify": verify.verify,
+    "doctor": doctor.doctor,
 }
 for _name, _command in COMMANDS.items():
     app.command(_name)(_until_the_pipe_closes(_command))
 app.command(
     "mlx-lm",
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
-)(run_commands.mlx_lm)
+)(mlx_lm.mlx_lm)
 
 
 def main() -> None:

@@ -156,7 +156,7 @@ class Crossover:
 
 @dataclass
 class Report:
-    """All of one run. machine: from `bench_machine.describe`; settings: what was asked for."""
+    """All of one run. machine: from `hardware.describe`; settings: what was asked for."""
 
     machine: dict[str, Any]
     settings: dict[str, Any]

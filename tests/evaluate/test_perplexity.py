@@ -12,8 +12,9 @@ import pytest
 from spqt_cli.decode import phase, session
 from spqt_cli.decode.layers import zigzag_layers
 from spqt_cli.errors import SpqtError, UsageError
-from spqt_cli.evaluate import evaluate
-from spqt_cli.evaluate.evaluate import EvaluateOptions, parse_shares
+from spqt_cli.evaluate import perplexity
+from spqt_cli.evaluate.report import Variant
+from spqt_cli.evaluate.variants import EvaluateOptions, parse_shares
 from spqt_cli.measure import probes
 
 
@@ -32,10 +33,10 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def quality(calibrated, checkpoint, text):
     options = EvaluateOptions(windows=3, window=64, sparsity="0,0.4,0.7", baseline=str(checkpoint), rows=True)
-    return evaluate.evaluate(calibrated, text, options, quiet)
+    return perplexity.evaluate(calibrated, text, options, quiet)
 
 
-def named(quality, name: str) -> evaluate.Variant:
+def named(quality, name: str) -> Variant:
     return next(row for row in quality.variants if row.name == name)
 
 
@@ -107,49 +108,49 @@ def test_row_grouped_is_what_mlx_makes_of_the_source(checkpoint, text, quality):
 
 def test_source_head_leaves_only_the_blocks_different(calibrated, checkpoint, text, quality):
     options = EvaluateOptions(windows=3, window=64, baseline=str(checkpoint), source_head=True)
-    heads = evaluate.evaluate(calibrated, text, options, quiet)
+    heads = perplexity.evaluate(calibrated, text, options, quiet)
     assert named(heads, "source").perplexity == named(quality, "source").perplexity
     assert named(heads, "dense").against["source"].kl < named(quality, "dense").against["source"].kl
 
 
 def test_default_is_the_calibrated_share(calibrated, text):
     options = EvaluateOptions(windows=1, window=64)
-    quality = evaluate.evaluate(calibrated, text, options, quiet)
+    quality = perplexity.evaluate(calibrated, text, options, quiet)
     assert [row.name for row in quality.variants] == ["dense", "40%"]
-    assert "40%" in evaluate.report(quality)
+    assert "40%" in quality.table()
 
 
 def test_report_and_json(quality):
     from dataclasses import asdict
 
-    lines = evaluate.report(quality).splitlines()
+    lines = quality.table().splitlines()
     assert [line.split()[0] for line in lines[2:-1]] == ["source", "row-grouped", "dense", "40%", "70%"]
     assert json.loads(json.dumps(asdict(quality)))["variants"][3]["against"]["dense"]["windows"]
 
 
 def test_sweep_has_a_picture(quality):
-    assert "#" not in evaluate.report(quality)
+    assert "#" not in quality.table()
     rows = quality.variants[-2:]
     longer = dataclasses.replace(quality, variants=[*quality.variants[:-2], rows[0], rows[0], rows[1]])
-    bars = [line.count("#") for line in evaluate.report(longer).splitlines()[-3:]]
+    bars = [line.count("#") for line in longer.table().splitlines()[-3:]]
     assert 0 < bars[0] == bars[1] < bars[2] == 40
 
 
 def test_not_calibrated(converted, text):
-    quality = evaluate.evaluate(converted, text, EvaluateOptions(windows=1, window=64), quiet)
+    quality = perplexity.evaluate(converted, text, EvaluateOptions(windows=1, window=64), quiet)
     assert [row.name for row in quality.variants] == ["dense"]
     with pytest.raises(SpqtError, match="no thresholds"):
-        evaluate.evaluate(converted, text, EvaluateOptions(windows=1, window=64, sparsity="0.4"), quiet)
+        perplexity.evaluate(converted, text, EvaluateOptions(windows=1, window=64, sparsity="0.4"), quiet)
 
 
 def test_text_too_short(calibrated, text):
     with pytest.raises(SpqtError, match="tokens needed"):
-        evaluate.evaluate(calibrated, text, EvaluateOptions(windows=10000, window=64), quiet)
+        perplexity.evaluate(calibrated, text, EvaluateOptions(windows=10000, window=64), quiet)
 
 
 def test_rows_need_a_source(calibrated, text):
     with pytest.raises(UsageError, match="source"):
-        evaluate.evaluate(calibrated, text, EvaluateOptions(rows=True), quiet)
+        perplexity.evaluate(calibrated, text, EvaluateOptions(rows=True), quiet)
 
 
 def test_sweeps():

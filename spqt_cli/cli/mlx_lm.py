@@ -1,9 +1,12 @@
 """`spqt mlx-lm ...`: mlx-lm's own command line on converted models."""
 
 import contextlib
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
+
+import typer
 
 from spqt_cli.errors import SpqtError, Terminated, UnsupportedError, UsageError
 
@@ -25,6 +28,12 @@ REFUSED = {
 SHORT_M = tuple(REFUSED)  # where `-m` is the model; with generate it is the number of tokens
 MEASURES = ("evaluate", "perplexity")  # quality: of the model as it is stored
 DENSE = "note: mlx-lm's perplexity runs many tokens at once, which skips nothing; spqt eval measures skipping"
+
+
+def mlx_lm(context: typer.Context) -> None:
+    """Run an mlx-lm command (chat, server, benchmark, ...) on converted models."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    run(context.args)
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -55,9 +64,9 @@ def run(arguments: Sequence[str]) -> None:
         if command in MEASURES:
             around.enter_context(hooks.as_stored())
         if command == "server":
-            from spqt_cli.cli import serving
+            from spqt_cli.cli import mlx_lm_server
 
-            around.enter_context(serving.ending())
+            around.enter_context(mlx_lm_server.ending())
         _hand_over()
 
 

@@ -7,8 +7,8 @@ from typing import Annotated
 import typer
 
 from spqt_cli.cli import flags
-from spqt_cli.cli.flags import ModelArgument, ModelOption
-from spqt_cli.cli.make_commands import Json, Quiet, progress
+from spqt_cli.cli.flags import Json, ModelArgument, ModelOption, Quiet
+from spqt_cli.cli.output import progress
 from spqt_cli.errors import ResourceError, UsageError
 
 
@@ -63,10 +63,10 @@ def bench(
     if not 0 <= delay < math.inf:
         raise UsageError(f"--delay {delay} is no number of seconds", "0 or more")
     from spqt_cli.bench import bench as benches
-    from spqt_cli.bench import reporting
+    from spqt_cli.bench import results
 
     form = "json" if json_output else output_format
-    reporting.check_format(form)
+    results.check_format(form)
     if output is not None:
         _write(output, "", mode="a")  # before the work, and what is there stays
     options = benches.Options(
@@ -85,9 +85,9 @@ def bench(
     )
     with progress(quiet or json_output) as on_progress:
         report = (benches.run_kernels if kernel else benches.run)(options, on_progress)
-    typer.echo(reporting.render(report, form))
+    typer.echo(results.render(report, form))
     if output is not None:
-        _write(output, reporting.render(report, "json") + "\n")
+        _write(output, results.render(report, "json") + "\n")
     if write:
         if (busy := benches.unsteadiness(report)) > benches.UNSTEADY:
             raise ResourceError(

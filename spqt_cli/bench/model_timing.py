@@ -17,9 +17,9 @@ from mlx import nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from spqt_cli.backends import select
-from spqt_cli.bench import hardware, models, quiet_host, reporting
+from spqt_cli.bench import hardware, models, quiet_host, results
 from spqt_cli.bench.models import Subject
-from spqt_cli.bench.reporting import ModelRow, Stat
+from spqt_cli.bench.results import ModelRow, Stat
 from spqt_cli.decode import active_counts, fused_block, profile, relayout
 from spqt_cli.decode.layers import zigzag_layers
 from spqt_cli.decode.session import weight_bytes
@@ -242,7 +242,7 @@ class Runs:
             sparsity=variant.sparsity,
             skipped=1 - read / dense if dense and test.decodes else None,
             rate=rate,
-            speedup=reporting.ratio(rate, stock, of_times=False),
+            speedup=results.ratio(rate, stock, of_times=False),
             weight_bytes=other + read if test.decodes else None,
             bandwidth=bandwidth,
             copy_share=bandwidth / self.copy_bandwidth if bandwidth else None,

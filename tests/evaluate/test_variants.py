@@ -11,8 +11,8 @@ from spqt_cli.cli import worker
 from spqt_cli.convert import convert
 from spqt_cli.decode import session
 from spqt_cli.errors import SpqtError
-from spqt_cli.evaluate import evaluate, multiple_choice, reference
-from spqt_cli.evaluate.evaluate import EvaluateOptions
+from spqt_cli.evaluate import multiple_choice, perplexity, variants
+from spqt_cli.evaluate.variants import EvaluateOptions
 from tests.cli.test_commands import assert_error, spqt
 from tests.conftest import VOCAB, random_weights, tiny_checkpoint, tiny_config
 from tests.lib.writing_gguf import write_model
@@ -42,29 +42,29 @@ def with_swapped_tokens(folder: Path, count: int, arch: str = "llama") -> Path:
 
 
 def test_the_source_itself_passes(loaded, checkpoint):
-    reference.check(str(checkpoint), loaded, ("vocab_size", "hidden_size"))
+    variants.check_source(str(checkpoint), loaded, ("vocab_size", "hidden_size"))
 
 
 def test_another_architecture_with_the_same_tokens_passes(loaded, tmp_path):
-    reference.check(str(tiny_checkpoint(tmp_path / "qwen2", "qwen2")), loaded)
+    variants.check_source(str(tiny_checkpoint(tmp_path / "qwen2", "qwen2")), loaded)
 
 
 def test_tokens_in_other_places_are_counted(loaded, tmp_path):
     found = len(loaded.tokenizer.get_vocab())
     with pytest.raises(SpqtError, match=f"another tokenizer.*: 100 of {found} tokens differ") as caught:
-        reference.check(str(with_swapped_tokens(tmp_path / "other", 100)), loaded)
+        variants.check_source(str(with_swapped_tokens(tmp_path / "other", 100)), loaded)
     assert caught.value.exit_code == 3
     assert str(loaded.folder) in caught.value.hint
 
 
 def test_a_few_tokens_spelled_anew_pass(loaded, tmp_path):
-    reference.check(str(with_swapped_tokens(tmp_path / "other", 2)), loaded)  # of 312: less than 1 %
+    variants.check_source(str(with_swapped_tokens(tmp_path / "other", 2)), loaded)  # of 312: less than 1 %
 
 
 def test_another_vocabulary_size_is_refused(loaded, tmp_path):
     other = tiny_checkpoint(tmp_path / "wide", vocab_size=VOCAB + 8)
     with pytest.raises(SpqtError, match=f"vocab_size of {VOCAB + 8}.* of {VOCAB}"):
-        reference.check(str(other), loaded)
+        variants.check_source(str(other), loaded)
 
 
 def test_the_tokens_of_a_gguf_file_are_looked_at(loaded, tmp_path):
@@ -72,9 +72,9 @@ def test_the_tokens_of_a_gguf_file_are_looked_at(loaded, tmp_path):
     weights = {name: np.array(weight) for name, weight in random_weights(config, 0).items()}
     path = write_model(tmp_path / "m.gguf", "llama", config, weights)  # with a tokenizer of its own
     with pytest.raises(SpqtError, match="another tokenizer"):
-        reference.check(str(path), loaded)
+        variants.check_source(str(path), loaded)
     convert.convert(str(path), tmp_path / "own", convert.ConvertOptions(bits=4, group_size=32))
-    reference.check(str(path), session.load(tmp_path / "own", dense=True))
+    variants.check_source(str(path), session.load(tmp_path / "own", dense=True))
 
 
 def test_a_head_of_another_width_can_not_be_taken(converted, tmp_path):
@@ -83,12 +83,12 @@ def test_a_head_of_another_width_can_not_be_taken(converted, tmp_path):
     other = tiny_checkpoint(tmp_path / "wide", hidden_size=128)
     options = EvaluateOptions(windows=1, window=64, baseline=str(other), source_head=True)
     with pytest.raises(SpqtError, match="hidden_size of 128"):
-        evaluate.evaluate(converted, text, options, lambda *_: None)
+        perplexity.evaluate(converted, text, options, lambda *_: None)
 
 
 def test_eval_reads_no_weight_of_a_source_with_other_tokens(converted, tmp_path, monkeypatch):
     other = with_swapped_tokens(tmp_path / "other", 100)
-    monkeypatch.setattr(reference, "load", lambda *_: pytest.fail("its weights were read"))
+    monkeypatch.setattr(variants, "load_source", lambda *_: pytest.fail("its weights were read"))
     text, questions = tmp_path / "text.txt", tmp_path / "questions.jsonl"
     text.write_text("pack my box with five dozen liquor jugs " * 100)
     questions.write_text(json.dumps({"goal": "pack", "sol1": "my box", "sol2": "jugs", "label": 0}) + "\n")

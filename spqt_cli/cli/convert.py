@@ -1,0 +1,92 @@
+"""`spqt convert`: its flags."""
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from spqt_cli.cli.flags import Json, Preset, Quiet, Revision
+from spqt_cli.cli.output import as_json, progress
+from spqt_cli.errors import UsageError
+from spqt_cli.system.terminal import harmless
+
+
+def convert(
+    model: Annotated[str | None, typer.Argument(help="HF folder, hub id (org/name) or .gguf file.")] = None,
+    hf_path: Annotated[
+        str | None, typer.Option("--hf-path", "--model", help="The same, as an option.")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--mlx-path", "-o", help="Folder to write; it must not exist.", readable=False),
+    ] = None,
+    q_bits: Annotated[int | None, typer.Option(help="Bits per weight: 2, 3, 4, 5, 6 or 8.")] = None,
+    q_group_size: Annotated[int | None, typer.Option(help="Outputs per scale: 32, 64 or 128.")] = None,
+    head_bits: Annotated[
+        int | None, typer.Option(help="Bits of embedding and head; default: 5, or --q-bits where more.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float16, bfloat16 or float32 for what stays unquantized.")
+    ] = None,
+    preset: Preset = "default",
+    profile: Annotated[
+        float | None,
+        typer.Option(metavar="SHARE", help="Row-grouped where this device's profile says so, SHARE skipped."),
+    ] = None,
+    revision: Revision = None,
+    allow_requantize: Annotated[
+        bool, typer.Option(help="Accept a source that is quantized already.")
+    ] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option(help="Accept a model that asks for its own code; mlx-lm's is used instead.")
+    ] = False,
+    upload_repo: Annotated[str | None, typer.Option(help="Hub repository to upload the result to.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")
+    ] = False,
+    force: Annotated[bool, typer.Option(help="Go on although memory looks short.")] = False,
+    quiet: Quiet = False,
+    json_output: Json = False,
+) -> None:
+    """Re-quantize a checkpoint into the Zigzag layout."""
+    from spqt_cli.convert import convert as converter
+    from spqt_cli.format import presets
+
+    if (model is None) == (hf_path is None):
+        raise UsageError("convert takes one source", "spqt convert FOLDER_OR_HUB_ID_OR_GGUF")
+    source = model if model is not None else hf_path
+    assert source is not None
+    wishes = presets.merged(
+        presets.load_preset(preset), bits=q_bits, group_size=q_group_size, head_bits=head_bits
+    )
+    options = converter.ConvertOptions(
+        bits=wishes.bits or 4,
+        group_size=wishes.group_size or 64,
+        dtype=dtype,
+        revision=revision,
+        allow_requantize=allow_requantize,
+        trust_remote_code=trust_remote_code,
+        force=force,
+        dry_run=dry_run,
+        skip=wishes.skip,
+        head_bits=wishes.head_bits,
+        projections=wishes.projections,
+        profile=profile,
+        sparsity=wishes.sparsity,
+    )
+    target = output or converter.default_output(source, options)
+    if upload_repo:
+        from spqt_cli.convert import card
+
+        card.check_upload(upload_repo)
+    with progress(quiet or json_output) as on_progress:
+        result = converter.convert(source, target, options, on_progress)
+    if upload_repo and not dry_run:
+        card.upload(target, upload_repo)
+    if json_output:
+        typer.echo(as_json(result))
+    else:
+        typer.echo(harmless(result.summary()))
+        if not dry_run and not quiet:
+            typer.echo(f"next: spqt calibrate {shlex.quote(str(target))}", err=True)

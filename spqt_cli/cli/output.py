@@ -1,0 +1,67 @@
+"""What commands print besides their result: the progress bar, and results as JSON."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+
+
+@contextmanager
+def progress(quiet: bool) -> Iterator[Callable[[float, float, str], None]]:
+    """A callback (done, total, what) drawn as a bar on a terminal's stderr, as plain lines elsewhere."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    if quiet:
+        yield lambda done, total, what: None
+    elif not console.is_terminal:
+        yield _plain_lines()
+    else:
+        columns = (
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(TextColumn("{task.description}"), *columns, console=console, transient=True) as bar:
+            task = bar.add_task("", total=None)
+            yield lambda done, total, what: bar.update(
+                task, completed=done, total=total, description=what[-40:]
+            )
+
+
+def _plain_lines() -> Callable[[float, float, str], None]:
+    from time import monotonic
+
+    last = monotonic()
+
+    def show(done: float, total: float, what: str) -> None:
+        nonlocal last
+        if monotonic() - last >= 2:  # a line every two seconds: alive, and not a flood in a log
+            last = monotonic()
+            typer.echo(f"{done / total:4.0%}  {what}" if total else what, err=True)
+
+    return show
+
+
+def as_json(value: Any) -> str:
+    """A result (dataclass, Path and all) as one line of JSON; NaN and infinity, which JSON lacks, as null."""
+    plain = (
+        dataclasses.asdict(value)
+        if dataclasses.is_dataclass(value) and not isinstance(value, type)
+        else value
+    )
+    return json.dumps(_finite(plain), default=str, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
