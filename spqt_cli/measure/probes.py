@@ -78,11 +78,11 @@ class Harness:
     @contextmanager
     def masked(self, masking: Masking | None, rows: np.ndarray | None = None) -> Iterator[None]:
         """Mask every layer's input here; None runs dense. rows: as in Masking.apply."""
-        self._masking = None if masking is None else (masking, rows)
+        before, self._masking = self._masking, None if masking is None else (masking, rows)
         try:
             yield
         finally:
-            self._masking = None
+            self._masking = before
 
     @contextmanager
     def counting(self, first: int = 0, length: int = 0) -> Iterator[dict[str, np.ndarray]]:
@@ -93,21 +93,23 @@ class Harness:
         that don't see a row for each of them (experts, recurrent cells) are counted whole.
         """
         found: dict[str, np.ndarray] = {}
-        self._counter = counter = _Counter(first, length)
+        before, counter = self._counter, _Counter(first, length)
+        self._counter = counter
         try:
             yield found
         finally:
-            self._counter = None
+            self._counter = before
         found.update(counter.histograms(self.layers))
 
     @contextmanager
     def differentiated(self) -> Iterator["Slopes"]:
         """Gather the input of each call here, and the gradient by it."""
-        self._slopes = slopes = Slopes()
+        before, slopes = self._slopes, Slopes()
+        self._slopes = slopes
         try:
             yield slopes
         finally:
-            self._slopes = None
+            self._slopes = before
 
     def watch(self, path: str, x: mx.array) -> mx.array:
         """x (..., inputs) as the layer is to see it."""
