@@ -19,7 +19,7 @@ from mlx import nn
 from spqt_cli.bench import hardware, kernel_timing, model_timing, models, projections, shapes
 from spqt_cli.bench.models import Subject
 from spqt_cli.bench.results import Crossover, KernelRow, ModelRow, Report
-from spqt_cli.decode import profile
+from spqt_cli.decode import context, profile
 from spqt_cli.errors import UsageError
 from spqt_cli.format import config_json, presets
 
@@ -85,9 +85,10 @@ def _check(options: Options) -> None:
 
 def run(options: Options, on_progress: Progress = lambda *_: None) -> Report:
     """Measure prompt and decode speed of every variant at every depth."""
-    options = options.complete()
+    asked, options = options, options.complete()
     on_progress(0, 1, "making the models")
     subject = make_subject(options)
+    options, shortened = _within(context.kept_to(subject.config), asked, options)
     copy = hardware.copy_bandwidth()
     runs = model_timing.Runs(subject, options.sparsities, hardware.Energy(), copy)
     by_test: list[list[ModelRow]] = []
@@ -95,11 +96,35 @@ def run(options: Options, on_progress: Progress = lambda *_: None) -> Report:
     for at, test in enumerate(tests):
         show = partial(_show, on_progress, at, len(tests))
         by_test.append(runs.run(test, options.repetitions or 0, show, options.delay_seconds))
+    runs.notes += shortened
     runs.notes.append(runs.host.note([quiet for rows in by_test for quiet in runs.judge(rows)]))
     machine = {**hardware.describe(options.commit), "copy_gb_per_s": round(copy / 1e9, 1)}
     machine |= {"energy": runs.energy.source, "host_loop_us": round(runs.host.fastest_us, 1)}
     rows = [row for of_test in by_test for row in of_test]
     return Report(machine, _settings(options, subject), rows, [], runs.notes)
+
+
+def _within(limit: int | None, asked: Options, options: Options) -> tuple[Options, list[str]]:
+    """(the options with prompts of default length no longer than the model is kept to, a note of it).
+
+    Raises UsageError where what was asked goes beyond.
+    """
+    tests = list(_tests(options))
+    if limit is None or not tests or _longest(tests) <= limit:
+        return options, []
+    if asked.prompt_tokens is None and (left := limit - max(options.depths) - 1) > 0:
+        shorter = dataclasses.replace(options, prompt_tokens=(min(left, *(options.prompt_tokens or ())),))
+        if _longest(list(_tests(shorter))) <= limit:
+            return shorter, [f"prompts of {left} tokens: the model's context is {limit}"]
+    raise UsageError(
+        f"{_longest(tests)} tokens at the greatest depth, the model's context is {limit}",
+        "lower --depth, --prompt-tokens or --generation-tokens",
+    )
+
+
+def _longest(tests: Sequence[model_timing.Test]) -> int:
+    """The tokens of the longest test: decoding has a prompt of one, a prompt an answer of one."""
+    return max(test.depth + 1 + test.tokens + test.decodes * model_timing.WARM_TOKENS for test in tests)
 
 
 def _tests(options: Options) -> Iterator[model_timing.Test]:

@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from spqt_cli.backends import select
 from spqt_cli.convert import plan
-from spqt_cli.decode import architecture, hooks, hooks_cpu
+from spqt_cli.decode import architecture, exact, hooks, hooks_cpu
 from spqt_cli.decode.layers import ZigzagLinear, zigzag_layers
 from spqt_cli.errors import ResourceError, SpqtError
 from spqt_cli.format import layout, locate
@@ -161,7 +161,7 @@ def stock_twin(zigzag: nn.Module, config: dict[str, Any]) -> nn.Module:
     for path, module in zigzag.named_modules():
         if isinstance(module, ZigzagLinear):
             weights.update(_row_grouped(path, module, dtype))
-        else:
+        elif not isinstance(module, exact.ExactRoPE):  # the class's own turns otherwise, and costs the same
             weights.update({f"{path}.{key}": a for key, a in module.items() if isinstance(a, mx.array)})
         if f"{path}.scales" in weights:
             mode = "affine" if isinstance(module, ZigzagLinear) else module.mode

@@ -19,12 +19,12 @@ from spqt_cli.calibrate.curves import curves
 from spqt_cli.calibrate.measurements import FIRST_TOKENS, Candidate, Measurements, OnProgress
 from spqt_cli.calibrate.memory import InMemory
 from spqt_cli.calibrate.methods import METHODS, STREAMED_METHODS, Method, candidates
-from spqt_cli.calibrate.options import MIN_WINDOW, CalibrateOptions, note
+from spqt_cli.calibrate.options import MIN_WINDOW, WINDOW, CalibrateOptions, note
 from spqt_cli.calibrate.progress import Progress
 from spqt_cli.calibrate.result import Calibration, LayerRow, Tried, print_table
 from spqt_cli.calibrate.stream import blocks
 from spqt_cli.calibrate.stream.engine import Streamed
-from spqt_cli.decode import session
+from spqt_cli.decode import context, session
 from spqt_cli.errors import SpqtError, UnsupportedError
 from spqt_cli.format import config_json, thresholds
 from spqt_cli.format.config_json import CURVE_SPARSITIES
@@ -71,7 +71,7 @@ class _Run:
         self.loaded = load(folder)
         self.default = default_sparsity(get_total_parameters(self.loaded.model))
         self.text, self.options, self.on_progress = text, options, on_progress
-        self.windows = choose_windows(self.loaded, text, options)
+        self.windows, self.note = choose_windows(self.loaded, text, options), _window(self.loaded, options)[1]
         self.progress = Progress(folder, self._identity(), options.restart)
 
     def finish(self) -> Calibration:
@@ -103,7 +103,7 @@ class _Run:
             layers=rows,
             tokens_per_second=rate,
             lossless=probes.weighted({row.path: row.zeros for row in rows}, measurements.layers),
-            note=best.note,
+            note="; ".join(filter(None, [self.note, best.note])),
         )
         self._store(result, curves(best, counts, target))
         return result
@@ -169,14 +169,21 @@ class _Run:
         self.progress.clear()
 
 
+def _window(loaded: session.Loaded, options: CalibrateOptions) -> tuple[int, str]:
+    """(tokens of each window, one line where the model's context shortens them, or "")."""
+    limit = context.tokens(loaded.config)
+    if limit is not None and limit < MIN_WINDOW:
+        raise SpqtError(f"{loaded.folder} has a context of {limit} tokens", "convert the model again")
+    window, said = context.window(limit, options.window, WINDOW)
+    most = options.tokens // 2
+    return min(window, most) // 2 * 2, said if window <= most else ""
+
+
 def choose_windows(
     loaded: session.Loaded, text: texts.Text, options: CalibrateOptions
 ) -> tuple[np.ndarray, np.ndarray]:
     """The windows to calibrate on and the ones held out: (count, window) each, int32."""
-    context = config_json.whole(loaded.config, "max_position_embeddings") or options.window
-    if context < MIN_WINDOW:
-        raise SpqtError(f"{loaded.folder} has a context of {context} tokens", "convert the model again")
-    window = min(options.window, options.tokens // 2, context) // 2 * 2
+    window = _window(loaded, options)[0]
     stream = session.known(loaded, texts.tokens(text, loaded.tokenizer))
     rows = texts.windows(stream, window, texts.opening(loaded.tokenizer))
     count = options.tokens // window

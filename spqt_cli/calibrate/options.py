@@ -10,14 +10,16 @@ from spqt_cli.calibrate.targets import Limit
 from spqt_cli.errors import UsageError
 
 MIN_WINDOW = 32
+WINDOW = 512  # tokens, where none are asked for
 
 
 @dataclass(frozen=True)
 class CalibrateOptions:
     """sparsity: fraction of the weights to skip, None for the default of the model's size. data: a text
     file, None for the shipped one. tokens: of text run in all, a quarter of them held out to check the
-    result. window: tokens per sequence, the first half a prompt. seed: picks the windows.
-    method: a key of methods.METHODS. restart: drop an unfinished run's progress.
+    result. window: tokens per sequence, the first half a prompt; None: 512, or what the context
+    allows. seed: picks the windows. method: a key of methods.METHODS. restart: drop an unfinished run's
+    progress.
     max_kl, max_ppl_increase: instead of a sparsity, the highest one whose KL to dense (nats) or rise of
     perplexity (percent) on held-out text stays under this. min_tokens_per_second: instead, the lowest
     one that decodes so fast on this machine. stream: load one block of weights at a time; None: if the
@@ -27,7 +29,7 @@ class CalibrateOptions:
     sparsity: float | None = None
     data: Path | None = None
     tokens: int = 4096
-    window: int = 512
+    window: int | None = None
     seed: int = 0
     method: str = "auto"
     restart: bool = False
@@ -51,9 +53,10 @@ class CalibrateOptions:
             raise UsageError(f"sparsity {self.sparsity} is not in 0 to 0.95", "0.25 skips a quarter")
         if self.method not in METHODS:
             raise UsageError(f"there is no method {self.method!r}", f"use one of: {', '.join(METHODS)}")
-        if min(self.tokens // 2, self.window) < MIN_WINDOW:
+        window = self.window or WINDOW
+        if min(self.tokens // 2, window) < MIN_WINDOW:
             raise UsageError(
-                f"{self.tokens} tokens in windows of {self.window} are too few",
+                f"{self.tokens} tokens in windows of {window} are too few",
                 f"use at least {2 * MIN_WINDOW} tokens and windows of {MIN_WINDOW}",
             )
 

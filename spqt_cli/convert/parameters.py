@@ -4,6 +4,7 @@ It owns the meeting of config.json, mlx-lm's classes with their `sanitize`, and 
 no weights and decides nothing about layouts.
 """
 
+import dataclasses
 from typing import Any
 
 import mlx.core as mx
@@ -65,11 +66,21 @@ def build(config: dict[str, Any], name: str) -> nn.Module:
     except NotImplementedError as error:
         raise UnsupportedError(f"{name}: mlx-lm's class can't do this: {error}", "see its source") from None
     except (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, AssertionError) as error:
+        lacking = _lacking(config, args_class)
+        why = f"it does not say {checks.named(lacking)}" if lacking else repr(error)
         raise SpqtError(
-            f"{name}: config.json does not describe a {config['model_type']} model ({error!r})", checks.AGAIN
+            f"{name}: config.json does not describe a {config['model_type']} model ({why})", checks.AGAIN
         ) from None
     _check_vocabulary(model, config, name)
     return model
+
+
+def _lacking(config: dict[str, Any], args_class: Any) -> list[str]:
+    """The keys that a class's arguments can't do without, and that a config leaves out or null."""
+    said = text_config(config)
+    required = (one for one in dataclasses.fields(args_class) if one.default is dataclasses.MISSING)
+    found = [one.name for one in required if one.default_factory is dataclasses.MISSING]
+    return [key for key in found if said.get(key) is None and config.get(key) is None]
 
 
 def _check_vocabulary(model: nn.Module, config: dict[str, Any], name: str) -> None:

@@ -122,6 +122,7 @@ def _with_specials(tokenizer: Any, truth: Any) -> Any:
 
 def _load(folder: Path) -> Any:
     """The tokenizer as mlx-lm loads it, without the warnings of the library below it."""
+    from huggingface_hub.errors import StrictDataclassError
     from mlx_lm import utils
     from transformers.utils import logging
 
@@ -131,6 +132,9 @@ def _load(folder: Path) -> Any:
         return utils.load_tokenizer(folder)
     except (SpqtError, ImportError, MemoryError):
         raise
+    except StrictDataclassError as error:  # transformers reads config.json on the way to the tokenizer
+        said = " ".join(str(error).split()).partition("Error: ")[2].partition(" Errors: ")[0][:200]
+        raise SpqtError(f"config.json: transformers refuses it: {said}", "mend or " + checks.AGAIN) from error
     except Exception as error:  # others' code over others' files: it may raise anything
         said = " ".join(str(error).split())[:200]
         raise SpqtError(

@@ -6,7 +6,7 @@ into each model that is built of such a config:
     "ropes": [{"paths": ["model.layers.0.self_attn.rope"], "angles": [1.0, ...], "scale": 1.0}]
     "windows": [4096, null, ...]   tokens that each layer sees
 
-`context` of the same section is the length up to which the model is right; `generate` keeps to it.
+`context` of the same section is the length up to which the model is right (`context.py`).
 """
 
 from collections.abc import Callable
@@ -16,6 +16,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from spqt_cli.decode import context
 from spqt_cli.errors import SpqtError
 
 
@@ -61,9 +62,15 @@ def classes(get: Callable[..., Any], config: dict[str, Any]) -> tuple[Any, Any]:
     """mlx-lm's (model class, its arguments' class) by `get`, the first completed as the config says."""
     model_class, args_class = get(config)
     section = config.get("spqt")
-    if not isinstance(section, dict) or not (section.get("ropes") or section.get("windows")):
+    if not isinstance(section, dict):
         return model_class, args_class
-    return lambda args: complete(model_class(args), section), args_class
+
+    def build(args: Any) -> nn.Module:
+        model = complete(model_class(args), section)
+        context.tell(model, config)
+        return model
+
+    return build, args_class
 
 
 def _replace_rope(model: nn.Module, path: str, entry: dict[str, Any]) -> None:

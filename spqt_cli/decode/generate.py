@@ -10,10 +10,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from spqt_cli.backends import select
-from spqt_cli.decode import active_counts, session, text_borders
+from spqt_cli.decode import active_counts, context, session, text_borders
 from spqt_cli.decode.options import Options, Prompt, Sampling, check
 from spqt_cli.errors import BackendError, SpqtError, UsageError
-from spqt_cli.format import config_json
 from spqt_cli.system import files, sandbox
 
 CHECK_EVERY = 32  # tokens between looks at the log-probabilities: a look waits for the device
@@ -74,9 +73,8 @@ def encode(loaded: session.Loaded, prompt: Prompt) -> list[int]:
         tokens = tokenizer.encode(_templated(tokenizer, prompt), add_special_tokens=False)
     if not tokens:
         raise SpqtError("template and tokenizer leave nothing of the prompt", "try --ignore-chat-template")
-    limit = context_tokens(loaded.config)
-    if limit is not None and len(tokens) >= limit:
-        raise SpqtError(f"the prompt has {len(tokens)} tokens, the model's context {limit}", "shorten it")
+    if (limit := context.tokens(loaded.config)) is not None:
+        context.room(limit, len(tokens))
     return session.known(loaded, tokens)
 
 
@@ -121,20 +119,6 @@ def _templated(tokenizer: Any, prompt: Prompt) -> str:
         raise SpqtError(f"the chat template failed: {error}", "try --ignore-chat-template") from error
 
 
-def context_tokens(config: dict[str, Any]) -> int | None:
-    """The model's context length in tokens, None where config.json does not say.
-
-    It is shorter than the config's own where mlx-lm's class is right only up to a length (`settle`).
-    """
-    limits = (config_json.whole(config, "max_position_embeddings"), _kept_to(config))
-    return min((each for each in limits if each is not None), default=None)
-
-
-def _kept_to(config: dict[str, Any]) -> int | None:
-    section = config.get("spqt")
-    return config_json.whole(section, "context") if isinstance(section, dict) else None
-
-
 def stream(loaded: session.Loaded, tokens: list[int], sampling: Sampling, options: Options) -> Iterator[Any]:
     """Pieces of text as they come (str), then the Statistics of the run, last."""
     import mlx.core as mx
@@ -151,10 +135,6 @@ def stream(loaded: session.Loaded, tokens: list[int], sampling: Sampling, option
                 f"--extra-eos-token {name}: the model has no such token", "see tokenizer.json"
             ) from None
     arguments = _loop_arguments(loaded, sampling, options)
-    kept_to = _kept_to(loaded.config)
-    if kept_to is not None:  # what would come after it would be wrong
-        asked = options.max_tokens if options.max_tokens > 0 else kept_to
-        arguments["max_tokens"] = max(1, min(asked, kept_to - len(tokens)))
     mx.reset_peak_memory()
     gate, response, stopped = StopStrings(options.stop), None, False
     answer = text_borders.Answer(loaded.tokenizer, tokens)

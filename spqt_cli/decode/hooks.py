@@ -9,7 +9,7 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from importlib.abc import MetaPathFinder
 from importlib.machinery import PathFinder
@@ -82,7 +82,6 @@ def _load_weights_and_prepare(self: nn.Module, file_or_weights: Any, strict: boo
     """Load weights; a model with Zigzag layers is then made ready for its backend."""
     result = _load_weights(self, file_or_weights, strict)
     if zigzag_layers(self):
-        hooks_generate.install()  # not before: it imports mlx_lm.generate, which holds on to MLX's device
         _share_inputs(self)
         if mx.default_device().type == mx.DeviceType.cpu:
             compute_in_float32(self)
@@ -103,18 +102,17 @@ def _load_weights_and_prepare(self: nn.Module, file_or_weights: Any, strict: boo
 
 
 class _OnImport(MetaPathFinder):
-    """Hooks mlx_lm.utils once it is imported, and not before: mlx_lm holds on to MLX's device."""
+    """Hooks mlx_lm's modules as they are imported, and not before: mlx_lm holds on to MLX's device."""
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
-        if fullname != "mlx_lm.utils":
+        if fullname not in _HOOKS:
             return None
-        sys.meta_path.remove(self)
         found: Any = PathFinder.find_spec(fullname, path, target)
         run = found.loader.exec_module
 
         def exec_module(module: Any) -> None:
             run(module)
-            _hook_loading(module)
+            _HOOKS[fullname](module)
 
         found.loader.exec_module = exec_module
         return found
@@ -133,6 +131,14 @@ def _hook_loading(utils: Any) -> None:
     hooked: Any = load_model
     hooked.is_exact = True
     utils.load_model = hooked
+
+
+_HOOKS: dict[str, Callable[[Any], None]] = {
+    "mlx_lm.utils": _hook_loading,
+    "mlx_lm.generate": hooks_generate.install,
+    "mlx_lm.perplexity": hooks_generate.check_perplexity,
+    "mlx_lm.server": hooks_generate.refuse_long,
+}
 
 
 def _share_inputs(model: nn.Module) -> None:
@@ -168,9 +174,8 @@ def install() -> None:
     linear: Any = nn.Linear
     module: Any = nn.Module
     linear.to_quantized, module.load_weights = _to_quantized, _load_weights_and_prepare
-    if "mlx_lm.generate" in sys.modules:
-        hooks_generate.install()
-    if "mlx_lm.utils" in sys.modules:
-        _hook_loading(sys.modules["mlx_lm.utils"])
-    elif not any(isinstance(finder, _OnImport) for finder in sys.meta_path):
+    for name, hook in _HOOKS.items():
+        if name in sys.modules:
+            hook(sys.modules[name])
+    if not any(isinstance(finder, _OnImport) for finder in sys.meta_path):
         sys.meta_path.insert(0, _OnImport())

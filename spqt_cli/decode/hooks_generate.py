@@ -6,25 +6,27 @@ All that leans on mlx_lm.generate's insides for this stands here.
 """
 
 import functools
-import importlib
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
 
-from spqt_cli.decode import active_counts, phase
+from spqt_cli.decode import active_counts, context, phase
 from spqt_cli.decode.layers import ZigzagLinear
 
+MAX_TOKENS = 256  # of mlx-lm's loops, where none are asked for
 _stock: dict[str, Callable[..., Any]] = {}  # by name: what mlx_lm.generate had of its own
 
 
-def install() -> None:
-    """Put our loops in the place of mlx-lm's, wherever a module has their names; again changes nothing."""
-    loops = importlib.import_module("mlx_lm.generate")
+def install(loops: Any) -> None:
+    """Put our loops in the place of mlx-lm's, wherever a module has their names; again changes nothing.
+
+    loops: the module mlx_lm.generate.
+    """
     if _stock:
         return
-    for ours in (generate_step, speculative_generate_step):
+    for ours in (generate_step, speculative_generate_step, stream_generate):
         stock = _stock[ours.__name__] = getattr(loops, ours.__name__)
         replacement = functools.update_wrapper(ours, stock)
         for module in list(sys.modules.values()):
@@ -35,6 +37,7 @@ def install() -> None:
     prompts.prompt = _within(phase.prompting, prompts.prompt)
     generation.__init__ = _within(phase.prompting, generation.__init__)  # feeds each prompt's last token
     generation.next = _within(phase.decoding, generation.next)
+    loops.BatchGenerator.insert_segments = _inserting(loops.BatchGenerator.insert_segments)
 
 
 def _within(block: Callable[[], Any], method: Callable[..., Any]) -> Callable[..., Any]:
@@ -46,14 +49,89 @@ def _within(block: Callable[[], Any], method: Callable[..., Any]) -> Callable[..
     return call
 
 
+def _inserting(method: Callable[..., Any]) -> Callable[..., Any]:
+    """mlx-lm's insert_segments, each request ended at what the model is kept to."""
+
+    @functools.wraps(method)
+    def insert(
+        self: Any, segments: Any, max_tokens: Any = None, caches: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        if (limit := context.of(self.model)) is not None:
+            wishes = max_tokens or [self.max_tokens] * len(segments)
+            fed = [sum(map(len, parts)) for parts in segments]
+            if caches:
+                fed = [count + context.held(cache) for count, cache in zip(fed, caches, strict=True)]
+            max_tokens = [context.room(limit, *each) for each in zip(fed, wishes, strict=True)]
+        return method(self, segments, max_tokens, caches, *args, **kwargs)
+
+    return insert
+
+
+def _keep(model: Any, prompt_tokens: int, options: dict[str, Any]) -> None:
+    """Shorten `max_tokens` of a loop's options to what a model is kept to; SpqtError if nothing is left."""
+    if (limit := context.of(model)) is not None:
+        fed = context.held(options.get("prompt_cache")) + prompt_tokens
+        options["max_tokens"] = context.room(limit, fed, options.get("max_tokens", MAX_TOKENS))
+
+
+def check_perplexity(perplexity: Any) -> None:
+    """Let mlx-lm's perplexity refuse windows that are longer than a model is kept to.
+
+    perplexity: the module mlx_lm.perplexity.
+    """
+    stock: Any = perplexity.eval_ppl
+    if stock.__module__ == __name__:
+        return
+
+    def eval_ppl(model: Any, data: mx.array, *args: Any, **kwargs: Any) -> Any:
+        context.window(context.of(model), data.shape[1], 0)
+        return stock(model, data, *args, **kwargs)
+
+    perplexity.eval_ppl = eval_ppl
+
+
+def refuse_long(server: Any) -> None:
+    """Let mlx-lm's server answer with an error where a prompt is longer than its model is kept to.
+
+    server: the module mlx_lm.server. Its batches would refuse it too, but that ends the generating thread.
+    """
+    generator: Any = server.ResponseGenerator
+    stock = generator._tokenize
+    if stock.__module__ == __name__:
+        return
+
+    def _tokenize(self: Any, *args: Any) -> Any:
+        found = stock(self, *args)
+        if (limit := context.of(self.model_provider.model)) is not None:
+            context.room(limit, len(found[0]))
+        return found
+
+    generator._tokenize = _tokenize
+
+
+def stream_generate(model: Any, tokenizer: Any, prompt: Any, *args: Any, **kwargs: Any) -> Any:
+    if context.of(model) is not None:
+        if args:
+            kwargs["max_tokens"], args = args[0], args[1:]
+        if isinstance(prompt, str):  # as mlx-lm does it
+            plain = tokenizer.bos_token is None or not prompt.startswith(tokenizer.bos_token)
+            prompt = tokenizer.encode(prompt, add_special_tokens=plain)
+        embeddings = kwargs.get("input_embeddings")
+        _keep(model, len(prompt if embeddings is None else embeddings), kwargs)
+        args = (kwargs.pop("max_tokens"), *args)
+    return _stock["stream_generate"](model, tokenizer, prompt, *args, **kwargs)
+
+
 def generate_step(prompt: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
     embeddings = kwargs.get("input_embeddings")
     count = len(prompt if embeddings is None else embeddings)
+    _keep(model, count, kwargs)
     return _stock["generate_step"](prompt, told(model, count), *args, **kwargs)
 
 
 def speculative_generate_step(prompt: Any, model: Any, draft_model: Any, *args: Any, **kwargs: Any) -> Any:
     count = len(prompt)
+    _keep(model, count, kwargs)
     models = told(model, count), told(draft_model, count)
     return _stock["speculative_generate_step"](prompt, *models, *args, **kwargs)
 

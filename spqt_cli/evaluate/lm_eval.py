@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from spqt_cli.decode import text_borders
+from spqt_cli.decode import context, text_borders
 from spqt_cli.decode.layers import zigzag_layers
-from spqt_cli.errors import UnsupportedError
+from spqt_cli.errors import SpqtError, UnsupportedError
 from spqt_cli.evaluate import multiple_choice
 from spqt_cli.measure import probes
 
@@ -36,6 +36,8 @@ def prepare() -> None:
                 "a task scores whole texts, which have no prompt to run dense",
                 "spqt eval TEXT measures perplexity as decoding has it; SPQT_SPARSITY=0 runs the task dense",
             )
+        longest = max((len(text) for text in self._tokenize([one.args[0] for one in requests])), default=0)
+        context.window(context.of(self._model), longest, 0)
         result: list[float] = stock[1](self, requests)
         return result
 
@@ -55,8 +57,8 @@ def _loglikelihood(self: Any, requests: list[Any]) -> list[tuple[float, bool]]:
     }
     found: list[tuple[float, bool]] = [(-np.inf, False)] * len(requests)
     with probes.probing(self._model) as harness:
-        for context, places in tqdm(grouped.items()):
-            question = _encode(self, context, [requests[i].args[1] for i in places])
+        for text, places in tqdm(grouped.items()):
+            question = _encode(self, text, [requests[i].args[1] for i in places])
             cache = multiple_choice.after_context(self._model, question)
             masking = probes.Masking(values)
             predicted = multiple_choice.predictions(self._model, cache, question, harness, masking)
@@ -66,7 +68,7 @@ def _loglikelihood(self: Any, requests: list[Any]) -> list[tuple[float, bool]]:
     return found
 
 
-def _encode(self: Any, context: str, endings: list[str]) -> multiple_choice.Encoded:
+def _encode(self: Any, before: str, endings: list[str]) -> multiple_choice.Encoded:
     """In tokens as mlx-lm's wrapper does it, with one BOS; a context that is too long loses its beginning."""
     from mlx_lm.evaluate import DEFAULT_MAX_TOKENS
 
@@ -75,10 +77,17 @@ def _encode(self: Any, context: str, endings: list[str]) -> multiple_choice.Enco
             return list(self.tokenizer.encode(text, add_special_tokens=False))
         return text_borders.encode(self.tokenizer, text)
 
-    prompt = encoded(context)
-    whole = [encoded(context + ending) for ending in endings]
+    prompt = encoded(before)
+    whole = [encoded(before + ending) for ending in endings]
     cut = [tokens[len(prompt) :] or tokens[-1:] for tokens in whole]
     prompt = prompt or [self.tokenizer.eos_token_id]  # lm-eval's stand-in for no context
-    room = (self._max_tokens or DEFAULT_MAX_TOKENS) - max(map(len, cut))
+    limit, longest = context.of(self._model), max(map(len, cut))
+    room = (
+        min(self._max_tokens or DEFAULT_MAX_TOKENS, DEFAULT_MAX_TOKENS if limit is None else limit) - longest
+    )
+    if limit is not None and room < 1:
+        raise SpqtError(
+            f"an ending of {longest} tokens, the model's context is {limit}", "leave the task out"
+        )
     characters = np.array([len(ending) for ending in endings], np.float64)
     return multiple_choice.Encoded(prompt[-max(room, 1) :], cut, characters, 0)

@@ -17,7 +17,7 @@ import numpy as np
 from mlx import nn
 from mlx.utils import tree_map
 
-from spqt_cli.decode import generate, session, text_borders
+from spqt_cli.decode import context, session, text_borders
 from spqt_cli.errors import SpqtError
 from spqt_cli.evaluate import questions, variants
 from spqt_cli.evaluate.report import DENSE, SOURCE, Answers, Difference, Result
@@ -45,7 +45,7 @@ def evaluate(path: str | Path, file: Path, options: EvaluateOptions, on_progress
     variants.check(options)
     asked = questions.read(file, options.limit)
     loaded = session.load(path, dense=True)
-    limit = generate.context_tokens(loaded.config)
+    limit = context.tokens(loaded.config)
     encoded = [encode(question, loaded.tokenizer, limit, file) for question in asked.items]
     choices = variants.stored(loaded, options.sparsity)
     found = _Answering(loaded, options, choices, on_progress).run(encoded)

@@ -11,7 +11,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from spqt_cli.decode import session
+from spqt_cli.decode import context, session
 from spqt_cli.evaluate import variants
 from spqt_cli.evaluate.report import DENSE, SOURCE, Quality, Variant
 from spqt_cli.evaluate.variants import Choice, EvaluateOptions, OnProgress
@@ -41,9 +41,12 @@ def evaluate_choices(
     """As `evaluate`, for thresholds that need not be stored: name -> Choice, beside dense."""
     document = texts.read(text)
     stream = session.known(loaded, texts.tokens(document, loaded.tokenizer))
-    rows = texts.windows(stream, options.window, texts.opening(loaded.tokenizer))
+    window, note = context.window(context.tokens(loaded.config), options.window, variants.WINDOW)
+    rows = texts.windows(stream, window, texts.opening(loaded.tokenizer))
     texts.need(rows, options.windows, document)
-    return _Evaluation(loaded, options, choices, on_progress).run(rows[: options.windows], document)
+    quality = _Evaluation(loaded, options, choices, on_progress).run(rows[: options.windows], document)
+    quality.note = note
+    return quality
 
 
 class _Evaluation:

@@ -27,7 +27,10 @@ class Variant:
 
 @dataclass
 class Quality:
-    """Results on one text: `scored` positions in `windows` windows of `window` tokens."""
+    """Results on one text: `scored` positions in `windows` windows of `window` tokens.
+
+    note: one line for people where that is not the usual number.
+    """
 
     model: str
     text: str
@@ -36,6 +39,7 @@ class Quality:
     window: int
     scored: int
     variants: list[Variant]
+    note: str = ""
 
     def table(self) -> str:
         """The table, and for a sweep of three shares or more a picture of KL over sparsity."""
@@ -57,7 +61,7 @@ class Quality:
         lines.append(
             f"p99 and top-1: against {'the source' if reference == SOURCE else 'dense'}; ± standard errors"
         )
-        return "\n".join(lines + _chart(self))
+        return "\n".join(lines + _chart(self) + ([self.note] if self.note else []))
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from spqt_cli.evaluate.report import ROWS, SOURCE
 from spqt_cli.format import config_json, thresholds
 from spqt_cli.measure import many_rows
 
+WINDOW = 512  # tokens, where none are asked for
 MOST_RENAMED = 0.01  # of the tokens: tools that write .gguf files spell a few special ones anew
 Settings = dict[str, tuple[int, int]]  # path of a module -> bits, group size
 OnProgress = Callable[[float, float, str], None]
@@ -31,7 +32,8 @@ OnProgress = Callable[[float, float, str], None]
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """windows: how many of the text's first are scored; window: tokens each, half of them prompt.
+    """windows: how many of the text's first are scored; window: tokens each, half of them prompt; None: 512,
+    or what the model's context allows.
 
     sparsity: None for the calibrated share, a share, a list "0.25,0.4" or a sweep "0.1:0.7:0.1".
     baseline: the unquantized source (folder, hub id or .gguf file), measured too. rows: with a
@@ -41,7 +43,7 @@ class EvaluateOptions:
     """
 
     windows: int = 8
-    window: int = 512
+    window: int | None = None
     sparsity: str | None = None
     baseline: str | None = None
     rows: bool = False
@@ -59,9 +61,10 @@ class Choice:
 
 def check(options: EvaluateOptions) -> None:
     """Raise UsageError for options that contradict one another."""
-    if options.windows < 1 or options.window < 4:
+    window = WINDOW if options.window is None else options.window
+    if options.windows < 1 or window < 4:
         raise UsageError(
-            f"{options.windows} windows of {options.window} tokens", "use at least 1 of at least 4 tokens"
+            f"{options.windows} windows of {window} tokens", "use at least 1 of at least 4 tokens"
         )
     if (options.rows or options.source_head) and options.baseline is None:
         raise UsageError("row-grouped layers and heads come from the source", "name it: --baseline SOURCE")

@@ -66,7 +66,7 @@ def test_changed_source_does_not_resume(tmp_path: Path) -> None:
 CONVERT = """
 import os, signal, sys
 from pathlib import Path
-from spqt_cli import convert
+from spqt_cli.convert import convert
 def tick(done, total, name):
     print(name, flush=True)
 convert.convert(sys.argv[1], Path(sys.argv[2]), convert.ConvertOptions(group_size=32), tick)
@@ -96,16 +96,16 @@ def test_fault_53_sigkill(tmp_path: Path, checkpoint: Path, lines: int) -> None:
 UNTIL_A_SIGNAL = """
 import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests may ignore it
-from spqt_cli import conversion
-from spqt_cli.cli import main
-write, written = conversion.Conversion._write_unit, []
+from spqt_cli.cli.entry import main
+from spqt_cli.convert import job
+write, written = job.Conversion._write_unit, []
 def stop_at_the_fifth(*args):
     while len(written) == 4:
         print("four units", flush=True)
         time.sleep(1000)
     written.append(1)
     return write(*args)
-conversion.Conversion._write_unit = stop_at_the_fifth
+job.Conversion._write_unit = stop_at_the_fifth
 sys.argv = ["spqt", "convert", *sys.argv[1:], "--q-group-size", "32"]
 main()
 """

@@ -307,11 +307,13 @@ def test_the_hook_stands_wherever_mlx_lm_looks_its_loops_up():
     assert loops.generate_step is hooks_generate.generate_step is generate_step
     assert loops.speculative_generate_step is hooks_generate.speculative_generate_step
     assert importlib.import_module("mlx_lm.cache_prompt").generate_step is generate_step
-    hooks_generate.install()  # again changes nothing
+    assert mlx_lm.stream_generate is loops.stream_generate is hooks_generate.stream_generate
+    hooks_generate.install(loops)  # again changes nothing
     assert loops.generate_step is generate_step
     for name, stock_loop in hooks_generate._stock.items():
         assert inspect.signature(getattr(loops, name)) == inspect.signature(stock_loop)
-        assert list(inspect.signature(stock_loop).parameters)[:2] == ["prompt", "model"]
+        first = ["model", "tokenizer"] if name == "stream_generate" else ["prompt", "model"]
+        assert list(inspect.signature(stock_loop).parameters)[:2] == first
 
 
 def test_a_told_model_is_otherwise_the_model(loaded):

@@ -17,7 +17,7 @@ from spqt_cli.system import files
 HOLD = """
 import sys, time
 from pathlib import Path
-from spqt_cli import files
+from spqt_cli.system import files
 with files.claim(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)

@@ -81,14 +81,17 @@ class Streamed:
 
     def sensitivities(self, windows: int) -> dict[str, np.ndarray]:
         """Path -> cost of each of gradients.SPARSITIES, over at most so many calibration windows."""
-        saved = self._progress.arrays
-        names = {f"costs/{path}": path for path in self.layers}
-        if not names.keys() & saved.keys():
+        if not self._saved_costs():
             tokens = self._windows[: min(windows, self._calibrating)]
             folder = self._progress.folder
             costs = gradients.sensitivities(self._blocks, self._harness, tokens, folder, self._on_progress)
             self._progress.save(**{f"costs/{path}": cost for path, cost in costs.items()})
-        return {path: saved[name] for name, path in names.items() if name in saved}
+        return self._saved_costs()
+
+    def _saved_costs(self) -> dict[str, np.ndarray]:
+        """Path -> costs, in the order in which they were measured: layers of equal cost are taken in it."""
+        saved = self._progress.arrays.items()
+        return {name.removeprefix("costs/"): cost for name, cost in saved if name.startswith("costs/")}
 
     def measured(self, allocations: Sequence[Allocation], sparsity: float, effort: Effort) -> list[Candidate]:
         """The candidate of one allocation at a sparsity, measured in one pass over all blocks.

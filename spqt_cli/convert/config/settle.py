@@ -56,7 +56,7 @@ def settle(checkpoint: Checkpoint, build: Build) -> None:
         )
     dropped.refuse(inner, meant, keys, checkpoint.name)
     config_keys.spell(inner, meant, args_class)
-    _refuse_unknown(inner, meant, args_class, checkpoint.name)
+    _refuse_unknown(config, inner, meant, args_class, checkpoint.name)
     _settle_head(config, inner, meant, keys, checkpoint)
     try:
         model = build(config)
@@ -90,13 +90,20 @@ def _by_layer_type(inner: dict[str, Any]) -> list[dict[str, Any]]:
     return [each for each in ropes.values() if isinstance(each, dict)] if isinstance(ropes, dict) else []
 
 
-def _refuse_unknown(inner: dict[str, Any], meant: Definition, args_class: Any, name: str) -> None:
+def _refuse_unknown(
+    config: dict[str, Any], inner: dict[str, Any], meant: Definition, args_class: Any, name: str
+) -> None:
     """Refuse a config of transformers' for which mlx-lm's class wants keys of another."""
     required = {
         one.name
         for one in dataclasses.fields(args_class)
         if one.default is dataclasses.MISSING and one.default_factory is dataclasses.MISSING
     }
+    if meant.defaults is not None and inner is config and "text_config" in required - meant.defaults.keys():
+        raise UnsupportedError(
+            f"{name}: a {inner.get('model_type')} config without text_config has no language model",
+            "give the whole model, of which this is a part",
+        )
     if meant.defaults is None or "text_config" in required:
         return
     if missing := required - inner.keys() - meant.defaults.keys():
@@ -217,8 +224,10 @@ def _settle_head(
     """Let the config say tied where the head is the embedding, and not where another one is stored."""
     head = _stored_head(checkpoint)
     said = any("tie_word_embeddings" in part for part in (config, inner))
-    if "tie_word_embeddings" not in keys or (head is None and (said or meant.defaults is None)):
-        if "tie_word_embeddings" in keys and "tie_word_embeddings" not in inner and meant.tied is not None:
+    if "tie_word_embeddings" not in keys and (head is None or not said):
+        return  # such a class has a head where one is stored
+    if head is None and (said or meant.defaults is None):
+        if "tie_word_embeddings" not in inner and meant.tied is not None:
             inner["tie_word_embeddings"] = meant.tied
         return
     tied = head is None or bool(meant.tied and is_embedding(checkpoint, head))

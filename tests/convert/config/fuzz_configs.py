@@ -23,7 +23,7 @@ import mlx.core as mx
 import numpy as np
 
 from spqt_cli.convert import convert, parameters, source
-from spqt_cli.decode import generate, session
+from spqt_cli.decode import context, session
 from spqt_cli.errors import SpqtError, UnsupportedError
 from tests.conftest import VOCAB, write_tokenizer
 from tests.lib import decoders
@@ -331,7 +331,7 @@ class Runner:
         shutil.rmtree(out, ignore_errors=True)
         convert.convert(str(place), out, convert.ConvertOptions(bits=8, group_size=32))
         loaded = session.load(out)
-        limit = generate.context_tokens(loaded.config)
+        limit = context.tokens(loaded.config)
         assert limit is not None
         assert limit > TOKENS + STEPS
         return loaded.model

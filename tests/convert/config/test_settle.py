@@ -11,7 +11,7 @@ from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
 
 from spqt_cli.convert import convert, parameters, source
 from spqt_cli.convert.config import definition
-from spqt_cli.decode import exact, generate, session
+from spqt_cli.decode import context, exact, generate, session
 from spqt_cli.decode.options import Prompt
 from spqt_cli.errors import SpqtError, UnsupportedError
 from tests import ROOT
@@ -103,7 +103,7 @@ def test_longrope_is_kept_to_its_short_factors(original, refused, tmp_path):
     result = convert.convert(str(opened.folder), tmp_path / "out", convert.ConvertOptions(group_size=32))
     assert any("300 tokens" in warning for warning in result.warnings)
     loaded = session.load(tmp_path / "out")
-    assert generate.context_tokens(loaded.config) == 300
+    assert context.tokens(loaded.config) == 300
     with pytest.raises(SpqtError, match="300"):
         generate.encode(loaded, Prompt("a b " * 400, ignore_chat_template=True))
 
@@ -240,4 +240,43 @@ def test_rope_that_a_class_only_warns_of_is_refused(rope, tmp_path):
     config |= {"original_max_position_embeddings": 512}
     opened = checkpoint(tmp_path / "source", {**config, "rope_parameters": rope}, config)
     with pytest.raises(UnsupportedError, match=r"rotary positions by rope_type|by layer type"):
+        parameters.load(opened)
+
+
+@pytest.mark.parametrize("said", [True, False])
+def test_a_head_that_gemma3_keeps_is_told_where_the_config_ties(said, tmp_path):
+    """Its class reads no tie_word_embeddings: it has a head where one is stored."""
+    config = {**tiny_config("gemma3"), "tie_word_embeddings": said}
+    head = mx.random.normal((512, 64), key=mx.random.key(5))
+    opened = checkpoint(tmp_path / "source", config, config, lm_head__weight=head)
+    _, weights, _ = parameters.load(opened)
+    assert mx.array_equal(weights["lm_head.weight"], head)
+    assert opened.config["tie_word_embeddings"] is False
+    assert [line for line in opened.warnings if "lm_head" in line] == opened.warnings
+    assert bool(opened.warnings) is said
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("sliding_window", "4096"), ("sliding_window", 9.5), ("layer_types", [1, 2])]
+)
+def test_a_value_that_transformers_refuses_is_no_fault_of_the_tokenizer(key, value, tmp_path):
+    config = {**SIZES, "model_type": "mistral", "tie_word_embeddings": True}
+    opened = checkpoint(tmp_path / "source", {**config, key: value}, config)
+    with pytest.raises(SpqtError, match=rf"config\.json: .*'{key}'") as refused:
+        convert.convert(str(opened.folder), tmp_path / "out", convert.ConvertOptions(group_size=32))
+    assert "tokenizer" not in refused.value.cause
+
+
+def test_a_size_that_is_null_is_named(tmp_path):
+    config = {**tiny_config("llama"), "model_type": "nemotron", "hidden_act": "relu2", "norm_eps": 1e-5}
+    opened = checkpoint(tmp_path / "source", {**config, "num_key_value_heads": None}, config)
+    with pytest.raises(SpqtError, match="does not say num_key_value_heads"):
+        parameters.load(opened)
+
+
+def test_a_part_of_a_model_is_unsupported(tmp_path):
+    """transformers' pixtral is the vision tower of llava; mlx-lm's is a whole model."""
+    config = {"model_type": "pixtral", "hidden_size": 64, "num_hidden_layers": 2}
+    opened = checkpoint(tmp_path / "source", config, tiny_config("llama"))
+    with pytest.raises(UnsupportedError, match="text_config"):
         parameters.load(opened)
