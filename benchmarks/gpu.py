@@ -33,8 +33,9 @@ from benchmarks.machine import commit, from_bare_tree
 from_bare_tree()
 from spqt_cli.backends.gpu import backend as gpu
 from spqt_cli.backends.gpu import first_use as checks
-from spqt_cli.backends.gpu import geometry, joined_weights, launch, launch_plan, prompts
+from spqt_cli.backends.gpu import geometry, launch, weights
 from spqt_cli.backends.gpu.kernel_text import Kernel
+from spqt_cli.backends.gpu.settings import LaunchSettings
 from spqt_cli.bench import quiet_host
 from spqt_cli.format import layout
 
@@ -69,7 +70,6 @@ BLOCK = [
 # The stand-alone collector of the paper, one threadgroup: indices, values and the number of active channels.
 COLLECTOR = """
 const uint lane = thread_position_in_threadgroup.x;
-threadgroup uint simdgroup_count[32];
 uint total = 0;
 for (uint first = 0; first < settings[0]; first += 1024) {
   const uint k = first + lane;
@@ -347,7 +347,7 @@ def peak(call: Callable[[], mx.array]) -> float:
 
 
 def dequantized(x: mx.array, layer: Packed) -> mx.array:
-    prompts.DEQUANTIZE_ROWS = 2
+    gpu.DEQUANTIZE_ROWS = 2
     return gpu.matmul(x, layer)
 
 
@@ -397,7 +397,7 @@ def sweep(outputs: int, inputs: int) -> list[dict]:
         for d in DENSITIES:
             set_density(layers, d)
             for one in layers:
-                joined_weights.kept(one).clear()
+                weights.kept(one).forget()
             try:
                 row[str(d)] = sparse(layers, inputs)["us"]
             except RuntimeError as error:
@@ -439,7 +439,7 @@ def overhead() -> list[dict]:
         for stripes in (1, 2):
             use(cut_of(2, 128, 2, (outputs, inputs), stripes))
             for one in layers:
-                joined_weights.kept(one).clear()
+                weights.kept(one).forget()
             rows.append({"shape": [outputs, inputs], "stripes": stripes, **sparse(layers, inputs)})
         rows.append({"shape": [outputs, inputs], "stock": stock(outputs, inputs)})
     for row in rows:
@@ -447,12 +447,12 @@ def overhead() -> list[dict]:
     return rows
 
 
-def collecting(inputs: int) -> launch_plan.Launch:
+def collecting(inputs: int) -> launch.Launch:
     """The stand-alone collector for x of `inputs` channels."""
-    kernel = Kernel("collect", ("x", "settings"), ("indices", "values", "count"), COLLECTOR, 1024)
-    return launch_plan.Launch(
-        kernel, (1, 1), [(inputs,), (inputs,), (1,)], [mx.uint32, mx.float16, mx.uint32]
-    )
+    shared = "threadgroup" if mx.metal.is_available() else "__shared__"
+    body = f"{shared} uint simdgroup_count[32];\n{COLLECTOR}"
+    kernel = Kernel("collect", ("x", "settings"), ("indices", "values", "count"), (), (), "", body, 1024)
+    return launch.Launch(kernel, (1, 1), [(inputs,), (inputs,), (1,)], [mx.uint32, mx.float16, mx.uint32])
 
 
 def first_use() -> list[dict[str, Any]]:
@@ -482,8 +482,8 @@ def first_use() -> list[dict[str, Any]]:
 def checked(state: str, name: str, layers: list[Packed], kind: str) -> dict[str, Any]:
     """One verdict, timed. Ends the program where a kernel is not right: its time would say nothing."""
     began = time.perf_counter()
-    cut, form = gpu.choose(layers, mx.float16), launch_plan.Form(KINDS[kind])
-    plan = launch_plan.make_plan((1, 1, layers[0].weight.shape[1]), mx.float16, layers, cut, form)
+    cut, form = gpu.choose(layers, mx.float16), launch.Form(KINDS[kind])
+    plan = launch.make_plan((1, 1, layers[0].weight.shape[1]), mx.float16, layers, cut, form)
     reason = checks.verdict(plan, mx.float16, layers, cut)
     seconds = time.perf_counter() - began
     if reason:
@@ -501,8 +501,8 @@ def collector() -> list[dict[str, Any]]:
     rows = []
     for outputs, inputs in ((28672, 8192), (14336, 4096), (4096, 14336)):
         layer = random_packed(outputs, inputs, layout.band_of(outputs, 64), 0.5)
-        plan = launch_plan.make_plan(
-            (1, 1, inputs), mx.float16, [layer], gpu.choose([layer], mx.float16), launch_plan.Form()
+        plan = launch.make_plan(
+            (1, 1, inputs), mx.float16, [layer], gpu.choose([layer], mx.float16), launch.Form()
         )
         mx.eval(plan.inputs)
         row: dict[str, Any] = {"shape": [outputs, inputs], "threadgroups": plan.gemv.threadgroups}
@@ -521,7 +521,8 @@ def collector() -> list[dict[str, Any]]:
 def longer(plan: Any, x: mx.array, times: int) -> Any:
     """Calls of the fused kernel on x as if inputs and stripes were `times` as long; all is inactive."""
     numbers: list[int] = plan.inputs[0].tolist()
-    numbers[0], numbers[1] = numbers[0] * times, numbers[1] * max(times, 1)
+    inputs, stripe = map(LaunchSettings._fields.index, ("inputs", "stripe"))
+    numbers[inputs], numbers[stripe] = numbers[inputs] * times, numbers[stripe] * max(times, 1)
     settings = mx.array(numbers, dtype=mx.uint32)
     mx.eval(settings)
     stretched = plan._replace(inputs=[settings, *plan.inputs[1:]])

@@ -1,6 +1,13 @@
+// Who a lane is.
+struct Thread {
+  uint threadgroup_x, threadgroup_y;  // of the grid
+  uint index;                         // in the threadgroup
+  uint in_simdgroup, simdgroup;       // index in the simdgroup, and which one
+};
+
 // The order in which the lanes of sparse_gemv.metal hold the sums of a tile, so that they are stored side
 // by side: position -> output of the tile. lanes, outputs: LANES and OUTPUTS there.
-inline uint output_at(uint position, uint lanes, uint outputs) {
+METAL_FUNC uint output_at(uint position, uint lanes, uint outputs) {
   const bool narrow = lanes < 32 && 32 % lanes == 0;
   const uint columns = narrow ? 32 : lanes;
   const uint column = position % columns;
@@ -14,7 +21,7 @@ inline uint output_at(uint position, uint lanes, uint outputs) {
 }
 
 // The other way: output of the tile -> position.
-inline uint position_at(uint output, uint lanes, uint outputs) {
+METAL_FUNC uint position_at(uint output, uint lanes, uint outputs) {
   const bool narrow = lanes < 32 && 32 % lanes == 0;
   uint column = output / outputs;
   uint held = output % outputs;

@@ -1,22 +1,35 @@
-// Where things lie in `settings`, the numbers of a launch; sparse_gemv.metal says what they are.
+// `settings`, the uint32 array of a launch: one LaunchSettings, P ProjectionSettings, and behind them as
+// float32 the thresholds, (P,) or with PER_CHANNEL (P, inputs); with HAS_BIAS each projection's biases,
+// (outputs,); with NORMED the norm's weights, (inputs,). The two records are spqt_cli/backends/gpu/settings.py's:
+// kernel_text.py writes their fields in front of this file.
 
-// Where the seven numbers of a projection begin.
-inline uint numbers_of(uint projection) { return 5 + 7 * projection; }
+METAL_FUNC const device LaunchSettings& launch_of(const device uint32_t* settings) {
+  return *(const device LaunchSettings*)settings;
+}
+
+// The record of a projection; with P for it, where the records end.
+METAL_FUNC const device ProjectionSettings* projection_settings(const device uint32_t* settings, uint projection) {
+  return (const device ProjectionSettings*)(&launch_of(settings) + 1) + projection;
+}
 
 // The projection that a tile belongs to, of `count`.
-inline uint projection_of(uint tile, const device uint32_t* settings, uint count) {
+METAL_FUNC uint projection_of(uint tile, const device uint32_t* settings, uint count) {
   uint projection = 0;
   for (uint p = 1; p < count; ++p) {
-    projection += tile >= settings[numbers_of(p)] ? 1 : 0;
+    projection += tile >= projection_settings(settings, p)->first_tile ? 1 : 0;
   }
   return projection;
 }
 
-// Where the biases of a projection begin, behind `thresholds` of them; with `count` for it, where all end.
-inline uint biases_of(uint projection, const device uint32_t* settings, uint count, uint thresholds) {
-  uint begin = numbers_of(count) + thresholds;
+METAL_FUNC const device float* thresholds_of(const device uint32_t* settings, uint count) {
+  return (const device float*)projection_settings(settings, count);
+}
+
+// The number of biases before those of a projection; with P for it, of all.
+METAL_FUNC uint biases_before(const device uint32_t* settings, uint projection) {
+  uint before = 0;
   for (uint p = 0; p < projection; ++p) {
-    begin += settings[numbers_of(p) + 3];
+    before += projection_settings(settings, p)->outputs;
   }
-  return begin;
+  return before;
 }

@@ -2,7 +2,8 @@
 #pragma once
 #define device
 #define constant
-#define threadgroup __shared__
+#define threadgroup  // of a reference; variables are declared __shared__, by kernel_text.py
+#define METAL_FUNC __device__ __forceinline__
 #define thread_position_in_threadgroup threadIdx
 #define threadgroup_position_in_grid blockIdx
 #define thread_index_in_simdgroup (threadIdx.x & 31u)

@@ -25,7 +25,7 @@ ORDER = (
     "cli",
 )
 FACE = ("__init__", "__main__")  # the package's face: may import any, lazily; nobody imports it
-MOST_FLOORS = 16
+MOST_LEVELS = 10
 
 
 def _modules() -> dict[str, Path]:
@@ -69,13 +69,35 @@ def test_imports_point_downwards(name: str) -> None:
     assert not upwards, f"{name} imports {sorted(upwards)}"
 
 
-def test_no_circles_and_few_floors() -> None:
-    floors: dict[str, int] = {}
+def test_no_circles() -> None:
+    for name in MODULES:
+        _longest(name, ARROWS)
 
-    def floor(name: str, above: tuple[str, ...]) -> int:
-        assert name not in above, f"a circle: {' -> '.join([*above[above.index(name) :], name])}"
-        if name not in floors:
-            floors[name] = 1 + max((floor(one, (*above, name)) for one in ARROWS[name]), default=0)
-        return floors[name]
 
-    assert max(floor(name, ()) for name in MODULES) <= MOST_FLOORS
+FOLDERS = sorted({name.rpartition(".")[0] for name in MODULES})
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=[name or "spqt_cli" for name in FOLDERS])
+def test_levels_in_a_folder_are_few(folder: str) -> None:
+    """Files and packages that stand side by side, each package taken as one."""
+    arrows: dict[str, set[str]] = {}
+    for name, others in ARROWS.items():
+        if (room := _room(name, folder)) and room not in FACE:
+            found = {_room(one, folder) for one in others} - {None, room}
+            arrows.setdefault(room, set()).update(one for one in found if one)
+    for room in arrows:
+        chain = _longest(room, arrows)
+        assert len(chain) <= MOST_LEVELS, " -> ".join(chain)
+
+
+def _room(name: str, folder: str) -> str | None:
+    """What `name` stands in or is, directly in `folder`; None if it stands elsewhere."""
+    path, above = name.split("."), folder.split(".") if folder else []
+    return path[len(above)] if path[: len(above)] == above and len(path) > len(above) else None
+
+
+def _longest(name: str, arrows: dict[str, set[str]], above: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """The longest chain of imports that begins with `name`; fails where one comes back."""
+    assert name not in above, f"a circle: {' -> '.join([*above[above.index(name) :], name])}"
+    chains = [_longest(one, arrows, (*above, name)) for one in arrows.get(name, ())]
+    return (name, *max(chains, key=len, default=()))

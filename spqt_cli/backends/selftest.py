@@ -12,8 +12,8 @@ import numpy as np
 
 from spqt_cli.backends import accuracy, select
 from spqt_cli.backends.gpu import backend as gpu
-from spqt_cli.backends.gpu import first_use, launch_plan
-from spqt_cli.backends.gpu.launch_plan import Form
+from spqt_cli.backends.gpu import first_use
+from spqt_cli.backends.gpu.launch import Form, tiny
 from spqt_cli.backends.interface import Norm, Rotary
 from spqt_cli.backends.problems import Case, matrices, vector
 from spqt_cli.format import layout
@@ -131,7 +131,7 @@ def _variants(dtypes: Sequence[mx.Dtype]) -> list[tuple[int, int, mx.Dtype]]:
 def _worst(case: Case, sparse_gemv: Any) -> accuracy.Judgement:
     """The worst over none, one, a quarter, half, three quarters and all of the channels active."""
     some = matrices(case)
-    rounded = select.backend().traces and launch_plan.tiny(some)  # MLX's own matmul runs
+    rounded = select.backend().traces and tiny(some)  # MLX's own matmul runs
     found = []
     for active in (0, 1, 0.25, 0.5, 0.75, 1.0):
         x = vector(case, active)

@@ -20,7 +20,7 @@ from spqt_cli.backends import select
 from spqt_cli.bench import hardware, models, quiet_host, results
 from spqt_cli.bench.models import Subject
 from spqt_cli.bench.results import ModelRow, Stat
-from spqt_cli.decode import active_counts, fused_block, profile, relayout
+from spqt_cli.decode import active_counts, profile, relayout
 from spqt_cli.decode.layers import zigzag_layers
 from spqt_cli.decode.session import weight_bytes
 
@@ -93,14 +93,13 @@ class Runs:
         self.host = quiet_host.Watch()
         self.layers = zigzag_layers(subject.zigzag)
         self.units = profile.units(subject.zigzag)
-        self.kept = fused_block.whole(subject.zigzag) if select.backend().traces else ()
         self.stock_layers = dict(subject.stock.named_modules())
         self.choices, fault = profile.read()
-        self.head = relayout.find(subject.zigzag)
+        self.head = relayout.find_head(subject.zigzag)
         self.other_head: nn.Module | None = None
         choice = self.choices.get(self.head.key) if self.head is not None else None
         if self.head is not None and choice is not None and choice.otherwise == profile.ZIGZAG:
-            self.other_head = relayout.build(self.head)
+            self.other_head = relayout.zigzag_head(self.head)
         self.notes = [fault] if fault else []
 
     def run(
@@ -150,7 +149,7 @@ class Runs:
         rows: set[str] = set()
         for unit in self.units:
             choice = self.choices.get(unit.key)
-            what = profile.SPARSE if choice is None else profile.way(choice, unit, wanted, self.kept)
+            what = profile.SPARSE if choice is None else profile.way(choice, unit, wanted)
             if what == profile.ROWS:
                 rows.update(unit.layers)
             if what != profile.SPARSE:

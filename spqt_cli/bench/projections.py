@@ -68,7 +68,7 @@ def works(model: nn.Module, dtype: mx.Dtype) -> list[Work]:
         Work(", ".join(sorted(names[key])), work.outputs, work.inputs, work.bits, work.group_size, dtype, key)
         for key, work in found.items()
     ]
-    head = relayout.find(model)
+    head = relayout.find_head(model)
     if head is not None:
         (vocabulary, inputs), bits, group_size = head.sizes
         result.append(Work("head", (vocabulary,), inputs, bits, group_size, dtype, head.key, is_head=True))

@@ -52,7 +52,7 @@ class Pace:
     @contextmanager
     def _ready(self, thresholds: Mapping[str, float], sparsity: float) -> Iterator[None]:
         """The model as generate would run it with these thresholds; afterwards as it was."""
-        loaded, head = self.loaded, relayout.find(self.loaded.model)
+        loaded, head = self.loaded, relayout.find_head(self.loaded.model)
         with probes.unprobed(loaded.model, self.harness):
             layers = zigzag_layers(loaded.model)
             for path, layer in layers.items():

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
+from spqt_cli.decode import foreign
 from spqt_cli.errors import SpqtError
 
 
@@ -31,14 +32,13 @@ def ending() -> Iterator[None]:
     in_main = threading.current_thread() is threading.main_thread()  # where alone signals can be taken
     numbers = (signal.SIGTERM, signal.SIGINT) if in_main else ()
     handlers = {number: signal.signal(number, _end) for number in numbers}
-    generator.__init__ = beginning
     try:
-        yield
+        with foreign.replaced([(generator, "__init__", beginning)]):
+            yield
     except SpqtError as error:  # MLX aborts when Python shuts down after another thread has computed
         atexit.register(_leave, error.exit_code)
         raise
     finally:
-        generator.__init__ = begin
         for number, handler in handlers.items():
             signal.signal(number, handler)
         for one in started:

@@ -137,7 +137,7 @@ def _plan(
         return planned, weights, wishes
     from spqt_cli.backends import select
     from spqt_cli.convert import parameters
-    from spqt_cli.decode import fused_block, profile
+    from spqt_cli.decode import profile
 
     sizes = {
         unit.path: profile.Size(outputs, inputs, unit.bits, unit.group_size)
@@ -145,8 +145,9 @@ def _plan(
         if unit.kind == ZIGZAG
         for outputs, inputs in [weights[unit.name].shape]
     }
-    kept = fused_block.whole(parameters.load(checkpoint)[0]) if select.backend().traces else ()
-    rows = profile.better_as_rows(sizes, 1 - options.profile, kept)
+    traces = select.backend().traces  # else the model need not be built
+    staying = profile.traced_blocks(parameters.load(checkpoint)[0]) if traces else ()
+    rows = profile.better_as_rows(sizes, 1 - options.profile, staying)
     wishes = dataclasses.replace(wishes, skip=(*wishes.skip, *rows))
     return *plan.make(checkpoint, wishes), wishes
 

@@ -10,8 +10,6 @@ from typing import Any
 from spqt_cli.errors import SpqtError
 from spqt_cli.format import config_json
 
-_ATTRIBUTE = "spqt_context"  # of a loaded model
-
 
 def kept_to(config: dict[str, Any]) -> int | None:
     """Tokens up to which mlx-lm's class computes a converted model rightly; None for all."""
@@ -32,12 +30,12 @@ def tell(model: Any, config: dict[str, Any]) -> None:
     """Let a model say by `of` what its config is kept to. Raises SpqtError for a damaged entry."""
     if config["spqt"].get("context") is not None and kept_to(config) is None:
         raise SpqtError("context in config.json's spqt section is no number", "convert the model again")
-    setattr(model, _ATTRIBUTE, kept_to(config))
+    model.spqt_context = kept_to(config)
 
 
 def of(model: Any) -> int | None:
     """The tokens that a loaded model is kept to; None for all."""
-    limit: int | None = getattr(model, _ATTRIBUTE, None)
+    limit: int | None = getattr(model, "spqt_context", None)
     return limit
 
 

@@ -10,13 +10,12 @@ into each model that is built of such a config:
 """
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from spqt_cli.decode import context
+from spqt_cli.decode import context, foreign
 from spqt_cli.errors import SpqtError
 
 
@@ -100,8 +99,7 @@ def _put_windows(model: nn.Module, windows: list[int | None]) -> None:
     for layer, window in zip(layers, windows, strict=True):
         attention: Any = layer["self_attn"]
         attention._window = None if window is None else int(window)
-        kind: Any = type(attention)
-        attention.__class__ = _windowed(kind)
+        foreign.change_class(attention, _windowed, computes_the_same=False)
 
     def make_cache() -> list[Any]:
         return [KVCache() if window is None else RotatingKVCache(max_size=window) for window in windows]
@@ -110,9 +108,8 @@ def _put_windows(model: nn.Module, windows: list[int | None]) -> None:
     whole.make_cache = make_cache
 
 
-@cache
-def _windowed(kind: Any) -> Any:
-    """A subclass of an attention class that makes its own mask: the model's is that of its first layer."""
+def _windowed(kind: Any) -> Callable[..., Any]:
+    """The call of an attention class with a mask of its own: the model's is that of its first layer."""
     from mlx_lm.models.base import create_attention_mask
 
     def call(self: Any, x: mx.array, mask: Any = None, cache: Any = None, **kwargs: Any) -> mx.array:
@@ -120,4 +117,4 @@ def _windowed(kind: Any) -> Any:
         mask = create_attention_mask(x, cache, window_size=self._window, return_array=as_array)
         return kind.__call__(self, x, mask, cache, **kwargs)
 
-    return type(kind.__name__, (kind,), {"__call__": call, "__module__": kind.__module__})
+    return call

@@ -1,128 +1,72 @@
-"""Transformer blocks, h = x + attention(norm(x)), y = h + mlp(norm(h)), as two calls in decode steps.
+"""Transformer blocks, h = x + attention(norm(x)), y = h + mlp(norm(h)), as few calls in decode steps.
 
 One call before attention, norm and q/k/v, and one after it: o, the residual sum, norm, the gated module and
 the second sum. On a GPU at 8B shapes Python and MLX's graph cost more than the weights; this asks for less of
-both. Attention itself is the model's own code. Blocks of any other form run as they are.
+both. Attention itself is one operation on the CPU (attention_cpu.py), traced around its product on a GPU
+(attention_gpu.py), and else the model's own code (attention_own.py). Other blocks run as they are.
 """
 
-import ast
 import copy
-import inspect
-import textwrap
-from functools import cache
-from types import SimpleNamespace
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from spqt_cli.backends import interface, select
-from spqt_cli.decode import active_counts, fused_block_gpu, phase, prepared
-from spqt_cli.decode.fused_block_gpu import Counts
-from spqt_cli.decode.layers import SharedInput, ZigzagLinear
-from spqt_cli.decode.prepared import Parts
+from spqt_cli.decode import active_counts, attention_cpu, phase, prepared, recognize
+from spqt_cli.decode.attention_gpu import TracedStep
+from spqt_cli.decode.attention_own import OwnAttention
+from spqt_cli.decode.layers import SharedInput
 
-PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
-OUT = "o_proj"
+Counts = Sequence[interface.Count]
+ATTRIBUTE = "_fused_block"
 _UNCOUNTED: Counts = (None, None, None, None)
-_TRIAL = mx.array([-2.0, -0.7, 0.0, 0.3, 1.1, 5.0])
 
 
 def install(module: nn.Module) -> None:
-    """Let a block run as two calls and its attention, if that is what its class computes."""
-    if "_block" not in module.__dict__ and _runs_whole(module):
-        object.__setattr__(module, "_block", Block(module))
-        module.__class__ = _traced(type(module))
+    """Let a block run fused, if that is what its class computes."""
+    if ATTRIBUTE not in module.__dict__ and not recognize.form(module):
+        prepared.answer_calls(module, ATTRIBUTE, FusedBlock(module))
 
 
-def whole(model: nn.Module) -> tuple[str, ...]:
-    """How the paths of a model's layers begin that lie in blocks which run whole, or will when loaded."""
-    return tuple(f"{path}." for path, module in model.named_modules() if _runs_whole(module))
+class FusedBlock:
+    """One block's decode step, prepared for its layers as they are.
 
-
-def _runs_whole(module: nn.Module) -> bool:
-    if "_block" in module.__dict__:
-        return True
-    if any(name not in module for name in PARTS):
-        return False
-    attention: nn.Module = module["self_attn"]
-    return _is_block(type(module)) and _ends_with_out(type(attention))
-
-
-@cache
-def _traced(kind: type) -> type:
-    """A subclass whose one-row calls go to the module's `Block`."""
-
-    def call(self: Any, x: mx.array, mask: Any = None, cache: Any = None, **kwargs: Any) -> mx.array:
-        block = self.__dict__.get("_block")
-        y = block(x, mask, cache) if block and not kwargs and x.size == x.shape[-1] else None
-        return kind.__call__(self, x, mask, cache, **kwargs) if y is None else y
-
-    return type(kind.__name__, (kind,), {"__call__": call, "__module__": kind.__module__})
-
-
-@cache
-def _is_block(kind: type) -> bool:
-    """Whether the class's own code is the formula above, tried with numbers for its parts."""
-    mask, cache, calls = object(), object(), []
-
-    def attention(*args: Any, **kwargs: Any) -> mx.array:
-        calls.append((args[1:], kwargs))
-        return mx.sin(args[0])
-
-    parts = (lambda x: x * 2.0, attention, lambda h: h * 3.0 + 1.0, mx.tanh)
-    try:
-        found = kind.__call__(SimpleNamespace(**dict(zip(PARTS, parts, strict=True))), _TRIAL, mask, cache)
-        h = _TRIAL + mx.sin(_TRIAL * 2.0)
-        right = bool(mx.allclose(found, h + mx.tanh(h * 3.0 + 1.0), rtol=1e-5, atol=1e-5).item())
-    except Exception:  # the class wants more of its module than four parts: others' code, any error
-        return False
-    return right and calls == [((mask, cache), {})]
-
-
-@cache
-def _ends_with_out(kind: type) -> bool:
-    """Whether all that the attention class returns is `self.o_proj(...)`, as its source says."""
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(kind.__call__)))
-    except (OSError, TypeError, SyntaxError):  # no source at hand, or none to be understood
-        return False
-    results = [
-        ast.unparse(node.value) for node in ast.walk(tree) if isinstance(node, ast.Return) and node.value
-    ]
-    uses = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr == OUT]
-    return len(results) == len(uses) > 0 and all(result.startswith(f"self.{OUT}(") for result in results)
-
-
-class Block:
-    """One block's calls, prepared for its layers as they are; None where they can't be.
-
-    None for a prompt of one row, too, where layers skip channels: prompts run dense.
+    It gives None, and the module's own code runs, where they can't be fused (`reason` says why), and for a
+    prompt of one row where layers skip channels: prompts run dense.
     """
 
     def __init__(self, module: Any) -> None:
         self.module = module
+        self.reason: str | None = None  # "" where it runs fused; None before the first token
         self._form: tuple[Any, ...] = ()
-        self._parts = Parts([])
-        self._head: interface.HeadStep | None = None
+        self._sources = prepared.Sources([])
+        self._front: interface.HeadStep | None = None
         self._tail: interface.TailStep | None = None
-        self._around: fused_block_gpu.Around | None = None
+        self._own: OwnAttention | None = None
+        self._cached: attention_cpu.CachedAttention | None = None
+        self._traced: TracedStep | None = None
         self._groups: list[SharedInput] = []  # q/k/v; o; gate and up; down
         self._skips = False
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Block":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "FusedBlock":
         """The same for the copied module; what was prepared belongs to the old one."""
-        return Block(copy.deepcopy(self.module, memo))
+        return FusedBlock(copy.deepcopy(self.module, memo))
 
-    def __call__(self, x: mx.array, mask: Any, cache: Any) -> mx.array | None:
+    def __call__(self, x: mx.array, mask: Any = None, cache: Any = None, **others: Any) -> mx.array | None:
         """y for x, one row; None where the module's own code is to run."""
-        if (x.dtype, x.ndim) != self._form or not self._parts.unchanged():
-            self._prepare(x)
-        if self._head is None or self._tail is None or (self._skips and not phase.decodes()):
+        if others:
             return None
-        step: Any = self.step
-        if self._around is not None and self._around.takes(x, mask, cache):
-            step = self._around.step
+        if (x.dtype, x.ndim) != self._form or not self._sources.unchanged():
+            self._prepare(x)
+        if self.reason or (self._skips and not phase.decodes()):
+            return None
+        step: Any = self._step
+        if self._traced is not None and self._traced.takes(x, mask, cache):
+            step = self._traced.step
         counter = active_counts.current() if self._skips else None
         tally = None if counter is None else counter.tally(self._groups)
         if tally is None:
@@ -131,52 +75,114 @@ class Block:
         tally.keep(counted)
         return y
 
-    def step(self, x: mx.array, mask: Any, cache: Any, counted: Counts) -> tuple[mx.array, Counts]:
-        """y, and the counts, with the module's own attention."""
-        assert self._head is not None
+    @property
+    def attention(self) -> str:
+        """Why attention between the two calls is its own code; "" where it is not, or nothing is fused."""
+        if self.reason != "" or self._cached is not None:
+            return ""
+        if self._traced is not None:
+            return self._traced.reason or ""
+        return "it is not rotary positions and the product alone" if select.backend().native_float32 else ""
+
+    def _step(self, x: mx.array, mask: Any, cache: Any, counted: Counts) -> tuple[mx.array, Counts]:
+        """y, and the counts, by two calls and attention between them."""
+        assert self._front is not None
         assert self._tail is not None
-        normed, products, count = self._head(x, counted[0])
-        y, counts = self._tail(self._attended(normed, products, mask, cache), x, counted[1:])
+        assert self._own is not None
+        normed, products, count = self._front(x, counted[0])
+        if self._cached is not None and self._cached.takes(normed, mask, cache):
+            attended = self._cached.attended(products, cache)
+        else:
+            attended = self._own(normed, products, mask, cache)
+        y, counts = self._tail(attended, x, counted[1:])
         return y, [count, *counts]
 
-    def _attended(self, normed: mx.array, products: list[mx.array], mask: Any, cache: Any) -> mx.array:
-        """What the module's own attention gives to its last product."""
-        shared, out = self._groups[:2]
-        shared.offer(normed, products)
-        out.postponed = True
-        try:
-            return self.module["self_attn"](normed, mask, cache)
-        finally:
-            out.postponed = False
-
     def _prepare(self, x: mx.array) -> None:
-        before, attention, after, mlp = (self.module[name] for name in PARTS)
-        names = getattr(mlp.__dict__.get("_gated"), "names", ())
-        layers = [attention.get("q_proj"), attention.get(OUT), *(mlp.get(name) for name in names)]
-        shared = layers[0]._siblings.layers if isinstance(layers[0], ZigzagLinear) else []
-        self._form, self._head, self._tail, self._around = (x.dtype, x.ndim), None, None, None
-        prepared.arrange(layers)
-        self._parts = Parts(
+        module = self.module
+        attention, mlp = module["self_attn"], module["mlp"]
+        names = recognize.gated(mlp) or ()
+        zigzag = [attention.get(name) for name in (*recognize.PROJECTIONS, recognize.OUT)]
+        zigzag += [mlp.get(name) for name in names]
+        prepared.arrange(zigzag)
+        self._form = (x.dtype, x.ndim)
+        self._sources = prepared.Sources(
             [
-                *((self.module, name) for name in PARTS),
-                *((norm, "weight") for norm in (before, after)),
+                *((module, name) for name in recognize.PARTS),
+                *((module[name], "weight") for name in (recognize.PARTS[0], recognize.PARTS[2])),
                 *prepared.within(attention),
                 *((mlp, name) for name in names),
-                *prepared.of_layers([*shared, *layers[1:]]),
+                *prepared.of_layers(zigzag),
             ]
         )
-        norms = all(type(norm) is nn.RMSNorm for norm in (before, after))
-        if not (norms and names and all(isinstance(layer, ZigzagLinear) for layer in layers)):
+        self._traced = self._cached = self._own = None
+        backend = select.backend()
+        found = recognize.block(module, backend)
+        if isinstance(found, str):
+            self.reason = found
             return
-        q, out, gate, up, down = layers
-        self._groups = [layer._siblings for layer in (q, out, gate, down)]
-        together = [list(map(id, group.layers)) for group in self._groups[1:]]
-        if together != [[id(out)], [id(gate), id(up)], [id(down)]]:
+        self._front = select.prepare_head(found.norm, found.projections)
+        self._tail = select.prepare_tail(x, found.tail)
+        if self._front is None or self._tail is None:
+            self.reason = f"backend {backend.name} has no fused step for {x.dtype} and these sizes"
             return
-        self._skips = any(layer.threshold is not None for layer in [*shared, out, gate, up, down])
-        tail = interface.Tail(out, interface.Norm(after["weight"], after.eps), [gate, up], down)
-        self._tail = select.prepare_tail(x, tail)
-        self._head = select.prepare_head(interface.Norm(before["weight"], before.eps), shared)
-        if self._head and self._tail and select.backend().traces and fused_block_gpu.traceable(attention):
-            own = fused_block_gpu.Own(attention, interface.Norm(before["weight"], before.eps), self._attended)
-            self._around = fused_block_gpu.Around(x, own, self._head, self._tail)
+        self.reason = ""
+        gate, out = found.tail.pair[0], found.tail.out
+        firsts: list[Any] = [found.projections[0], out, gate, found.tail.down]
+        self._groups = [layer.shared_input for layer in firsts]
+        self._skips = any(layer.threshold is not None for layer in found.layers)
+        self._own = OwnAttention(attention, found.projections)
+        if backend.traces:
+            self._traced = TracedStep(x, found, self._own, self._front, self._tail)
+        elif found.rope is not None:
+            self._cached = attention.__dict__.get(attention_cpu.ATTRIBUTE)
+
+
+@dataclass
+class Report:
+    """How many of a model's transformer blocks run fused, and how many do not, by the reason.
+
+    attention: how many of the fused ones have their own code between the two calls, by the reason.
+    """
+
+    blocks: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
+    attention: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def fused(self) -> int:
+        return self.blocks - sum(self.reasons.values())
+
+    def line(self) -> str:
+        """One line of text."""
+        text = f"{self.fused} of {self.blocks} blocks run fused"
+        for verb, counted in (("do not", self.reasons), ("with attention by its own code", self.attention)):
+            text += "".join(f"; {count} {verb}: {reason}" for reason, count in counted.most_common())
+        return text
+
+    def facts(self) -> dict[str, Any]:
+        """The same for JSON."""
+        return {
+            "blocks": self.blocks,
+            "fused": self.fused,
+            "not_fused": dict(self.reasons),
+            "own_attention": dict(self.attention),
+        }
+
+
+def report(model: nn.Module, zigzag: Callable[[Any], bool] = recognize.is_zigzag) -> Report:
+    """What holds for a model on this backend: as it last ran, or as it would for blocks that have not run.
+
+    zigzag: which layers are or will be Zigzag layers.
+    """
+    found, backend = Report(), select.backend()
+    for module in recognize.blocks(model, zigzag).values():
+        found.blocks += 1
+        block = module.__dict__.get(ATTRIBUTE)
+        reason = block.reason if block is not None else None
+        if reason is None:
+            reason = recognize.why_not(module, backend, zigzag)
+        if reason:
+            found.reasons[reason] += 1
+        elif block is not None and block.attention:
+            found.attention[block.attention] += 1
+    return found

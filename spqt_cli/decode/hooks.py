@@ -2,7 +2,7 @@
 
 `nn.quantize` passes each layer's entry of config.json to `to_quantized`, so one wrapped method is a
 complete loader hook; a second one, on `load_weights`, sees the whole model once its weights are in.
-Everything that leans on MLX's or mlx-lm's insides stands here, in hooks_cpu.py and in hooks_generate.py.
+foreign.py lists all that is replaced; hooks_cpu.py and hooks_generate.py hold the CPU's and the loops' part.
 """
 
 import contextlib
@@ -19,8 +19,17 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from spqt_cli.backends import select
-from spqt_cli.decode import attention_cpu, exact, fused_block, fused_mlp, hooks_cpu, hooks_generate, profile
-from spqt_cli.decode.layers import SHARED_INPUTS, SharedInput, ZigzagLinear, zigzag_layers
+from spqt_cli.decode import (
+    attention_cpu,
+    exact,
+    foreign,
+    fused_block,
+    fused_mlp,
+    hooks_cpu,
+    hooks_generate,
+    profile,
+)
+from spqt_cli.decode.layers import ZigzagLinear, share_inputs, zigzag_layers
 from spqt_cli.errors import SpqtError, UsageError
 from spqt_cli.format import thresholds
 
@@ -82,7 +91,7 @@ def _load_weights_and_prepare(self: nn.Module, file_or_weights: Any, strict: boo
     """Load weights; a model with Zigzag layers is then made ready for its backend."""
     result = _load_weights(self, file_or_weights, strict)
     if zigzag_layers(self):
-        _share_inputs(self)
+        share_inputs(self)
         if mx.default_device().type == mx.DeviceType.cpu:
             compute_in_float32(self)
         if select.backend().native_float32:
@@ -130,7 +139,7 @@ def _hook_loading(utils: Any) -> None:
 
     hooked: Any = load_model
     hooked.is_exact = True
-    utils.load_model = hooked
+    foreign.replace(utils, "load_model", hooked)
 
 
 _HOOKS: dict[str, Callable[[Any], None]] = {
@@ -139,18 +148,6 @@ _HOOKS: dict[str, Callable[[Any], None]] = {
     "mlx_lm.perplexity": hooks_generate.check_perplexity,
     "mlx_lm.server": hooks_generate.refuse_long,
 }
-
-
-def _share_inputs(model: nn.Module) -> None:
-    """Let q/k/v and gate/up of one block run in one launch."""
-    for module in model.modules():
-        for names in SHARED_INPUTS:
-            siblings = [module.get(name) for name in names]
-            layers = [layer for layer in siblings if isinstance(layer, ZigzagLinear)]
-            if len(layers) > 1 and len({layer.inputs for layer in layers}) == 1:
-                shared = SharedInput(layers)
-                for layer in layers:
-                    layer.share_input(shared)
 
 
 def compute_in_float32(model: nn.Module) -> None:
@@ -171,9 +168,8 @@ def compute_in_float32(model: nn.Module) -> None:
 
 def install() -> None:
     """Patch MLX's modules; doing it twice changes nothing."""
-    linear: Any = nn.Linear
-    module: Any = nn.Module
-    linear.to_quantized, module.load_weights = _to_quantized, _load_weights_and_prepare
+    foreign.replace(nn.Linear, "to_quantized", _to_quantized)
+    foreign.replace(nn.Module, "load_weights", _load_weights_and_prepare)
     for name, hook in _HOOKS.items():
         if name in sys.modules:
             hook(sys.modules[name])

@@ -3,7 +3,6 @@
 Wraps `mx.fast`'s rms_norm, rope and scaled_dot_product_attention, `mx.logsumexp` and the product of quantized
 layers.
 Float32 on the CPU device takes our ops where they cover the case; all else goes through to MLX unchanged.
-What leans on MLX's insides for the CPU's sake stands here.
 """
 
 from collections.abc import Callable
@@ -13,6 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from spqt_cli.backends import cpu
+from spqt_cli.decode import foreign
 
 STOCK = {name: getattr(mx.fast, name) for name in ("rms_norm", "rope", "scaled_dot_product_attention")}
 _CPU = mx.DeviceType.cpu
@@ -24,13 +24,13 @@ _quantized_linear = nn.QuantizedLinear.__call__
 def install() -> None:
     """Put our ops behind MLX's names; doing it twice changes nothing. Needs a usable `cpu.status()`."""
     for owner, name, ours, _ in _places():
-        setattr(owner, name, ours)
+        foreign.replace(owner, name, ours)
 
 
 def remove() -> None:
     """Give MLX its own functions back."""
     for owner, name, _, stock in _places():
-        setattr(owner, name, stock)
+        foreign.replace(owner, name, stock)
 
 
 def _places() -> list[tuple[Any, str, Callable[..., Any], Callable[..., Any]]]:

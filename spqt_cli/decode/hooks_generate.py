@@ -2,17 +2,15 @@
 
 The last token of a prompt, which mlx-lm feeds alone, is prompt like the others. A request keeps to this from
 its first token to its last: alone, in a batch that others join and leave, and where drafts are verified.
-All that leans on mlx_lm.generate's insides for this stands here.
 """
 
 import functools
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
 
-from spqt_cli.decode import active_counts, context, phase
+from spqt_cli.decode import active_counts, context, foreign, phase
 from spqt_cli.decode.layers import ZigzagLinear
 
 MAX_TOKENS = 256  # of mlx-lm's loops, where none are asked for
@@ -28,16 +26,12 @@ def install(loops: Any) -> None:
         return
     for ours in (generate_step, speculative_generate_step, stream_generate):
         stock = _stock[ours.__name__] = getattr(loops, ours.__name__)
-        replacement = functools.update_wrapper(ours, stock)
-        for module in list(sys.modules.values()):
-            for name, value in list(getattr(module, "__dict__", {}).items()):
-                if value is stock:
-                    setattr(module, name, replacement)
+        foreign.replace_everywhere(loops, ours.__name__, functools.update_wrapper(ours, stock))
     prompts, generation = loops.PromptProcessingBatch, loops.GenerationBatch
-    prompts.prompt = _within(phase.prompting, prompts.prompt)
-    generation.__init__ = _within(phase.prompting, generation.__init__)  # feeds each prompt's last token
-    generation.next = _within(phase.decoding, generation.next)
-    loops.BatchGenerator.insert_segments = _inserting(loops.BatchGenerator.insert_segments)
+    foreign.replace(prompts, "prompt", _within(phase.prompting, prompts.prompt))
+    foreign.replace(generation, "__init__", _within(phase.prompting, generation.__init__))
+    foreign.replace(generation, "next", _within(phase.decoding, generation.next))
+    foreign.replace(loops.BatchGenerator, "insert_segments", _inserting(loops.BatchGenerator.insert_segments))
 
 
 def _within(block: Callable[[], Any], method: Callable[..., Any]) -> Callable[..., Any]:
@@ -87,7 +81,7 @@ def check_perplexity(perplexity: Any) -> None:
         context.window(context.of(model), data.shape[1], 0)
         return stock(model, data, *args, **kwargs)
 
-    perplexity.eval_ppl = eval_ppl
+    foreign.replace(perplexity, "eval_ppl", eval_ppl)
 
 
 def refuse_long(server: Any) -> None:
@@ -106,7 +100,7 @@ def refuse_long(server: Any) -> None:
             context.room(limit, len(found[0]))
         return found
 
-    generator._tokenize = _tokenize
+    foreign.replace(generator, "_tokenize", _tokenize)
 
 
 def stream_generate(model: Any, tokenizer: Any, prompt: Any, *args: Any, **kwargs: Any) -> Any:

@@ -1,7 +1,7 @@
 """ZigzagLinear: the layer that mlx-lm's models call, dense for prompts and sparse in decode steps.
 
-Which of the two, phase.py is told and not the shape of x. It knows kernels and thresholds; it does not know
-models, files or the mlx-lm hook.
+phase.py says which of the two runs; the shape of x does not. It knows kernels and thresholds; it does not
+know files or the hooks into mlx-lm.
 """
 
 import copy
@@ -14,7 +14,7 @@ from spqt_cli.backends import interface, select
 from spqt_cli.decode import active_counts, phase
 from spqt_cli.format import layout
 
-# Names of sibling layers that read one input in mlx-lm's models. Where a model feeds them different
+# Names of layers of one module that read one input in mlx-lm's models. Where a model feeds them different
 # arrays all the same, SharedInput notices and the result stays right.
 SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 
@@ -28,12 +28,13 @@ class ZigzagLinear(nn.QuantizedLinear):
     """
 
     mode = "zigzag"
+    always_dense = False  # true of a head: nothing of it is ever skipped
 
     def __init__(self, outputs: int, bits: int, group_size: int, band: int) -> None:
         nn.Module.__init__(self)
         self.outputs, self.bits, self.group_size, self.band = outputs, bits, group_size, band
         object.__setattr__(self, "_threshold", None)
-        self._siblings = SharedInput([self])
+        self.shared_input = SharedInput([self])
 
     @classmethod
     def from_linear(
@@ -82,12 +83,12 @@ class ZigzagLinear(nn.QuantizedLinear):
             mx.eval(threshold)  # a lazy constant would belong to this thread's stream alone
         # Not as nn.Module would keep it: reading an array attribute of a module takes microseconds.
         object.__setattr__(self, "_threshold", threshold)
-        self._siblings.forget()
+        self.shared_input.forget()
 
     def __call__(self, x: mx.array) -> mx.array:
         decodes = phase.decodes()
-        if x.size == x.shape[-1] and (decodes or not self._siblings.skips):
-            return self._siblings.output(x, self)
+        if x.size == x.shape[-1] and (decodes or not self.shared_input.skips):
+            return self.shared_input.product(x, self)
         if decodes and self._threshold is not None:
             return self._masked(x, self._threshold)
         return select.matmul(x, self)
@@ -97,10 +98,6 @@ class ZigzagLinear(nn.QuantizedLinear):
         if counter := active_counts.current():
             counter.count_rows(self, layout.inactive(x, threshold))
         return select.matmul(layout.mask(x, threshold), self)
-
-    def share_input(self, siblings: "SharedInput") -> None:
-        """Compute this layer together with the others of `siblings`, in one launch."""
-        self._siblings = siblings
 
     def dequantized(self) -> mx.array:
         """The matrix (outputs, inputs) that the packed weights stand for."""
@@ -123,16 +120,14 @@ class ZigzagLinear(nn.QuantizedLinear):
 class SharedInput:
     """Projections that read the same input (q/k/v; gate/up; or one alone) and so run in one launch.
 
-    The first one called computes all; the others fetch theirs, recognised by the identity of x, and
-    the results are dropped once fetched. postponed: the caller of the module around computes this product
-    itself, so x is handed back as it is (see fused_block.py).
+    A model calls them one after another with one array. The first call computes all products; each other
+    layer then fetches its own. A layer that is called with another array, or again, computes anew.
     """
 
     def __init__(self, layers: list[ZigzagLinear]) -> None:
         self.layers = layers
         self._alone = [self]  # as a tally wants its groups
-        self.postponed = False
-        self._x: mx.array | None = None
+        self._x: mx.array | None = None  # the array whose products lie in `_outputs`, until all are fetched
         self._outputs: dict[int, mx.array] = {}
         self.forget()
 
@@ -153,24 +148,18 @@ class SharedInput:
         self._skips = False
         self._weights: list[tuple[ZigzagLinear, mx.array]] = []
 
-    def output(self, x: mx.array, layer: ZigzagLinear) -> mx.array:
-        """layer's y for x, one row; computes its siblings' as well."""
-        if self.postponed:
-            return x
+    def product(self, x: mx.array, layer: ZigzagLinear) -> mx.array:
+        """layer's y for x, one row; computes those of the other layers as well."""
         if x is not self._x or id(layer) not in self._outputs:
             outputs = self._products(x)
             if len(outputs) == 1:
                 return outputs[0]
-            self.offer(x, outputs)
+            self._x = x
+            self._outputs = {id(one): y for one, y in zip(self.layers, outputs, strict=True)}
         y = self._outputs.pop(id(layer))
         if not self._outputs:
             self._x = None
         return y
-
-    def offer(self, x: mx.array, outputs: list[mx.array]) -> None:
-        """Products of x that were computed elsewhere, for the layers to fetch."""
-        self._x = x
-        self._outputs = {id(one): y for one, y in zip(self.layers, outputs, strict=True)}
 
     def _products(self, x: mx.array) -> list[mx.array]:
         step = self._step
@@ -188,6 +177,28 @@ class SharedInput:
         return outputs
 
 
+def share_input(layers: list[ZigzagLinear]) -> SharedInput:
+    """Let these layers, which read one input, run in one launch."""
+    shared = SharedInput(layers)
+    for layer in layers:
+        layer.shared_input = shared
+    return shared
+
+
+def share_inputs(model: nn.Module) -> None:
+    """Let q/k/v and gate/up of each module run in one launch."""
+    for module in model.modules():
+        for names in SHARED_INPUTS:
+            named = [module.get(name) for name in names]
+            layers = [layer for layer in named if isinstance(layer, ZigzagLinear)]
+            if len(layers) > 1 and len({layer.inputs for layer in layers}) == 1:
+                share_input(layers)
+
+
 def zigzag_layers(model: nn.Module) -> dict[str, ZigzagLinear]:
-    """Path -> layer, for every Zigzag layer of a model."""
-    return {path: module for path, module in model.named_modules() if isinstance(module, ZigzagLinear)}
+    """Path -> layer, for every Zigzag layer of a model that may skip channels."""
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, ZigzagLinear) and not module.always_dense
+    }

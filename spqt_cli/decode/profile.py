@@ -10,7 +10,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -21,7 +21,7 @@ import numpy as np
 from mlx import nn
 
 from spqt_cli.backends import select
-from spqt_cli.decode import fused_block, relayout, repacking
+from spqt_cli.decode import recognize, relayout
 from spqt_cli.decode.layers import SHARED_INPUTS, ZigzagLinear, zigzag_layers
 from spqt_cli.errors import UsageError
 from spqt_cli.format import config_json
@@ -57,10 +57,12 @@ class Size(NamedTuple):
 class Unit:
     """Layers that run in one launch, because they read one input, or one layer alone.
 
-    layers: by path; a Size each while a conversion is planned.
+    layers: by path; a Size each while a conversion is planned. stays: it is part of a block that runs fused
+    in few launches; taken out of them it would cost the block's other launches more than it gains.
     """
 
     layers: dict[str, Any]
+    stays: bool = False
 
     @property
     def name(self) -> str:
@@ -79,11 +81,17 @@ class Unit:
 
 def units(model: nn.Module) -> list[Unit]:
     """The units of a model, in the order of its modules; every Zigzag layer is in exactly one."""
-    return grouped(zigzag_layers(model))
+    return grouped(zigzag_layers(model), traced_blocks(model))
 
 
-def grouped(layers: Mapping[str, Any]) -> list[Unit]:
-    """Layers by path, each with its sizes, as units."""
+def traced_blocks(model: nn.Module) -> list[str]:
+    """The paths of the blocks that run fused, or will when loaded; none where that saves no launches."""
+    return list(recognize.formed(model)) if select.backend().traces else []
+
+
+def grouped(layers: Mapping[str, Any], staying: Iterable[str] = ()) -> list[Unit]:
+    """Layers by path, each with its sizes, as units. staying: paths of blocks whose units stay."""
+    beginnings = tuple(f"{path}." for path in staying)
     by_parent: dict[str, dict[str, Any]] = {}
     for name, layer in layers.items():
         parent, _, leaf = name.rpartition(".")
@@ -96,6 +104,8 @@ def grouped(layers: Mapping[str, Any]) -> list[Unit]:
             if len(together) > 1 and len({layer.inputs for layer in together.values()}) == 1:
                 found.append(Unit({prefix + name: own.pop(name) for name in together}))
         found += [Unit({prefix + name: layer}) for name, layer in own.items()]
+    for unit in found:
+        unit.stays = any(path.startswith(beginnings) for path in unit.layers)
     return found
 
 
@@ -193,20 +203,19 @@ def follow(model: nn.Module, curves: Curves, sparsity: float | None) -> str:
     densities = {id(layer): density for layer, density in expected_densities(model, curves, sparsity)}
     counts = dict.fromkeys((SPARSE, ZIGZAG, ROWS), 0)
     repack: dict[str, ZigzagLinear] = {}
-    kept = fused_block.whole(model) if select.backend().traces else ()
     for unit in units(model):
         choice = choices.get(unit.key)
         if choice is None:
             continue
         density = unit_density(unit, [densities[id(layer)] for layer in unit.layers.values()])
-        chosen = way(choice, unit, density, kept)
+        chosen = way(choice, unit, density)
         counts[chosen] += len(unit.layers)
         if chosen == ROWS:
             repack.update(unit.layers)
         elif chosen == ZIGZAG:
             for layer in unit.layers.values():
                 layer.set_threshold(None)
-    cost = repacking.repack(model, repack) if repack else ""
+    cost = relayout.to_rows(model, repack) if repack else ""
     head = _repack_head(model, choices)
     if not any(counts.values()) and not head:
         return ""
@@ -216,38 +225,36 @@ def follow(model: nn.Module, curves: Curves, sparsity: float | None) -> str:
 
 def _repack_head(model: nn.Module, choices: dict[str, Choice]) -> str:
     """Put the head into the Zigzag layout if that is this device's choice; says what it cost."""
-    head = relayout.find(model)
+    head = relayout.find_head(model)
     choice = choices.get(head.key) if head is not None else None
     if head is None or choice is None or choice.otherwise != ZIGZAG:
         return ""
     start = time.perf_counter()
-    error = relayout.to_zigzag(model, head)
+    error = relayout.head_to_zigzag(model, head)
     return f"; head in Zigzag, {time.perf_counter() - start:.1f} s, relative error {error:.1%}"
 
 
-def way(choice: Choice, unit: Unit, density: float, kept: tuple[str, ...]) -> str:
-    """SPARSE, ZIGZAG or ROWS for a unit of a model.
+def way(choice: Choice, unit: Unit, density: float) -> str:
+    """SPARSE, ZIGZAG or ROWS: how a unit runs on the device of `choice`, `density` of its channels active.
 
-    kept: beginnings of the paths of blocks that run whole on a GPU. Their layers stay as they are, thresholds
-    too: a product alone waits for the host, which the block's two calls spare it, and taken out of them it
-    would cost the block's other launches more than it gains.
+    SPARSE, which changes nothing, for a unit that stays; ZIGZAG for ROWS where MLX can't hold its layers.
     """
-    if any(path.startswith(kept) for path in unit.layers):
+    if unit.stays:
         return SPARSE
     chosen = choice.at(density)
-    return ZIGZAG if chosen == ROWS and not repacking.can_repack(unit) else chosen
+    return ZIGZAG if chosen == ROWS and not all(map(relayout.fits_rows, unit.layers.values())) else chosen
 
 
-def better_as_rows(layers: Mapping[str, Size], density: float, kept: tuple[str, ...] = ()) -> list[str]:
+def better_as_rows(layers: Mapping[str, Size], density: float, staying: Iterable[str] = ()) -> list[str]:
     """Paths of the layers that this device runs faster row-grouped when that share of channels is active.
 
-    kept: as in `way`. Raises UsageError without a profile.
+    staying: as in `grouped`. Raises UsageError without a profile.
     """
     choices, fault = read()
     if not choices:
         raise UsageError(fault or "this device has no profile", "make one: spqt bench --kernel --write")
-    known = [unit for unit in grouped(layers) if unit.key in choices]
-    rows = [unit for unit in known if way(choices[unit.key], unit, density, kept) == ROWS]
+    known = [unit for unit in grouped(layers, staying) if unit.key in choices]
+    rows = [unit for unit in known if way(choices[unit.key], unit, density) == ROWS]
     return [name for unit in rows for name in unit.layers]
 
 

@@ -1,10 +1,12 @@
-"""The head of a model (logits from the last hidden state) in the Zigzag layout, always dense.
+"""A loaded model's layers in the other layout, where this device runs them faster: quantized a second time.
 
-A vocabulary of 128k makes the head as large as several layers. Nothing of it is skipped, but on some
-devices the Zigzag kernel reads it faster than stock MLX. Knows the two places where mlx-lm's models keep
-a head: `lm_head`, or an embedding used as one.
+Zigzag layers go back to MLX's own row-grouped layout. The head (logits from the last hidden state) goes to
+Zigzag, always dense: a vocabulary of 128k makes it as large as several layers. Knows the two places where
+mlx-lm's models keep a head: `lm_head`, or an embedding used as one.
 """
 
+import math
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +15,44 @@ import numpy as np
 from mlx import nn
 from mlx.utils import tree_unflatten
 
-from spqt_cli.backends import select
+from spqt_cli.decode.layers import ZigzagLinear
 from spqt_cli.format import layout
+
+
+def fits_rows(layer: Any) -> bool:
+    """Whether MLX can hold a layer row-grouped: inputs in whole groups."""
+    return bool(layer.inputs % layer.group_size == 0)
+
+
+def to_rows(model: nn.Module, layers: dict[str, ZigzagLinear]) -> str:
+    """Put row-grouped layers in the place of these; returns what it cost, as text."""
+    start = time.perf_counter()
+    new, errors = [], []
+    for name, layer in layers.items():
+        stock, error = row_grouped(layer)
+        new.append((name, stock))
+        errors.append(error)
+    model.update_modules(tree_unflatten(new))
+    mx.clear_cache()
+    mean = f"relative error of the weights {math.fsum(errors) / len(errors):.1%} on average"
+    return f"; repacking took {time.perf_counter() - start:.1f} s, {mean}"
+
+
+def row_grouped(layer: ZigzagLinear) -> tuple[nn.QuantizedLinear, float]:
+    """(MLX's own layer with these weights quantized anew along the rows, evaluated; relative L2 error).
+
+    The error is against the Zigzag weights: quantizing twice costs a second rounding.
+    """
+    dtype = layer.scales.dtype
+    if mx.default_device().type == mx.DeviceType.cpu:
+        dtype = mx.float32
+    w = layer.dequantized().astype(dtype)
+    stock = nn.QuantizedLinear(layer.group_size, layer.group_size, False, layer.group_size, layer.bits)
+    stock.weight, stock.scales, stock.biases = mx.quantize(w, layer.group_size, layer.bits)
+    if "bias" in layer:
+        stock.bias = layer.bias
+    mx.eval(stock.parameters())
+    return stock, _distance(_dequantized(stock), w)
 
 
 @dataclass(frozen=True)
@@ -39,7 +77,7 @@ class Head:
         return f"head {outputs}x{inputs} {bits} bits group {group_size}"
 
 
-def find(model: nn.Module) -> Head | None:
+def find_head(model: nn.Module) -> Head | None:
     """A model's head, if it is one that stock MLX quantized; None otherwise."""
     embedding = None
     for path, module in model.named_modules():
@@ -53,43 +91,10 @@ def find(model: nn.Module) -> Head | None:
     return embedding
 
 
-class ZigzagHead(nn.Module):
-    """A head whose weights are quantized anew in the Zigzag layout; a `interface.Projection`."""
-
-    def __init__(self, module: nn.QuantizedLinear | nn.QuantizedEmbedding) -> None:
-        super().__init__()
-        w = _rows(module)
-        self.outputs, self.bits, self.group_size = w.shape[0], module.bits, module.group_size
-        band = layout.band_of(self.outputs, self.group_size)
-        self.weight, self.scales, self.biases = layout.quantize(w, self.bits, self.group_size, band)
-        mx.eval(self.parameters())
-        self.freeze()
-
-    @property
-    def threshold(self) -> None:
-        """None: all channels are used."""
-        return None
-
-    def __call__(self, x: mx.array) -> mx.array:
-        return select.matmul(x, self)
-
-    def error_against(self, module: nn.QuantizedLinear | nn.QuantizedEmbedding) -> float:
-        """The relative L2 distance of these weights from a module's."""
-        exact = _rows(module).astype(mx.float32)
-        packed = (self.weight, self.scales, self.biases)
-        sizes = {"outputs": self.outputs, "bits": self.bits, "group_size": self.group_size}
-        ours = layout.dequantize(*packed, **sizes).astype(mx.float32)
-        return float(np.array(mx.linalg.norm(ours - exact) / mx.linalg.norm(exact)))
-
-
-def _rows(module: Any) -> mx.array:
-    return mx.dequantize(module.weight, module["scales"], module["biases"], module.group_size, module.bits)
-
-
 class EmbeddingWithHead(nn.QuantizedEmbedding):
-    """A tied embedding: rows are looked up in the stock layout, logits come from a ZigzagHead."""
+    """A tied embedding: rows are looked up in the stock layout, logits come from a layer in Zigzag."""
 
-    def __init__(self, embedding: nn.QuantizedEmbedding, head: ZigzagHead) -> None:
+    def __init__(self, embedding: nn.QuantizedEmbedding, head: ZigzagLinear) -> None:
         nn.Module.__init__(self)
         dict.update(self, embedding)  # its arrays, not copies
         for name in ("num_embeddings", "dims", "group_size", "bits", "mode"):
@@ -101,17 +106,32 @@ class EmbeddingWithHead(nn.QuantizedEmbedding):
         return self.head(x)
 
 
-def build(head: Head) -> "ZigzagHead | EmbeddingWithHead":
+def zigzag_head(head: Head) -> ZigzagLinear | EmbeddingWithHead:
     """What takes the place of the head's module to have it in the Zigzag layout; evaluated."""
-    zigzag = ZigzagHead(head.module)
-    embedding = head.module if isinstance(head.module, nn.QuantizedEmbedding) else None
-    return zigzag if embedding is None else EmbeddingWithHead(embedding, zigzag)
+    module, w = head.module, _dequantized(head.module)
+    band = layout.band_of(w.shape[0], module.group_size)
+    layer = ZigzagLinear(w.shape[0], module.bits, module.group_size, band)
+    layer.always_dense = True
+    layer.weight, layer.scales, layer.biases = layout.quantize(w, module.bits, module.group_size, band)
+    mx.eval(layer.parameters())
+    layer.freeze()
+    return EmbeddingWithHead(module, layer) if isinstance(module, nn.QuantizedEmbedding) else layer
 
 
-def to_zigzag(model: nn.Module, head: Head) -> float:
+def head_to_zigzag(model: nn.Module, head: Head) -> float:
     """Put the head into the Zigzag layout; the relative L2 error that quantizing it anew cost."""
-    new = build(head)
-    zigzag = new if isinstance(new, ZigzagHead) else new.head
+    new = zigzag_head(head)
+    layer = new.head if isinstance(new, EmbeddingWithHead) else new
     model.update_modules(tree_unflatten([(head.path, new)]))
     mx.clear_cache()
-    return zigzag.error_against(head.module)
+    return _distance(layer.dequantized(), _dequantized(head.module))
+
+
+def _dequantized(module: Any) -> mx.array:
+    return mx.dequantize(module.weight, module["scales"], module["biases"], module.group_size, module.bits)
+
+
+def _distance(found: mx.array, exact: mx.array) -> float:
+    """The relative L2 distance of two matrices."""
+    a, b = found.astype(mx.float32), exact.astype(mx.float32)
+    return float(np.array(mx.linalg.norm(a - b) / mx.maximum(mx.linalg.norm(b), 1e-30)))

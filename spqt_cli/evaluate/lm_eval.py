@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from spqt_cli.decode import context, text_borders
+from spqt_cli.decode import context, foreign, text_borders
 from spqt_cli.decode.layers import zigzag_layers
 from spqt_cli.errors import SpqtError, UnsupportedError
 from spqt_cli.evaluate import multiple_choice
@@ -41,7 +41,8 @@ def prepare() -> None:
         result: list[float] = stock[1](self, requests)
         return result
 
-    wrapper.loglikelihood, wrapper.loglikelihood_rolling = loglikelihood, rolling
+    foreign.replace(wrapper, "loglikelihood", loglikelihood)
+    foreign.replace(wrapper, "loglikelihood_rolling", rolling)
 
 
 def _loglikelihood(self: Any, requests: list[Any]) -> list[tuple[float, bool]]:

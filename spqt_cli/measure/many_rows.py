@@ -15,7 +15,7 @@ import numpy as np
 import psutil
 from mlx import nn
 
-from spqt_cli.decode import hooks_cpu
+from spqt_cli.decode import foreign, hooks_cpu
 from spqt_cli.decode.layers import ZigzagLinear
 from spqt_cli.format import layout
 
@@ -227,11 +227,5 @@ def many_rows(heads: bool = True) -> Iterator[None]:
             (nn.Embedding, "as_linear", lambda self, x: _plain(x, _host(self.weight), None)),
             (nn.QuantizedEmbedding, "as_linear", lambda self, x: _plain(x, unpacked(self), None)),
         ]
-    before = [getattr(owner, name) for owner, name, _ in replaced]
-    try:
-        for owner, name, new in replaced:
-            setattr(owner, name, new)
+    with foreign.replaced(replaced):
         yield
-    finally:
-        for (owner, name, _), old in zip(replaced, before, strict=True):
-            setattr(owner, name, old)

@@ -15,6 +15,7 @@ import numpy as np
 from mlx import nn
 from mlx.utils import tree_unflatten
 
+from spqt_cli.decode import foreign
 from spqt_cli.decode.layers import ZigzagLinear, zigzag_layers
 from spqt_cli.errors import UnsupportedError
 from spqt_cli.format import layout, thresholds
@@ -260,7 +261,6 @@ def hooked(modules: Iterable[nn.Module], hook: Callable[..., Any]) -> Iterator[N
     """Calls of these modules go to hook(module, call, x, ...) here; `call` is their class's own code."""
     known = {id(module): module for module in modules}
     kinds: set[Any] = {type(module) for module in known.values()}  # classes whose calls are replaced
-    originals = {kind: kind.__call__ for kind in kinds}
 
     def through(call: Callable[..., Any]) -> Callable[..., Any]:
         def ask(module: nn.Module, x: mx.array, *rest: Any, **named: Any) -> Any:
@@ -270,10 +270,5 @@ def hooked(modules: Iterable[nn.Module], hook: Callable[..., Any]) -> Iterator[N
 
         return ask
 
-    try:
-        for kind, call in originals.items():
-            kind.__call__ = through(call)
+    with foreign.replaced([(kind, "__call__", through(kind.__call__)) for kind in kinds]):
         yield
-    finally:
-        for kind, call in originals.items():
-            kind.__call__ = call

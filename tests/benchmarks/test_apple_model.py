@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from spqt_cli.backends.gpu import backend as gpu
-from spqt_cli.backends.gpu import kernel_text
 from spqt_cli.backends.gpu import launch as launching
 from spqt_cli.bench import projections
 from spqt_cli.decode.layers import ZigzagLinear, nn
@@ -140,7 +139,7 @@ def test_the_emulated_kernel_touches_the_lines_that_are_worked_out(density, monk
     seen = []
 
     def run(launch, arrays):
-        emulation = emulate(launch, arrays, kernel_text.header())
+        emulation = emulate(launch, arrays)
         seen.append(emulation.traffic)
         return emulation.outputs
 

@@ -10,7 +10,7 @@ import pytest
 
 from spqt_cli.calibrate import calibrate, speed, targets
 from spqt_cli.calibrate.calibrate import CalibrateOptions
-from spqt_cli.decode import profile, relayout, repacking, session
+from spqt_cli.decode import profile, relayout, session
 from spqt_cli.decode.layers import zigzag_layers
 from spqt_cli.errors import SpqtError, UsageError
 from spqt_cli.format import config_json
@@ -107,16 +107,16 @@ def test_cost_that_can_not_be_met_writes_nothing(folder, limit):
 
 def test_pace_runs_the_thresholds_and_the_profile_and_leaves_nothing(converted, monkeypatch):
     loaded = session.load(converted, dense=True)
-    layers, head = zigzag_layers(loaded.model), relayout.find(loaded.model)
+    layers, head = zigzag_layers(loaded.model), relayout.find_head(loaded.model)
     one = "model.layers.0.mlp.down_proj"
     seen = []
 
     def taking(subject) -> str:
         """A profile that takes a layer and the head out of the model."""
         seen.append((subject.sparsity, layers[one].threshold.item(), layers["model.layers.1.mlp.up_proj"]))
-        stock, _ = repacking.row_grouped(layers[one])
+        stock, _ = relayout.row_grouped(layers[one])
         subject.model.layers[0].mlp.down_proj = stock
-        relayout.to_zigzag(subject.model, relayout.find(subject.model))
+        relayout.head_to_zigzag(subject.model, relayout.find_head(subject.model))
         return ""
 
     monkeypatch.setattr(profile, "apply", taking)
@@ -128,6 +128,6 @@ def test_pace_runs_the_thresholds_and_the_profile_and_leaves_nothing(converted, 
     assert [(share, value, other.threshold) for share, value, other in seen] == [(0.5, 0.25, None)]
     assert zigzag_layers(loaded.model) == layers
     assert all(layer.threshold is None for layer in layers.values())
-    assert relayout.find(loaded.model).module is head.module
+    assert relayout.find_head(loaded.model).module is head.module
     assert loaded.sparsity is None
     assert mx.isfinite(loaded.model(mx.array(tokens[None, :4]))).all()

@@ -92,14 +92,13 @@ def test_what_can_not_work_on_a_converted_model_is_refused_before_any_work(
 
 
 def test_a_converted_model_that_no_flag_shows_is_refused_when_it_is_loaded(converted, monkeypatch):
-    import mlx_lm
-    from mlx_lm import cli
+    from mlx_lm import cli, load
 
-    monkeypatch.setattr(cli, "main", lambda: mlx_lm.load(str(converted)))  # as a hub id or a file of settings
+    monkeypatch.setattr(cli, "main", lambda: load(str(converted)))  # as a hub id or a file of settings
     monkeypatch.setattr(sys, "argv", ["spqt"])
     with pytest.raises(UnsupportedError, match="mlx-lm's lora can't take a converted model"):
         mlx_lm.run(["lora", "-c", "settings.yaml"])
-    assert layers.zigzag_layers(mlx_lm.load(str(converted))[0])
+    assert layers.zigzag_layers(load(str(converted))[0])
 
 
 def test_the_number_of_tokens_is_no_model(calibrated, monkeypatch):

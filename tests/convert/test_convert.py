@@ -15,6 +15,8 @@ from safetensors import safe_open
 
 from spqt_cli.convert import convert, encode, shards
 from spqt_cli.convert.convert import ConvertOptions
+from spqt_cli.decode import hooks
+from spqt_cli.decode.layers import zigzag_layers
 from spqt_cli.errors import SpqtError, UnsupportedError, UsageError
 from spqt_cli.format import config_json, identity, layout
 from tests.conftest import tiny_checkpoint
@@ -52,10 +54,9 @@ def test_every_tensor_is_the_quantized_source(
 def test_mlx_lm_loads_the_same_weights(converted: Path, checkpoint: Path) -> None:
     import mlx_lm.utils
 
-    import spqt_cli.patch
-
+    hooks.install()
     model, _ = mlx_lm.utils.load_model(converted)
-    layers = spqt_cli.patch.zigzag_layers(model)
+    layers = zigzag_layers(model)
     assert len(layers) == 14
     original = mx.load(str(checkpoint / "model.safetensors"))
     for path, layer in layers.items():

@@ -7,7 +7,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from spqt_cli.backends.gpu import launch_plan
+from spqt_cli.backends.gpu import launch as launching
 from spqt_cli.calibrate import calibrate
 from spqt_cli.cli import describe
 from spqt_cli.convert import convert
@@ -127,9 +127,9 @@ def test_siblings_of_different_bits_decode_as_each_alone(mixed: Path) -> None:
 def test_gpu_launches_differ_where_bits_or_group_do(mixed: Path) -> None:
     layers = zigzag_layers(session.load(mixed).model)
     q, k, v = (layers[f"{BLOCK}.self_attn.{name}_proj"] for name in "qkv")
-    assert not launch_plan.one_launch([q, k, v])
-    assert not launch_plan.one_launch([k, layers[f"{BLOCK}.mlp.down_proj"]])
-    assert launch_plan.one_launch([v, layers[f"{BLOCK}.mlp.up_proj"]])
+    assert not launching.one_launch([q, k, v])
+    assert not launching.one_launch([k, layers[f"{BLOCK}.mlp.down_proj"]])
+    assert launching.one_launch([v, layers[f"{BLOCK}.mlp.up_proj"]])
 
 
 def test_mlx_lm_runs_it(mixed: Path) -> None:

@@ -96,7 +96,7 @@ def test_fault_53_sigkill(tmp_path: Path, checkpoint: Path, lines: int) -> None:
 UNTIL_A_SIGNAL = """
 import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests may ignore it
-from spqt_cli.cli.entry import main
+from spqt_cli.cli.main import main
 from spqt_cli.convert import job
 write, written = job.Conversion._write_unit, []
 def stop_at_the_fifth(*args):

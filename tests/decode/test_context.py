@@ -21,7 +21,8 @@ from spqt_cli.calibrate import calibrate
 from spqt_cli.convert import convert
 from spqt_cli.decode import context, session
 from spqt_cli.errors import SpqtError, UsageError
-from spqt_cli.evaluate import evaluate, lm_eval
+from spqt_cli.evaluate import lm_eval
+from spqt_cli.evaluate import perplexity as evaluating
 from spqt_cli.format import config_json
 from tests.conftest import SIZES, random_weights, tiny_config, write_tokenizer
 
@@ -62,11 +63,11 @@ def loaded(kept):
 def test_windows_that_were_asked_for_are_refused_beyond_the_context(kept, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text(" ".join(map(str, range(3000))))
-    quality = evaluate.evaluate(kept, text, evaluate.EvaluateOptions(windows=2), lambda *_: None)
+    quality = evaluating.evaluate(kept, text, evaluating.EvaluateOptions(windows=2), lambda *_: None)
     assert quality.window == LIMIT
     assert quality.table().endswith("windows of 300 tokens instead of 512: the model's context")
     for attempt in (
-        lambda: evaluate.evaluate(kept, text, evaluate.EvaluateOptions(window=301), lambda *_: None),
+        lambda: evaluating.evaluate(kept, text, evaluating.EvaluateOptions(window=301), lambda *_: None),
         lambda: calibrate.calibrate(
             kept, calibrate.CalibrateOptions(window=301, restart=True), lambda *_: None
         ),

@@ -8,9 +8,10 @@ import pytest
 from mlx import nn
 from mlx_lm.models.cache import make_prompt_cache
 
-from spqt_cli.decode import phase, session
+from spqt_cli.decode import attention_cpu, fused_block, fused_mlp, phase, session
 from spqt_cli.decode.layers import zigzag_layers
 
+STEPS = (fused_mlp.ATTRIBUTE, fused_block.ATTRIBUTE, attention_cpu.ATTRIBUTE)
 PROMPT = mx.array([[5, 9, 40, 7, 300]])
 
 
@@ -41,7 +42,7 @@ def test_a_copy_is_independent(calibrated):
     assert layers.keys() == copies.keys()
     assert not {id(layer) for layer in layers.values()} & {id(layer) for layer in copies.values()}
     for path, layer in copies.items():
-        group = layer._siblings.layers
+        group = layer.shared_input.layers
         assert {id(one) for one in group} <= {id(one) for one in copies.values()}, path
         layer.scales = layer.scales * 0
         layer.biases = layer["biases"] * 0
@@ -57,12 +58,7 @@ def test_a_copy_runs_by_its_own_modules(calibrated):
     twin = copy.deepcopy(network)
     own = {id(module) for module in twin.modules()}
     held = [
-        module.__dict__[name].module
-        for module in twin.modules()
-        for name in ("_gated", "_block", "_token")
-        if name in module.__dict__
+        module.__dict__[name].module for module in twin.modules() for name in STEPS if name in module.__dict__
     ]
-    assert len(held) == sum(
-        name in module.__dict__ for module in network.modules() for name in ("_gated", "_block", "_token")
-    )
+    assert len(held) == sum(name in module.__dict__ for module in network.modules() for name in STEPS)
     assert all(id(module) in own for module in held)

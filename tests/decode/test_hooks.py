@@ -32,6 +32,7 @@ def half_precision(tmp_path_factory):
 
 
 def test_installing_twice_changes_nothing():
+    hooks.install()
     before = (nn.Linear.to_quantized, nn.Module.load_weights)
     hooks.install()
     assert before == (nn.Linear.to_quantized, nn.Module.load_weights)
@@ -60,15 +61,15 @@ def test_a_model_without_zigzag_layers_is_left_alone(tmp_path):
     assert loaded.model.norm.weight.dtype == mx.bfloat16
 
 
-def test_siblings_share_a_launch(half_precision):
+def testshared_input_share_a_launch(half_precision):
     loaded = session.load(half_precision)
     block = loaded.model.model.layers[0]
     attention = block.self_attn
-    assert attention.q_proj._siblings is attention.k_proj._siblings is attention.v_proj._siblings
-    assert block.mlp.gate_proj._siblings is block.mlp.up_proj._siblings
-    assert len(block.mlp.gate_proj._siblings.layers) == 2
-    assert block.mlp.down_proj._siblings.layers == [block.mlp.down_proj]
-    assert attention.o_proj._siblings.layers == [attention.o_proj]
+    assert attention.q_proj.shared_input is attention.k_proj.shared_input is attention.v_proj.shared_input
+    assert block.mlp.gate_proj.shared_input is block.mlp.up_proj.shared_input
+    assert len(block.mlp.gate_proj.shared_input.layers) == 2
+    assert block.mlp.down_proj.shared_input.layers == [block.mlp.down_proj]
+    assert attention.o_proj.shared_input.layers == [attention.o_proj]
 
 
 def test_brackets_in_the_path_are_no_pattern(half_precision, tmp_path):

@@ -7,7 +7,7 @@ import pytest
 
 from spqt_cli.backends import select
 from spqt_cli.decode import active_counts, phase
-from spqt_cli.decode.layers import SharedInput, ZigzagLinear
+from spqt_cli.decode.layers import ZigzagLinear, share_input
 from spqt_cli.format import layout
 
 pytestmark = pytest.mark.usefixtures("decode_steps")
@@ -100,10 +100,7 @@ def test_fault_38_nan_activation_counts_as_active():
 
 def siblings(*thresholds: float | None) -> list[ZigzagLinear]:
     layers = [make_layer(32 * (at + 1), threshold=value) for at, value in enumerate(thresholds)]
-    shared = SharedInput(layers)
-    for layer in layers:
-        layer.share_input(shared)
-    return layers
+    return share_input(layers).layers
 
 
 def test_siblings_give_what_each_gives_alone():

@@ -11,7 +11,7 @@ from mlx import nn
 from spqt_cli.backends import select
 from spqt_cli.bench import models
 from spqt_cli.convert import convert
-from spqt_cli.decode import fused_block, profile, relayout, repacking, session
+from spqt_cli.decode import profile, relayout, session
 from spqt_cli.decode.layers import ZigzagLinear, zigzag_layers
 from spqt_cli.decode.profile import ROWS, SPARSE, ZIGZAG, Choice
 from spqt_cli.errors import UsageError
@@ -180,7 +180,7 @@ def test_a_layer_that_stock_can_t_hold_runs_zigzag_dense():
 
 def test_repacking_states_the_true_error():
     layer = ZigzagLinear.from_linear(nn.Linear(64, 96, bias=True), 32, 4)
-    stock, error = repacking.row_grouped(layer)
+    stock, error = relayout.row_grouped(layer)
     back = mx.dequantize(stock.weight, stock.scales, stock.biases, 32, 4)
     exact = layer.dequantized()
     expected = (((back - exact) ** 2).sum() / (exact**2).sum()) ** 0.5
@@ -196,7 +196,7 @@ def test_a_head_moves_to_zigzag_when_the_profile_says_so(arch, tied):
     one = loaded(arch)
     x = mx.random.normal((1, 1, 64), key=mx.random.key(5))
     ids = mx.array([[1, 2, 3]])
-    head = relayout.find(one.model)
+    head = relayout.find_head(one.model)
     assert head.tied is tied
     before = head.module.as_linear(x) if tied else one.model.lm_head(x)
     rows = one.model.model.embed_tokens(ids)
@@ -214,7 +214,7 @@ def test_a_head_moves_to_zigzag_when_the_profile_says_so(arch, tied):
 def test_an_embedding_with_its_own_head_is_not_read_whole():
     one = loaded("llama")
     before, _ = session.weight_bytes(one.model, one.config)
-    profile.write({relayout.find(one.model).key: Choice(0.0, ZIGZAG)}, {})
+    profile.write({relayout.find_head(one.model).key: Choice(0.0, ZIGZAG)}, {})
     session.apply_profile(one)
     after, _ = session.weight_bytes(one.model, one.config)
     embedding = one.model.model.embed_tokens
@@ -224,10 +224,10 @@ def test_an_embedding_with_its_own_head_is_not_read_whole():
 
 def test_a_head_stays_where_stock_is_faster():
     one = loaded()
-    head = relayout.find(one.model)
+    head = relayout.find_head(one.model)
     profile.write({head.key: Choice(0.0, ROWS)}, {})
     assert session.apply_profile(one) == ""
-    assert relayout.find(one.model).module is head.module
+    assert relayout.find_head(one.model).module is head.module
 
 
 def test_an_unquantized_head_is_none():
@@ -235,7 +235,7 @@ def test_an_unquantized_head_is_none():
     from mlx_lm.utils import _get_classes
 
     model_class, args_class = _get_classes(config)
-    assert relayout.find(model_class(args_class.from_dict(config))) is None
+    assert relayout.find_head(model_class(args_class.from_dict(config))) is None
 
 
 # --- converting by a profile
@@ -260,22 +260,22 @@ def test_layers_that_mlx_can_not_hold_stay_zigzag():
     assert profile.better_as_rows(sized("self_attn.o_proj", 64, 80), 1.0) == []
 
 
-def test_layers_of_blocks_that_run_whole_on_a_gpu_stay_as_they_are(monkeypatch):
+def test_layers_of_blocks_that_run_fused_on_a_gpu_stay_as_they_are(monkeypatch):
     one = loaded()
-    kept = fused_block.whole(one.model)
-    assert sorted(kept) == [f"model.layers.{at}." for at in range(len(kept))]
-    assert kept
+    monkeypatch.setattr(select, "backend", lambda: EMULATED)
+    staying = profile.traced_blocks(one.model)
+    assert sorted(staying) == ["model.layers.0", "model.layers.1"]
     layers = sized("self_attn.o_proj") | {"other.o_proj": profile.Size(64, 64, 4, 32)}
     profile.write({"64x64 4 bits group 32": Choice(0.0, ROWS)}, {})
-    assert profile.better_as_rows(layers, 1.0, kept) == ["other.o_proj"]
+    assert profile.better_as_rows(layers, 1.0, staying) == ["other.o_proj"]
     before = list(zigzag_layers(one.model))
-    monkeypatch.setattr(select, "backend", lambda: EMULATED)
     for other in (ZIGZAG, ROWS):
         profile.write({unit.key: Choice(0.0, other) for unit in profile.units(one.model)}, {})
         session.apply_profile(one)
         assert list(zigzag_layers(one.model)) == before
         assert all(layer.threshold is not None for layer in zigzag_layers(one.model).values())
     monkeypatch.setattr(select, "backend", lambda: DEFINITION)
+    profile.write({unit.key: Choice(0.0, ROWS) for unit in profile.units(one.model)}, {})
     session.apply_profile(one)
     assert len(zigzag_layers(one.model)) < len(before)
 

@@ -21,9 +21,10 @@ from pathlib import Path
 import mlx.core as mx
 
 from spqt_cli.backends import problems
-from spqt_cli.backends.gpu import geometry, kernel_text, launch_plan
+from spqt_cli.backends.gpu import geometry, kernel_text
+from spqt_cli.backends.gpu import launch as launching
 from spqt_cli.format import layout
-from tests.metal.emulator import metal_text
+from tests.metal.emulator import clang_text, metal_text
 
 SHIMS = Path(__file__).parent / "emulator"
 CLANGS = ("clang-14", "clang-15", "clang-16", "clang-17", "clang-18", "clang-19", "clang")
@@ -56,12 +57,12 @@ FREE = ("memory", "moves")
 Counts = dict[str, int]  # instructions of the loop by class
 
 
-def problem(cut: geometry.Geometry, bits: int) -> tuple[launch_plan.Launch, list[mx.array]]:
+def problem(cut: geometry.Geometry, bits: int) -> tuple[launching.Launch, list[mx.array]]:
     """A launch of the kernel, float16, group 64, and its inputs."""
     case = problems.Case((cut.tile,), 100, bits)
     (matrix,) = problems.matrices(case)
     x = problems.vector(case)
-    plan = launch_plan.make_plan(x.shape, x.dtype, [matrix], cut, launch_plan.Form())
+    plan = launching.make_plan(x.shape, x.dtype, [matrix], cut, launching.Form())
     assert plan.gemv is not None
     return plan.gemv, plan.first_inputs(x)
 
@@ -76,13 +77,13 @@ def compiled(clang: str, flags: Sequence[str], text: str, suffix: str) -> str:
         unit = Path(folder) / f"kernel.{suffix}"
         unit.write_text(text)
         command = [clang, *flags, "-O2", "-w", "-S", "-o", "-", str(unit)]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
 
 
 def ir(bits: int, decode: int, clang: str) -> str:
     """LLVM IR of the Metal text as Metal's rule has it: two channels a turn."""
     launch, inputs = problem(geometry.Geometry(32, 4, 32, 2, 128, 4, decode, 1000), bits)
-    text = f'#include "{SHIMS / "shim_clang.h"}"\n{metal_text(launch, inputs, kernel_text.header())}'
+    text = f'#include "{SHIMS / "shim_clang.h"}"\n{clang_text(metal_text(launch, inputs))}'
     flags = ["--target=aarch64-linux-gnu", "-std=c++14", "-ffreestanding", "-emit-llvm"]
     return compiled(clang, [*flags, "-fno-vectorize", "-fno-slp-vectorize"], text, "cpp")
 
@@ -101,9 +102,9 @@ def cuda_text(bits: int, decode: int, headers: str) -> str:
     parameters += [
         f"{CUDA_TYPES[dtype]}* {name}" for name, dtype in zip(kernel.outputs, launch.dtypes, strict=True)
     ]
-    shim = f"#define SPQT_THREADS {kernel.threads}\n{kernel_text.body('shim_cuda.h')}{kernel_text.header()}"
+    body, header = kernel_text.cuda(kernel)
     head = f'extern "C" __global__ void kernel({", ".join(parameters)})'
-    return f"{headers}\n{shim}\n{head} {{\n{kernel.source}\n}}\n"
+    return f"{headers}\n{header}\n{head} {{\n{body}\n}}\n"
 
 
 def ptx(bits: int, decode: int, clang: str) -> str:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from spqt_cli.backends.gpu import geometry, kernel_text, launch_plan
+from spqt_cli.backends.gpu import geometry
+from spqt_cli.backends.gpu import launch as launching
 from spqt_cli.decode.layers import ZigzagLinear
 from spqt_cli.format import layout
 from tests.metal.emulator import emulate
@@ -49,9 +50,9 @@ def count(shape: tuple[int, int], bits: int, band: int, active: np.ndarray, kind
     layer.set_threshold(1.0)
     x = mx.array(np.where(active, 2.0, 0.5).astype(np.float16)).reshape(1, 1, inputs)
     cut = geometry.choose(kind, [(band, codes[0])], inputs)
-    plan = launch_plan.make_plan(x.shape, x.dtype, [layer], cut, launch_plan.Form())
+    plan = launching.make_plan(x.shape, x.dtype, [layer], cut, launching.Form())
     assert plan.gemv is not None
-    found = emulate(plan.gemv, plan.first_inputs(x), kernel_text.header())
+    found = emulate(plan.gemv, plan.first_inputs(x))
     read = found.traffic["packed"]
     distinct = read.lines
     size = outputs * inputs * (bits / 8 + 4 / 64) / LINE

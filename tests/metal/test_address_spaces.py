@@ -15,9 +15,9 @@ import pytest
 
 from spqt_cli.backends import problems
 from spqt_cli.backends.gpu import backend as gpu
-from spqt_cli.backends.gpu import first_use, geometry, kernel_text, launch_plan
+from spqt_cli.backends.gpu import first_use, geometry, kernel_text
 from spqt_cli.backends.gpu import launch as launching
-from tests.metal.emulator import metal_text
+from tests.metal.emulator import clang_text, metal_text
 
 CLANGS = ("clang-14", "clang-15", "clang-16", "clang-17", "clang-18", "clang-19", "clang")
 WARNINGS = (
@@ -29,6 +29,7 @@ WARNINGS = (
     "-Werror",
 )
 SHIM = Path(__file__).parent / "emulator" / "shim_clang.h"
+METAL = Path(__file__).parents[2] / "metal"
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,7 @@ def clang():
 def refusals(clang, text, tmp_path):
     """clang's errors on a kernel's text; empty when it is accepted."""
     unit = tmp_path / "kernel.cpp"
-    unit.write_text(f'#include "{SHIM}"\n{text}')
+    unit.write_text(f'#include "{SHIM}"\n{clang_text(text)}')
     # 64-bit Arm, whose `_Float16` every clang knows; nothing is linked or run.
     command = [
         clang,
@@ -63,7 +64,7 @@ def texts(monkeypatch, case, cut):
     seen = []
 
     def run(launch, inputs):
-        seen.append(metal_text(launch, inputs, kernel_text.header()))
+        seen.append(metal_text(launch, inputs))
         return [
             mx.zeros(shape, dtype=dtype) for shape, dtype in zip(launch.shapes, launch.dtypes, strict=True)
         ]
@@ -97,13 +98,38 @@ def test_bodies_keep_to_their_address_spaces(clang, monkeypatch, tmp_path, kind,
         assert refusals(clang, text, tmp_path) == ""
 
 
+def kernels():
+    """One kernel of each file of metal/, with what MLX is given for it."""
+    case = case_of(2, 4)
+    plan = launching.make_plan((1, 1, 100), mx.float16, problems.matrices(case), WIDE, launching.Form())
+    return {one.kernel.files[-1]: one.kernel for one in (plan.gemv, plan.reduce, plan.counts)}
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in METAL.glob("*.metal")))
+def test_each_file_compiles_alone_behind_its_constants(clang, tmp_path, name):
+    """The file as it is in the repository, comments included, without the body that MLX wraps."""
+    kernel = kernels()[name]
+    head = kernel_text.declared(kernel) + "".join(map(kernel_text.body, kernel.files[:-1]))
+    own = (METAL / name).read_text()
+    assert refusals(clang, head + own, tmp_path) == ""
+    assert refusals(clang, own, tmp_path) != ""  # so the constants count
+    given = kernel_text.metal(kernel)[1]
+    assert given == head + kernel_text.body(name)  # nothing else is put into the text
+
+
+def test_nothing_is_defined_or_included_within_the_files():
+    for path in METAL.glob("*.metal"):
+        lines = [line.split()[0] for line in path.read_text().splitlines() if line.startswith("#")]
+        assert set(lines) <= {"#pragma"}
+
+
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32])
 def test_the_gated_reduction_keeps_to_its_address_spaces(clang, monkeypatch, tmp_path, dtype):
     texts(monkeypatch, case_of(2, 4, dtype), WIDE)  # puts its stand-ins in place
     seen = []
-    run = gpu.run
+    run = launching.run
     monkeypatch.setattr(
-        gpu, "run", lambda launch, inputs: seen.append((launch, inputs)) or run(launch, inputs)
+        launching, "run", lambda launch, inputs: seen.append((launch, inputs)) or run(launch, inputs)
     )
     case = case_of(2, 4, dtype)
     some = problems.matrices(case)
@@ -112,7 +138,7 @@ def test_the_gated_reduction_keeps_to_its_address_spaces(clang, monkeypatch, tmp
         problems.vector(case), some, problems.matrices(problems.Case((64,), 128, dtype=dtype))[0]
     )(problems.vector(case), None, None)
     mx.enable_compile()
-    text = metal_text(*seen[1], kernel_text.header())
+    text = metal_text(*seen[1])
     assert " GLU = 1," in text
     assert refusals(clang, text, tmp_path) == ""
 
@@ -124,10 +150,10 @@ TURNED = kernel_text.Rotary(64, 48, traditional=False, rotated=2)
 @pytest.mark.parametrize("then", ["residual", TURNED, TURNED._replace(dims=64, traditional=True)], ids=str)
 def test_reductions_that_take_one_array_more_keep_to_their_address_spaces(clang, tmp_path, then, dtype):
     layers = problems.matrices(case_of(1 if then == "residual" else 3, 4, dtype))
-    plan = launch_plan.make_plan((1, 1, 100), dtype, layers, WIDE, launch_plan.Form(then=then))
+    plan = launching.make_plan((1, 1, 100), dtype, layers, WIDE, launching.Form(then=then))
     other = mx.zeros((128,), dtype) if then == "residual" else mx.zeros((then.dims,))
     inputs = [mx.zeros(plan.gemv.shapes[0]), plan.inputs[0], other]
-    text = metal_text(plan.reduce, inputs, kernel_text.header())
+    text = metal_text(plan.reduce, inputs)
     assert f" ROTATED = {0 if then == 'residual' else 2}," in text
     assert refusals(clang, text, tmp_path) == ""
 
@@ -136,9 +162,9 @@ def test_reductions_that_take_one_array_more_keep_to_their_address_spaces(clang,
 def test_norms_keep_to_their_address_spaces(clang, tmp_path, dtype):
     case = case_of(3, 4, dtype)
     x, norm, _ = problems.before_norm(case)
-    form = launch_plan.Form(norm=norm)
-    plan = launch_plan.make_plan(x.shape, dtype, problems.matrices(case), NARROW, form)
-    text = metal_text(plan.gemv, plan.first_inputs(x), kernel_text.header())
+    form = launching.Form(norm=norm)
+    plan = launching.make_plan(x.shape, dtype, problems.matrices(case), NARROW, form)
+    text = metal_text(plan.gemv, plan.first_inputs(x))
     assert " NORMED = 1," in text
     assert refusals(clang, text, tmp_path) == ""
 
@@ -149,16 +175,16 @@ def test_norms_keep_to_their_address_spaces(clang, tmp_path, dtype):
         # a threadgroup pointer where a device pointer is wanted, and the other way round
         (
             "const uint inputs =",
-            "const device uint* wrong = channel_sums;\nconst uint inputs =",
-            "channel_sums",
+            "const device uint* wrong = memory.simdgroup_count;\nconst uint inputs =",
+            "address_space(3)",
         ),
         (CODES, "threadgroup const uint32_t* codes = packed", "address_space(3)"),
         # losing the address space, which Metal does not allow for a pointer
         (CODES, "const uint32_t* codes = packed", "address_space(1)"),
         # a constant pointer passed as device
-        ("inputs = settings[0];", "inputs = takes_constant(settings);", "takes_constant"),
+        ("inputs = launch.inputs;", "inputs = takes_constant(settings);", "takes_constant"),
         # min of a signed and an unsigned number is ambiguous in Metal
-        ("min(stripe_first + settings[1], inputs)", "min(stripe_first + settings[1], 5)", "ambiguous"),
+        ("min(stripe_first + launch.stripe, inputs)", "min(stripe_first + launch.stripe, 5)", "ambiguous"),
         # C++17
         ("if (BITS % 4 == 0)", "if constexpr (BITS % 4 == 0)", "C++17"),
         # double is no type of Metal's
@@ -168,10 +194,9 @@ def test_norms_keep_to_their_address_spaces(clang, tmp_path, dtype):
 def test_planted_wrong_address_space_is_refused(clang, monkeypatch, tmp_path, old, new, reason):
     (text,) = texts(monkeypatch, case_of(1, 4), NARROW)
     head = "inline uint takes_constant(const constant uint32_t* values) { return values[0]; }\n"
-    declared = text.replace("const uint lane =", "threadgroup uint channel_sums[4];\nconst uint lane =", 1)
-    assert old in declared
-    assert refusals(clang, head + declared, tmp_path) == ""
-    assert reason in refusals(clang, head + declared.replace(old, new), tmp_path) != ""
+    assert old in text
+    assert refusals(clang, head + text, tmp_path) == ""
+    assert reason in refusals(clang, head + text.replace(old, new), tmp_path) != ""
 
 
 def test_planted_pointer_to_another_16_bit_type_is_refused(clang, monkeypatch, tmp_path):

@@ -1,10 +1,11 @@
-"""The GPU backend, Metal and CUDA: which launches a call takes, and what can be kept between calls.
+"""The GPU backend, Metal and CUDA: which launches a step takes.
 
-Texts are in kernel_text.py, the cut of a launch in geometry.py, what it is made of in launch_plan.py, the
-launch itself in launch.py. It knows layers only as `interface.Projection`s and decides nothing about
-thresholds or models.
+launch.py plans and launches, geometry.py cuts, kernel_text.py and settings.py hand constants and numbers to
+the kernels of metal/, weights.py keeps what belongs to a layer, first_use.py checks kernels. Layers are known
+only as `interface.Projection`s.
 """
 
+import contextlib
 import sys
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -13,10 +14,9 @@ from typing import cast
 import mlx.core as mx
 
 from spqt_cli.backends import stock
-from spqt_cli.backends.gpu import first_use, geometry, joined_weights, launch_plan, prompts
-from spqt_cli.backends.gpu.kernel_text import Rotary
-from spqt_cli.backends.gpu.launch import launch
-from spqt_cli.backends.gpu.launch_plan import Form, Plan
+from spqt_cli.backends.gpu import first_use, geometry, weights
+from spqt_cli.backends.gpu import launch as launching
+from spqt_cli.backends.gpu.launch import Form, Plan, launch
 from spqt_cli.backends.interface import (
     Backend,
     Calls,
@@ -26,11 +26,16 @@ from spqt_cli.backends.interface import (
     HeadStep,
     Norm,
     Projection,
+    Rotary,
     RotaryStep,
     Step,
     Tail,
     TailStep,
 )
+
+DEQUANTIZE_ROWS = 16  # from here dequantizing once and a plain matmul is faster on CUDA (docs/kernel-log.md)
+MOST_UNFREED = 512 << 20  # bytes of dequantized matrices that wait to be freed
+_unfreed: list[int] = []  # bytes of those matrices
 
 
 def find() -> Backend | str | None:
@@ -76,8 +81,8 @@ def sparse_gemv(x: mx.array, layers: Sequence[Projection]) -> tuple[list[mx.arra
 
 def arrange(layers: Sequence[Projection]) -> None:
     """Lay the weights of a launch out as the kernels want them; the layers get other, equal arrays."""
-    for some in [layers] if launch_plan.one_launch(layers) else [[layer] for layer in layers]:
-        joined_weights.join(some)
+    for some in [layers] if launching.one_launch(layers) else [[layer] for layer in layers]:
+        weights.join(some)
 
 
 def prepare(layers: Sequence[Projection]) -> Step:
@@ -133,7 +138,7 @@ def prepare_rotary(
 ) -> RotaryStep | None:
     """As `select.prepare_rotary`, in one traced call: the reduction of q/k/v turns their heads."""
     dense = all(layer.threshold is None for layer in layers)
-    plan = _usable(x, layers, Form(dense, rotary, norm)) if launch_plan.turns(layers, rotary) else None
+    plan = _usable(x, layers, Form(dense, rotary, norm)) if launching.turns(layers, rotary) else None
     if plan is None:
         return None
 
@@ -164,7 +169,7 @@ def prepare_tail(x: mx.array, tail: Tail) -> TailStep | None:
 def _gated_plan(x: mx.array, pair: Sequence[Projection], norm: Norm | None) -> Plan | None:
     """The plan for silu(gate) * up, of x or of its norm; None where the kernels can't."""
     dense = all(layer.threshold is None for layer in pair)
-    shapes = {(layer.outputs, *bands) for layer, bands in zip(pair, launch_plan.bands(pair), strict=True)}
+    shapes = {(layer.outputs, *bands) for layer, bands in zip(pair, launching.bands(pair), strict=True)}
     return _usable(x, pair, Form(dense, "glu", norm)) if len(shapes) == 1 else None
 
 
@@ -197,31 +202,56 @@ def matmul(x: mx.array, layer: Projection) -> mx.array:
     if rows == 1:
         plan = _usable(x, [layer], Form(dense=True))
         return stock.matmul(x, layer) if plan is None else launch(x, plan)[0][0]
-    return prompts.matmul(x, layer)
+    if rows < DEQUANTIZE_ROWS or not mx.cuda.is_available():
+        return stock.matmul(x, layer)
+    return _dequantized_matmul(x, layer)
+
+
+def _dequantized_matmul(x: mx.array, layer: Projection) -> mx.array:
+    """As `matmul`, the matrix dequantized once and multiplied as a dense one."""
+    rows = x.size // x.shape[-1]
+    packed = (layer.weight, layer.scales, layer.biases)
+    w = mx.dequantize(*packed, group_size=layer.group_size, bits=layer.bits)  # (bands, inputs, band)
+    y = (x.reshape(1, rows, -1) @ w.astype(x.dtype)).swapaxes(0, 1)  # (rows, bands, band)
+    y = y.reshape(rows, -1)[:, : layer.outputs].reshape(*x.shape[:-1], layer.outputs)
+    _free_in_time(y, w.nbytes)
+    bias = layer.get("bias")
+    return y if bias is None else y + bias
+
+
+def _free_in_time(y: mx.array, size: int) -> None:
+    """Evaluate y when the matrices dequantized since the last time are many bytes.
+
+    MLX frees temporaries once some hundred operations have run, which would keep several blocks' matrices.
+    """
+    _unfreed.append(size)
+    if sum(_unfreed) > MOST_UNFREED:
+        _unfreed.clear()
+        with contextlib.suppress(ValueError):  # within mx.compile or mx.grad nothing can be evaluated
+            mx.eval(y)
 
 
 def _plan(x: mx.array, layers: Sequence[Projection], form: Form) -> Plan | None:
     """The plan of a call, made once; None where the layers can't share a launch."""
-    plans = joined_weights.kept(layers[0])
+    plans = weights.kept(layers[0]).plans
     norm = (id(form.norm.weight), form.norm.eps) if form.norm else None
     key = (x.shape, x.dtype, form.dense, form.then, norm, *map(id, layers))
     if key in plans:
-        plan = plans[key]
-        known = iter(plan.known if plan else ())
-        if all(one.get("weight") is next(known) and one.threshold is next(known) for one in layers if plan):
-            return plan
-    plan = _checked(x, layers, form) if launch_plan.one_launch(layers) else None
-    plans[key] = plan  # joining the layers has forgotten the others
+        known: Plan | None = plans[key]
+        if known is None or known.still_fits(layers):
+            return known
+    plan = _checked(x, layers, form) if launching.one_launch(layers) else None
+    plans[key] = plan
     return plan
 
 
 def _checked(x: mx.array, layers: Sequence[Projection], form: Form) -> Plan:
     """A plan whose kernels were checked; without launches where they failed or can't take the arrays."""
     cut = choose(layers, x.dtype)
-    plan = launch_plan.make_plan(x.shape, x.dtype, layers, cut, form)
+    plan = launching.make_plan(x.shape, x.dtype, layers, cut, form)
     if plan.gemv is None:
         return plan
-    if launch_plan.tiny(layers) or first_use.verdict(plan, x.dtype, layers, cut):
+    if launching.tiny(layers, form) or first_use.verdict(plan, x.dtype, layers, cut):
         return plan._replace(gemv=None)
     return plan
 
@@ -229,4 +259,4 @@ def _checked(x: mx.array, layers: Sequence[Projection], form: Form) -> Plan:
 def choose(layers: Sequence[Projection], dtype: mx.Dtype) -> geometry.Geometry:
     """The launch geometry of these projections on this device, for an x of this dtype."""
     inputs = layers[0].weight.shape[1]
-    return geometry.choose(device_class(), launch_plan.bands(layers), inputs, dtype == mx.float32)
+    return geometry.choose(device_class(), launching.bands(layers), inputs, dtype == mx.float32)

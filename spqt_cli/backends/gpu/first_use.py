@@ -19,9 +19,8 @@ from typing import Any
 import mlx.core as mx
 
 from spqt_cli.backends import accuracy, interface, problems
-from spqt_cli.backends.gpu import geometry, kernel_text, launch_plan
-from spqt_cli.backends.gpu.launch import launch
-from spqt_cli.backends.gpu.launch_plan import Form
+from spqt_cli.backends.gpu import geometry, kernel_text
+from spqt_cli.backends.gpu.launch import Form, Plan, launch, make_plan, per_channel
 from spqt_cli.system import files
 from spqt_cli.version import __version__
 
@@ -45,7 +44,7 @@ def suspended() -> Iterator[None]:
         _suspended.pop()
 
 
-def verdict(plan: launch_plan.Plan, dtype: mx.Dtype, layers: Sequence[Any], cut: geometry.Geometry) -> str:
+def verdict(plan: Plan, dtype: mx.Dtype, layers: Sequence[Any], cut: geometry.Geometry) -> str:
     """Why the kernels of these layers' plan must not be used; empty where they are right.
 
     The first failure of a process is told in one line, and turns all its later layers to MLX's matmul.
@@ -78,7 +77,6 @@ def fault(dtype: mx.Dtype, layers: Sequence[Any], cut: geometry.Geometry, form: 
     step = math.lcm(group, head)
     band = -(-cut.tile // step) * step
     missing = [0 if head > 1 else 3 if then == "glu" else 3 + p for p in range(len(layers))]
-    per_channel = launch_plan.per_channel(layers, dense=form.dense)
     case = problems.Case(
         tuple(band - few for few in missing),
         INPUTS,
@@ -88,7 +86,7 @@ def fault(dtype: mx.Dtype, layers: Sequence[Any], cut: geometry.Geometry, form: 
         scales=layers[0].scales.dtype,
         band=band,
         bias=any(layer.get("bias") is not None for layer in layers),
-        per_channel=per_channel,
+        per_channel=per_channel(layers, dense=form.dense),
     )
     matrices = problems.matrices(case)
     x = multiplied = problems.vector(case)
@@ -98,19 +96,17 @@ def fault(dtype: mx.Dtype, layers: Sequence[Any], cut: geometry.Geometry, form: 
     if form.dense:
         for matrix in matrices:
             matrix.set_threshold(0.0)
-    plan = launch_plan.make_plan(x.shape, dtype, matrices, small, form._replace(then=""))
+    plan = make_plan(x.shape, dtype, matrices, small, form._replace(then=""))
     first, second = _result(x, plan), _result(x, plan)
     found = accuracy.judge(multiplied, matrices, first, second)
     words = "" if found.passed else found.words()
     if then and not words:
-        plan = launch_plan.make_plan(x.shape, dtype, matrices, small, form)
+        plan = make_plan(x.shape, dtype, matrices, small, form)
         words = _fault_of_reduction(x, plan, first, then)
     return f"a GPU kernel is wrong on this machine ({words})" if words else ""
 
 
-def _fault_of_reduction(
-    x: mx.array, plan: launch_plan.Plan, apart: accuracy.Result, then: kernel_text.Then
-) -> str:
+def _fault_of_reduction(x: mx.array, plan: Plan, apart: accuracy.Result, then: kernel_text.Then) -> str:
     """What is wrong with a reduction that does more than add up, from one that does not."""
     if then == "glu":
         return accuracy.judge_gated(apart, _result(x, plan))
@@ -122,21 +118,17 @@ def _fault_of_reduction(
     return accuracy.judge_residual(apart, more, _result(x, plan, more))
 
 
-def _result(x: mx.array, plan: launch_plan.Plan, other: mx.array | None = None) -> accuracy.Result:
+def _result(x: mx.array, plan: Plan, other: mx.array | None = None) -> accuracy.Result:
     outputs, active = launch(x, plan, plan.nothing, other)
     assert active is not None
     return outputs, active
 
 
-def _key(plan: launch_plan.Plan) -> str:
+def _key(plan: Plan) -> str:
     launches = (plan.gemv, plan.reduce, plan.counts)
     kernels = [launch.kernel for launch in launches if launch is not None]
-    words = [
-        _machine(),
-        kernel_text.header(),
-        kernel_text.body("shim_cuda.h"),
-        *(f"{one.name}{one.source}" for one in kernels),
-    ]
+    texts = [text for one in kernels for text in (one.name, *kernel_text.metal(one))]
+    words = [_machine(), kernel_text.body("shim_cuda.h"), *texts]
     return hashlib.sha256("\n".join(words).encode()).hexdigest()
 
 

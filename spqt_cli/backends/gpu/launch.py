@@ -1,15 +1,71 @@
-"""Calls of the GPU kernels that a plan describes; each kernel is built once. Decides nothing."""
+"""Plans and launches of the GPU kernels: from layers, a shape and a geometry to MLX's calls.
 
-from collections.abc import Callable
+A plan holds all that a call can reuse. backend.py says which plans a step takes.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from spqt_cli.backends.gpu import kernel_text
-from spqt_cli.backends.gpu.kernel_text import Kernel
-from spqt_cli.backends.gpu.launch_plan import Launch, Plan
-from spqt_cli.backends.interface import Count
+from spqt_cli.backends.gpu import geometry, kernel_text, weights
+from spqt_cli.backends.gpu.kernel_text import COUNTS, Constants, Kernel, Rotary, Then
+from spqt_cli.backends.gpu.settings import LaunchSettings, ProjectionSettings, pack
+from spqt_cli.backends.interface import Count, Norm, Projection
+
+MAX_SHARED = 6  # projections in one launch; Metal binds at most 31 buffers, this takes P + 5
+TYPES = {mx.float16: "float16_t", mx.bfloat16: "bfloat16_t", mx.float32: "float"}
+
+
+class Form(NamedTuple):
+    """What a call computes besides its layers' products.
+
+    dense: all channels are used, whatever the thresholds. then: "glu" gives silu(first) * second of two
+    layers, "residual" y plus another array, a Rotary turned heads, (1, heads, 1, width) each. norm: what x
+    goes through first; its weight has x's dtype.
+    """
+
+    dense: bool = False
+    then: Then = ""
+    norm: Norm | None = None
+
+
+@dataclass(eq=False)
+class Launch:
+    """One call of a kernel, all but its inputs; depends on shapes only."""
+
+    kernel: Kernel
+    threadgroups: tuple[int, int]
+    shapes: Sequence[tuple[int, ...]]
+    dtypes: list[mx.Dtype]
+    built: Callable[..., list[mx.array]] | None = None
+
+
+class Plan(NamedTuple):
+    """All that a call can reuse: what depends on the layers and on x's shape and dtype."""
+
+    known: tuple[tuple[mx.array, mx.array | None], ...]  # each layer's weight and threshold
+    form: Form  # its norm is kept: a plan is found by the identity of its arrays
+    inputs: list[mx.array]  # settings and packed weights
+    nothing: mx.array  # (layers,) uint32 zeros: the counts to begin with
+    gemv: Launch | None  # None where MLX's own matmul is to run: see backend.py
+    reduce: Launch | None
+    counts: Launch | None  # with `reduce`
+
+    def still_fits(self, layers: Sequence[Any]) -> bool:
+        """Whether these layers have the arrays that they had when the plan was made."""
+        pairs = zip(layers, self.known, strict=True)
+        return all(
+            layer.get("weight") is weight and layer.threshold is threshold
+            for layer, (weight, threshold) in pairs
+        )
+
+    def first_inputs(self, x: mx.array, counted: mx.array | None = None) -> list[mx.array]:
+        """The arrays of the first launch; where it is the only one it takes the counts so far."""
+        before = [] if self.reduce else [self.nothing if counted is None else counted]
+        return [x, *self.inputs, *before]
 
 
 def launch(
@@ -18,7 +74,7 @@ def launch(
     """The outputs of a plan's one or two kernel calls, and `counted` plus the active channels; lazy.
 
     Counting partial sums takes a call of its own, left out where nobody counts.
-    other: what the reduction takes besides sums: the residual stream, or the turns of a position.
+    other: what the reduction takes with the sums: the residual stream, or the turns of a position.
     """
     assert plan.gemv is not None
     *outputs, last = run(plan.gemv, plan.first_inputs(x, counted))
@@ -29,7 +85,8 @@ def launch(
     if counted is None:
         return outputs, None
     (active,) = run(plan.counts, [*sums, counted])
-    return mx.depends(outputs, [active]), active  # else a count that nobody reads yet would keep the sums
+    # A count that nobody has read yet holds on to the sums; y depends on it, so that it runs with y.
+    return mx.depends(outputs, [active]), active
 
 
 def run(launch: Launch, inputs: list[mx.array]) -> list[mx.array]:
@@ -51,7 +108,7 @@ def run(launch: Launch, inputs: list[mx.array]) -> list[mx.array]:
 def _built(kernel: Kernel) -> Callable[..., list[mx.array]]:
     if mx.metal.is_available():
         make: Any = mx.fast.metal_kernel
-        source, head = kernel.source, kernel_text.header()
+        source, head = kernel_text.metal(kernel)
     else:
         make = mx.fast.cuda_kernel
         source, head = kernel_text.cuda(kernel)
@@ -61,4 +118,131 @@ def _built(kernel: Kernel) -> Callable[..., list[mx.array]]:
         output_names=list(kernel.outputs),
         source=source,
         header=head,
+    )
+
+
+def one_launch(layers: Sequence[Projection]) -> bool:
+    """Whether these projections can share a launch: equal in all that the kernel has as constants."""
+    kinds = {(layer.bits, layer.group_size, layer.scales.dtype) for layer in layers}
+    return len(kinds) == 1 and len(layers) <= MAX_SHARED
+
+
+def tiny(layers: Sequence[Projection], form: Form | None = None) -> bool:
+    """Whether MLX would pass an array, under eight elements, in another address space: not worth a kernel."""
+    sizes = [array.size for one in layers for array in (one.weight, one.scales, one.biases)]
+    sizes.append(layers[0].weight.shape[1])  # x
+    if form and form.then == "residual":
+        sizes.append(layers[0].outputs)
+    return min(sizes) < 8
+
+
+def make_plan(
+    shape: tuple[int, ...], dtype: mx.Dtype, layers: Sequence[Any], cut: geometry.Geometry, form: Form
+) -> Plan:
+    """The launches and the settings array for these layers and an x of this shape and dtype.
+
+    No launches where something is to follow the sums, and there are no stripes to add up.
+    """
+    joined = weights.join(layers)
+    stripes = cut.stripes(shape[-1])
+    tiles = sum(cut.tiles(band) * number for band, number in bands(layers))
+    settings = _settings(layers, joined, cut, form)
+    constants = _constants(dtype, layers, cut, form)
+    y_shapes = [_y_shape(shape, layer.outputs, form.then) for layer in layers]
+    nothing = mx.zeros(len(layers), mx.uint32)
+    known = tuple((layer.weight, layer.threshold) for layer in layers)
+    plan = Plan(known, form, [settings, joined[0].words], nothing, None, None, None)
+    mx.eval(nothing)
+    results = y_shapes[:1] if form.then == "glu" else y_shapes
+    dtypes = [dtype] * len(results)
+    if stripes == 1 and form.then:
+        return plan
+    if stripes == 1:
+        kernel = kernel_text.gemv_kernel(constants, cut.threads, partial=False)
+        shapes = [*results, (len(layers),)]
+        return plan._replace(gemv=Launch(kernel, (tiles, 1), shapes, [*dtypes, mx.uint32]))
+    positions = tiles * cut.tile
+    partials = (stripes, positions + COUNTS)
+    kernel = kernel_text.gemv_kernel(constants, cut.threads, partial=True)
+    gemv = Launch(kernel, (tiles, stripes), [partials], [mx.float32])
+    grid = (positions // geometry.SIMD // (2 if form.then == "glu" else 1), 1)
+    reduce = Launch(kernel_text.reduce_kernel(constants, form.then), grid, results, dtypes)
+    counts = Launch(kernel_text.count_kernel(), (1, 1), [(len(layers),)], [mx.uint32])
+    return plan._replace(gemv=gemv, reduce=reduce, counts=counts)
+
+
+def _y_shape(shape: tuple[int, ...], outputs: int, then: Then) -> tuple[int, ...]:
+    if isinstance(then, Rotary):
+        return (1, outputs // then.head, 1, then.head)
+    return (*shape[:-1], outputs)
+
+
+def turns(layers: Sequence[Projection], rotary: Rotary) -> bool:
+    """Whether a reduction can turn these projections' heads: no pair lies in two bands."""
+    whole = all(band % rotary.head == 0 for band, _ in bands(layers))
+    whole = whole and all(layer.outputs % rotary.head == 0 for layer in layers)
+    return whole and rotary.dims % 2 == 0 and 8 <= rotary.dims <= rotary.head
+
+
+def bands(layers: Sequence[Projection]) -> list[tuple[int, int]]:
+    """Per layer its band, in outputs, and the number of bands."""
+    return [(layer.weight.shape[2] * 32 // layer.bits, layer.weight.shape[0]) for layer in layers]
+
+
+def _settings(
+    layers: Sequence[Projection], joined: Sequence[weights.Joined], cut: geometry.Geometry, form: Form
+) -> mx.array:
+    inputs = layers[0].weight.shape[1]
+    projections: list[ProjectionSettings] = []
+    tiles = 0
+    for layer, (band, number), one in zip(layers, bands(layers), joined, strict=True):
+        own = ProjectionSettings(tiles, band, cut.tiles(band), layer.outputs, *one.starts)
+        projections.append(own)
+        tiles += own.tiles * number
+    eps = form.norm.eps if form.norm else 0.0
+    launch = LaunchSettings(inputs, cut.stripe, tiles * cut.tile + COUNTS, len(layers), eps)
+    given = [None if form.dense else layer.threshold for layer in layers]
+    floats = [mx.zeros((1,)) if one is None else one.astype(mx.float32) for one in given]
+    if per_channel(layers, dense=form.dense):
+        floats = [mx.broadcast_to(one, (inputs,)) for one in floats]
+    if _has_bias(layers):
+        biases = [layer.get("bias") for layer in layers]
+        floats += [
+            mx.zeros((layer.outputs,)) if bias is None else bias.astype(mx.float32)
+            for layer, bias in zip(layers, biases, strict=True)
+        ]
+    if form.norm:
+        floats.append(form.norm.weight.astype(mx.float32))
+    return pack(launch, projections, floats)
+
+
+def _has_bias(layers: Sequence[Projection]) -> bool:
+    return any(layer.get("bias") is not None for layer in layers)
+
+
+def per_channel(layers: Sequence[Projection], *, dense: bool) -> bool:
+    """Whether a launch needs a threshold for each channel."""
+    thresholds = [layer.threshold for layer in layers]
+    return not dense and any(one is not None and one.size > 1 for one in thresholds)
+
+
+def _constants(
+    dtype: mx.Dtype, layers: Sequence[Projection], cut: geometry.Geometry, form: Form
+) -> Constants:
+    return (
+        ("T", TYPES[dtype]),
+        ("S", TYPES[layers[0].scales.dtype]),
+        ("BITS", layers[0].bits),
+        ("GROUP", layers[0].group_size),
+        ("P", len(layers)),
+        ("PER_CHANNEL", int(per_channel(layers, dense=form.dense))),
+        ("HAS_BIAS", int(_has_bias(layers))),
+        ("NORMED", int(form.norm is not None)),
+        ("OUTPUTS", cut.outputs),
+        ("LANES", cut.lanes),
+        ("ROWS", cut.rows),
+        ("UNROLL", cut.unroll),
+        ("LIST", cut.list),
+        ("SLICE", cut.slice),
+        ("DECODE", cut.decode),
     )

@@ -47,6 +47,7 @@ def settle(checkpoint: Checkpoint, build: Build) -> None:
         if inner.get(key) is not None and not isinstance(inner[key], dict):
             raise SpqtError(f"{checkpoint.name}: {key} in config.json is not an object", checks.AGAIN)
     _check_bases(inner, checkpoint.name)
+    _check_layer_types(inner, checkpoint.name)
     meant = definition.read(config, inner)
     keys = config_keys.reads(args_class)
     if not meant.ropes and _by_layer_type(inner) and "rope_parameters" not in keys:
@@ -83,6 +84,15 @@ def _check_bases(inner: dict[str, Any], name: str) -> None:
             continue
         if isinstance(base, bool) or not isinstance(base, (int, float)) or not 0 < base < math.inf:
             raise SpqtError(f"{name}: rope_theta is {base!r:.40}, no positive number", checks.AGAIN)
+
+
+def _check_layer_types(inner: dict[str, Any], name: str) -> None:
+    """Raise SpqtError for layer types that are no list of names."""
+    types = inner.get("layer_types")
+    if types is not None and not (isinstance(types, list) and all(isinstance(one, str) for one in types)):
+        raise SpqtError(
+            f"{name}: config.json: 'layer_types' is {types!r:.40}, not a list of names", checks.AGAIN
+        )
 
 
 def _by_layer_type(inner: dict[str, Any]) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ import pytest
 
 from spqt_cli.backends import cpu, select
 from spqt_cli.decode import active_counts, fused_mlp
-from spqt_cli.decode.layers import SharedInput, ZigzagLinear
+from spqt_cli.decode.layers import ZigzagLinear, share_input
 
 USABLE, REASON = cpu.status()
 pytestmark = [pytest.mark.skipif(not USABLE, reason=REASON), pytest.mark.usefixtures("decode_steps", "isa")]
@@ -36,9 +36,7 @@ def module(middle=704, bias=False, threshold=0.4):
     made.gate_proj = layer(middle, INPUTS, 1, bias, threshold)
     made.up_proj = layer(middle, INPUTS, 2, bias, threshold)
     made.down_proj = layer(OUTPUTS, middle, 3, bias, threshold)
-    pair = SharedInput([made.gate_proj, made.up_proj])
-    for one in pair.layers:
-        one.share_input(pair)
+    share_input([made.gate_proj, made.up_proj])
     return made
 
 

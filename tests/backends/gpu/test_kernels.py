@@ -8,7 +8,7 @@ import pytest
 
 from spqt_cli.backends import accuracy, problems, stock
 from spqt_cli.backends.gpu import backend as gpu
-from spqt_cli.backends.gpu import first_use, geometry, joined_weights, kernel_text, launch_plan, prompts
+from spqt_cli.backends.gpu import first_use, geometry, weights
 from spqt_cli.backends.gpu import launch as launching
 from spqt_cli.backends.problems import Case
 from spqt_cli.format import layout
@@ -21,7 +21,7 @@ def emulated(monkeypatch):
     launches = []
 
     def run(launch, inputs):
-        emulation = emulate(launch, inputs, kernel_text.header())
+        emulation = emulate(launch, inputs)
         assert emulation.reports == []
         launches.append(launch)
         return emulation.outputs
@@ -81,7 +81,7 @@ def test_float32_rounds_less_with_codes_around_their_middle(emulated, monkeypatc
     for decode in decodes:
         use(monkeypatch, CUTS["wide"]._replace(decode=decode))
         (y,), _ = gpu.sparse_gemv(x, [matrix])
-        joined_weights.kept(matrix).clear()
+        weights.kept(matrix).forget()
         errors.append(np.sqrt(np.mean((accuracy.wide(y).ravel() - exact) ** 2)))
     assert errors[0] < 0.5 * errors[1]
 
@@ -99,8 +99,8 @@ def test_x_is_normalized_on_the_way_in(emulated, cut, dtype):
     some = problems.matrices(case)
     x, norm, normed = problems.before_norm(case)
     assert mx.allclose(mx.fast.rms_norm(x, norm.weight, norm.eps), normed, rtol=1e-6).item()
-    plan = launch_plan.make_plan(x.shape, dtype, some, CUTS[cut], launch_plan.Form(norm=norm))
-    found = [gpu.launch(x, plan, plan.nothing) for _ in range(2)]
+    plan = launching.make_plan(x.shape, dtype, some, CUTS[cut], launching.Form(norm=norm))
+    found = [launching.launch(x, plan, plan.nothing) for _ in range(2)]
     assert accuracy.judge(normed, some, *found).passed
     assert not accuracy.judge(x, some, *found).passed
 
@@ -233,7 +233,7 @@ def test_a_layer_without_threshold_runs_dense(emulated, monkeypatch):
 
 @pytest.mark.parametrize("outputs", [250, 256])
 def test_many_rows_on_cuda_are_dequantized_once(monkeypatch, outputs):
-    monkeypatch.setattr(prompts.mx.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu.mx.cuda, "is_available", lambda: True)
     (matrix,) = problems.matrices(Case((outputs,), 96, dtype=mx.float32, band=64, bias=True))
     x = mx.random.normal((2, 20, 96), key=mx.random.key(1))
     # Two float32 sums of 96 terms below 1 in size: 96 * 2^-24 * 96 < 1e-3.
@@ -242,10 +242,10 @@ def test_many_rows_on_cuda_are_dequantized_once(monkeypatch, outputs):
 
 def test_dequantized_matrices_do_not_pile_up(monkeypatch):
     """MLX keeps temporaries for a hundred operations; a prompt dequantizes every matrix of the model."""
-    monkeypatch.setattr(prompts.mx.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu.mx.cuda, "is_available", lambda: True)
     (matrix,) = problems.matrices(Case((128,), 96, dtype=mx.float32))
-    monkeypatch.setattr(prompts, "MOST_UNFREED", 3 * 128 * 96 * 4)
-    prompts._unfreed.clear()
+    monkeypatch.setattr(gpu, "MOST_UNFREED", 3 * 128 * 96 * 4)
+    gpu._unfreed.clear()
     evaluated = []
     original = mx.eval
     monkeypatch.setattr(mx, "eval", lambda *arrays: evaluated.extend(arrays) or original(*arrays))

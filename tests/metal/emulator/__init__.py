@@ -1,5 +1,5 @@
 """Runs Metal kernel bodies on the CPU and judges every memory access; see emulator.py."""
 
-from .emulator import Emulation, emulate, metal_text
+from .emulator import Emulation, clang_text, emulate, metal_text
 
-__all__ = ["Emulation", "emulate", "metal_text"]
+__all__ = ["Emulation", "clang_text", "emulate", "metal_text"]

@@ -13,6 +13,7 @@
 #include "shim_cpu.h"
 #undef device
 #undef constant
+#undef threadgroup
 
 namespace {
 

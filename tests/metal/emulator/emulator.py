@@ -18,6 +18,8 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
+from spqt_cli.backends.gpu import kernel_text
+
 HERE = Path(__file__).parent
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-w", "-U_FORTIFY_SOURCE", "-ffp-contract=off"]
 
@@ -34,13 +36,14 @@ class Emulation(NamedTuple):
     traffic: dict[str, Traffic]  # per buffer
 
 
-def metal_text(launch, inputs: Sequence[mx.array], header: str = "") -> str:
+def metal_text(launch, inputs: Sequence[mx.array]) -> str:
     """The Metal that MLX would compile for this launch, as it prints it."""
+    source, header = kernel_text.metal(launch.kernel)
     kernel = mx.fast.metal_kernel(
         name=launch.kernel.name,
         input_names=list(launch.kernel.inputs),
         output_names=list(launch.kernel.outputs),
-        source=launch.kernel.source,
+        source=source,
         header=header,
     )
 
@@ -68,10 +71,15 @@ def metal_text(launch, inputs: Sequence[mx.array], header: str = "") -> str:
         return printed.read_text().split("```")[1]
 
 
-def emulate(launch, inputs: Sequence[mx.array], header: str = "") -> Emulation:
+def clang_text(text: str) -> str:
+    """The same text for clang, where a variable of an address space can't be automatic or constructed."""
+    return re.sub(r"\bthreadgroup (\w+ \w+(\[.*?\])?;)", r"extern threadgroup \1", text)
+
+
+def emulate(launch, inputs: Sequence[mx.array]) -> Emulation:
     """Runs a launch: its outputs, the faults seen and the traffic per buffer."""
     mx.eval(list(inputs))
-    text = metal_text(launch, inputs, header)
+    text = metal_text(launch, inputs)
     runtime = _runtime()
     entry = ctypes.CDLL(str(_compiled(_cpu_source(text)))).entry
     runtime.emulator_reset()
@@ -97,6 +105,8 @@ def emulate(launch, inputs: Sequence[mx.array], header: str = "") -> Emulation:
 def _cpu_source(text: str) -> str:
     """The same text with threadgroup arrays checked, and an entry that calls the kernel."""
     text = re.sub(r"\bthreadgroup\s+(\w+)\s+(\w+)\[(.*?)\];", r"static Threadgroup<\1, (\3)> \2;", text)
+    text = re.sub(r"\bthreadgroup (\w+) (\w+);", r"static \1 \2;", text)
+    text = re.sub(r"struct \w+Memory \{.*?\};", _checked_arrays, text, flags=re.S)
     head = re.search(r"\[\[kernel\]\] void (\w+)\((.*?)\) \{", text, re.S)
     arguments = []
     for parameter in head[2].split(",\n"):
@@ -110,6 +120,11 @@ def _cpu_source(text: str) -> str:
         f'#include "{HERE}/shim_cpu.h"\nextern "C" const Lane* emulator_lane();\n{text}\n'
         f'extern "C" void entry(void** buffers) {{ {call} }}\n'
     )
+
+
+def _checked_arrays(memory: re.Match[str]) -> str:
+    """The struct of a threadgroup's arrays, each of them checked."""
+    return re.sub(r"(\w+) (\w+)\[(.*?)\];", r"Threadgroup<\1, (\3)> \2;", memory[0])
 
 
 @cache

@@ -11,7 +11,8 @@ typedef unsigned long ulong;
 
 #define device __attribute__((address_space(1)))
 #define constant __attribute__((address_space(2)))
-#define threadgroup static __attribute__((address_space(3)))
+#define threadgroup __attribute__((address_space(3)))
+#define METAL_FUNC inline __attribute__((always_inline))
 #define double static_assert(false, "Metal has no double");
 
 typedef uint uint2 __attribute__((ext_vector_type(2)));

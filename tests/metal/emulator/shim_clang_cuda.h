@@ -5,6 +5,7 @@
 
 #define __device__ __attribute__((__device__))  // underlined: shim_cuda.h makes `device` a word of Metal
 #define __shared__ __attribute__((__shared__))
+#define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(threads) __attribute__((launch_bounds(threads)))
 
 typedef unsigned int uint32_t;

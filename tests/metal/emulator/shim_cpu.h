@@ -9,6 +9,8 @@ typedef unsigned long ulong;
 
 #define device
 #define constant
+#define threadgroup
+#define METAL_FUNC inline
 
 struct uint3 {
   uint x, y, z;
@@ -36,7 +38,7 @@ float emulator_shuffle_xor(float value, uint mask);
 uint64_t emulator_index(const void* array, uint64_t elements, uint64_t size, uint64_t index);
 }
 
-// A threadgroup array: emulator.py rewrites `threadgroup T name[N];` to this.
+// A threadgroup array: emulator.py rewrites `threadgroup T name[N];` to this, and arrays in a struct ...Memory.
 template <typename T, uint64_t N>
 struct Threadgroup {
   T at[N];

@@ -5,7 +5,7 @@ import pytest
 
 from spqt_cli.backends import accuracy, problems
 from spqt_cli.backends.gpu import backend as gpu
-from spqt_cli.backends.gpu import first_use, kernel_text, launch_plan
+from spqt_cli.backends.gpu import first_use, kernel_text
 from spqt_cli.backends.gpu import launch as launching
 from spqt_cli.backends.interface import Rotary
 from tests.backends.gpu.test_first_use import fresh_trust, run_emulated
@@ -25,9 +25,9 @@ FORMS = {
 def turned(case, form, cut):
     """What is wrong with the turned heads of a case."""
     layers, x = problems.matrices(case), problems.vector(case)
-    assert launch_plan.turns(layers, form)
-    apart = first_use._result(x, launch_plan.make_plan(x.shape, x.dtype, layers, cut, launch_plan.Form()))
-    plan = launch_plan.make_plan(x.shape, x.dtype, layers, cut, launch_plan.Form(then=form))
+    assert launching.turns(layers, form)
+    apart = first_use._result(x, launching.make_plan(x.shape, x.dtype, layers, cut, launching.Form()))
+    plan = launching.make_plan(x.shape, x.dtype, layers, cut, launching.Form(then=form))
     angles = mx.random.uniform(0.0, 6.0, (form.dims // 2,), key=mx.random.key(3))
     turns = mx.concatenate([mx.cos(angles), mx.sin(angles)])
     found = first_use._result(x, plan, turns)
@@ -50,11 +50,11 @@ def test_turned_heads_of_every_dtype(emulated, dtype):
 
 def test_heads_across_bands_and_odd_widths_are_not_turned():
     layers = problems.matrices(Case((192, 64), 70, band=64))
-    assert not launch_plan.turns(layers, Rotary(128, 128, traditional=False, rotated=2))
-    assert not launch_plan.turns(layers, Rotary(64, 4, traditional=False, rotated=2))
-    assert not launch_plan.turns(layers, Rotary(64, 63, traditional=False, rotated=2))
-    assert not launch_plan.turns(layers, Rotary(64, 128, traditional=False, rotated=2))
-    assert launch_plan.turns(layers, Rotary(64, 32, traditional=False, rotated=2))
+    assert not launching.turns(layers, Rotary(128, 128, traditional=False, rotated=2))
+    assert not launching.turns(layers, Rotary(64, 4, traditional=False, rotated=2))
+    assert not launching.turns(layers, Rotary(64, 63, traditional=False, rotated=2))
+    assert not launching.turns(layers, Rotary(64, 128, traditional=False, rotated=2))
+    assert launching.turns(layers, Rotary(64, 32, traditional=False, rotated=2))
 
 
 @pytest.mark.parametrize("wrong", ["leads ? -its : its", "held -= held", "const bool owns ="])
@@ -66,12 +66,10 @@ def test_a_wrong_turn_is_found_on_first_use(monkeypatch, fresh_trust, capfd, wro
     }
     real = kernel_text.body
     monkeypatch.setattr(kernel_text, "body", lambda name: real(name).replace(wrong, better[wrong]))
-    kernel_text.reduce_kernel.cache_clear()
     monkeypatch.setattr(launching, "run", run_emulated)
     use(monkeypatch, CUTS["eight lanes"])
     case = Case((128, 64), 301)
     layers, x = problems.matrices(case), problems.vector(case)
-    assert gpu._plan(x, layers, launch_plan.Form(then=FORMS["halves"])).gemv is None
+    assert gpu._plan(x, layers, launching.Form(then=FORMS["halves"])).gemv is None
     assert "a GPU kernel is wrong" in capfd.readouterr().err
     assert first_use.broken()
-    kernel_text.reduce_kernel.cache_clear()

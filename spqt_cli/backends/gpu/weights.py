@@ -1,7 +1,7 @@
-"""The weights of a launch as one array: MLX spends host time on every array of every launch.
+"""What the GPU backend keeps with a layer, and the weights of a launch as one array.
 
-A layer keeps its three arrays; they become views of the shared one. It knows layers only through
-`interface.Projection`.
+MLX spends host time on every array of every launch. A layer keeps its three arrays; they become views of
+the shared one. Layers are known only as `interface.Projection`s.
 """
 
 from collections.abc import Iterable, Sequence
@@ -14,11 +14,37 @@ from spqt_cli.backends.interface import Projection
 LINE = 128  # bytes; each array begins at a multiple, so that lines are touched as before and loads are wide
 
 
-class Kept(dict[Any, Any]):
-    """What the GPU kernels keep with a layer: its place in a joined array, and plans by form and shape.
+class Joined(NamedTuple):
+    """Where a layer's arrays lie. words: (any,) uint32; starts: of weight, scales and biases, in words."""
 
-    A copy of the layer begins with nothing: what is kept holds the arrays of the old one.
+    words: mx.array
+    starts: tuple[int, ...]
+    arrays: tuple[mx.array, ...]  # the layer's own, views of words
+
+    def still_holds(self, layer: Projection) -> bool:
+        """Whether the layer's arrays are those that this speaks of."""
+        return all(one is other for one, other in zip(self.arrays, _arrays(layer), strict=True))
+
+
+class Kept:
+    """All that the GPU backend keeps with a layer, in one place: its arrays' place, and plans by call.
+
+    A plan holds arrays, so plans go when the layer's arrays move. A copy of the layer begins with nothing.
     """
+
+    def __init__(self) -> None:
+        self.joined: Joined | None = None
+        self.plans: dict[Any, Any] = {}
+
+    def move(self, joined: Joined) -> None:
+        """The layer's arrays lie elsewhere from now on."""
+        self.joined = joined
+        self.plans.clear()
+
+    def forget(self) -> None:
+        """As for a layer that was never used."""
+        self.joined = None
+        self.plans.clear()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Kept":
         return Kept()
@@ -30,23 +56,15 @@ def kept(layer: Any) -> Kept:
     return found
 
 
-class Joined(NamedTuple):
-    """Where a layer's arrays lie. words: (any,) uint32; starts: of weight, scales and biases, in words."""
-
-    words: mx.array
-    starts: tuple[int, ...]
-    arrays: tuple[mx.array, ...]  # the layer's own, views of words
-
-
 def join(layers: Sequence[Projection]) -> list[Joined]:
     """One array for these layers' weights, scales and biases, made once; each layer's entry.
 
     The layers' own arrays are replaced by equal ones, so whoever remembers them must ask afterwards.
     """
-    known = [_joined(layer) for layer in layers]
-    first = known[0]
-    if first and all(one and one.words is first.words for one in known):
-        return [one for one in known if one]
+    known = [kept(layer).joined for layer in layers]
+    held = [one for one, layer in zip(known, layers, strict=True) if one and one.still_holds(layer)]
+    if len(held) == len(layers) and all(one.words is held[0].words for one in held):
+        return held
     arrays = [array for layer in layers for array in _arrays(layer)]
     pieces = [_words(array) for array in arrays]
     words = mx.concatenate(pieces)
@@ -63,16 +81,8 @@ def join(layers: Sequence[Projection]) -> list[Joined]:
         own = slice(3 * i, 3 * i + 3)
         found.append(Joined(words, tuple(starts[own]), tuple(views[own])))
         layer.weight, layer.scales, layer.biases = views[own]
-        kept(layer).clear()  # plans would keep what the arrays were before
-        kept(layer)["joined"] = found[-1]
+        kept(layer).move(found[-1])
     return found
-
-
-def _joined(layer: Any) -> Joined | None:
-    """A layer's entry, while its arrays are those that it speaks of."""
-    entry: Joined | None = kept(layer).get("joined")
-    same = entry and all(a is b for a, b in zip(entry.arrays, _arrays(layer), strict=True))
-    return entry if same else None
 
 
 def _arrays(layer: Projection) -> Iterable[mx.array]:

@@ -1,0 +1,243 @@
+"""Which transformer blocks have the form that fused decode steps compute, and why others do not.
+
+    h = x + out(attention(norm(x))),  y = h + down(silu(gate(n)) * up(n)) with n = norm(h)
+
+Names prove nothing: a class is run once with small functions in the place of its parts, and its result is
+held against the formula. The CPU, the GPU, profiles and `spqt inspect` ask here. It prepares no steps.
+"""
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Callable, Iterator
+from functools import cache
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from spqt_cli.backends import interface
+from spqt_cli.decode import foreign
+from spqt_cli.decode.bytes_read import BLOCK
+from spqt_cli.decode.exact import ExactRoPE
+from spqt_cli.format import config_json
+
+PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
+PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+OUT = "o_proj"
+GATED = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))  # gate, up and down in mlx-lm's models
+
+IsZigzag = Callable[[Any], bool]
+
+
+class Rope(NamedTuple):
+    """The settings with which a module calls `mx.fast.rope`, but the offset. freqs: (dims / 2,) or None."""
+
+    dims: int
+    traditional: bool
+    base: float | None
+    scale: float
+    freqs: mx.array | None
+
+
+class Block(NamedTuple):
+    """A block that fused steps can compute, as it is now.
+
+    projections: of the first norm's result, in one launch: q, and k and v where they are Zigzag layers.
+    rope: None where attention does more than rotate q and k and ask for the product with its cache.
+    tail: attention's last layer and all that follows it.
+    """
+
+    norm: interface.Norm
+    projections: list[Any]
+    rope: Rope | None
+    tail: interface.Tail
+
+    @property
+    def layers(self) -> list[Any]:
+        """All Zigzag layers: of attention, then gate, up and down."""
+        return [*self.projections, self.tail.out, *self.tail.pair, self.tail.down]
+
+
+def is_zigzag(layer: Any) -> bool:
+    """Whether a layer is a ZigzagLinear, by its mode."""
+    return getattr(layer, "mode", None) == config_json.MODE
+
+
+def block(module: Any, backend: interface.Backend) -> Block | str:
+    """What a fused step of a transformer block is made of, or in a few words why there can be none."""
+    if reason := why_not(module, backend):
+        return reason
+    before, attention, after, mlp = (module[name] for name in PARTS)
+    gate, up, down = (mlp[name] for name in gated(mlp) or ())
+    q, out = attention[PROJECTIONS[0]], attention[OUT]
+    groups = [list(map(id, layer.shared_input.layers)) for layer in (out, gate, up, down)]
+    if groups != [[id(out)], [id(gate), id(up)], [id(gate), id(up)], [id(down)]]:
+        return "gate and up do not run in one launch"
+    projections = list(q.shared_input.layers)
+    own = [id(attention.get(name)) for name in PROJECTIONS] == list(map(id, projections))
+    tail = interface.Tail(out, interface.Norm(after["weight"], after.eps), [gate, up], down)
+    norm = interface.Norm(before["weight"], before.eps)
+    return Block(norm, projections, cached_attention(attention) if own else None, tail)
+
+
+def why_not(module: Any, backend: interface.Backend, zigzag: IsZigzag = is_zigzag) -> str:
+    """Why a block can't run fused; "" where it can. zigzag: which layers are or will be Zigzag layers."""
+    if not backend.fused:
+        return f"backend {backend.name} has no fused steps"
+    if reason := form(module):
+        return reason
+    attention, mlp = module["self_attn"], module["mlp"]
+    names = (PROJECTIONS[0], OUT, *(gated(mlp) or ()))
+    others = [name for name in names if not zigzag(attention.get(name) or mlp.get(name))]
+    return f"{' and '.join(others)} not in the Zigzag layout" if others else ""
+
+
+def form(module: Any) -> str:
+    """Why a block's classes compute another formula than the one above; "" where they compute it."""
+    if missing := [name for name in PARTS if name not in module]:
+        return f"it has no {missing[0]}"
+    kind, attention = foreign.own_class(module), module["self_attn"]
+    if not _is_block(kind):
+        return f"{kind.__name__} adds up norms, attention and mlp in another way"
+    if any(type(module[name]) is not nn.RMSNorm for name in (PARTS[0], PARTS[2])):
+        return "its norms are not nn.RMSNorm"
+    if PROJECTIONS[0] not in attention:
+        return f"attention has no {PROJECTIONS[0]}"
+    if "_window" in attention.__dict__:
+        return "attention makes the mask of its own window"
+    if reason := _more_than_out(foreign.own_class(attention)):
+        return reason
+    if gated(module["mlp"]) is None:
+        return "mlp is not down(silu(gate) * up)"
+    return ""
+
+
+def blocks(model: nn.Module, zigzag: IsZigzag = is_zigzag) -> dict[str, nn.Module]:
+    """Path -> module of each transformer block of a model that has Zigzag layers."""
+    modules = dict(model.named_modules())
+    found = {}
+    for path, module in modules.items():
+        if (numbered := BLOCK.search(path)) and zigzag(module):
+            own = path[: numbered.end() - 1]
+            found[own] = modules[own]
+    return found
+
+
+def formed(model: nn.Module) -> Iterator[str]:
+    """The paths of a model's blocks whose classes compute the formula, whatever layout its layers have."""
+    return (path for path, module in model.named_modules() if not form(module))
+
+
+def gated(module: Any) -> tuple[str, str, str] | None:
+    """The names of gate, up and down in a module that computes down(silu(gate(x)) * up(x)), else None."""
+    for names in GATED:
+        if all(name in module for name in names) and _is_gated(foreign.own_class(module), names):
+            return names
+    return None
+
+
+def cached_attention(module: Any) -> Rope | None:
+    """The rotary settings of a module that computes out(softmax(rope(q) @ keys.T * scale) @ values), where
+    rope(k) and v join the cache first; None for one that does anything else.
+    """
+    if any(name not in module for name in (*PROJECTIONS, OUT, "rope")):
+        return None
+    return rope(module["rope"]) if _is_cached_attention(foreign.own_class(module)) else None
+
+
+def rope(module: Any) -> Rope | None:
+    """The settings of a rotary module; None where they aren't known."""
+    from mlx_lm.models.rope_utils import Llama3RoPE
+
+    if type(module) is nn.RoPE:
+        return Rope(module.dims, module.traditional, module.base, module.scale, None)
+    if type(module) is Llama3RoPE or (type(module) is ExactRoPE and module.mscale == 1.0):
+        return Rope(module.dims, module.traditional, None, 1.0, module._freqs)
+    return None
+
+
+def _computes(call: Callable[[], mx.array], expected: Callable[[], mx.array], tolerance: float) -> bool:
+    """Whether foreign code, run with stand-ins for its parts, gives what is expected of it."""
+    try:
+        return bool(mx.allclose(call(), expected(), rtol=tolerance, atol=tolerance).item())
+    except Exception:  # the class wants more of its module than the stand-ins have: any error says no
+        return False
+
+
+_ROW = mx.array([-6.0, -2.0, -1.5, -0.7, -0.3, 0.0, 0.2, 0.3, 0.9, 1.1, 2.5, 7.0])
+
+
+@cache
+def _is_gated(kind: Any, names: tuple[str, str, str]) -> bool:
+    factor = mx.arange(1.0, 1.0 + _ROW.size)
+    parts = (lambda x: x, lambda x: x * 0 + factor, lambda h: h + 1.0)
+    module = SimpleNamespace(**dict(zip(names, parts, strict=True)))
+    return _computes(lambda: kind.__call__(module, _ROW), lambda: nn.silu(_ROW) * factor + 1.0, 1e-5)
+
+
+@cache
+def _is_block(kind: Any) -> bool:
+    mask, cache, calls = object(), object(), []
+
+    def attention(*args: Any, **kwargs: Any) -> mx.array:
+        calls.append((args[1:], kwargs))
+        return mx.sin(args[0])
+
+    parts = (lambda x: x * 2.0, attention, lambda h: h * 3.0 + 1.0, mx.tanh)
+    module, h = SimpleNamespace(**dict(zip(PARTS, parts, strict=True))), _ROW + mx.sin(_ROW * 2.0)
+    right = _computes(
+        lambda: kind.__call__(module, _ROW, mask, cache), lambda: h + mx.tanh(h * 3.0 + 1.0), 1e-5
+    )
+    return right and calls == [((mask, cache), {})]
+
+
+@cache
+def _more_than_out(kind: Any) -> str:
+    """Why it isn't certain that all an attention class returns is `self.o_proj(...)`; "" where it is.
+
+    By its source: a trial would see one way through the code, and caches and masks choose among several.
+    """
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(kind.__call__)))
+    except (OSError, TypeError, SyntaxError):
+        return f"the source of {kind.__name__} is not at hand"
+    nodes = list(ast.walk(tree))
+    results = [ast.unparse(node.value) for node in nodes if isinstance(node, ast.Return) and node.value]
+    uses = [node for node in nodes if isinstance(node, ast.Attribute) and node.attr == OUT]
+    right = len(results) == len(uses) > 0 and all(one.startswith(f"self.{OUT}(") for one in results)
+    return "" if right else f"attention returns more than {OUT}"
+
+
+_HEADS, _KEY_HEADS, _WIDTH, _SCALE = 4, 2, 8, 0.3
+
+
+@cache
+def _is_cached_attention(kind: Any) -> bool:
+    from mlx_lm.models.cache import KVCache
+
+    def rotate(a: mx.array, offset: int = 0) -> mx.array:
+        return a * mx.arange(1.0, 1.0 + _WIDTH) / 5 + offset
+
+    def heads(a: mx.array, count: int) -> mx.array:
+        return a.reshape(1, 1, count, _WIDTH).swapaxes(1, 2)
+
+    x, size = mx.sin(mx.arange(_HEADS * _WIDTH, dtype=mx.float32))[None, None], _KEY_HEADS * _WIDTH
+    layers = (mx.cos, lambda x: x[..., :size] * 2, lambda x: mx.exp(x[..., :size]), lambda y: y * 3 + 1)
+    sizes = {"n_heads": _HEADS, "n_kv_heads": _KEY_HEADS, "head_dim": _WIDTH, "scale": _SCALE}
+    parts = dict(zip((*PROJECTIONS, OUT), layers, strict=True))
+    module = SimpleNamespace(**parts, **sizes, rope=rotate)
+    past = [mx.cos(mx.arange(2.0 * size) * (i + 1)).reshape(1, _KEY_HEADS, 2, _WIDTH) for i in range(2)]
+    kept = KVCache()
+    kept.update_and_fetch(*past)
+    q, k, v = (layer(x) for layer in layers[:3])
+    new = rotate(heads(k, _KEY_HEADS), 2), heads(v, _KEY_HEADS)
+    keys, values = (mx.concatenate(list(pair), axis=2) for pair in zip(past, new, strict=True))
+    repeated = [mx.repeat(a, _HEADS // _KEY_HEADS, axis=1) for a in (keys, values)]
+    scores = mx.softmax(rotate(heads(q, _HEADS), 2) @ repeated[0].swapaxes(2, 3) * _SCALE, axis=-1)
+    expected = layers[3]((scores @ repeated[1]).swapaxes(1, 2).reshape(1, 1, -1))
+    if not _computes(lambda: kind.__call__(module, x, None, kept), lambda: expected, 1e-4):
+        return False
+    found = mx.concatenate(kept.keys_and_values()) if kept.offset == 3 else None
+    return found is not None and _computes(lambda: found, lambda: mx.concatenate([keys, values]), 1e-4)
