@@ -341,7 +341,7 @@ def search(
     text = texts.read(options.calibration)
     windows = calibrate.choose_windows(loaded, text, wishes)
     identity = {
-        "model": config_json.weights_fingerprint(loaded.config),
+        "model": loaded.folder.weights_fingerprint,
         "text": text.sha256,
         "tokens": options.tokens,
     }

@@ -5,6 +5,7 @@
 generated, so that channels are skipped; mlx-lm's own loops say it by themselves.
 """
 
+import logging
 from typing import Any
 
 from spqt_cli.decode.phase import decoding
@@ -13,12 +14,17 @@ from spqt_cli.version import __version__
 __all__ = ["__version__", "decoding", "load"]
 
 
-def load(path: str, **kwargs: Any) -> tuple[Any, Any]:
-    """The model and tokenizer of a converted folder or hub id, checked and patched.
+def load(path: str, **options: Any) -> tuple[Any, Any]:
+    """The model and tokenizer of a converted folder or hub id, ready to decode as `spqt generate` does.
 
-    Keyword arguments are those of `spqt_cli.decode.session.load`.
+    options: of `spqt_cli.decode.options.Loading`, such as sparsity (0 to 0.95) and dense (bool); not
+    draft_model, which is a third thing to return. Notes and warnings go to the logger "spqt".
+    Raises SpqtError for a folder that is damaged, was edited or is not converted.
     """
     from spqt_cli.decode import session
 
-    loaded = session.load(path, **kwargs)
+    loaded = session.load(path, **options)
+    log = logging.getLogger("spqt")
+    for line in filter(None, [loaded.note, loaded.warning]):
+        log.warning(line)
     return loaded.model, loaded.tokenizer

@@ -1,4 +1,8 @@
-"""Errors that are a person's to mend: a cause, a hint, and the exit code of their kind."""
+"""Errors that the user can act on: a cause, a hint, and the exit code of their kind."""
+
+# Hints for damaged files: of a source, and of a converted folder.
+AGAIN = "download it again"
+CONVERT_AGAIN = "download or convert the model again"
 
 
 class SpqtError(Exception):

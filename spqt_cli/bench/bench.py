@@ -1,6 +1,6 @@
 """Tokens per second of a whole model: stock mlx-lm and Zigzag at several sparsities, in one interleaved run.
 
-The loop is mlx-lm's own `generate_step`, so Python's share of a token is in every figure. In each
+The loop is mlx-lm's own `generate_step`, so Python's part of a token is in every figure. In each
 repetition every variant runs once, one after another, so that a drift of the machine meets all alike.
 model_timing.py holds the clock, models.py makes the models, kernel_timing.py is the kernel level.
 """
@@ -21,7 +21,7 @@ from spqt_cli.bench.models import Subject
 from spqt_cli.bench.results import Crossover, KernelRow, ModelRow, Report
 from spqt_cli.decode import context, profile
 from spqt_cli.errors import UsageError
-from spqt_cli.format import config_json, presets
+from spqt_cli.format import config_json, layout, thresholds
 
 UNSTEADY = 0.15  # relative spread of the typical row from which on figures are doubtful
 KERNEL_REPETITIONS = 3  # samples of a kernel for one of a model: they are short
@@ -78,9 +78,9 @@ def _check(options: Options) -> None:
         raise UsageError("a context depth is below 0", "for example --depth 0,4096")
     if options.dtype not in (None, "float16", "bfloat16", "float32"):
         raise UsageError(f"--dtype {options.dtype!r} does not exist", "float16, bfloat16 or float32")
-    presets.check(presets.Preset(bits=options.bits, group_size=options.group_size))
-    if any(not 0 <= sparsity <= 0.95 for sparsity in options.sparsities):
-        raise UsageError("a sparsity is not in 0 to 0.95", "for example --sparsity 0,0.25,0.5")
+    layout.check(options.bits, options.group_size)
+    for sparsity in options.sparsities:
+        thresholds.check_sparsity(sparsity)
 
 
 def run(options: Options, on_progress: Progress = lambda *_: None) -> Report:
@@ -165,7 +165,7 @@ def run_kernels(options: Options, on_progress: Progress = lambda *_: None) -> Re
 
 
 def unsteadiness(report: Report) -> float:
-    """The typical standard deviation of a kernel report's times, as a share of their mean."""
+    """The typical standard deviation of a kernel report's times, as a fraction of their mean."""
     rows = [row for row in report.rows if isinstance(row, KernelRow)]
     return statistics.median(row.time.spread / row.time.mean for row in rows)
 
@@ -197,7 +197,7 @@ def make_subject(options: Options) -> Subject:
 
 
 def _settings(options: Options, subject: Subject) -> dict[str, Any]:
-    blocks = config_json.whole(subject.config, "num_hidden_layers")
+    blocks = config_json.size(subject.config, "num_hidden_layers")
     return {
         "model": subject.name, "blocks": blocks, **subject.settings, "repetitions": options.repetitions,
     }  # fmt: skip

@@ -25,7 +25,7 @@ SAMPLE_SECONDS = 0.02  # least length of one sample: far above the clock's and t
 MOST_CALLS = 512  # of one sample
 ASYNC_EVERY = 8  # calls between hand-overs to the device, so that it works while Python builds
 HOST_CALLS = 32
-LINK = "link"  # the chain without a product: what every time holds beside it
+LINK = "link"  # the chain without a product: part of every time
 ROWS = "row-grouped"  # stock's layout by spqt's own kernel; without one, a row-grouped layer runs as stock
 CLEARLY_FASTER = 0.97  # of the other's time, or less: more than noise
 
@@ -135,7 +135,7 @@ def crossing(points: Sequence[tuple[float, float]]) -> float:
 
 
 def exact_threshold(x: mx.array, sparsity: float) -> mx.array:
-    """The threshold, (1,) float32, under which exactly that share of x's channels lies, ties aside."""
+    """The threshold, (1,) float32, below which exactly that fraction of x's channels lies, ties aside."""
     magnitudes = np.sort(np.abs(np.array(x.astype(mx.float32)).reshape(-1)))
     skipped = round(sparsity * magnitudes.size)
     return mx.array([float(magnitudes[skipped]) if skipped else 0.0], mx.float32)

@@ -1,4 +1,4 @@
-"""The clock of a model benchmark: variants of one subject, run in turn, and the rows that come of it.
+"""Times the variants of a model, one after another in each repetition, and makes the rows of the report.
 
 It knows models, thresholds and meters; it knows nothing of options, tables or the command line.
 """
@@ -123,9 +123,9 @@ class Runs:
         ]
 
     def judge(self, rows: list[ModelRow]) -> list[bool]:
-        """Tell one test's rows in which repetitions the host was quiet, and return that; after all tests.
+        """Record in a test's rows in which repetitions the host was quiet, and return that; after all tests.
 
-        A row's ratio to stock takes the looks beside its own sample and stock's.
+        A row's ratio to stock takes the host's times around its own sample and around stock's.
         """
         stock = rows[0]
         for row in rows:

@@ -29,7 +29,7 @@ CHUNK_TOKENS = 2048  # of an untimed pass: mlx-lm's own step
 
 @dataclass
 class Subject:
-    """What is measured. tokens: of prompts, repeated as needed; settings: how it was made, for people.
+    """What is measured. tokens: of prompts, repeated as needed; settings: of its making.
 
     thresholds(sparsity, cache, tokens): the threshold of each layer by path, for decoding `tokens`
     more tokens after what `cache` holds.
@@ -59,7 +59,7 @@ def compute_dtype(model: nn.Module) -> mx.Dtype:
 
 
 def packing(model: nn.Module) -> dict[str, Any]:
-    """Bits and group size of a model's first Zigzag layer, and the dtype it computes in, for people."""
+    """Bits and group size of a model's first Zigzag layer, and the dtype it computes in."""
     first = next(iter(zigzag_layers(model).values()))
     computed_in = str(compute_dtype(model)).rpartition(".")[2]
     return {"bits": first.bits, "group_size": first.group_size, "computed_in": computed_in}
@@ -95,7 +95,7 @@ def loaded_subject(path: str) -> Subject:
     from spqt_cli.measure import texts
 
     loaded = session.load(path, dense=True)
-    calibration = loaded.config["spqt"].get("calibration")
+    calibration = loaded.folder.calibration
     if calibration is None:
         raise SpqtError(f"{path} has no thresholds, so nothing would be skipped", f"spqt calibrate {path}")
 
@@ -105,23 +105,16 @@ def loaded_subject(path: str) -> Subject:
         return {name: one.threshold for name, one in layers if one.threshold is not None}
 
     tokens = texts.tokens(texts.read(None), loaded.tokenizer)
-    settings = {**packing(loaded.model), "calibrated": calibration["sparsity"]}
+    settings = {**packing(loaded.model), "calibrated": calibration.sparsity}
     twin = stock_twin(loaded.model, loaded.config)
-    return Subject(loaded.folder.name, loaded.config, loaded.model, twin, tokens, settings, stored)
+    return Subject(loaded.folder.path.name, loaded.config, loaded.model, twin, tokens, settings, stored)
 
 
 def lazy_model(path: str) -> nn.Module:
     """A converted model whose weights are not read yet."""
-    from mlx_lm.utils import load_model
-
     from spqt_cli.decode import session
-    from spqt_cli.format import identity
 
-    folder = locate.local_folder(path)
-    identity.check_model(folder)
-    hooks.install()
-    with session.plain_path(folder) as readable, hooks.as_stored():
-        return load_model(readable, lazy=True)[0]
+    return session.load_lazily(locate.open_folder(path)).model
 
 
 def random_model(config: dict[str, Any], bits: int, group_size: int, dtype: mx.Dtype) -> nn.Module:
@@ -220,7 +213,7 @@ def evaluate(model: nn.Module) -> None:
 
 
 def check_memory(zigzag: nn.Module, name: str) -> None:
-    """Refuse a model that does not fit twice: in the Zigzag layout, and row-grouped beside it."""
+    """Refuse a model that does not fit twice: in the Zigzag layout, and row-grouped."""
     layers = sum(one.weight.nbytes + 2 * one.scales.nbytes for one in zigzag_layers(zigzag).values())
     wanted = layers + sum(array.nbytes for array in arrays(zigzag).values())
     info = mx.device_info()
@@ -246,7 +239,7 @@ def caches(subject: Subject, depth: int) -> dict[str, list[Any]]:
 def fit_thresholds(
     model: nn.Module, sparsity: float, tokens: mx.array, cache: list[Any]
 ) -> dict[str, mx.array]:
-    """Path -> threshold, (1,) float32: each layer skips that share of its inputs over `tokens` (n,).
+    """Path -> threshold, (1,) float32: each layer skips that fraction of its inputs over `tokens` (n,).
 
     Layer after layer in one pass, each fed by the layers before it as they will run, skipping: fitted
     to a dense run, thresholds would skip ever more, since skipping shrinks what comes after.

@@ -58,11 +58,11 @@ def ratio(ours: Stat, stock: Stat, *, of_times: bool) -> Stat:
 
 @dataclass
 class ModelRow:
-    """One test of one variant of a whole model.
+    """One test of one variant of a model.
 
-    rate: tokens per second. sparsity: wanted; skipped: share of Zigzag weights really skipped.
+    rate: tokens per second. sparsity: wanted; skipped: fraction of Zigzag weights really skipped.
     weight_bytes: read per token; bandwidth: those bytes per second at the median rate.
-    memory_bytes: weights and the most that the run took beside them. joules: per token.
+    memory_bytes: weights and the most that the run took in addition. joules: per token.
     host_us: a fixed Python loop, before and after each sample; quiet_host: what the run makes of it.
     """
 
@@ -79,7 +79,7 @@ class ModelRow:
     memory_bytes: float
     joules: float | None
     host_us: list[tuple[float, float]]
-    quiet_host: Quiet | None = None  # known when the whole run is over
+    quiet_host: Quiet | None = None  # known when the run is over
 
     def cells(self) -> dict[str, str]:
         return {

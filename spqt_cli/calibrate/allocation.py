@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from spqt_cli.format.config_json import CURVE_SPARSITIES
+from spqt_cli.format.thresholds import CURVE_SPARSITIES
 
 
 def cheapest(

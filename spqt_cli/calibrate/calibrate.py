@@ -8,7 +8,6 @@ import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +25,11 @@ from spqt_cli.calibrate.stream import blocks
 from spqt_cli.calibrate.stream.engine import Streamed
 from spqt_cli.decode import context, session
 from spqt_cli.errors import SpqtError, UnsupportedError
-from spqt_cli.format import config_json, thresholds
-from spqt_cli.format.config_json import CURVE_SPARSITIES
+from spqt_cli.format import thresholds
+from spqt_cli.format.contract import ThresholdsError
+from spqt_cli.format.folder import Folder, remove_thresholds
 from spqt_cli.format.presets import default_sparsity
+from spqt_cli.format.thresholds import CURVE_SPARSITIES
 from spqt_cli.measure import probes, texts
 from spqt_cli.system import files
 
@@ -44,35 +45,34 @@ def calibrate(path: Path, options: CalibrateOptions, on_progress: OnProgress) ->
     """
     options.check()
     text = texts.read(options.data)
-    _drop_bad_thresholds(path)
+    folder = _open(path)
     _check_writable(path)
     with files.claim(path):
         if options.stream or (options.stream is None and not blocks.fit_in_memory(path)):
             try:
-                return _Run(path, text, options.streamed(), on_progress).finish()
+                return _Run(folder, text, options.streamed(), on_progress).finish()
             except UnsupportedError as error:
                 if options.stream:
                     raise
                 note(f"{error.cause}; so the whole model is loaded")
                 options = replace(options, restart=True)
-        return _Run(path, text, replace(options, stream=False), on_progress).finish()
+        return _Run(folder, text, replace(options, stream=False), on_progress).finish()
 
 
 class _Run:
     """One calibration: the windows, the measurements, what is stored."""
 
     def __init__(
-        self, folder: Path, text: texts.Text, options: CalibrateOptions, on_progress: OnProgress
+        self, folder: Folder, text: texts.Text, options: CalibrateOptions, on_progress: OnProgress
     ) -> None:
         from mlx_lm.utils import get_total_parameters
 
         self._started = time.monotonic()
-        load = session.load_lazily if options.stream else partial(session.load, dense=True)
-        self.loaded = load(folder)
+        self.loaded = session.load_lazily(folder) if options.stream else session.load(folder, dense=True)
         self.default = default_sparsity(get_total_parameters(self.loaded.model))
         self.text, self.options, self.on_progress = text, options, on_progress
         self.windows, self.note = choose_windows(self.loaded, text, options), _window(self.loaded, options)[1]
-        self.progress = Progress(folder, self._identity(), options.restart)
+        self.progress = Progress(folder.path, self._identity(), options.restart)
 
     def finish(self) -> Calibration:
         """Choose the thresholds, write them into config.json, and return what they reach."""
@@ -91,7 +91,7 @@ class _Run:
         ]
         calibrating, held_out = self.windows
         result = Calibration(
-            folder=self.loaded.folder,
+            folder=self.loaded.folder.path,
             sparsity=target,
             realised=tried[0].realised,
             method=self.options.method,
@@ -135,7 +135,7 @@ class _Run:
         options, (rows, _) = self.options, self.windows
         limits = (options.max_kl, options.max_ppl_increase, options.min_tokens_per_second)
         return {
-            "model": config_json.weights_fingerprint(self.loaded.config),
+            "model": self.loaded.folder.weights_fingerprint,
             "text": self.text.sha256,
             "first": FIRST_TOKENS,
             "goal": [options.method, options.sparsity, *limits],
@@ -144,15 +144,12 @@ class _Run:
 
     def _store(self, result: Calibration, curves_of: Mapping[str, list[float]]) -> None:
         """Write the thresholds and the calibration section into config.json."""
-        config = self.loaded.config
-        entries = config_json.entries(config)
-        for row in result.layers:
-            spqt = entries[row.path]["spqt"]
-            spqt["threshold"] = _short(row.threshold)
-            curve = curves_of.get(row.path, [0.0] * len(CURVE_SPARSITIES))
-            spqt["curve"] = [_short(value) for value in curve]
-        config["spqt"]["calibration"] = {
-            "fingerprint": config_json.weights_fingerprint(config),
+        flat = [0.0] * len(CURVE_SPARSITIES)
+        chosen = {
+            row.path: (_short(row.threshold), [_short(value) for value in curves_of.get(row.path, flat)])
+            for row in result.layers
+        }
+        record = {
             "method": result.method,
             "tried": [asdict(tried) for tried in result.tried],
             "sparsity": result.sparsity,
@@ -164,8 +161,9 @@ class _Run:
             "seed": self.options.seed,
             "layers": {row.path: row.stored() for row in result.layers},
         }
-        with files.disk_errors(self.loaded.folder):
-            config_json.write_config(self.loaded.folder, config)
+        folder = self.loaded.folder
+        with files.disk_errors(folder.path):
+            folder.write_calibration(chosen, record)
         self.progress.clear()
 
 
@@ -211,34 +209,19 @@ def _short(value: float) -> float:
 
 def remove(path: Path) -> None:
     """Take all thresholds out of a converted folder: it runs dense again."""
-    config = config_json.read_config(path)
-    if not config_json.entries(config) or not isinstance(config.get("spqt"), dict):
-        raise SpqtError(f"{path} is not a converted model", f"convert it first: spqt convert {path}")
-    _strip(config)
     with files.claim(path), files.disk_errors(path):
-        config_json.write_config(path, config)
+        remove_thresholds(path)
 
 
-def _strip(config: dict[str, Any]) -> None:
-    config["spqt"].pop("calibration", None)
-    for entry in config_json.entries(config).values():
-        for key in ("threshold", "curve"):
-            (entry.get("spqt") or {}).pop(key, None)
-
-
-def _drop_bad_thresholds(path: Path) -> None:
-    """Thresholds that are damaged or of other weights keep a model from loading, and are what calibration
-    replaces: they go first. Anything else that is wrong is left for loading to report.
+def _open(path: Path) -> Folder:
+    """The folder to calibrate. Thresholds that are damaged or of other weights, which no other command
+    accepts, are what calibration replaces: they are removed first.
     """
-    config = config_json.read_config(path)
     try:
-        config_json.check(config, path)
-    except SpqtError:
-        if not isinstance(config.get("spqt"), dict):
-            raise
-        _strip(config)
-        config_json.check(config, path)
+        return Folder(path)
+    except ThresholdsError:
         remove(path)
+        return Folder(path)
 
 
 def _check_writable(path: Path) -> None:

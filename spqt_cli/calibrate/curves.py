@@ -6,7 +6,7 @@ import numpy as np
 
 from spqt_cli.calibrate.measurements import Candidate
 from spqt_cli.format import thresholds
-from spqt_cli.format.config_json import CURVE_SPARSITIES
+from spqt_cli.format.thresholds import CURVE_SPARSITIES
 
 
 def second_sparsity(target: float) -> float | None:

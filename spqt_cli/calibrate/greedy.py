@@ -19,7 +19,7 @@ from mlx import nn
 from spqt_cli.calibrate.measurements import OnProgress
 from spqt_cli.errors import UnsupportedError
 from spqt_cli.format import thresholds
-from spqt_cli.format.config_json import CURVE_SPARSITIES
+from spqt_cli.format.thresholds import CURVE_SPARSITIES
 from spqt_cli.measure import many_rows, probes
 
 STEP = 0.05  # of a layer's inputs

@@ -14,7 +14,7 @@ import numpy as np
 from spqt_cli.decode.layers import ZigzagLinear
 from spqt_cli.errors import SpqtError
 from spqt_cli.format import thresholds
-from spqt_cli.format.config_json import CURVE_SPARSITIES
+from spqt_cli.format.thresholds import CURVE_SPARSITIES
 
 FIRST_TOKENS = 8  # of each sequence, left out: the attention sink's huge values are no guide to the rest
 REFINING_WINDOWS = 4

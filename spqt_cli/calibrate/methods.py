@@ -18,7 +18,7 @@ from spqt_cli.calibrate import allocation
 from spqt_cli.calibrate.gradients import SPARSITIES
 from spqt_cli.calibrate.measurements import Allocation, Candidate, Effort, Measurements
 from spqt_cli.errors import UnsupportedError
-from spqt_cli.format.config_json import CURVE_SPARSITIES
+from spqt_cli.format.thresholds import CURVE_SPARSITIES
 
 UNIFORM, PAPER = Allocation("uniform"), Allocation("paper", None)
 

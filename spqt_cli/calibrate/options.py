@@ -8,6 +8,7 @@ from pathlib import Path
 from spqt_cli.calibrate.methods import METHODS, STREAMED_METHODS
 from spqt_cli.calibrate.targets import Limit
 from spqt_cli.errors import UsageError
+from spqt_cli.format import thresholds
 
 MIN_WINDOW = 32
 WINDOW = 512  # tokens, where none are asked for
@@ -49,8 +50,7 @@ class CalibrateOptions:
             raise UsageError(
                 "a KL, a rise of perplexity or a speed must be a positive number", "--max-kl 0.1"
             )
-        if self.sparsity is not None and not 0 <= self.sparsity <= 0.95:
-            raise UsageError(f"sparsity {self.sparsity} is not in 0 to 0.95", "0.25 skips a quarter")
+        thresholds.check_sparsity(self.sparsity)
         if self.method not in METHODS:
             raise UsageError(f"there is no method {self.method!r}", f"use one of: {', '.join(METHODS)}")
         window = self.window or WINDOW

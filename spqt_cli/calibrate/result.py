@@ -1,14 +1,12 @@
 """What a calibration found: the result, its stored form, its printed table."""
 
-import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-# KL to the dense model, in nats on held-out text, above which a warning is printed. On SmolLM2-135M 25 % cost
-# 0.05 (perplexity +3.5 %), 40 % 0.14 (+13 %), 50 % 0.31 (+34 %): KL is about the logarithm of the rise.
-# At 0.1 perplexity is up by a tenth, between what reads well there and what does not (docs/quality.md).
-SUFFERS = 0.1
+from spqt_cli.decode import quality_warning
+
 NAMED = 12  # layers listed by name in one line
 
 
@@ -74,30 +72,7 @@ class Calibration:
     @property
     def warning(self) -> str:
         """One line where the text will suffer, else ""."""
-        return warning(self.tried[0].kl)
-
-
-def warning(kl: float) -> str:
-    """One line where a KL to the dense model, in nats on held-out text, means worse text; else ""."""
-    if kl <= SUFFERS:
-        return ""
-    return (
-        f"warning: the text will suffer: KL to dense {kl:.2f} on held-out text, perplexity about "
-        f"{math.expm1(min(kl, 10)):+.0%}; a lower --sparsity, or --max-kl {SUFFERS:g}, keeps more"
-    )
-
-
-def stored_warning(section: Any) -> str:
-    """The warning for what config.json says of a calibration; "" where it says nothing of KL."""
-    kl = section.get("kl") if isinstance(section, dict) else None
-    return warning(kl) if isinstance(kl, (int, float)) else ""
-
-
-def warning_of(config: dict[str, Any], sparsity: float | None) -> str:
-    """The warning for a model that runs at `sparsity`, if that is what was calibrated, or more; else ""."""
-    section = config["spqt"].get("calibration") or {}
-    skips_as_much = sparsity is not None and sparsity >= section.get("sparsity", math.inf)
-    return stored_warning(section) if skips_as_much else ""
+        return quality_warning.warning(self.tried[0].kl)
 
 
 def print_table(result: Calibration, stream: TextIO) -> None:
@@ -151,9 +126,9 @@ def _exceptions(result: Calibration) -> list[str]:
     return found
 
 
-def stored_zeros(section: Any) -> str:
+def stored_zeros(record: Mapping[str, Any]) -> str:
     """A line on exact zeros for what config.json says of a calibration; "" where there are none."""
-    rows = section.get("layers") if isinstance(section, dict) else None
+    rows = record.get("layers")
     zeros = (
         [row.get("zeros") for row in rows.values() if isinstance(row, dict)] if isinstance(rows, dict) else []
     )

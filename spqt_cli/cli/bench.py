@@ -1,4 +1,4 @@
-"""The command `spqt bench`: stock mlx-lm beside sparse decoding, on this machine."""
+"""`spqt bench`: its flags."""
 
 import math
 from pathlib import Path
@@ -22,7 +22,7 @@ def bench(
         bool, typer.Option("--kernel", help="Measure each projection alone, not tokens/s.")
     ] = False,
     sparsity: Annotated[
-        str | None, typer.Option(help="Shares to skip, comma-separated [0.25,0.5; --kernel: also 0.75].")
+        str | None, typer.Option(help="Sparsities, comma-separated [0.25,0.5; --kernel: also 0.75].")
     ] = None,
     depth: Annotated[str, typer.Option(help="Context depths, comma-separated.")] = "0",
     prompt_tokens: Annotated[
@@ -61,7 +61,7 @@ def bench(
     if model is not None and (bits, group_size, dtype) != (None, None, None):
         raise UsageError("--bits, --group-size and --dtype go with --shape", "a converted model has its own")
     if not 0 <= delay < math.inf:
-        raise UsageError(f"--delay {delay} is no number of seconds", "0 or more")
+        raise UsageError(f"--delay {delay} is not a number of seconds", "0 or more")
     from spqt_cli.bench import bench as benches
     from spqt_cli.bench import results
 
@@ -105,7 +105,7 @@ def _counts(flag: str, text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise UsageError(f"{flag} {text!r} is no list of whole numbers", "for example 512,4096") from None
+        raise UsageError(f"{flag} {text!r} is not a list of whole numbers", "for example 512,4096") from None
 
 
 def _numbers(flag: str, text: str) -> list[float]:
@@ -115,7 +115,7 @@ def _numbers(flag: str, text: str) -> list[float]:
             raise ValueError
         return numbers
     except ValueError:
-        raise UsageError(f"{flag} {text!r} is no list of numbers", "for example 0.25,0.5") from None
+        raise UsageError(f"{flag} {text!r} is not a list of numbers", "for example 0.25,0.5") from None
 
 
 def _write(path: Path, text: str, mode: str = "w") -> None:

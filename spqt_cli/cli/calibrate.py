@@ -15,7 +15,7 @@ def calibrate(
     model: Annotated[Path, typer.Argument(help="A converted folder.", readable=False)],
     sparsity: Annotated[
         float | None,
-        typer.Option(help="Share of channels to skip, 0 to 0.95; 0: exact zeros alone, without loss."),
+        typer.Option(help="Sparsity to calibrate for, 0 to 0.95; 0 skips only exact zeros, without loss."),
     ] = None,
     data: Annotated[
         Path | None, typer.Option(help="UTF-8 text; default: the text that ships with spqt.", readable=False)
@@ -36,7 +36,9 @@ def calibrate(
         typer.Option(help="Load one block of weights at a time [when they don't fit in memory]."),
     ] = None,
     preset: Preset = "default",
-    remove: Annotated[bool, typer.Option("--remove", help="Take the thresholds out: dense again.")] = False,
+    remove: Annotated[
+        bool, typer.Option("--remove", help="Remove the thresholds: decoding is dense again.")
+    ] = False,
     quiet: Quiet = False,
     json_output: Json = False,
 ) -> None:
@@ -57,9 +59,9 @@ def calibrate(
         "min_tokens_per_second": min_tokens_per_second,
     }
     options = calibrator.CalibrateOptions(data=data, seed=seed, restart=restart, stream=stream, **limits)
-    limited = any(limit is not None for limit in limits.values())  # stands above the preset's share
-    share = sparsity if limited else wishes.sparsity
-    chosen: dict[str, Any] = {"sparsity": share, "tokens": wishes.tokens, "method": wishes.method}
+    limited = any(limit is not None for limit in limits.values())  # overrides the preset's sparsity
+    wanted = sparsity if limited else wishes.sparsity
+    chosen: dict[str, Any] = {"sparsity": wanted, "tokens": wishes.tokens, "method": wishes.method}
     options = dataclasses.replace(
         options, **{key: value for key, value in chosen.items() if value is not None}
     )

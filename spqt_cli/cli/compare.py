@@ -7,7 +7,7 @@ import typer
 from spqt_cli.cli import flags
 from spqt_cli.cli.flags import Json, ModelArgument, ModelOption, Quiet
 from spqt_cli.cli.output import as_json
-from spqt_cli.cli.prompt import check_max_tokens, check_sparsity, prompt_text
+from spqt_cli.cli.prompt import prompt_text
 from spqt_cli.errors import UsageError
 
 
@@ -16,7 +16,7 @@ def compare(
     model: ModelArgument = None,
     model_option: ModelOption = None,
     sparsity: Annotated[
-        str, typer.Option(help="Shares to compare, comma-separated; 0 is dense.")
+        str, typer.Option(help="Sparsities to compare, comma-separated; 0 is dense.")
     ] = "0,0.25,0.4",
     max_tokens: Annotated[int, typer.Option("--max-tokens", "-m", help="Tokens of each text.")] = 96,
     quiet: Quiet = False,
@@ -25,19 +25,18 @@ def compare(
     """Answer one prompt at several sparsities: text, speed and cost side by side."""
     model = flags.needed(model, model_option, 'spqt compare MODEL --prompt "Hello"')
     text = prompt_text(prompt, None)
-    check_max_tokens(max_tokens)
     try:
-        shares = [float(part) for part in sparsity.split(",")]
+        sparsities = [float(part) for part in sparsity.split(",")]
     except ValueError:
-        raise UsageError(f"--sparsity {sparsity!r} is no list of numbers", "for example 0,0.25,0.4") from None
-    for share in shares:
-        check_sparsity(share)
-    from spqt_cli.decode import generate as generator
+        raise UsageError(
+            f"--sparsity {sparsity!r} is not a list of numbers", "for example 0,0.25,0.4"
+        ) from None
+    from spqt_cli.decode.options import Prompt
     from spqt_cli.evaluate import compare as comparer
 
     def announce(what: str) -> None:
         if not (quiet or json_output):
             typer.echo(f"{what} ...", err=True)
 
-    rows = comparer.compare(model, generator.Prompt(text), shares, max_tokens, announce)
+    rows = comparer.compare(model, Prompt(text), sparsities, max_tokens, announce)
     typer.echo(as_json([comparer.as_dict(row) for row in rows]) if json_output else comparer.report(rows))

@@ -32,7 +32,9 @@ def convert(
     preset: Preset = "default",
     profile: Annotated[
         float | None,
-        typer.Option(metavar="SHARE", help="Row-grouped where this device's profile says so, SHARE skipped."),
+        typer.Option(
+            metavar="SPARSITY", help="Row-grouped where this device's profile says so at that sparsity."
+        ),
     ] = None,
     revision: Revision = None,
     allow_requantize: Annotated[

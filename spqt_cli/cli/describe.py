@@ -1,6 +1,7 @@
 """What a converted folder holds and what a token reads of it, from config.json and headers alone."""
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,10 @@ from mlx.utils import tree_flatten
 
 from spqt_cli.calibrate import result
 from spqt_cli.convert import parameters, plan
+from spqt_cli.decode import quality_warning
 from spqt_cli.decode.bytes_read import Piece, Reads, summed
-from spqt_cli.format import checks, config_json, identity, locate, presets
+from spqt_cli.format import locate, presets
+from spqt_cli.format.folder import Folder
 
 PACKED = ("weight", "scales", "biases")
 
@@ -36,7 +39,7 @@ class Summary:
     zeros: str = ""
 
     def text(self) -> str:
-        """A few lines for people."""
+        """The summary as a few lines of text."""
         total = self.zigzag_bytes + self.other_bytes
         kinds, own = (
             ", ".join(f"{count} x {kind}" for kind, count in each.items()) for each in (self.kinds, self.own)
@@ -53,7 +56,7 @@ class Summary:
             wanted = ("method", "sparsity", "realised", "kl", "tokens")
             facts = [f"{key} {self.calibration[key]}" for key in wanted if key in self.calibration]
             lines.append("calibrated: " + ", ".join(facts))
-            if said := result.stored_warning(self.calibration):
+            if said := quality_warning.warning(self.calibration.get("kl") or 0.0):
                 lines.append(said)
             if self.zeros:
                 lines.append(self.zeros)
@@ -62,37 +65,38 @@ class Summary:
 
 def describe(path: str, revision: str | None = None) -> Summary:
     """The summary of a converted folder or hub id."""
-    folder = locate.local_folder(path, revision=revision)
-    config = identity.check_model(folder)
-    tensors = checks.read_headers(folder, sorted(config["spqt"]["shards"]))
-    entries = config_json.entries(config)
-    total = sum(tensor.nbytes for tensor in tensors.values())
-    zigzag = sum(one.nbytes for name, one in tensors.items() if name.rpartition(".")[0] in entries)
-    listed = [entry for entry in config["quantization"].values() if isinstance(entry, dict)]
-    kinds, own = (
-        Counter(_kind(one) for one in listed if one.get("mode") == mode)
-        for mode in (config_json.MODE, "affine")
+    folder = locate.open_folder(path, revision)
+    sizes = {name: tensor.nbytes for name, tensor in folder.tensors.items()}
+    zigzag = sum(size for name, size in sizes.items() if name.rpartition(".")[0] in folder.layers)
+    listed = [entry for entry in folder.config["quantization"].values() if isinstance(entry, dict)]
+    own = [(one.get("bits"), one.get("group_size")) for one in listed if one.get("mode") == "affine"]
+    facts = None
+    if folder.calibration is not None:
+        record = folder.calibration.record.items()
+        facts = {key: value for key, value in record if not isinstance(value, (dict, list))}
+    return Summary(
+        folder=folder.path,
+        model_type=str(folder.config.get("model_type")),
+        layers=len(folder.layers),
+        kinds=_counted((layer.bits, layer.group_size) for layer in folder.layers.values()),
+        zigzag_bytes=zigzag,
+        other_bytes=sum(sizes.values()) - zigzag,
+        calibration=facts,
+        own=_counted(own),
+        reads=_reads(folder),
+        zeros=result.stored_zeros(folder.calibration.record) if folder.calibration else "",
     )
-    facts = config["spqt"].get("calibration")
-    zeros = result.stored_zeros(facts)
-    if facts is not None:
-        facts = {key: value for key, value in facts.items() if not isinstance(value, (dict, list))}
-    model_type = str(config.get("model_type"))
-    reads = _reads(folder, config, tensors)
-    layers, other = len(entries), total - zigzag
-    return Summary(folder, model_type, layers, dict(kinds), zigzag, other, facts, dict(own), reads, zeros)
 
 
-def _kind(entry: dict[str, Any]) -> str:
-    return f"{entry.get('bits')} bits, group {entry.get('group_size')}"
+def _counted(kinds: Iterable[tuple[Any, Any]]) -> dict[str, int]:
+    return dict(Counter(f"{bits} bits, group {group_size}" for bits, group_size in kinds))
 
 
-def _reads(folder: Path, config: dict[str, Any], tensors: dict[str, checks.Tensor]) -> Reads:
+def _reads(folder: Folder) -> Reads:
     """What a token reads; the reasons are those of a plan made today for the same model."""
-    model = parameters.build(config, str(folder))
-    decide = plan.Decisions(model, plan.Wishes(), config)
-    entries = config_json.entries(config)
-    pieces = []
+    model = parameters.build(folder.config, str(folder))
+    decide = plan.Decisions(model, plan.Wishes(), folder.config)
+    tensors, pieces = folder.tensors, []
     for name, tensor in tensors.items():
         path, _, leaf = name.rpartition(".")
         packed = f"{path}.scales" in tensors and leaf in PACKED
@@ -101,15 +105,14 @@ def _reads(folder: Path, config: dict[str, Any], tensors: dict[str, checks.Tenso
         parts = [f"{path}.{each}" for each in PACKED] if packed else [name]
         size = sum(tensors[part].nbytes for part in parts if part in tensors)  # mxfp4 has no biases
         reason = decide.reason(path, leaf, len(tensor.shape))
-        if packed and path in entries:
+        if packed and path in folder.layers:
             reason = ""
         elif packed and reason == plan.BY_RULE:
             reason = plan.KEPT_BY_WISH  # today's plan would take it
         pieces.append(Piece(path, size, decide.fractions.of(path) * size, reason))
-    found = config["spqt"].get("calibration")
-    if found is not None and found["sparsity"]:
-        share, origin = found["sparsity"], "calibrated"
+    if folder.calibration is not None and folder.calibration.sparsity:
+        sparsity, origin = folder.calibration.sparsity, "calibrated"
     else:
         count = sum(array.size for array in dict(tree_flatten(model.parameters())).values())
-        share, origin = presets.default_sparsity(count), "not calibrated yet: the default for this size"
-    return summed(pieces, decide.fractions.experts, share, origin)
+        sparsity, origin = presets.default_sparsity(count), "not calibrated yet: the default for this size"
+    return summed(pieces, decide.fractions.experts, sparsity, origin)

@@ -25,7 +25,7 @@ def evaluate(
     windows: Annotated[int, typer.Option(help="Windows of the text to score.")] = 8,
     limit: Annotated[int | None, typer.Option(help="Of a .jsonl file, only so many questions.")] = None,
     sparsity: Annotated[
-        str | None, typer.Option(help="A share, a list, or a sweep such as 0.1:0.7:0.1.")
+        str | None, typer.Option(help="A sparsity, a list, or a sweep such as 0.1:0.7:0.1.")
     ] = None,
     baseline: Annotated[
         str | None, typer.Option(help="The unquantized source, to compare with as well.")

@@ -23,7 +23,7 @@ Trust = Annotated[bool, typer.Option(help="Run code that comes with the model.")
 def optional(argument: str | None, option: str | None, usage: str) -> str | None:
     """The model that was named, None if none was. Raises UsageError for two. usage: a hint, the command."""
     if argument is not None and option is not None and argument != option:
-        raise UsageError(f"two models are named: {argument} and --model {option}", usage)
+        raise UsageError(f"two models are given: {argument} and --model {option}", usage)
     return argument if argument is not None else option
 
 
@@ -31,7 +31,7 @@ def needed(argument: str | None, option: str | None, usage: str) -> str:
     """The model that was named. Raises UsageError unless it is exactly one."""
     model = optional(argument, option, usage)
     if model is None:
-        raise UsageError("no model is named", usage)
+        raise UsageError("no model is given", usage)
     return model
 
 

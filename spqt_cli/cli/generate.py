@@ -1,4 +1,8 @@
-"""`spqt generate`: its flags."""
+"""`spqt generate`: its flags.
+
+A new flag is a parameter here and a field of the same name in decode/options.py, which holds its range.
+decode/generate.py acts on it.
+"""
 
 import json
 import sys
@@ -9,13 +13,8 @@ import typer
 
 from spqt_cli.cli import flags
 from spqt_cli.cli.flags import Json, ModelArgument, ModelOption, Quiet, Revision, Trust
-from spqt_cli.cli.prompt import check_max_tokens, check_sparsity, prompt_text
+from spqt_cli.cli.prompt import prompt_text
 from spqt_cli.errors import UsageError
-
-Sparsity = Annotated[
-    float | None,
-    typer.Option(help="Skip this share instead of the calibrated one; 0: exact zeros alone, without loss."),
-]
 
 
 def generate(
@@ -25,7 +24,7 @@ def generate(
     prompt_file: Annotated[
         Path | None, typer.Option("--prompt-file", "-f", help="A UTF-8 file.", readable=False)
     ] = None,
-    system_prompt: Annotated[str | None, typer.Option(help="System turn of the chat template.")] = None,
+    system_prompt: Annotated[str | None, typer.Option(help="System message of the chat template.")] = None,
     prefill_response: Annotated[str | None, typer.Option(help="Beginning of the answer.")] = None,
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", "-m", help="Most tokens to write; -1: no limit.")
@@ -33,7 +32,12 @@ def generate(
     dense: Annotated[
         bool, typer.Option("--dense", help="Skip nothing, exact zeros included, for comparison.")
     ] = False,
-    sparsity: Sparsity = None,
+    sparsity: Annotated[
+        float | None,
+        typer.Option(
+            help="Sparsity instead of the calibrated one, 0 to 0.95; 0 skips only exact zeros, without loss."
+        ),
+    ] = None,
     temp: Annotated[float, typer.Option(help="Temperature; 0 takes the likeliest token.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Nucleus sampling.")] = 1.0,
     min_p: Annotated[float, typer.Option(help="Least probability, relative to the likeliest.")] = 0.0,
@@ -67,54 +71,22 @@ def generate(
     json_output: Json = False,
 ) -> None:
     """Write text from a prompt, decoding sparsely."""
-    model = flags.needed(model, model_option, 'spqt generate MODEL --prompt "Hello"')
+    given = locals()  # by the names that the options have in decode/options.py
+    path = flags.needed(model, model_option, 'spqt generate MODEL --prompt "Hello"')
     text = prompt_text(prompt, prompt_file)
-    check_max_tokens(max_tokens)
-    check_sparsity(sparsity)
     if dense and sparsity is not None:
         raise UsageError("--dense and --sparsity exclude one another", "give one of them")
-    from spqt_cli.calibrate import result
     from spqt_cli.decode import generate as generator
-    from spqt_cli.decode import session as models
+    from spqt_cli.decode import session
+    from spqt_cli.decode.options import Cache, Loading, Options, Prompt, Sampling, picked
 
-    loaded = models.load(
-        model,
-        sparsity=sparsity,
-        dense=dense,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        adapter_path=adapter_path,
-    )
-    request = generator.Prompt(
-        text, system_prompt, prefill_response, ignore_chat_template, chat_template_config
-    )
-    sampling = generator.Sampling(
-        temp=temp,
-        top_p=top_p,
-        min_p=min_p,
-        top_k=top_k,
-        min_tokens_to_keep=min_tokens_to_keep,
-        xtc_probability=xtc_probability,
-        xtc_threshold=xtc_threshold,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-    )
-    cache = {"max_kv_size": max_kv_size, "prefill_step_size": prefill_step_size, "kv_bits": kv_bits}
-    cache.update({"kv_group_size": kv_group_size, "quantized_kv_start": quantized_kv_start})
-    draft = models.load_draft(draft_model, loaded, dense=dense) if draft_model else None
-    if draft is not None:
-        cache = {**cache, "num_draft_tokens": num_draft_tokens}
-        if loaded.sparsity:
-            several = (
-                "proposed tokens are checked several at a time, which skips channels but reads all weights"
-            )
-            loaded.note = "; ".join(filter(None, [loaded.note, several]))
-    options = generator.Options(max_tokens, stop or (), extra_eos_token or (), cache, draft)
+    sampling, request = picked(Sampling, given), picked(Prompt, {**given, "text": text})
+    options = picked(Options, {**given, "cache": picked(Cache, given)})
+    loaded = session.load(path, **picked(Loading, given))
     tokens = generator.encode(loaded, request)
-    if loaded.note and not quiet:
-        typer.echo(f"note: {loaded.note}", err=True)
-    if not quiet and (said := result.warning_of(loaded.config, loaded.sparsity)):
-        typer.echo(said, err=True)
+    if not quiet:
+        for line in filter(None, [loaded.note and f"note: {loaded.note}", loaded.warning]):
+            typer.echo(line, err=True)
     _print_stream(generator.stream(loaded, tokens, sampling, options), quiet, json_output)
 
 

@@ -137,7 +137,7 @@ def main() -> None:
             _bug(error, debug, wants_json)
         cause = f"{str(error.filename)[:200]} can't be used: {error.strerror}"
         _fail(SpqtError(cause, "check the path and its permissions"), debug, wants_json)
-    except Exception as error:  # the last line of defence: ours to mend, not the user's
+    except Exception as error:  # whatever is left is a bug of ours, not the user's
         if hasattr(error, "show") and hasattr(error, "exit_code"):  # Typer's own, for wrong options
             if wants_json:
                 _as_json(str(error), "spqt --help", error.exit_code)

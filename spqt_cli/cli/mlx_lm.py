@@ -4,7 +4,6 @@ import contextlib
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 import typer
 
@@ -90,13 +89,12 @@ def _hand_over() -> None:
         ) from error
 
 
-def _mode(config: dict[str, Any], wished: float | None) -> str:
-    """How requests to a model run, for people."""
-    calibrated: float = (config["spqt"].get("calibration") or {}).get("sparsity") or 0.0
-    share = calibrated if wished is None else wished
-    if not share:
+def _mode(calibrated: float, wished: float | None) -> str:
+    """How requests to a model run. calibrated, wished: sparsities, 0 to 1; wished: by SPQT_SPARSITY."""
+    sparsity = calibrated if wished is None else wished
+    if not sparsity:
         return "all runs dense, nothing is skipped"
-    return f"prompts run dense, generated tokens at {share:.0%} sparsity, in batches too"
+    return f"prompts run dense, generated tokens at {sparsity:.0%} sparsity, in batches too"
 
 
 def _check(name: str, command: str, wished: float | None) -> bool:
@@ -104,21 +102,23 @@ def _check(name: str, command: str, wished: float | None) -> bool:
 
     Raises SpqtError where it is not, and for a path with nothing there.
     """
-    from spqt_cli.format import config_json, identity, locate
+    from spqt_cli.format import locate
+    from spqt_cli.format.folder import Folder, is_converted
     from spqt_cli.system import files
 
     path = files.expanded(name)
     if not path.exists() and not locate.is_hub_id(name):
         raise SpqtError(f"{name} is not found", "give a model's folder or a hub id (org/name)")
-    if not path.is_dir() or "spqt" not in config_json.read_config(path):
+    if not path.is_dir() or not is_converted(path):
         return False
     if command in REFUSED:
         raise _refusal(f"{name}, a converted model", command)
-    config = identity.check_model(path)
-    if wished and "calibration" not in config["spqt"]:
+    folder = Folder(path)
+    if wished and folder.calibration is None:
         raise SpqtError(f"{path} has no thresholds for SPQT_SPARSITY={wished}", f"spqt calibrate {path}")
     if command in WRITING:
-        print(f"spqt: {path}: {_mode(config, wished)}", file=sys.stderr, flush=True)
+        calibrated = folder.calibration.sparsity if folder.calibration else 0.0
+        print(f"spqt: {path}: {_mode(calibrated, wished)}", file=sys.stderr, flush=True)
     return True
 
 

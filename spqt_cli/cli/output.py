@@ -1,4 +1,4 @@
-"""What commands print besides their result: the progress bar, and results as JSON."""
+"""What every command prints: progress on stderr, results as JSON."""
 
 import dataclasses
 import json

@@ -7,12 +7,16 @@ from spqt_cli.errors import SpqtError, UsageError
 
 
 def prompt_text(prompt: str | None, prompt_file: Path | None) -> str:
+    """The text of --prompt, of --prompt-file, or of stdin where neither is given or --prompt is "-".
+
+    Raises UsageError for both, for none on a terminal and for an empty text, SpqtError for what is not UTF-8.
+    """
     if prompt is not None and prompt_file is not None:
         raise UsageError("--prompt and --prompt-file exclude one another", "give one of them")
     if prompt is not None and prompt != "-":
         text = prompt.replace("\\n", "\n").replace("\\t", "\t")  # as mlx_lm.generate reads it
     elif prompt_file is None and prompt is None and sys.stdin.isatty():
-        raise UsageError("there is no prompt", 'give one: --prompt "Hello", or pipe text in')
+        raise UsageError("no prompt is given", 'give one: --prompt "Hello", or pipe text in')
     else:
         from spqt_cli.system import files
 
@@ -31,15 +35,3 @@ def prompt_text(prompt: str | None, prompt_file: Path | None) -> str:
     if not text.strip():
         raise UsageError("the prompt is empty", 'give one: --prompt "Hello", or pipe text in')
     return text
-
-
-def check_max_tokens(max_tokens: int) -> None:
-    if max_tokens == 0 or max_tokens < -1:
-        raise UsageError(
-            f"--max-tokens {max_tokens}: nothing to do", "give a positive number, or -1 for no limit"
-        )
-
-
-def check_sparsity(sparsity: float | None) -> None:
-    if sparsity is not None and not 0 <= sparsity <= 0.95:
-        raise UsageError(f"sparsity {sparsity} is not in 0 to 0.95", "0.25 skips a quarter")

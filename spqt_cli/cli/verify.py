@@ -13,8 +13,8 @@ def verify(
     model: Annotated[Path, typer.Argument(help="A converted folder.", readable=False)],
     json_output: Json = False,
 ) -> None:
-    """Read every byte of a converted folder and hold it against its recorded hashes."""
-    from spqt_cli.format import identity
+    """Read every byte of a converted folder and compare it with the recorded hashes."""
+    from spqt_cli.format.folder import Folder
 
-    shards = identity.verify(model)
+    shards = Folder(model).verify()
     typer.echo(as_json({"shards": shards}) if json_output else f"{model}: {len(shards)} shard(s) intact")

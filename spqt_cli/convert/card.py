@@ -81,7 +81,7 @@ def check_upload(repo: str) -> None:
 
 def upload(folder: Path, repo: str) -> None:
     """Put a converted folder on the hub, once its parts are known to belong together."""
-    from spqt_cli.format import hub, identity
+    from spqt_cli.format import hub
+    from spqt_cli.format.folder import Folder
 
-    identity.check_model(folder)
-    hub.upload(folder, repo)
+    hub.upload(Folder(folder), repo)

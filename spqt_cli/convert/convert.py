@@ -16,7 +16,7 @@ from spqt_cli.convert.job import Conversion, Progress
 from spqt_cli.convert.plan import ZIGZAG, Plan
 from spqt_cli.decode.bytes_read import Reads
 from spqt_cli.errors import ResourceError, UsageError
-from spqt_cli.format import checks, layout, presets
+from spqt_cli.format import checkpoint_files, layout, presets, thresholds
 from spqt_cli.system import files
 
 DTYPES = ("float16", "bfloat16", "float32")
@@ -82,7 +82,9 @@ class ConvertResult:
         if self.dry_run:
             lines.append(f"memory needed: {self.memory_bytes / 1e9:.2f} GB")
         if self.unquantized:
-            lines.append(f"not quantized, inputs no multiple of the group: {checks.named(self.unquantized)}")
+            lines.append(
+                f"not quantized, inputs no multiple of the group: {checkpoint_files.named(self.unquantized)}"
+            )
         if self.reads.skippable < 0.5:
             lines.append("warning: less than half of what a token reads can be skipped; expect little speed")
         return "\n".join([*lines, *(f"warning: {warning}" for warning in self.warnings)])
@@ -157,14 +159,8 @@ def check_options(options: ConvertOptions) -> None:
     settings = [(bits, group_size) for _, bits, group_size in options.projections]
     head_bits = options.bits if options.head_bits is None else options.head_bits
     for bits, group_size in [(options.bits, options.group_size), (head_bits, options.group_size), *settings]:
-        if bits not in layout.BITS:
-            raise UsageError(f"{bits} bits: not a width that MLX packs", f"use one of {layout.BITS}")
-        if group_size not in layout.GROUP_SIZES:
-            raise UsageError(f"group size {group_size} does not exist", f"use one of {layout.GROUP_SIZES}")
-    if options.profile is not None and not 0 <= options.profile <= 0.95:
-        raise UsageError(
-            f"--profile {options.profile} is not in 0 to 0.95", "0.25: a quarter will be skipped"
-        )
+        layout.check(bits, group_size)
+    thresholds.check_sparsity(options.profile, f"--profile {options.profile}")
     if options.dtype is not None and options.dtype not in DTYPES:
         raise UsageError(f"dtype {options.dtype!r} does not exist", f"use one of {DTYPES}")
 

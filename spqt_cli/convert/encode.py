@@ -9,8 +9,8 @@ import mlx.core as mx
 import numpy as np
 
 from spqt_cli.convert.plan import PLAIN, ROWS, Unit
-from spqt_cli.errors import ResourceError, SpqtError
-from spqt_cli.format import checks, layout
+from spqt_cli.errors import AGAIN, ResourceError, SpqtError
+from spqt_cli.format import layout
 
 CHECKED_AT_ONCE = 1 << 18  # elements per step of the search for NaN and Inf
 EXPONENTS = {  # dtype -> integer of its width, all bits but the sign, the exponent's bits
@@ -71,7 +71,7 @@ def _evaluate(unit: Unit, *arrays: mx.array) -> None:
             raise ResourceError(
                 f"tensor {unit.name} does not fit in memory", "close other programs"
             ) from None
-        raise SpqtError(f"tensor {unit.name} can't be read: {error}", checks.AGAIN) from None
+        raise SpqtError(f"tensor {unit.name} can't be read: {error}", AGAIN) from None
 
 
 def is_finite(array: mx.array) -> bool:

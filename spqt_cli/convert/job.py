@@ -17,8 +17,9 @@ from spqt_cli.convert import card, encode, shards, source, tokenizer_files
 from spqt_cli.convert.journal import Journal, job_id
 from spqt_cli.convert.plan import Plan, Unit, Wishes
 from spqt_cli.convert.shards import Writer
-from spqt_cli.errors import SpqtError
-from spqt_cli.format import checks, config_json, identity
+from spqt_cli.errors import AGAIN, SpqtError
+from spqt_cli.format import config_json, contract
+from spqt_cli.format.folder import shard_metadata
 from spqt_cli.system import files
 from spqt_cli.version import __version__
 
@@ -33,7 +34,7 @@ class Conversion:
         self.output, self.checkpoint, self.plan = output, checkpoint, planned
         self.config = _config(checkpoint, planned)
         # The content's hash is known last; until then a stand-in of its length holds the place.
-        stand_in = identity.metadata(self.config["spqt"]["fingerprint"], "0" * 64)
+        stand_in = shard_metadata(self.config["spqt"]["fingerprint"], "0" * 64)
         self.shards = shards.lay_out(planned.units, stand_in, shards.LARGEST_SHARD)
         wanted = {"config": self.config, "stamps": checkpoint.stamps(), "wishes": dataclasses.asdict(wishes)}
         wanted["quantization"] = checkpoint.quantization  # how bytes are read; not in the output's config
@@ -72,7 +73,7 @@ class Conversion:
             hashes = [h for unit in self.plan.units for h in self.journal.done[unit.name]]
             content = hashlib.sha256("".join(hashes).encode()).hexdigest()
             self.config["spqt"]["content"] = content
-            writer.write_headers(identity.metadata(self.config["spqt"]["fingerprint"], content))
+            writer.write_headers(shard_metadata(self.config["spqt"]["fingerprint"], content))
         return resumed
 
     def _is_done(self, unit: Unit, writer: Writer) -> bool:
@@ -103,7 +104,7 @@ class Conversion:
                 offsets[index] += data.nbytes
         except encode.NotFinite:
             name = self._blame(unit)
-            raise SpqtError(f"{self.checkpoint.name}: tensor {name} holds NaN or Inf", checks.AGAIN) from None
+            raise SpqtError(f"{self.checkpoint.name}: tensor {name} holds NaN or Inf", AGAIN) from None
         finally:
             self.checkpoint.check_unchanged()
         return [each.hexdigest() for each in hashes]
@@ -151,8 +152,8 @@ def _config(checkpoint: source.Checkpoint, planned: Plan) -> dict[str, Any]:
         config["torch_dtype"] = planned.dtype
     config["quantization"] = planned.quantization
     config["spqt"] = {
-        "format_version": config_json.FORMAT_VERSION,
-        "fingerprint": config_json.fingerprint(config),
+        "format_version": contract.FORMAT_VERSION,
+        "fingerprint": contract.settings_fingerprint(config),
         "source": checkpoint.identity(),
         "versions": {"spqt": __version__, "mlx": version("mlx")},
         **(checkpoint.exact or {}),

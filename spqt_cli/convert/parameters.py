@@ -14,8 +14,8 @@ from spqt_cli.convert import requantize
 from spqt_cli.convert.source import Checkpoint, text_config
 from spqt_cli.decode import exact
 from spqt_cli.decode.architecture import classes
-from spqt_cli.errors import SpqtError, UnsupportedError
-from spqt_cli.format import checks
+from spqt_cli.errors import AGAIN, SpqtError, UnsupportedError
+from spqt_cli.format import checkpoint_files
 
 
 def load(checkpoint: Checkpoint) -> tuple[nn.Module, dict[str, mx.array], dict[str, str]]:
@@ -51,7 +51,7 @@ def _check_layers(checkpoint: Checkpoint) -> None:
     if not isinstance(layers, int) or layers > count:
         raise SpqtError(
             f"{checkpoint.name}: config.json says {layers!r} layers, but there are only {count} tensors",
-            checks.AGAIN,
+            AGAIN,
         )
 
 
@@ -67,9 +67,9 @@ def build(config: dict[str, Any], name: str) -> nn.Module:
         raise UnsupportedError(f"{name}: mlx-lm's class can't do this: {error}", "see its source") from None
     except (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, AssertionError) as error:
         lacking = _lacking(config, args_class)
-        why = f"it does not say {checks.named(lacking)}" if lacking else repr(error)
+        why = f"it does not say {checkpoint_files.named(lacking)}" if lacking else repr(error)
         raise SpqtError(
-            f"{name}: config.json does not describe a {config['model_type']} model ({why})", checks.AGAIN
+            f"{name}: config.json does not describe a {config['model_type']} model ({why})", AGAIN
         ) from None
     _check_vocabulary(model, config, name)
     return model
@@ -107,13 +107,14 @@ def _sanitized(checkpoint: Checkpoint) -> tuple[nn.Module, dict[str, mx.array], 
             raise SpqtError(
                 f"{checkpoint.name}: its tensors are not those of a {checkpoint.config['model_type']} model"
                 f" ({error!r})",
-                checks.AGAIN,
+                AGAIN,
             ) from None
     weights = _without_second_head(model, weights)
     sources = {name: by_identity[id(a)] for name, a in weights.items() if id(a) in by_identity}
     if checkpoint.gguf is not None and (made := weights.keys() - sources.keys()):
         raise UnsupportedError(
-            f"{checkpoint.name}: mlx-lm would rearrange {checks.named(made)}", "convert the HF original"
+            f"{checkpoint.name}: mlx-lm would rearrange {checkpoint_files.named(made)}",
+            "convert the HF original",
         )
     return model, weights, sources
 
@@ -132,14 +133,14 @@ def _check(model: nn.Module, weights: dict[str, mx.array], checkpoint: Checkpoin
 
     wanted = dict(tree_flatten(model.parameters()))
     if missing := wanted.keys() - weights.keys():
-        raise SpqtError(f"{checkpoint.name}: tensors are missing: {checks.named(missing)}", checks.AGAIN)
+        raise SpqtError(f"{checkpoint.name}: tensors are missing: {checkpoint_files.named(missing)}", AGAIN)
     if extra := weights.keys() - wanted.keys():
         raise SpqtError(
-            f"{checkpoint.name}: tensors the model has no place for: {checks.named(extra)}", checks.AGAIN
+            f"{checkpoint.name}: tensors the model has no place for: {checkpoint_files.named(extra)}", AGAIN
         )
     for name, array in weights.items():
         if array.shape != (shape := wanted[name].shape):
             raise SpqtError(
                 f"{checkpoint.name}: tensor {name} is {array.shape}, config.json asks for {shape}",
-                checks.AGAIN,
+                AGAIN,
             )

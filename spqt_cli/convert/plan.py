@@ -18,8 +18,8 @@ from spqt_cli.convert.source import DTYPES, Checkpoint, text_config
 from spqt_cli.decode import bytes_read
 from spqt_cli.decode.bytes_read import BLOCK, TOWER
 from spqt_cli.errors import UnsupportedError
-from spqt_cli.format import checks, layout
-from spqt_cli.format.config_json import MODE
+from spqt_cli.format import checkpoint_files, layout
+from spqt_cli.format.contract import MODE
 
 ZIGZAG, ROWS, PLAIN = "zigzag", "row-grouped", "kept"
 NAMES = {dtype: name for name, dtype in DTYPES.items()}  # MLX dtype -> safetensors' name
@@ -39,7 +39,7 @@ class Part:
 
     @property
     def nbytes(self) -> int:
-        return checks.Tensor(self.dtype, self.shape, "").nbytes
+        return checkpoint_files.Tensor(self.dtype, self.shape, "").nbytes
 
 
 @dataclass(frozen=True)
@@ -232,7 +232,7 @@ class Decisions:
             return PLAIN, 0, 0
         asked = {**self.own(path, module), **(answer if isinstance(answer, dict) else {})}
         bits, group_size = asked["bits"], asked["group_size"]
-        if asked["mode"] != "affine" or bits not in layout.BITS or group_size not in layout.GROUP_SIZES:
+        if asked["mode"] != "affine" or not layout.is_packable(bits, group_size):
             return PLAIN, 0, 0
         if self.is_zigzag(path, module):
             return ZIGZAG, bits, group_size

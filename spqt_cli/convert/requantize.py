@@ -11,8 +11,7 @@ import mlx.nn as nn
 
 from spqt_cli.convert.source import Checkpoint
 from spqt_cli.convert.unpack import methods
-from spqt_cli.errors import SpqtError
-from spqt_cli.format import checks
+from spqt_cli.errors import AGAIN, SpqtError
 
 KEPT = {"mxfp4": 32, "nvfp4": 16}  # modes in which experts stay as they are, and their group sizes
 
@@ -26,7 +25,7 @@ def settle(model: nn.Module, weights: dict[str, mx.array], checkpoint: Checkpoin
     for path in [name.removesuffix(".scales") for name in weights if name.endswith(".scales")]:
         module = modules.get(path)
         if module is None or f"{path}.weight" not in weights or "weight" not in module:
-            raise SpqtError(f"{checkpoint.name}: tensor {path}.scales belongs to no weight", checks.AGAIN)
+            raise SpqtError(f"{checkpoint.name}: tensor {path}.scales belongs to no weight", AGAIN)
         try:
             found = _settings(path, module, weights, checkpoint)
             # with a scale for all of an expert MLX multiplies on a GPU only
@@ -39,7 +38,7 @@ def settle(model: nn.Module, weights: dict[str, mx.array], checkpoint: Checkpoin
         except (LookupError, ValueError, TypeError, ArithmeticError) as error:
             raise SpqtError(
                 f"{checkpoint.name}: tensor {path}.weight does not belong to its scales ({error})",
-                checks.AGAIN,
+                AGAIN,
             ) from None
     if kept:
         nn.quantize(model, class_predicate=lambda path, _: kept.get(path, False))

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Self
 
 from spqt_cli.convert.plan import Part, Unit
-from spqt_cli.format import checks
+from spqt_cli.format import checkpoint_files
 from spqt_cli.format.config_json import INDEX
 from spqt_cli.system import files
 
 LARGEST_SHARD = 5 << 30  # bytes, as mlx-lm's own shards
-WIDTHS = checks.FLOATING | checks.INTEGER
+WIDTHS = checkpoint_files.FLOATING | checkpoint_files.INTEGER
 
 
 @dataclass

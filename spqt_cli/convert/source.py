@@ -16,9 +16,9 @@ import mlx.core as mx
 from spqt_cli.convert.unpack import methods
 from spqt_cli.convert.unpack.packed import Packed, Source
 from spqt_cli.decode import architecture
-from spqt_cli.errors import SpqtError, UnsupportedError, UsageError
-from spqt_cli.format import checks, locate
-from spqt_cli.format.checks import Tensor
+from spqt_cli.errors import AGAIN, SpqtError, UnsupportedError, UsageError
+from spqt_cli.format import checkpoint_files, locate
+from spqt_cli.format.checkpoint_files import Tensor
 from spqt_cli.format.config_json import CODE_KEYS, KEPT, TOKENIZER, read_config
 from spqt_cli.system import files
 
@@ -119,9 +119,11 @@ class Checkpoint:
             return []
         found = {path for path in self.folder.iterdir() for pattern in KEPT if path.match(pattern)}
         found |= {
-            path for path in checks.listed(self.folder / checks.NAMED_TEMPLATES) if path.match("*.jinja")
+            path
+            for path in checkpoint_files.listed(self.folder / checkpoint_files.NAMED_TEMPLATES)
+            if path.match("*.jinja")
         }
-        return sorted(path for path in found if path.is_file() and checks.is_own(self.folder, path))
+        return sorted(path for path in found if path.is_file() and checkpoint_files.is_own(self.folder, path))
 
 
 def _stamp(path: Path) -> tuple[int, int, int]:
@@ -175,15 +177,15 @@ def _open_path(path: Path, trust: Trust) -> Checkpoint:
 def open_folder(folder: Path, trust: Trust) -> Checkpoint:
     """The checked checkpoint of a model folder in the hub's form."""
     config = read_config(folder)
-    checks.refuse_pipes(folder)
+    checkpoint_files.refuse_pipes(folder)
     check_config(config, str(folder), trust)
-    shards, unused = checks.shard_names(folder)
+    shards, unused = checkpoint_files.shard_names(folder)
     if not shards:
-        checks.refuse_no_weights(folder)
+        checkpoint_files.refuse_no_weights(folder)
     absent: list[str] = []
-    tensors = checks.read_headers(folder, shards, absent, checks.EIGHT_BITS)
+    tensors = checkpoint_files.read_headers(folder, shards, absent, checkpoint_files.EIGHT_BITS).tensors
     if {**config, **text_config(config)}.get("tie_word_embeddings") is False:
-        checks.refuse_lost_head(folder, absent)
+        checkpoint_files.refuse_lost_head(folder, absent)
     _check_tokenizer(folder, trust)
     settings = methods.settings(config) or methods.beside(folder)
     _check_quantization(settings, str(folder), trust)
@@ -195,9 +197,13 @@ def open_folder(folder: Path, trust: Trust) -> Checkpoint:
         name, folder, config, tensors, quantization=settings, packed=packed, useless=useless
     )
     if unused:
-        checkpoint.warnings.append(f"ignored, since the index does not name them: {checks.named(unused)}")
+        checkpoint.warnings.append(
+            f"ignored, since the index does not name them: {checkpoint_files.named(unused)}"
+        )
     if absent:
-        checkpoint.warnings.append(f"the index names what no shard has, unused here: {checks.named(absent)}")
+        checkpoint.warnings.append(
+            f"the index names what no shard has, unused here: {checkpoint_files.named(absent)}"
+        )
     if packed and (not settings or methods.is_native(settings)):
         checkpoint.warnings.append(
             "its weights have 8 bits and are rounded once more; most lose little by it"
@@ -260,9 +266,9 @@ def _check_tokenizer(folder: Path, trust: Trust) -> None:
         try:
             Tokenizer.from_file(str(folder / "tokenizer.json"))
         except Exception as error:  # the library raises bare Exception
-            raise SpqtError(f"{folder / 'tokenizer.json'} can't be read: {error}", checks.AGAIN) from None
+            raise SpqtError(f"{folder / 'tokenizer.json'} can't be read: {error}", AGAIN) from None
     settings = folder / "tokenizer_config.json"
-    if settings.is_file() and checks.read_json(settings).get("auto_map") and not trust.remote_code:
+    if settings.is_file() and checkpoint_files.read_json(settings).get("auto_map") and not trust.remote_code:
         raise UnsupportedError(
             f"{settings} brings its own code (auto_map)",
             "spqt never runs it; --trust-remote-code goes on without it",

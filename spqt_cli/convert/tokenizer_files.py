@@ -13,8 +13,8 @@ from typing import Any
 
 from spqt_cli.convert import tokenizer_fidelity
 from spqt_cli.convert.source import Checkpoint
-from spqt_cli.errors import SpqtError, UnsupportedError
-from spqt_cli.format import checks, config_json
+from spqt_cli.errors import AGAIN, SpqtError, UnsupportedError
+from spqt_cli.format import checkpoint_files, config_json
 from spqt_cli.format.config_json import CODE_KEYS
 from spqt_cli.system import files
 
@@ -49,7 +49,7 @@ def write(checkpoint: Checkpoint, folder: Path) -> str | None:
 
         write_tokenizer(checkpoint.files()[0], folder)
     _drop_code(folder)
-    if (folder / checks.NAMED_TEMPLATES).is_dir():
+    if (folder / checkpoint_files.NAMED_TEMPLATES).is_dir():
         _unfold_templates(folder)
     return _keep(folder, checkpoint.name) if (folder / "tokenizer.json").is_file() else None
 
@@ -134,12 +134,10 @@ def _load(folder: Path) -> Any:
         raise
     except StrictDataclassError as error:  # transformers reads config.json on the way to the tokenizer
         said = " ".join(str(error).split()).partition("Error: ")[2].partition(" Errors: ")[0][:200]
-        raise SpqtError(f"config.json: transformers refuses it: {said}", "mend or " + checks.AGAIN) from error
+        raise SpqtError(f"config.json: transformers refuses it: {said}", "mend or " + AGAIN) from error
     except Exception as error:  # others' code over others' files: it may raise anything
         said = " ".join(str(error).split())[:200]
-        raise SpqtError(
-            f"the tokenizer can't be loaded: {type(error).__name__}: {said}", checks.AGAIN
-        ) from error
+        raise SpqtError(f"the tokenizer can't be loaded: {type(error).__name__}: {said}", AGAIN) from error
     finally:
         logging.set_verbosity(before)
 
@@ -174,7 +172,7 @@ def _flags(token: Any) -> dict[str, Any]:
 
 def _settings(folder: Path) -> dict[str, Any]:
     path = folder / SETTINGS
-    return checks.read_json(path) if path.exists() else {}
+    return checkpoint_files.read_json(path) if path.exists() else {}
 
 
 def _write_settings(folder: Path, settings: dict[str, Any]) -> None:

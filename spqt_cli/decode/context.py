@@ -14,7 +14,7 @@ from spqt_cli.format import config_json
 def kept_to(config: dict[str, Any]) -> int | None:
     """Tokens up to which mlx-lm's class computes a converted model rightly; None for all."""
     section = config.get("spqt")
-    return config_json.whole(section, "context") if isinstance(section, dict) else None
+    return config_json.size(section, "context") if isinstance(section, dict) else None
 
 
 def tokens(config: dict[str, Any]) -> int | None:
@@ -22,7 +22,7 @@ def tokens(config: dict[str, Any]) -> int | None:
 
     None where config.json does not say.
     """
-    limits = (config_json.whole(config, "max_position_embeddings"), kept_to(config))
+    limits = (config_json.size(config, "max_position_embeddings"), kept_to(config))
     return min((each for each in limits if each is not None), default=None)
 
 

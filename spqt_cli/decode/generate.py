@@ -22,7 +22,7 @@ CHECK_EVERY = 32  # tokens between looks at the log-probabilities: a look waits 
 class Statistics:
     """What one generation did. Rates in tokens per second, sizes in bytes, sparsity 0 to 1.
 
-    Of what was decoded: prompts run dense. sparsity: share of Zigzag weights skipped, the mean over tokens
+    Of what was decoded: prompts run dense. sparsity: fraction of Zigzag weights skipped, the mean over tokens
     fed. weight_bytes_per_token: read for each token written, by the draft model too; steps that verify drafts
     read all weights whatever they skip. dense_weight_bytes_per_token: what the same steps would read dense.
     draft_sparsity: the draft model's; None without one.
@@ -43,7 +43,7 @@ class Statistics:
     draft_sparsity: float | None = None
 
     def line(self) -> str:
-        """One line for people."""
+        """The statistics as one line of text."""
         draft = "" if self.draft_sparsity is None else f" ({self.draft_sparsity:.1%} of the draft model's)"
         return (
             f"prompt {self.prompt_tokens} tokens, {self.prompt_tps:.1f} tok/s | "
@@ -62,7 +62,7 @@ def encode(loaded: session.Loaded, prompt: Prompt) -> list[int]:
     """
     if not prompt.text.strip():
         raise UsageError("the prompt is empty", 'give one: --prompt "Hello", or pipe text in')
-    if not files.is_utf8("".join(filter(None, (prompt.text, prompt.system, prompt.prefill)))):
+    if not files.is_utf8("".join(filter(None, (prompt.text, prompt.system_prompt, prompt.prefill_response)))):
         raise SpqtError("the prompt is not UTF-8", "convert it to UTF-8")
     tokenizer = loaded.tokenizer
     if prompt.ignore_chat_template or not tokenizer.has_chat_template:
@@ -79,7 +79,7 @@ def encode(loaded: session.Loaded, prompt: Prompt) -> list[int]:
 
 
 def _encode_literally(tokenizer: Any, prompt: Prompt) -> list[int]:
-    """Token ids when the user's text spells a control token: the text stays text, no turn is forged.
+    """Token ids when the user's text spells a control token: the text stays text and forges no message.
 
     Template and text are tokenized apart, which other prompts are not: mlx-lm tokenizes them together.
     """
@@ -92,14 +92,14 @@ def _encode_literally(tokenizer: Any, prompt: Prompt) -> list[int]:
 
 def _templated(tokenizer: Any, prompt: Prompt) -> str:
     messages: list[dict[str, str | None]] = (
-        [{"role": "system", "content": prompt.system}] if prompt.system is not None else []
+        [{"role": "system", "content": prompt.system_prompt}] if prompt.system_prompt is not None else []
     )
     messages.append({"role": "user", "content": prompt.text})
-    prefilled = prompt.prefill is not None
+    prefilled = prompt.prefill_response is not None
     if prefilled:
-        messages.append({"role": "assistant", "content": prompt.prefill})
+        messages.append({"role": "assistant", "content": prompt.prefill_response})
     try:
-        config = json.loads(prompt.template_config) if prompt.template_config else {}
+        config = json.loads(prompt.chat_template_config) if prompt.chat_template_config else {}
         if not isinstance(config, dict):
             raise ValueError("not an object")
     except ValueError as error:
@@ -124,10 +124,10 @@ def stream(loaded: session.Loaded, tokens: list[int], sampling: Sampling, option
     import mlx.core as mx
     import mlx_lm
 
-    check(sampling, options, loaded.config)
+    check(sampling, options.cache, loaded.config)
     if sampling.seed is not None:
         mx.random.seed(sampling.seed)
-    for name in options.extra_eos_tokens:
+    for name in options.extra_eos_token or ():
         try:
             loaded.tokenizer.add_eos_token(name)
         except ValueError:
@@ -136,7 +136,7 @@ def stream(loaded: session.Loaded, tokens: list[int], sampling: Sampling, option
             ) from None
     arguments = _loop_arguments(loaded, sampling, options)
     mx.reset_peak_memory()
-    gate, response, stopped = StopStrings(options.stop), None, False
+    gate, response, stopped = StopStrings(options.stop or ()), None, False
     answer = text_borders.Answer(loaded.tokenizer, tokens)
     with active_counts.counting(select.backend().count_every) as counter:
         for response in mlx_lm.stream_generate(loaded.model, loaded.tokenizer, tokens, **arguments):
@@ -149,11 +149,11 @@ def stream(loaded: session.Loaded, tokens: list[int], sampling: Sampling, option
                 break
     if not stopped and (rest := gate.flush()):
         yield rest
-    yield _statistics(loaded, response, counter, options.draft, "stop string" if stopped else None)
+    yield _statistics(loaded, response, counter, "stop string" if stopped else None)
 
 
 def _text(answer: text_borders.Answer, response: Any, options: Options) -> str:
-    """The text that a step adds; the token that ends a turn has none."""
+    """The text that a step adds; an end-of-sequence token has none."""
     text = ""
     if response.finish_reason != "stop":
         options.on_token(response.token)
@@ -175,13 +175,13 @@ def _loop_arguments(loaded: session.Loaded, sampling: Sampling, options: Options
         xtc_threshold=sampling.xtc_threshold,
         xtc_special_tokens=tokenizer.encode("\n") + list(tokenizer.eos_token_ids),
     )
-    arguments = {"max_tokens": options.max_tokens, "sampler": sampler, **options.cache}
+    arguments = {"max_tokens": options.max_tokens, "sampler": sampler, **vars(options.cache)}
     if sampling.repetition_penalty is not None:
         arguments["logits_processors"] = make_logits_processors(
             repetition_penalty=sampling.repetition_penalty
         )
-    if options.draft is not None:
-        arguments["draft_model"] = options.draft.model
+    if loaded.draft is not None:
+        arguments |= {"draft_model": loaded.draft.model, "num_draft_tokens": options.num_draft_tokens}
     return arguments
 
 
@@ -196,12 +196,11 @@ def _statistics(
     loaded: session.Loaded,
     response: Any,
     counter: active_counts.Counter,
-    draft: session.Loaded | None,
     reason: str | None,
 ) -> Statistics:
     shares = counter.shares()
     read, dense, skipped = session.touched_bytes(loaded, shares)
-    draft_skipped = None
+    draft, draft_skipped = loaded.draft, None
     if draft is not None:
         more, more_dense, draft_skipped = session.touched_bytes(draft, shares)
         of_draft, own = (counter.steps(one.model) / response.generation_tokens for one in (draft, loaded))

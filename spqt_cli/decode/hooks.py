@@ -7,6 +7,7 @@ foreign.py lists all that is replaced; hooks_cpu.py and hooks_generate.py hold t
 
 import contextlib
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -30,7 +31,7 @@ from spqt_cli.decode import (
     profile,
 )
 from spqt_cli.decode.layers import ZigzagLinear, share_inputs, zigzag_layers
-from spqt_cli.errors import SpqtError, UsageError
+from spqt_cli.errors import SpqtError
 from spqt_cli.format import thresholds
 
 _linear_to_quantized = nn.Linear.to_quantized
@@ -61,9 +62,8 @@ def wished_sparsity() -> float | None:
     try:
         value = float(text)
     except ValueError:
-        value = -1.0
-    if not 0 <= value <= 0.95:
-        raise UsageError(f"SPQT_SPARSITY={text!r} is not a number in 0 to 0.95", "0.25 skips a quarter")
+        value = math.nan
+    thresholds.check_sparsity(value, f"SPQT_SPARSITY={text!r}")
     return value
 
 

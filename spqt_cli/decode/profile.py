@@ -24,7 +24,7 @@ from spqt_cli.backends import select
 from spqt_cli.decode import recognize, relayout
 from spqt_cli.decode.layers import SHARED_INPUTS, ZigzagLinear, zigzag_layers
 from spqt_cli.errors import UsageError
-from spqt_cli.format import config_json
+from spqt_cli.format import thresholds
 from spqt_cli.system import files
 from spqt_cli.version import __version__
 
@@ -264,12 +264,6 @@ def unit_density(unit: Unit, densities: Sequence[float]) -> float:
     return sum(size * density for size, density in zip(sizes, densities, strict=True)) / sum(sizes)
 
 
-def curves(config: dict[str, Any]) -> Curves:
-    """The curves that a converted model's config.json has."""
-    entries = config_json.entries(config)
-    return {path: (entry.get("spqt") or {}).get("curve") for path, entry in entries.items()}
-
-
 def stored_curves(model: nn.Module) -> Curves:
     """The curves that the layers of a model were loaded with."""
     return {path: layer.__dict__.get("curve") for path, layer in zigzag_layers(model).items()}
@@ -289,7 +283,7 @@ def expected_densities(
             if layer.threshold is None:
                 skipped = 0.0
             elif curve and layer.threshold.size == 1:
-                skipped = float(np.interp(np.array(layer.threshold)[0], curve, config_json.CURVE_SPARSITIES))
+                skipped = float(np.interp(np.array(layer.threshold)[0], curve, thresholds.CURVE_SPARSITIES))
             else:
                 skipped = sparsity or 0.0
             result.append((layer, 1 - skipped))

@@ -21,7 +21,7 @@ from spqt_cli.backends import interface
 from spqt_cli.decode import foreign
 from spqt_cli.decode.bytes_read import BLOCK
 from spqt_cli.decode.exact import ExactRoPE
-from spqt_cli.format import config_json
+from spqt_cli.format import contract
 
 PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
@@ -62,7 +62,7 @@ class Block(NamedTuple):
 
 def is_zigzag(layer: Any) -> bool:
     """Whether a layer is a ZigzagLinear, by its mode."""
-    return getattr(layer, "mode", None) == config_json.MODE
+    return getattr(layer, "mode", None) == contract.MODE
 
 
 def block(module: Any, backend: interface.Backend) -> Block | str:

@@ -1,6 +1,7 @@
-"""Loading a converted model: the folder is checked first, mlx-lm does the rest.
+"""Opens a model to decode with: generate, compare, calibrate, bench and `spqt_cli.load` all come here.
 
-It knows folders and thresholds; it does not know prompts or the command line.
+It knows folders, thresholds, this device's profile and draft models; it does not know prompts or the command
+line. mlx-lm loads the weights.
 """
 
 import contextlib
@@ -8,84 +9,111 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from spqt_cli.decode import active_counts, architecture, bytes_read, hooks, profile
+from spqt_cli.decode import active_counts, architecture, bytes_read, hooks, profile, quality_warning
 from spqt_cli.decode.hooks import as_stored, wished_sparsity
 from spqt_cli.decode.layers import zigzag_layers
-from spqt_cli.errors import ResourceError, SpqtError, Terminated, UnsupportedError
-from spqt_cli.format import config_json, identity, locate, thresholds
+from spqt_cli.decode.options import Loading
+from spqt_cli.errors import CONVERT_AGAIN, ResourceError, SpqtError, Terminated, UnsupportedError
+from spqt_cli.format import config_json, locate, thresholds
+from spqt_cli.format.folder import Folder, is_converted
+from spqt_cli.system import files
+
+DRAFT_NOTE = "proposed tokens are checked several at a time, which skips channels but reads all weights"
+
+
+@dataclass
+class Draft:
+    """A model that proposes tokens to a larger one: converted, or any that mlx-lm loads."""
+
+    model: nn.Module
+    config: dict[str, Any]
 
 
 @dataclass
 class Loaded:
     """A model ready to run.
 
-    sparsity: the share of channels that its thresholds aim to skip, None when it runs dense.
-    note: one line for people when that is not simply what the calibration says.
+    folder: where it lies and what config.json says, checked. sparsity: what its
+    thresholds aim at, 0 to 1; None when it runs dense. note: one line for a user where the model does
+    not simply run as it was calibrated, else "". draft: proposes tokens, if there is one.
     """
 
     model: nn.Module
     tokenizer: Any
-    config: dict[str, Any]
-    folder: Path
-    sparsity: float | None
+    folder: Folder
+    sparsity: float | None = None
     note: str = ""
+    draft: Draft | None = None
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """config.json as read."""
+        return self.folder.config
+
+    @property
+    def warning(self) -> str:
+        """One line where the calibration measured that the text will suffer at this sparsity, else ""."""
+        return quality_warning.warning_of(self.folder.calibration, self.sparsity)
+
+    def add_note(self, text: str) -> None:
+        """Append to `note`; "" adds nothing."""
+        self.note = "; ".join(filter(None, [self.note, text]))
 
 
-def load(
-    path: str | Path,
-    *,
-    sparsity: float | None = None,
-    dense: bool = False,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    adapter_path: str | None = None,
-) -> Loaded:
-    """A converted model from a folder or hub id, with its tokenizer.
+def load(path: str | Path | Folder, **options: Unpack[Loading]) -> Loaded:
+    """A converted model with its tokenizer, ready to run as `options` say (`Loading` has their meaning).
 
-    sparsity: derive thresholds for this share from the stored curves instead of the calibrated ones;
-    None takes SPQT_SPARSITY, where that is set. dense: skip nothing, and run every layer as it is stored;
-    else each runs as this device's profile says.
-    Raises SpqtError when the folder is damaged, was edited, or is not a converted model.
+    path: a folder, a hub id, or a folder that is checked already. The steps: check the folder, load it,
+    set the thresholds, let each layer run as this device's profile says, load the draft model.
+    Raises UsageError for a sparsity out of range, SpqtError when the folder is damaged, was edited, or is
+    not a converted model.
     """
-    folder = locate.local_folder(str(path), revision=revision)
-    config = identity.check_model(folder, trust_remote_code=trust_remote_code)
-    if adapter_path is not None and not (Path(adapter_path) / "adapter_config.json").is_file():
-        raise SpqtError(f"{adapter_path} has no adapter_config.json", "give a folder of LoRA adapters")
-    wishes: dict[str, Any] = {"adapter_path": adapter_path, "trust_remote_code": trust_remote_code}
-    model, tokenizer = _through_mlx_lm(folder, wishes)
-    loaded = Loaded(model, tokenizer, config, folder, None)
+    sparsity, dense = options.get("sparsity"), options.get("dense", False)
+    adapter, trusted = options.get("adapter_path"), options.get("trust_remote_code", False)
+    thresholds.check_sparsity(sparsity)
+    if isinstance(path, Folder):
+        folder = path
+    else:
+        folder = locate.open_folder(str(path), options.get("revision"), trust_remote_code=trusted)
+    if adapter is not None and not (Path(adapter) / "adapter_config.json").is_file():
+        raise SpqtError(f"{adapter} has no adapter_config.json", "give a folder of LoRA adapters")
+    wishes = {"adapter_path": adapter, "trust_remote_code": trusted}
+    loaded = Loaded(*_through_mlx_lm(folder, wishes), folder)
     _set_thresholds(loaded, wished_sparsity() if sparsity is None else sparsity, dense)
     if not dense:
-        loaded.note = "; ".join(filter(None, [loaded.note, apply_profile(loaded)]))
+        loaded.add_note(apply_profile(loaded))
+    if draft := options.get("draft_model"):
+        loaded.draft = load_draft(draft, loaded, dense=dense)
+        if loaded.sparsity:
+            loaded.add_note(DRAFT_NOTE)
     return loaded
 
 
 def apply_profile(loaded: Loaded) -> str:
     """Let each layer run as this device's profile says; returns what `profile.follow` says."""
-    return profile.follow(loaded.model, profile.curves(loaded.config), loaded.sparsity)
+    return profile.follow(loaded.model, loaded.folder.curves, loaded.sparsity)
 
 
-def load_lazily(path: Path) -> Loaded:
+def load_lazily(folder: Folder) -> Loaded:
     """As `load` with `dense`, but each weight stays on disk until it is first used."""
-    config = identity.check_model(path)
-    loaded = Loaded(*_through_mlx_lm(path, {"lazy": True}), config, path, None)
+    loaded = Loaded(*_through_mlx_lm(folder, {"lazy": True}), folder)
     _set_thresholds(loaded, None, dense=True)
     return loaded
 
 
-def _through_mlx_lm(folder: Path, wishes: dict[str, Any]) -> tuple[nn.Module, Any]:
+def _through_mlx_lm(folder: Folder, wishes: dict[str, Any]) -> tuple[nn.Module, Any]:
     """mlx-lm's model and tokenizer of a checked folder."""
     import mlx_lm
 
     # A class that ends the process is met here.
-    architecture.classes(config_json.read_config(folder), str(folder))
+    architecture.classes(folder.config, str(folder))
     hooks.install()
-    with plain_path(folder) as readable, _load_errors(folder), as_stored():
+    with plain_path(folder.path) as readable, _load_errors(folder.path), as_stored():
         model, tokenizer, *_ = mlx_lm.load(
             str(readable),
             tokenizer_config={"trust_remote_code": wishes.get("trust_remote_code", False)},
@@ -106,7 +134,7 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def _set_thresholds(loaded: Loaded, sparsity: float | None, dense: bool) -> None:
-    calibration = loaded.config["spqt"].get("calibration")
+    calibration = loaded.folder.calibration
     if calibration is None:
         loaded.note = f"no thresholds yet, so nothing is skipped; run: spqt calibrate {loaded.folder}"
         if sparsity is not None and not dense:
@@ -114,7 +142,7 @@ def _set_thresholds(loaded: Loaded, sparsity: float | None, dense: bool) -> None
     elif dense:
         set_dense(loaded)
     elif sparsity is None:
-        loaded.sparsity = calibration["sparsity"]
+        loaded.sparsity = calibration.sparsity
     else:
         set_sparsity(loaded, sparsity)
 
@@ -127,50 +155,34 @@ def set_dense(loaded: Loaded) -> None:
 
 
 def set_sparsity(loaded: Loaded, sparsity: float) -> None:
-    """Skip another share of the channels: the calibrated thresholds, or ones derived from the curves.
+    """Set the thresholds of another sparsity: the calibrated ones, or ones derived from the curves.
 
     sparsity: 0 to 0.95; at 0 only exact zeros are skipped, in layers that have them, which loses nothing.
     """
-    calibrated = calibrated_share(loaded.config, loaded.folder, sparsity)
+    chosen, calibration = loaded.folder.thresholds(sparsity), loaded.folder.calibration
     loaded.note = ""
-    entries = config_json.entries(loaded.config)
     for path, layer in zigzag_layers(loaded.model).items():
-        entry = entries[path]["spqt"]
-        if sparsity == calibrated:
-            threshold = entry["threshold"]
-        else:
-            threshold = thresholds.derive(entry.get("curve", []), sparsity)
-        layer.set_threshold(threshold or None)
-    if sparsity and sparsity != calibrated:
+        layer.set_threshold(chosen[path] or None)
+    if sparsity and calibration and sparsity != calibration.sparsity:
         loaded.note = (
-            f"thresholds for {sparsity:.0%} derived from the stored curves (calibrated: {calibrated:.0%})"
+            f"thresholds for {sparsity:.0%} derived from the stored curves "
+            f"(calibrated: {calibration.sparsity:.0%})"
         )
     loaded.sparsity = sparsity or None
 
 
-def calibrated_share(config: dict[str, Any], folder: Path, sparsity: float) -> float | None:
-    """The share that a model was calibrated for, None where it was not; SpqtError if `sparsity` needs it."""
-    share: float | None = (config["spqt"].get("calibration") or {}).get("sparsity")
-    if sparsity and share is None:
-        raise SpqtError(
-            f"{folder} has no thresholds to derive {sparsity:.0%} from",
-            f"spqt calibrate {folder} --sparsity {sparsity}",
-        )
-    return share
-
-
 def known(loaded: Loaded, tokens: list[int]) -> list[int]:
     """`tokens`, all of which the model has. MLX looks others up beyond the embedding and may crash."""
-    count = config_json.whole(loaded.config, "vocab_size")
+    count = loaded.folder.size("vocab_size")
     if count is not None and tokens and not 0 <= min(tokens) <= max(tokens) < count:
         raise SpqtError(
             f"{loaded.folder}: its tokenizer gives token {max(tokens)}, the model has {count}",
-            "the tokenizer is of another model: download or convert the model again",
+            f"the tokenizer is of another model: {CONVERT_AGAIN}",
         )
     return tokens
 
 
-def load_draft(path: str, target: Loaded, *, dense: bool = False) -> Loaded:
+def load_draft(name: str, target: Loaded, *, dense: bool = False) -> Draft:
     """A smaller model for speculative decoding: converted or any that mlx-lm loads.
 
     It skips what it is calibrated for, or what SPQT_SPARSITY says; nothing with `dense`.
@@ -178,23 +190,23 @@ def load_draft(path: str, target: Loaded, *, dense: bool = False) -> Loaded:
     """
     import mlx_lm
 
-    folder = locate.local_folder(path)
-    config = config_json.read_config(folder)
-    if "spqt" in config:
-        identity.check_model(folder)
-    architecture.classes(config, str(folder))
+    path, folder = files.expanded(name), None
+    if not path.is_dir() or is_converted(path):
+        folder = locate.open_folder(name)
+        path = folder.path
+    config = folder.config if folder else config_json.read_config(path)
+    architecture.classes(config, str(path))
     hooks.install()
-    with plain_path(folder) as readable, _load_errors(folder):
+    with plain_path(path) as readable, _load_errors(path):
         draft, tokenizer, *_ = mlx_lm.load(str(readable))
     if tokenizer.vocab_size != target.tokenizer.vocab_size:
         raise SpqtError(
-            f"{path} has {tokenizer.vocab_size} tokens, {target.folder} {target.tokenizer.vocab_size}",
+            f"{name} has {tokenizer.vocab_size} tokens, {target.folder} {target.tokenizer.vocab_size}",
             "a draft model needs the same tokenizer",
         )
-    loaded = Loaded(draft, tokenizer, config, folder, None)
-    if "spqt" in config:
-        _set_thresholds(loaded, wished_sparsity(), dense)
-    return loaded
+    if folder:
+        _set_thresholds(Loaded(draft, tokenizer, folder), wished_sparsity(), dense)
+    return Draft(draft, config)
 
 
 @contextlib.contextmanager
@@ -215,7 +227,7 @@ def _load_errors(folder: Path) -> Iterator[None]:
             raise ResourceError(f"{folder} does not fit in memory: {said}", "use a smaller model") from error
         raise SpqtError(
             f"{folder} can't be loaded: {type(error).__name__}: {said}",
-            "its config.json or tokenizer may be damaged: download or convert the model again",
+            f"its config.json or tokenizer may be damaged: {CONVERT_AGAIN}",
         ) from error
 
 
@@ -256,8 +268,8 @@ def weight_bytes(model: nn.Module, config: dict[str, Any]) -> tuple[float, dict[
     return other, zigzag
 
 
-def touched_bytes(loaded: Loaded, shares: list[active_counts.Share]) -> tuple[float, float, float]:
-    """(bytes of weights read per step, bytes of a dense step, share of Zigzag weights skipped per token).
+def touched_bytes(loaded: Loaded | Draft, shares: list[active_counts.Share]) -> tuple[float, float, float]:
+    """(bytes of weights read per step, bytes of a dense step, fraction of Zigzag weights skipped per token).
 
     The last may be more than is saved in reading: steps of many rows read all weights.
     """

@@ -1,1 +1,1 @@
-"""`spqt eval` and `spqt compare`: what sparsity costs in quality."""
+"""Measures what quantization and sparsity cost in quality: `spqt eval` and `spqt compare`."""

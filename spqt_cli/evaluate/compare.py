@@ -1,7 +1,7 @@
-"""One prompt at several sparsities, side by side: text, speed, bytes, and what the text cost.
+"""`spqt compare`: one prompt at several sparsities, with text, speed, bytes read and quality of each.
 
-The cost is the dense model's perplexity of each text: how surprising the dense model, run over the
-same prompt, finds what was written. It needs no second model and no reference text.
+Quality is the perplexity that the dense model gives to each text after the same prompt. It needs no second
+model and no reference text.
 """
 
 import math
@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from spqt_cli.decode import generate, session
 from spqt_cli.decode.options import Options, Prompt, Sampling
 from spqt_cli.evaluate.report import shown
-from spqt_cli.format import identity, locate
+from spqt_cli.format import locate, thresholds
 from spqt_cli.system.terminal import harmless
 
 
@@ -32,26 +32,27 @@ def compare(
     max_tokens: int = 96,
     on_row: Callable[[str], None] = lambda _: None,
 ) -> list[Row]:
-    """A row for each sparsity, greedy and so repeatable. on_row: told what runs next.
+    """A row for each sparsity (0 to 0.95; 0 runs dense), greedy and so repeatable.
 
-    Raises SpqtError before any weight is read where a sparsity needs thresholds and there are none.
+    max_tokens: of each text. on_row: called with the name of what runs next. Raises UsageError for values out
+    of range and SpqtError where a sparsity needs thresholds and there are none, both before a weight is read.
     """
-    folder = locate.local_folder(path)
-    session.calibrated_share(identity.check_model(folder), folder, max(sparsities))
-    rows: list[Row] = []
-    answers: list[list[int]] = []
-    for target in sparsities:
+    for sparsity in sparsities:
+        thresholds.check_sparsity(sparsity)
+    answers: list[list[int]] = [[] for _ in sparsities]
+    options = [Options(max_tokens=max_tokens, on_token=answer.append) for answer in answers]
+    folder = locate.open_folder(path)
+    folder.thresholds(max(sparsities))
+    rows = []
+    for target, asked in zip(sparsities, options, strict=True):
         on_row(f"sparsity {target:.0%}" if target else "dense")
-        # Loaded anew each time: a profile repacks layers for one share, and there is no way back.
-        loaded = session.load(path, sparsity=target, dense=not target)
-        answer: list[int] = []
-        options = Options(max_tokens=max_tokens, on_token=answer.append)
+        # Loaded anew each time: a profile repacks layers for one sparsity, and there is no way back.
+        loaded = session.load(folder, sparsity=target, dense=not target)
         tokens = generate.encode(loaded, prompt)
-        *pieces, statistics = generate.stream(loaded, tokens, Sampling(), options)
+        *pieces, statistics = generate.stream(loaded, tokens, Sampling(), asked)
         rows.append(Row(target, "".join(pieces), statistics, math.nan))
-        answers.append(answer)
         del loaded
-    judge = session.load(path, dense=True)
+    judge = session.load(folder, dense=True)
     for row, answer in zip(rows, answers, strict=True):
         row.perplexity = perplexity(judge, generate.encode(judge, prompt), answer)
     return rows

@@ -1,8 +1,8 @@
 """`spqt mlx-lm evaluate`: lm-eval's tasks on a converted model, answered as it decodes.
 
-mlx-lm's wrapper scores context and ending in one pass, which runs dense as a prompt does: left alone it
-measures quantization and no skipping. For a model with Zigzag layers its loglikelihood is replaced by that of
-multiple_choice.py, which masks the rows that generate would decode. Tasks that write text need nothing.
+mlx-lm's wrapper scores context and ending in one pass, which runs dense as a prompt does, so it measures
+quantization but not sparsity. For a model with Zigzag layers its loglikelihood is replaced by that of
+multiple_choice.py, which masks the rows that generate would decode. Tasks that generate text are left as is.
 """
 
 import importlib.util

@@ -1,7 +1,7 @@
 """`spqt eval FILE.jsonl`: how often a model prefers the right ending, dense and with channels skipped.
 
-An ending's score is the sum of the log-probabilities of its tokens after the context. As generate
-decodes it: the context is a prompt, run dense; the ending's tokens are decode steps, computed as many
+An ending's score is the sum of the log-probabilities of its tokens after the context. The
+context is a prompt and runs dense, as in generate; the ending's tokens are decode steps, computed as many
 masked rows at once. Definitions as lm-eval's: acc takes the ending of the highest score, acc_norm of the
 highest score per character of the ending's text.
 """

@@ -1,8 +1,8 @@
-"""`spqt eval`: what quantization and sparsity cost on a text, as decoding would meet it.
+"""`spqt eval MODEL TEXT`: perplexity and KL divergence on a text, dense and at each sparsity.
 
-The text is cut into windows. The first half of each is a prompt, run dense; the predictions of the
-second half are scored, computed with many rows masked at once instead of one by one. It measures and
-writes nothing.
+The text is cut into windows. The first half of a window is a prompt and runs dense. The predictions of the
+second half are scored; many masked rows are computed at once instead of one decode step after another, with
+the same result. Nothing is written.
 """
 
 from collections.abc import Mapping
@@ -38,7 +38,7 @@ def evaluate_choices(
     choices: Mapping[str, Choice],
     on_progress: OnProgress,
 ) -> Quality:
-    """As `evaluate`, for thresholds that need not be stored: name -> Choice, beside dense."""
+    """As `evaluate`, for thresholds that need not be stored: name -> Choice, and dense."""
     document = texts.read(text)
     stream = session.known(loaded, texts.tokens(document, loaded.tokenizer))
     window, note = context.window(context.tokens(loaded.config), options.window, variants.WINDOW)

@@ -3,7 +3,7 @@
     {"ctx": "...", "endings": ["...", ...], "label": 0}     HellaSwag; also activity_label, ctx_a, ctx_b
     {"goal": "...", "sol1": "...", "sol2": "...", "label": 0}     PIQA
 
-Labels may stand in a file of their own, a line each, as PIQA is published: X-labels.lst beside X.jsonl.
+Labels may stand in a file of their own, a line each, as PIQA is published: X-labels.lst next to X.jsonl.
 A question becomes a context and endings, worded as lm-eval words these two tasks, so that results can be
 held against published ones. It knows nothing of models.
 """
@@ -39,8 +39,8 @@ class Question:
 
 @dataclass(frozen=True)
 class Questions:
-    """A file of questions: its name for people, the SHA-256 of the lines that were read (with the labels
-    beside them), the questions.
+    """A file of questions: its name, the SHA-256 of the lines that were read (with their labels), the
+    questions.
     """
 
     name: str
@@ -74,12 +74,12 @@ def read(path: Path, limit: int | None = None) -> Questions:
             f"{error.filename or path} can't be read: {error.strerror}", "give a JSONL file"
         ) from None
     if not items:
-        raise SpqtError(f"{path} holds no question", SHAPES)
+        raise SpqtError(f"{path} has no questions", SHAPES)
     return Questions(path.name, digest.hexdigest(), tuple(items))
 
 
 def _labels_beside(path: Path) -> list[str]:
-    """The lines of X-labels.lst beside X.jsonl, aligned with its lines; none where there is no such file."""
+    """The lines of X-labels.lst next to X.jsonl, aligned with its lines; none where there is no such file."""
     beside = path.with_name(f"{path.stem}-labels.lst")
     if not beside.exists():
         return []

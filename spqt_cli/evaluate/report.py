@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from spqt_cli.measure import scoring
 
-SOURCE, DENSE, ROWS = "source", "dense", "row-grouped"  # names of variants; the others are shares
+SOURCE, DENSE, ROWS = "source", "dense", "row-grouped"  # names of variants; the others are sparsities
 BAR = 40  # characters of the longest bar
 
 
@@ -29,7 +29,7 @@ class Variant:
 class Quality:
     """Results on one text: `scored` positions in `windows` windows of `window` tokens.
 
-    note: one line for people where that is not the usual number.
+    note: one line where that is not the usual number.
     """
 
     model: str
@@ -42,7 +42,7 @@ class Quality:
     note: str = ""
 
     def table(self) -> str:
-        """The table, and for a sweep of three shares or more a picture of KL over sparsity."""
+        """The table, and for a sweep of three sparsities or more a bar chart of KL over sparsity."""
         reference = SOURCE if any(row.name == SOURCE for row in self.variants) else DENSE
         lines = [
             f"{self.text}: {self.scored} positions scored in {self.windows} windows "
@@ -124,7 +124,7 @@ class Result:
 
 
 def shown(value: float, digits: int) -> str:
-    """A figure for people; a dash for what doesn't exist, such as the standard error of one window."""
+    """A figure as text; a dash for what doesn't exist, such as the standard error of one window."""
     return "-" if math.isnan(value) else f"{value:.{digits}f}"
 
 

@@ -35,7 +35,7 @@ class EvaluateOptions:
     """windows: how many of the text's first are scored; window: tokens each, half of them prompt; None: 512,
     or what the model's context allows.
 
-    sparsity: None for the calibrated share, a share, a list "0.25,0.4" or a sweep "0.1:0.7:0.1".
+    sparsity: None for the calibrated one, a number, a list "0.25,0.4" or a sweep "0.1:0.7:0.1".
     baseline: the unquantized source (folder, hub id or .gguf file), measured too. rows: with a
     baseline, measure MLX's row-grouped quantization of it as well, each layer's bits and group size equal.
     source_head: with a baseline, take embedding and head from it, so that only the blocks differ.
@@ -71,28 +71,27 @@ def check(options: EvaluateOptions) -> None:
 
 
 def stored(loaded: session.Loaded, asked: str | None) -> dict[str, Choice]:
-    """Name -> thresholds of every share asked for, from a model's calibration."""
-    entries = config_json.entries(loaded.config)
+    """Name -> thresholds of every sparsity asked for, from a model's calibration."""
     return {
-        f"{share:.0%}" if round(share, 2) == share else f"{share:.2%}": Choice(
-            share, {layer: _threshold(entry, share, loaded) for layer, entry in entries.items()}
+        f"{sparsity:.0%}" if round(sparsity, 2) == sparsity else f"{sparsity:.2%}": Choice(
+            sparsity, loaded.folder.thresholds(sparsity)
         )
-        for share in _shares(asked, loaded)
+        for sparsity in _sparsities(asked, loaded)
     }
 
 
-def _shares(asked: str | None, loaded: session.Loaded) -> list[float]:
+def _sparsities(asked: str | None, loaded: session.Loaded) -> list[float]:
     """The sparsities to measure, each with thresholds to be had."""
-    calibration = loaded.config["spqt"].get("calibration")
+    calibration = loaded.folder.calibration
     if asked is None:
-        return [calibration["sparsity"]] if calibration and calibration["sparsity"] else []
-    shares = parse_shares(asked)
-    if shares and calibration is None:
+        return [calibration.sparsity] if calibration and calibration.sparsity else []
+    sparsities = parse_sparsities(asked)
+    if sparsities and calibration is None:
         raise UsageError(f"{loaded.folder} has no thresholds yet", f"spqt calibrate {loaded.folder}")
-    return shares
+    return sparsities
 
 
-def parse_shares(asked: str) -> list[float]:
+def parse_sparsities(asked: str) -> list[float]:
     """ "0.25" -> [0.25]; "0.25,0.4"; "0.1:0.7:0.1" (first, last, step) -> 0.1, 0.2, ... 0.7."""
     try:
         if ":" in asked:
@@ -100,18 +99,18 @@ def parse_shares(asked: str) -> list[float]:
             if not step > 0 or not 0 <= first <= last <= thresholds.MAX_SPARSITY:
                 raise ValueError
             count = math.floor((last - first) / step + 1e-9) + 1
-            shares = [round(first + i * step, 6) for i in range(min(count, 1000))]
+            sparsities = [round(first + i * step, 6) for i in range(min(count, 1000))]
         else:
-            shares = [float(part) for part in asked.split(",")]
+            sparsities = [float(part) for part in asked.split(",")]
     except ValueError:
-        shares = [math.nan]
-    if not all(0 <= share <= thresholds.MAX_SPARSITY for share in shares):
-        raise UsageError(f"{asked!r} is no sparsity", "0.25, a list 0.25,0.4 or a sweep 0.1:0.7:0.1")
-    return [share for share in dict.fromkeys(shares) if share]
+        sparsities = [math.nan]
+    if not all(0 <= sparsity <= thresholds.MAX_SPARSITY for sparsity in sparsities):
+        raise UsageError(f"{asked!r} is not a sparsity", "0.25, a list 0.25,0.4 or a sweep 0.1:0.7:0.1")
+    return [sparsity for sparsity in dict.fromkeys(sparsities) if sparsity]
 
 
 def others(loaded: session.Loaded, options: EvaluateOptions, on_progress: OnProgress) -> dict[str, nn.Module]:
-    """Name -> the models beside the converted one: the source and its row-grouped form, if asked for.
+    """Name -> the models to compare with: the source and its row-grouped form, if asked for.
 
     With `source_head` the converted model's own head is replaced too. Raises SpqtError, before a weight of
     the source is read, where its tokens are not the converted model's.
@@ -140,13 +139,6 @@ def _take_heads(model: nn.Module, unquantized: nn.Module) -> None:
         if isinstance(module, nn.QuantizedEmbedding) or path.endswith("lm_head")
     ]
     model.update_modules(tree_unflatten(heads))
-
-
-def _threshold(entry: dict, share: float, loaded: session.Loaded) -> float:
-    """The layer's threshold at a share: the calibrated one where that is what was asked."""
-    if share == loaded.config["spqt"]["calibration"]["sparsity"]:
-        return float(entry["spqt"]["threshold"])
-    return thresholds.derive(entry["spqt"]["curve"], share)
 
 
 def load_source(name: str, rows: Mapping[str, tuple[int, int]] | None = None) -> nn.Module:
@@ -181,7 +173,7 @@ def check_source(name: str, loaded: session.Loaded, sizes: Sequence[str] = ("voc
     checkpoint = source.open_source(name, None, source.Trust(requantize=True), headers_only=True)
     hint = f"name the source of {loaded.folder}"
     for size in sizes:
-        theirs, ours = (config_json.whole(config, size) for config in (checkpoint.config, loaded.config))
+        theirs, ours = config_json.size(checkpoint.config, size), loaded.folder.size(size)
         if theirs != ours:
             raise SpqtError(f"{name} has a {size} of {theirs}, {loaded.folder} of {ours}", hint)
     named = {token: text for text, token in loaded.tokenizer.get_vocab().items()}

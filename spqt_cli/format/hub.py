@@ -18,8 +18,9 @@ from huggingface_hub import constants, errors
 from huggingface_hub.utils import validate_repo_id
 
 from spqt_cli.errors import ResourceError, SpqtError, UnsupportedError
-from spqt_cli.format import checks, identity
+from spqt_cli.format import checkpoint_files
 from spqt_cli.format.config_json import CONFIG, INDEX, KEPT, read_config
+from spqt_cli.format.folder import Folder
 from spqt_cli.system import files
 
 WEIGHTS = ("model*.safetensors", INDEX)
@@ -109,7 +110,7 @@ def _check_names(repo: str, names: list[str]) -> None:
     top = [Path(name) for name in names if "/" not in name]
     if any(path.match(WEIGHTS[0]) for path in top):
         return
-    if any(path.match(pattern) for path in top for pattern in checks.PICKLES):
+    if any(path.match(pattern) for path in top for pattern in checkpoint_files.PICKLES):
         raise UnsupportedError(
             f"{repo} has only pickled weights, which spqt never opens", "use a repository with safetensors"
         )
@@ -146,12 +147,12 @@ def _write_stand_in(path: Path, found: Any) -> None:
         file.truncate(8 + len(text) + end)
 
 
-def download(repo: str, revision: str | None) -> Path:
-    """The folder of a converted model on the hub; its hashes are checked once after a download."""
-    folder = _snapshot(repo, revision, (*SMALL, *WEIGHTS))
-    marker = _marker(repo, folder.name)
+def download(repo: str, revision: str | None, *, trust_remote_code: bool = False) -> Folder:
+    """A converted model on the hub, fetched and checked; its hashes are checked once after a download."""
+    folder = Folder(_snapshot(repo, revision, (*SMALL, *WEIGHTS)), trust_remote_code=trust_remote_code)
+    marker = _marker(repo, folder.path.name)
     if not marker.exists():
-        identity.verify(folder)
+        folder.verify()
         with contextlib.suppress(OSError):  # without the marker the next run only checks again
             marker.parent.mkdir(parents=True, exist_ok=True)
             marker.touch()
@@ -169,13 +170,13 @@ def check_upload(repo: str) -> None:
         huggingface_hub.HfApi().whoami()
 
 
-def upload(folder: Path, repo: str) -> None:
+def upload(folder: Folder, repo: str) -> None:
     """Put a converted folder on the hub, in a repository that is made if it does not exist."""
     api = huggingface_hub.HfApi()
     try:
         with hub_errors(repo):
             api.create_repo(repo, exist_ok=True)
-            api.upload_folder(folder_path=str(folder), repo_id=repo, ignore_patterns=[".*", "*.py"])
+            api.upload_folder(folder_path=str(folder.path), repo_id=repo, ignore_patterns=[".*", "*.py"])
     except SpqtError as error:
         raise SpqtError(
             f"uploading to {repo} failed: {error.cause}",

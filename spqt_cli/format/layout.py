@@ -7,12 +7,29 @@ It knows nothing of models, files or devices.
 Source: the Zigzag layout of arXiv 2511.04477, section 4, with a band wider than one group.
 """
 
+from typing import Any
+
 import mlx.core as mx
+
+from spqt_cli.errors import UsageError
 
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
 MAX_BAND = 8192  # outputs: as wide as paid on CPU and GPU (metal/README.md has the sweep)
 MIN_BAND = 1024  # outputs: below this the lines of scales are hardly ever skipped
+
+
+def is_packable(bits: Any, group_size: Any) -> bool:
+    """Whether MLX packs such a quantization; False for what is no integer."""
+    return type(bits) is type(group_size) is int and bits in BITS and group_size in GROUP_SIZES
+
+
+def check(bits: int | None, group_size: int | None) -> None:
+    """Refuse (exit 2) bits or a group size that MLX does not pack; None stands for a default and passes."""
+    if bits is not None and bits not in BITS:
+        raise UsageError(f"{bits} bits: not a width that MLX packs", f"use one of {BITS}")
+    if group_size is not None and group_size not in GROUP_SIZES:
+        raise UsageError(f"group size {group_size} does not exist", f"use one of {GROUP_SIZES}")
 
 
 def band_of(outputs: int, group_size: int) -> int:

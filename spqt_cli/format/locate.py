@@ -1,9 +1,10 @@
-"""What a model's name means: a path on this disk, or a model on the hub; and the folder that it names."""
+"""Tells whether a model's name is a path or a hub id, and opens the converted folder that it names."""
 
 import re
 from pathlib import Path
 
 from spqt_cli.errors import SpqtError, UsageError
+from spqt_cli.format.folder import Folder
 from spqt_cli.system import files
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -25,17 +26,26 @@ def elsewhere(name: str) -> str:
     return f"; for the hub's {name} run elsewhere: a folder {parent} lies here"
 
 
-def local_folder(path: str, revision: str | None = None) -> Path:
-    """The folder of a converted model: a local one, or a hub id's in the hub's own cache."""
-    local = files.expanded(path)
-    if local.exists() or not is_hub_id(path):
-        if not local.is_dir():
-            what = "is no folder" if local.exists() else "is not found"
-            hint = "give a converted folder, or a hub id (org/name)"
-            raise SpqtError(f"{path} {what}", hint + elsewhere(path))
-        if revision is not None:
-            raise UsageError(f"--revision is for hub ids, and {path} is a path", "leave --revision out")
-        return local
+def open_folder(name: str, revision: str | None = None, *, trust_remote_code: bool = False) -> Folder:
+    """The converted folder at a local path, or of a hub id in the hub's own cache; checked.
+
+    Raises SpqtError where nothing is there or where it is damaged, UsageError for a revision of a path.
+    """
+    if (path := _local(name, revision)) is not None:
+        return Folder(path, trust_remote_code=trust_remote_code)
     from spqt_cli.format import hub
 
-    return hub.download(path, revision)
+    return hub.download(name, revision, trust_remote_code=trust_remote_code)
+
+
+def _local(name: str, revision: str | None) -> Path | None:
+    """The folder at a local path; None where the name is a hub id."""
+    local = files.expanded(name)
+    if not local.exists() and is_hub_id(name):
+        return None
+    if not local.is_dir():
+        what = "is no folder" if local.exists() else "is not found"
+        raise SpqtError(f"{name} {what}", "give a converted folder, or a hub id (org/name)" + elsewhere(name))
+    if revision is not None:
+        raise UsageError(f"--revision is for hub ids, and {name} is a path", "leave --revision out")
+    return local

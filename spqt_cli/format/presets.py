@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from spqt_cli.errors import SpqtError, UsageError
-from spqt_cli.format import layout
+from spqt_cli.format import layout, thresholds
 from spqt_cli.system import files
 
 LONGEST_BYTES = 1 << 20  # of a preset's file
@@ -104,12 +104,8 @@ def check(preset: Preset) -> None:
     """Refuse values outside their range (exit 2)."""
     own = [(bits, group_size) for _, bits, group_size in preset.projections]
     for bits, group_size in [(preset.bits, preset.group_size), (preset.head_bits, None), *own]:
-        if bits is not None and bits not in layout.BITS:
-            raise UsageError(f"{bits} bits: not a width that MLX packs", f"use one of {layout.BITS}")
-        if group_size is not None and group_size not in layout.GROUP_SIZES:
-            raise UsageError(f"group size {group_size} does not exist", f"use one of {layout.GROUP_SIZES}")
-    if preset.sparsity is not None and not 0 <= preset.sparsity <= 0.95:
-        raise UsageError(f"sparsity {preset.sparsity} is not in 0 to 0.95", "0.25 skips a quarter")
+        layout.check(bits, group_size)
+    thresholds.check_sparsity(preset.sparsity)
     if preset.tokens is not None and preset.tokens < 1:
         raise UsageError(f"{preset.tokens} tokens of calibration text", "give a positive number")
 

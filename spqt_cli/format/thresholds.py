@@ -10,8 +10,11 @@ import mlx.core as mx
 import numpy as np
 
 from spqt_cli.errors import UsageError
-from spqt_cli.format.config_json import CURVE_SPARSITIES
 
+# Sparsities at which a layer's curve gives the threshold: 0, 0.02, ..., 0.96, 0.98.
+CURVE_SPARSITIES = tuple(i / 50 for i in range(50))
+MAX_SPARSITY = CURVE_SPARSITIES[-1]
+MOST_TO_RUN = 0.95  # sparsity that a model can be calibrated for or run at
 SHIFT = 18  # bits dropped: 5 of the mantissa's 23 remain, 32 bins an octave
 BINS = 1 << (31 - SHIFT)
 FINITE_BINS = 0xFF << (23 - SHIFT)  # bins from here on hold infinities and NaN
@@ -21,7 +24,6 @@ EDGES = (np.arange(FINITE_BINS + 1, dtype=np.uint32) << SHIFT).view(np.float32).
 LOSSLESS = 1.2e-38
 NOTICEABLE = 0.05  # share of exact zeros from which skipping them is worth the comparisons
 _DENORMAL_BINS = 1 << (23 - SHIFT)  # bins below here hold 0 and what is smaller than any normal float32
-MAX_SPARSITY = CURVE_SPARSITIES[-1]
 
 
 def histogram(x: mx.array) -> np.ndarray:
@@ -82,3 +84,14 @@ def derive(stored: Sequence[float], sparsity: float) -> float:
     if not stored:
         return 0.0
     return float(np.interp(sparsity, CURVE_SPARSITIES, stored))
+
+
+def check_sparsity(sparsity: float | None, asked: str = "") -> None:
+    """Refuse (exit 2) a sparsity to calibrate for or to run at that is not in 0 to 0.95.
+
+    asked: how it was given, where that is not as a sparsity; None stands for a default and passes.
+    """
+    if sparsity is not None and not 0 <= sparsity <= MOST_TO_RUN:
+        raise UsageError(
+            f"{asked or f'sparsity {sparsity}'} is not in 0 to {MOST_TO_RUN}", "0.25 skips a quarter"
+        )

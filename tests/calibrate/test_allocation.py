@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from spqt_cli.calibrate import allocation
-from spqt_cli.format.config_json import CURVE_SPARSITIES
+from spqt_cli.format.thresholds import CURVE_SPARSITIES
 
 SPARSITIES = np.array([0.0, 0.25, 0.5, 0.75])
 

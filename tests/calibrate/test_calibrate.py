@@ -16,7 +16,7 @@ from spqt_cli.calibrate.calibrate import CalibrateOptions
 from spqt_cli.calibrate.progress import NAME
 from spqt_cli.decode import layers, session
 from spqt_cli.errors import BusyError, ResourceError, SpqtError, UsageError
-from spqt_cli.format import config_json, thresholds
+from spqt_cli.format import config_json, contract, thresholds
 from spqt_cli.measure import probes
 
 OPTIONS = CalibrateOptions(sparsity=0.4, tokens=512, window=64, method="uniform")
@@ -65,7 +65,7 @@ def test_stored_thresholds_pass_the_checks_and_load(done):
     for row in result.layers:
         assert loaded_values[row.path] == pytest.approx(row.threshold, rel=1e-5)
     section = loaded.config["spqt"]["calibration"]
-    assert section["fingerprint"] == config_json.weights_fingerprint(loaded.config)
+    assert section["fingerprint"] == loaded.folder.weights_fingerprint
     assert len(section["text"]["sha256"]) == 64
 
 
@@ -114,7 +114,7 @@ def test_fault_32_thresholds_of_other_weights_are_replaced(folder):
 def test_fault_33_damaged_thresholds_are_replaced(folder, bad):
     calibrate.calibrate(folder, OPTIONS, quiet)
     config = config_json.read_config(folder)
-    next(iter(config_json.entries(config).values()))["spqt"]["threshold"] = bad
+    next(iter(contract.entries(config).values()))["spqt"]["threshold"] = bad
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(SpqtError, match="threshold"):
         session.load(folder)
@@ -270,7 +270,7 @@ def test_every_allocation_skips_the_same_fraction(auto):
 
 def test_allocated_curve_passes_through_the_refined_threshold(auto):
     folder, _, result = auto
-    entries = config_json.entries(config_json.read_config(folder))
+    entries = contract.entries(config_json.read_config(folder))
     for row in result.layers:
         spqt = entries[row.path]["spqt"]
         assert thresholds.derive(spqt["curve"], 0.5) == pytest.approx(spqt["threshold"], rel=1e-4)

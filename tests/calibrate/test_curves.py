@@ -6,7 +6,7 @@ import pytest
 from spqt_cli.calibrate.curves import curve, curves, second_sparsity
 from spqt_cli.calibrate.measurements import Candidate
 from spqt_cli.format import thresholds
-from spqt_cli.format.config_json import CURVE_SPARSITIES
+from spqt_cli.format.thresholds import CURVE_SPARSITIES
 
 TOTALS = np.array(CURVE_SPARSITIES)
 

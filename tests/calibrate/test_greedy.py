@@ -10,7 +10,7 @@ from spqt_cli.calibrate import greedy
 from spqt_cli.decode import session
 from spqt_cli.errors import UnsupportedError
 from spqt_cli.format import thresholds
-from spqt_cli.format.config_json import CURVE_SPARSITIES
+from spqt_cli.format.thresholds import CURVE_SPARSITIES
 from spqt_cli.measure import probes
 
 

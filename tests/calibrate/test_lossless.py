@@ -14,7 +14,7 @@ from spqt_cli.calibrate import result as calibration
 from spqt_cli.cli import describe
 from spqt_cli.convert import convert
 from spqt_cli.decode import active_counts, layers, phase, session
-from spqt_cli.format import config_json, thresholds
+from spqt_cli.format import config_json, contract, thresholds
 from tests.format.test_thresholds import counts_of
 from tests.lib.architecture_check import _write_source
 
@@ -68,7 +68,7 @@ def test_share_zero_finds_them_and_stores_them(at_zero):
     assert all(0.35 < rows[path].zeros < 0.65 and 0.35 < rows[path].realised < 0.65 for path in down)
     assert result.tried[0].kl < 1e-6
     assert 0 < result.lossless == pytest.approx(result.realised, abs=0.05)
-    config_json.check(config_json.read_config(folder), folder)
+    contract.check(config_json.read_config(folder), folder)
 
 
 def test_people_see_them_in_the_table_and_in_inspect(at_zero):
@@ -110,7 +110,7 @@ def test_layer_that_a_positive_share_leaves_dense_still_skips_zeros():
 
     values = np.random.default_rng(0).standard_normal(1000).astype(np.float32)
     counts = counts_of(np.where(values < 0, 0, values))
-    candidate = Candidate("gradient", {"one": np.zeros(len(config_json.CURVE_SPARSITIES))}, {"one": LOSSLESS})
+    candidate = Candidate("gradient", {"one": np.zeros(len(thresholds.CURVE_SPARSITIES))}, {"one": LOSSLESS})
     assert set(curve(candidate, "one", counts, 0.4)) == {LOSSLESS}
 
 
@@ -128,5 +128,5 @@ def test_kernel_skips_zeros_of_both_signs_and_no_normal_number():
 
 
 def test_a_damaged_table_shows_no_zeros():
-    for section in (None, {"layers": []}, {"layers": {"a": 3, "b": {"zeros": "many"}}}):
+    for section in ({}, {"layers": []}, {"layers": {"a": 3, "b": {"zeros": "many"}}}):
         assert calibration.stored_zeros(section) == ""

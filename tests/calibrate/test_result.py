@@ -5,10 +5,10 @@ import shutil
 
 import pytest
 
-from spqt_cli.calibrate import calibrate, result
+from spqt_cli.calibrate import calibrate
 from spqt_cli.cli import describe
-from spqt_cli.decode import layers, session
-from spqt_cli.format import config_json
+from spqt_cli.decode import layers, quality_warning, session
+from spqt_cli.format.folder import Folder
 
 
 @pytest.mark.parametrize(
@@ -32,31 +32,27 @@ def test_size_counts_embedding_and_head(converted, tmp_path, monkeypatch):
 
 
 def test_limit_is_met_and_one_step_over_it_warns():
-    assert result.warning(result.SUFFERS) == ""
-    assert "perplexity about +28%" in result.warning(0.25)  # exp(0.25) = 1.284
-    assert result.warning(1e300)  # no overflow
+    assert quality_warning.warning(quality_warning.SUFFERS) == ""
+    assert "perplexity about +28%" in quality_warning.warning(0.25)  # exp(0.25) = 1.284
+    assert quality_warning.warning(1e300)  # no overflow
 
 
 @pytest.fixture
 def poor(calibrated):
-    """The config of a model whose calibration, at 40 %, came out at a KL of 0.25."""
-    config = config_json.read_config(calibrated)
-    assert config["spqt"]["calibration"]["kl"] == pytest.approx(
-        config["spqt"]["calibration"]["tried"][0]["kl"], rel=1e-5
-    )
-    config["spqt"]["calibration"]["kl"] = 0.25
-    return config
+    """A calibration, at 40 %, that came out at a KL of 0.25."""
+    found = Folder(calibrated).calibration
+    assert found.kl == pytest.approx(found.record["tried"][0]["kl"], rel=1e-5)
+    return dataclasses.replace(found, kl=0.25)
 
 
 def test_warned_of_the_calibrated_share_and_above(poor):
-    shown = {share: result.warning_of(poor, share) for share in (None, 0.2, 0.4, 0.6)}
+    shown = {share: quality_warning.warning_of(poor, share) for share in (None, 0.2, 0.4, 0.6)}
     assert [share for share, said in shown.items() if said] == [0.4, 0.6]
 
 
-@pytest.mark.parametrize("damaged", ["much", None, [0.2]])
-def test_damaged_kl_warns_of_nothing(poor, damaged):
-    poor["spqt"]["calibration"]["kl"] = damaged
-    assert result.warning_of(poor, 0.4) == ""
+def test_no_calibration_or_no_recorded_kl_warns_of_nothing(poor):
+    assert quality_warning.warning_of(dataclasses.replace(poor, kl=None), 0.4) == ""
+    assert quality_warning.warning_of(None, 0.4) == ""
 
 
 def test_inspect_shows_cost_and_warning(calibrated):

@@ -1,12 +1,15 @@
-"""Naming the model of a command: as an argument, by --model, twice, or not at all."""
+"""Flags: the model as an argument, by --model, twice or not at all; generate's and the options they fill."""
 
 import json
 import os
+from dataclasses import MISSING, fields
+from inspect import signature
 from pathlib import Path
 
 import pytest
 
-from spqt_cli.cli import flags, worker
+from spqt_cli.cli import flags, generate, worker
+from spqt_cli.decode.options import Cache, Loading, Options, Prompt, Sampling, picked
 from spqt_cli.errors import UsageError
 from tests.cli.test_commands import assert_error, spqt
 
@@ -91,3 +94,38 @@ def test_help_shows_both_ways(command):
     shown = spqt(command, "--help").stdout.decode()
     assert "[MODEL]" in shown
     assert "--model" in shown
+
+
+NO_FLAG = {"text", "cache", "on_token"}  # fields that generate fills itself
+OUTSIDE = {"model", "model_option", "prompt", "prompt_file", "quiet", "json_output"}  # flags of the command
+
+
+def test_every_flag_of_generate_fills_an_option_of_its_name_and_default():
+    """What `picked` does not find it leaves out, so a misspelled name would be a flag without effect."""
+    given = {name: one.default for name, one in signature(generate.generate).parameters.items()}
+    options = {one.name: one.default for kind in (Sampling, Cache, Prompt, Options) for one in fields(kind)}
+    assert options.keys() - NO_FLAG | Loading.__annotations__.keys() == given.keys() - OUTSIDE
+    differing = {name for name, default in options.items() if name in given and default != given[name]}
+    assert not differing
+    assert options["text"] is MISSING
+
+
+def test_picked_takes_the_flags_of_one_kind():
+    given = {"temp": 0.5, "dense": True, "max_tokens": 3}
+    assert picked(Sampling, given) == Sampling(temp=0.5)
+    assert picked(Options, given) == Options(max_tokens=3, on_token=picked(Options, given).on_token)
+    assert picked(Loading, given) == {"dense": True}
+
+
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [
+        (Sampling, {"temp": float("nan")}),
+        (Cache, {"prefill_step_size": 0}),
+        (Options, {"num_draft_tokens": 0}),
+    ],
+)
+def test_a_value_out_of_range_is_refused_before_a_model_is_loaded(kind, values):
+    flag = "--" + next(iter(values)).replace("_", "-")
+    with pytest.raises(UsageError, match=f"{flag} .* is out of range"):
+        kind(**values)

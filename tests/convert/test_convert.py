@@ -18,7 +18,8 @@ from spqt_cli.convert.convert import ConvertOptions
 from spqt_cli.decode import hooks
 from spqt_cli.decode.layers import zigzag_layers
 from spqt_cli.errors import SpqtError, UnsupportedError, UsageError
-from spqt_cli.format import config_json, identity, layout
+from spqt_cli.format import config_json, contract, layout
+from spqt_cli.format.folder import Folder
 from tests.conftest import tiny_checkpoint
 from tests.lib.converting import OPTIONS, change, run, run_path
 
@@ -33,7 +34,7 @@ def test_every_tensor_is_the_quantized_source(
     source, output = tiny_checkpoint(tmp_path / "m", arch), tmp_path / "out"
     convert.convert(str(source), output, ConvertOptions(bits, group_size, dtype))
     written = mx.load(str(output / "model.safetensors"))
-    entries = config_json.entries(config_json.read_config(output))
+    entries = contract.entries(config_json.read_config(output))
     for name, array in mx.load(str(source / "model.safetensors")).items():
         wanted = array.astype(getattr(mx, dtype or "float32"))
         path = name.removesuffix(".weight")
@@ -91,8 +92,8 @@ def test_config_of_the_output(converted: Path) -> None:
     entry = config["quantization"]["model.layers.0.mlp.up_proj"]
     assert entry == {"bits": 4, "group_size": 32, "mode": "zigzag", "spqt": {"band": 160}}
     section = config["spqt"]
-    assert section["format_version"] == config_json.FORMAT_VERSION
-    assert section["fingerprint"] == config_json.fingerprint(config)
+    assert section["format_version"] == contract.FORMAT_VERSION
+    assert section["fingerprint"] == contract.settings_fingerprint(config)
     assert set(section["shards"]) == {"model.safetensors"}
     assert section["source"]["name"] == "tiny-llama"
 
@@ -109,7 +110,7 @@ def test_several_shards(tmp_path: Path, checkpoint: Path, monkeypatch: pytest.Mo
         together |= mx.load(str(output / name))
     assert together.keys() == whole.keys()
     assert all(mx.array_equal(together[name], whole[name]) for name in whole)
-    assert identity.verify(output) == names
+    assert Folder(output).verify() == names
 
 
 def test_two_runs_are_byte_equal(tmp_path: Path, checkpoint: Path) -> None:
@@ -137,7 +138,7 @@ def test_fault_60_odd_paths(tmp_path: Path) -> None:
     source = tiny_checkpoint(tmp_path / "mödel [1] *  é" / "sou rce")
     output = tmp_path / "出力 [a-b] ?" / ("long" * 40)
     assert "config.json" in run(source, output)
-    assert identity.check_model(output)
+    assert Folder(output).tensors
 
 
 def test_default_output(tmp_path: Path) -> None:
@@ -277,7 +278,7 @@ def test_fault_26_quantized_source(tmp_path: Path, checkpoint: Path) -> None:
     assert "--allow-requantize" in caught.value.hint
     mx.save_safetensors(str(source / "model-stale.safetensors"), {"stale": mx.zeros(4)})
     run(source, tmp_path / "out", ConvertOptions(group_size=32, allow_requantize=True))
-    assert identity.verify(tmp_path / "out")
+    assert Folder(tmp_path / "out").verify()
     again = mx.load(str(tmp_path / "out" / "model.safetensors"))
     stored = mx.load(str(source / "model.safetensors"))
     path = "model.layers.0.mlp.up_proj"

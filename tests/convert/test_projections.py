@@ -15,7 +15,8 @@ from spqt_cli.convert.convert import ConvertOptions
 from spqt_cli.decode import phase, session
 from spqt_cli.decode.layers import zigzag_layers
 from spqt_cli.errors import SpqtError
-from spqt_cli.format import config_json, identity, layout, presets
+from spqt_cli.format import config_json, layout, presets
+from spqt_cli.format.folder import Folder
 from tests.cli.test_commands import process
 from tests.lib.converting import contents, interrupted
 
@@ -70,7 +71,7 @@ def test_dry_run_knows_the_size(checkpoint: Path, mixed: Path, tmp_path: Path) -
 
 
 def test_inspect_and_verify(mixed: Path) -> None:
-    assert identity.verify(mixed) == ["model.safetensors"]
+    assert Folder(mixed).verify() == ["model.safetensors"]
     summary = describe.describe(str(mixed))
     assert summary.kinds == {
         "4 bits, group 32": 8, "6 bits, group 32": 2, "8 bits, group 32": 2, "8 bits, group 64": 2

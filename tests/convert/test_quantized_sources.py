@@ -14,7 +14,8 @@ from spqt_cli.convert import convert, source
 from spqt_cli.convert.convert import ConvertOptions
 from spqt_cli.decode import session
 from spqt_cli.errors import SpqtError, UnsupportedError
-from spqt_cli.format import config_json, identity
+from spqt_cli.format import config_json
+from spqt_cli.format.folder import Folder
 from tests.conftest import SIZES, random_weights, tiny_checkpoint, tiny_config, write_tokenizer
 from tests.lib.converting import OPTIONS, config_of, interrupted, run
 
@@ -125,7 +126,7 @@ def test_fp8_equals_the_conversion_of_what_it_stands_for(
     assert weights_of(tmp_path / "a") == weights_of(tmp_path / "b")
     config = config_json.read_config(tmp_path / "a")
     assert config["quantization_config"] == config["quantization"]  # nothing of FP8 is left
-    identity.verify(tmp_path / "a")
+    Folder(tmp_path / "a").verify()
 
 
 def test_fp8_of_ministral_3_is_not_left_to_its_class(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 from spqt_cli.convert import convert
 from spqt_cli.convert.convert import ConvertOptions
 from spqt_cli.errors import BusyError, ResourceError, SpqtError
-from spqt_cli.format import identity
+from spqt_cli.format.folder import Folder
 from spqt_cli.system import files
 from tests.conftest import tiny_checkpoint
 from tests.lib.converting import OPTIONS, contents, interrupted, leftovers, run
@@ -232,7 +232,7 @@ def test_fault_57_two_converts_on_one_target(tmp_path: Path, checkpoint: Path) -
             convert.convert(str(checkpoint), output, OPTIONS)
 
     convert.convert(str(checkpoint), output, OPTIONS, second)
-    assert identity.verify(output)
+    assert Folder(output).verify()
 
 
 def test_fault_59_output_exists(tmp_path: Path, checkpoint: Path) -> None:

@@ -13,6 +13,7 @@ from spqt_cli.convert import convert, source
 from spqt_cli.convert.convert import ConvertOptions
 from spqt_cli.errors import ResourceError, SpqtError, UnsupportedError, UsageError
 from spqt_cli.format import config_json
+from spqt_cli.format.folder import Folder
 from tests.conftest import tiny_checkpoint
 from tests.lib.converting import OPTIONS, config_of, run
 
@@ -154,10 +155,7 @@ def test_dtype_of_the_config_is_followed(tmp_path: Path) -> None:
     folder = tiny_checkpoint(tmp_path / "m", torch_dtype="bfloat16")
     convert.convert(str(folder), tmp_path / "out", OPTIONS)
     assert config_json.read_config(tmp_path / "out")["torch_dtype"] == "bfloat16"
-    assert (
-        source.checks.read_shard(tmp_path / "out" / "model.safetensors", "")[0]["model.norm.weight"].dtype
-        == "BF16"
-    )
+    assert Folder(tmp_path / "out").tensors["model.norm.weight"].dtype == "BF16"
 
 
 def test_card_keeps_the_licence(tmp_path: Path) -> None:

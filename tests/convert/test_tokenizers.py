@@ -368,7 +368,7 @@ def test_named_templates_go_along(tmp_path: Path) -> None:
     assert loaded.tokenizer.apply_chat_template(turn, tokenize=False, chat_template="rag") == "RAG x"
     assert loaded.tokenizer.chat_template["default"] == inline  # transformers alone would overlook it
     for name, text in (("default", "<|user|>x</s><|assistant|>"), ("rag", "RAG x")):
-        asked = Prompt("x", template_config=json.dumps({"chat_template": name}))
+        asked = Prompt("x", chat_template_config=json.dumps({"chat_template": name}))
         assert generate.encode(loaded, asked) == loaded.tokenizer.encode(text, add_special_tokens=False)
 
 

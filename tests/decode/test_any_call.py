@@ -12,7 +12,7 @@ from spqt_cli.convert import convert
 from spqt_cli.decode.layers import ZigzagLinear
 from spqt_cli.errors import UnsupportedError
 from spqt_cli.format import thresholds
-from spqt_cli.format.config_json import CURVE_SPARSITIES
+from spqt_cli.format.thresholds import CURVE_SPARSITIES
 from spqt_cli.measure import probes
 from tests.lib.architecture_check import _write_source
 

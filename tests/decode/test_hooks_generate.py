@@ -200,7 +200,8 @@ def test_counts_with_a_draft_model_are_numpy_s(folder, monkeypatch):
         return call(layer, x)
 
     monkeypatch.setattr(ZigzagLinear, "__call__", record)
-    options = Options(max_tokens=12, cache={"num_draft_tokens": 3}, draft=draft)
+    loaded.draft = session.Draft(draft.model, draft.config)
+    options = Options(max_tokens=12, num_draft_tokens=3)
     *_, statistics = generate.stream(loaded, PROMPTS[2], Sampling(), options)
     read, dense, skipped = 0.0, 0.0, []
     for one in (loaded, draft):

@@ -15,7 +15,7 @@ from spqt_cli.decode import profile, relayout, session
 from spqt_cli.decode.layers import ZigzagLinear, zigzag_layers
 from spqt_cli.decode.profile import ROWS, SPARSE, ZIGZAG, Choice
 from spqt_cli.errors import UsageError
-from spqt_cli.format import config_json
+from spqt_cli.format import thresholds
 from tests.conftest import tiny_config
 from tests.lib.backends import DEFINITION, EMULATED
 
@@ -28,16 +28,16 @@ def _own_cache(tmp_path, monkeypatch):
 
 
 def loaded(arch: str = "llama", sparsity: float = 0.4, group_size: int = 32) -> SimpleNamespace:
-    """A tiny model as `model.load` returns it, every layer with a threshold of that sparsity."""
+    """A tiny model as `session.load` returns it, every layer with a threshold of that sparsity."""
     mx.random.seed(7)
     config = tiny_config(arch)
     model = models.random_model(config, 4, group_size, mx.float32)
-    curve = [share * 2.0 for share in config_json.CURVE_SPARSITIES]
-    quantization = {}
-    for path, layer in zigzag_layers(model).items():
+    curve = [share * 2.0 for share in thresholds.CURVE_SPARSITIES]
+    layers = zigzag_layers(model)
+    for layer in layers.values():
         layer.set_threshold(sparsity * 2.0)
-        quantization[path] = {"mode": "zigzag", "spqt": {"curve": curve, "threshold": sparsity * 2.0}}
-    return SimpleNamespace(model=model, config={**config, "quantization": quantization}, sparsity=sparsity)
+    folder = SimpleNamespace(curves=dict.fromkeys(layers, curve))
+    return SimpleNamespace(model=model, config=config, folder=folder, sparsity=sparsity)
 
 
 def keys(model: nn.Module) -> dict[str, str]:
@@ -124,7 +124,7 @@ def test_densities_come_from_the_layer_s_own_curve():
     zigzag_layers(one.model)[PATHS[1]].set_threshold(None)
     by_layer = {
         id(layer): density
-        for layer, density in profile.expected_densities(one.model, profile.curves(one.config), one.sparsity)
+        for layer, density in profile.expected_densities(one.model, one.folder.curves, one.sparsity)
     }
     layers = zigzag_layers(one.model)
     assert by_layer[id(layers[PATHS[0]])] == pytest.approx(0.25)

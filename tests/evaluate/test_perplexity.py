@@ -14,7 +14,7 @@ from spqt_cli.decode.layers import zigzag_layers
 from spqt_cli.errors import SpqtError, UsageError
 from spqt_cli.evaluate import perplexity
 from spqt_cli.evaluate.report import Variant
-from spqt_cli.evaluate.variants import EvaluateOptions, parse_shares
+from spqt_cli.evaluate.variants import EvaluateOptions, parse_sparsities
 from spqt_cli.measure import probes
 
 
@@ -154,9 +154,9 @@ def test_rows_need_a_source(calibrated, text):
 
 
 def test_sweeps():
-    assert parse_shares("0.1:0.7:0.1") == [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]
-    assert parse_shares("0.25, 0.4,0.25") == [0.25, 0.4]
-    assert parse_shares("0:0.2:0.1") == [0.1, 0.2]  # dense is always measured
+    assert parse_sparsities("0.1:0.7:0.1") == [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]
+    assert parse_sparsities("0.25, 0.4,0.25") == [0.25, 0.4]
+    assert parse_sparsities("0:0.2:0.1") == [0.1, 0.2]  # dense is always measured
 
 
 BAD = ["", "much", "0.1:0.7", "0.7:0.1:0.1", "0.1:0.7:0", "1.5", "nan", "-0.1", "0:0.9:nan"]
@@ -165,4 +165,4 @@ BAD = ["", "much", "0.1:0.7", "0.7:0.1:0.1", "0.1:0.7:0", "1.5", "nan", "-0.1", 
 @pytest.mark.parametrize("asked", BAD)
 def test_bad_sweeps(asked):
     with pytest.raises(UsageError):
-        parse_shares(asked)
+        parse_sparsities(asked)

@@ -111,7 +111,7 @@ def test_deep_nesting_is_no_crash(tmp_path):
 
 
 def test_empty_and_missing_files(tmp_path):
-    with pytest.raises(SpqtError, match="no question"):
+    with pytest.raises(SpqtError, match="has no questions"):
         questions.read(write(tmp_path, ""))
     with pytest.raises(SpqtError, match="can't be read"):
         questions.read(tmp_path / "none.jsonl")

@@ -13,7 +13,8 @@ from spqt_cli.calibrate import calibrate
 from spqt_cli.decode import generate, session
 from spqt_cli.decode.options import Prompt
 from spqt_cli.errors import SpqtError
-from spqt_cli.format import config_json, identity
+from spqt_cli.format import contract
+from spqt_cli.format.folder import Folder
 from spqt_cli.measure import texts
 from tests.lib import damage
 
@@ -61,26 +62,26 @@ def test_fault_64_tokenizer_damaged_after_conversion(folder: Path, name: str, te
 )
 def test_fault_33_curve_of_another_kind_or_length(folder: Path, curve: Any) -> None:
     def edit(config: dict[str, Any]) -> None:
-        next(iter(config_json.entries(config).values()))["spqt"]["curve"] = curve
+        next(iter(contract.entries(config).values()))["spqt"]["curve"] = curve
 
     with pytest.raises(SpqtError, match="on a curve"):
-        config_json.check(change(folder, edit), folder)
+        contract.check(change(folder, edit), folder)
 
 
 @pytest.mark.parametrize("threshold", [1 << 63, 10**400, "0.1", None, [], True])
 def test_fault_33_threshold_that_no_float_holds(folder: Path, threshold: Any) -> None:
     def edit(config: dict[str, Any]) -> None:
-        next(iter(config_json.entries(config).values()))["spqt"]["threshold"] = threshold
+        next(iter(contract.entries(config).values()))["spqt"]["threshold"] = threshold
 
     with pytest.raises(SpqtError, match="thresholds must be"):
-        config_json.check(change(folder, edit), folder)
+        contract.check(change(folder, edit), folder)
 
 
 @pytest.mark.parametrize("share", [None, "0.4", -0.1, 1, float("nan"), True, {}])
 def test_fault_33_calibrated_share_is_no_share(folder: Path, share: Any) -> None:
     config = change(folder, lambda config: config["spqt"]["calibration"].update({"sparsity": share}))
     with pytest.raises(SpqtError, match="calibrated for a sparsity"):
-        config_json.check(config, folder)
+        contract.check(config, folder)
 
 
 def test_damage_stays_in_its_folder(calibrated: Path, tmp_path: Path) -> None:
@@ -131,7 +132,7 @@ def test_fault_15_a_layer_count_that_is_no_number(folder: Path, layers: Any) -> 
 def test_a_key_that_the_model_does_not_read_is_not_judged(folder: Path, text_config: Any) -> None:
     """Found by fuzzing: a conversion refused its own output for it."""
     change(folder, lambda config: config.update({"text_config": text_config}))
-    identity.check_model(folder)
+    Folder(folder)
 
 
 def test_fault_64_length_of_a_tokenizer_that_is_no_number(folder: Path) -> None:

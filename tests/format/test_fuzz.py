@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from spqt_cli.errors import SpqtError
-from spqt_cli.format import checks
+from spqt_cli.format import checkpoint_files
 from tests.lib.hostile import attempt, prepare
 
 CASES, BLOCKS = 2000, 8
@@ -51,7 +51,7 @@ def test_headers_of_any_kind(
     text = json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + b"\0" * size)
     try:
-        tensors, _ = checks.read_shard(path, path.name)
+        tensors, _ = checkpoint_files.read_shard(path, path.name)
     except SpqtError:
         return
     with safe_open(path, framework="np") as file:

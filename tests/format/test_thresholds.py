@@ -8,7 +8,7 @@ import pytest
 
 from spqt_cli.errors import UsageError
 from spqt_cli.format import thresholds
-from spqt_cli.format.config_json import CURVE_SPARSITIES
+from spqt_cli.format.thresholds import CURVE_SPARSITIES
 
 
 def counts_of(values: np.ndarray) -> np.ndarray:

@@ -23,7 +23,7 @@ from spqt_cli.calibrate import calibrate
 from spqt_cli.convert import convert
 from spqt_cli.decode import generate, hooks_cpu, layers, phase, session
 from spqt_cli.decode.options import Options, Prompt, Sampling
-from spqt_cli.format import config_json, layout
+from spqt_cli.format import config_json, contract, layout
 from tests.conftest import write_tokenizer
 from tests.lib import architecture_configs
 from tests.lib.router_margins import margins
@@ -109,7 +109,7 @@ def _measured(name: str, folder: Path, window: int) -> Row:
     row.zeros = sum(one.zeros > 0 for one in found.layers)
     thresholds = {
         path: entry["spqt"]["threshold"]
-        for path, entry in config_json.entries(config_json.read_config(converted)).items()
+        for path, entry in contract.entries(config_json.read_config(converted)).items()
     }
     row.dense = _difference(converted, dict.fromkeys(thresholds))
     row.sparse = _difference(converted, thresholds)

@@ -20,7 +20,7 @@ from spqt_cli.convert.convert import ConvertOptions
 from spqt_cli.decode import generate, session
 from spqt_cli.decode.options import Options, Prompt, Sampling
 from spqt_cli.errors import SpqtError
-from spqt_cli.format import identity
+from spqt_cli.format.folder import Folder
 from tests.conftest import ARCHITECTURES, random_weights, tiny_checkpoint, tiny_config
 from tests.lib import damage, writing_gguf
 
@@ -81,14 +81,14 @@ def _use_source(folder: Path, output: Path, rng: random.Random) -> str:
     convert.convert(str(path), output, ConvertOptions(group_size=32, dry_run=dry_run))
     if dry_run:
         return "accepted"
-    identity.verify(output)
+    Folder(output).verify()
     return "converted"
 
 
 def _use_converted(folder: Path, rng: random.Random) -> str:
     """Check a converted folder; then, at times, answer a prompt with it."""
     if rng.random() < 0.5:
-        identity.verify(folder)
+        Folder(folder).verify()
     else:
         describe.describe(str(folder)).text()
     if rng.random() < 0.8:

@@ -20,8 +20,8 @@ from spqt_cli.convert.config.definition import Definition
 from spqt_cli.convert.source import DTYPES, Checkpoint
 from spqt_cli.decode import exact
 from spqt_cli.decode.architecture import classes
-from spqt_cli.errors import SpqtError, UnsupportedError
-from spqt_cli.format import checks
+from spqt_cli.errors import AGAIN, SpqtError, UnsupportedError
+from spqt_cli.format import checkpoint_files
 
 Build = Callable[[dict[str, Any]], nn.Module]
 SHORTEST = 256  # tokens: a model that is right only for fewer is refused
@@ -45,7 +45,7 @@ def settle(checkpoint: Checkpoint, build: Build) -> None:
     inner = config_keys.language_part(config, args_class)
     for key in ("rope_scaling", "rope_parameters"):
         if inner.get(key) is not None and not isinstance(inner[key], dict):
-            raise SpqtError(f"{checkpoint.name}: {key} in config.json is not an object", checks.AGAIN)
+            raise SpqtError(f"{checkpoint.name}: {key} in config.json is not an object", AGAIN)
     _check_bases(inner, checkpoint.name)
     _check_layer_types(inner, checkpoint.name)
     meant = definition.read(config, inner)
@@ -83,16 +83,14 @@ def _check_bases(inner: dict[str, Any], name: str) -> None:
         if base is None:
             continue
         if isinstance(base, bool) or not isinstance(base, (int, float)) or not 0 < base < math.inf:
-            raise SpqtError(f"{name}: rope_theta is {base!r:.40}, no positive number", checks.AGAIN)
+            raise SpqtError(f"{name}: rope_theta is {base!r:.40}, no positive number", AGAIN)
 
 
 def _check_layer_types(inner: dict[str, Any], name: str) -> None:
     """Raise SpqtError for layer types that are no list of names."""
     types = inner.get("layer_types")
     if types is not None and not (isinstance(types, list) and all(isinstance(one, str) for one in types)):
-        raise SpqtError(
-            f"{name}: config.json: 'layer_types' is {types!r:.40}, not a list of names", checks.AGAIN
-        )
+        raise SpqtError(f"{name}: config.json: 'layer_types' is {types!r:.40}, not a list of names", AGAIN)
 
 
 def _by_layer_type(inner: dict[str, Any]) -> list[dict[str, Any]]:
@@ -118,7 +116,7 @@ def _refuse_unknown(
         return
     if missing := required - inner.keys() - meant.defaults.keys():
         raise UnsupportedError(
-            f"{name}: mlx-lm's class of {inner.get('model_type')} wants {checks.named(missing)},"
+            f"{name}: mlx-lm's class of {inner.get('model_type')} wants {checkpoint_files.named(missing)},"
             " which transformers' config does not have",
             "use a checkpoint in the form that mlx-lm's class was written for",
         )

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from spqt_cli.convert.gguf.file import AGAIN
 from spqt_cli.convert.gguf.vocabulary import Vocabulary
-from spqt_cli.errors import SpqtError, UnsupportedError
+from spqt_cli.errors import AGAIN, SpqtError, UnsupportedError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -15,9 +15,9 @@ from spqt_cli.convert.gguf import config as gguf_config
 from spqt_cli.convert.gguf import split
 from spqt_cli.convert.gguf import tokenizer as gguf_tokenizer
 from spqt_cli.convert.gguf import values as gguf_values
-from spqt_cli.convert.gguf.file import AGAIN, Header
+from spqt_cli.convert.gguf.file import Header
 from spqt_cli.convert.gguf.names import ROPE_FACTORS, Origin, origins
-from spqt_cli.errors import SpqtError
+from spqt_cli.errors import AGAIN, SpqtError
 
 MOST_FREQUENCIES = 1 << 16  # of a rotary embedding
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from spqt_cli.convert.gguf.file import AGAIN, ORIGINAL, Header
+from spqt_cli.convert.gguf.file import ORIGINAL, Header
 from spqt_cli.convert.gguf.metadata import Metadata
 from spqt_cli.convert.gguf.names import ATTENTION, MLP, biased
 from spqt_cli.convert.gguf.rope import scaling
-from spqt_cli.errors import SpqtError, UnsupportedError
+from spqt_cli.errors import AGAIN, SpqtError, UnsupportedError
 
 ARCHITECTURES = {
     "llama": ("llama", "LlamaForCausalLM"),

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from spqt_cli.errors import SpqtError, UnsupportedError
+from spqt_cli.errors import AGAIN, SpqtError, UnsupportedError
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -28,7 +28,6 @@ MOST_TENSORS = 1 << 20
 MOST_DIMENSIONS = 4
 MOST_WEIGHTS = 1 << 48  # elements of one tensor, far above any model and far below overflow
 ALIGNMENT = 32  # bytes, unless general.alignment says otherwise
-AGAIN = "download it again"
 ORIGINAL = "convert the HF original"
 
 # struct codes by gguf.GGUFValueType; 8 is a string, 9 an array

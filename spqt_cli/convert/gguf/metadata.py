@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from spqt_cli.convert.gguf.file import AGAIN, Header
-from spqt_cli.errors import SpqtError, UnsupportedError
+from spqt_cli.convert.gguf.file import Header
+from spqt_cli.errors import AGAIN, SpqtError, UnsupportedError
 
 LARGEST_SIZE = 1 << 31
 

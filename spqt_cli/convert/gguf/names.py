@@ -7,8 +7,8 @@ norms; `Origin` says so, for the reader to undo. Every tensor has to be used, an
 from dataclasses import dataclass
 from typing import Any
 
-from spqt_cli.convert.gguf.file import AGAIN, Header
-from spqt_cli.errors import SpqtError, UnsupportedError
+from spqt_cli.convert.gguf.file import Header
+from spqt_cli.errors import AGAIN, SpqtError, UnsupportedError
 
 MOST_NAMED = 10
 ROPE_FACTORS = "rope_freqs.weight"  # read with the configuration, where llama's rotation is settled

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from spqt_cli.convert.gguf.file import AGAIN, ORIGINAL
+from spqt_cli.convert.gguf.file import ORIGINAL
 from spqt_cli.convert.gguf.metadata import Metadata
-from spqt_cli.errors import SpqtError, UnsupportedError
+from spqt_cli.errors import AGAIN, SpqtError, UnsupportedError
 
 # The llama3 kind's constants in every model that uses it; a file holds only the factors they lead to.
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}

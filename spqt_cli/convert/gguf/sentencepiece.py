@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from spqt_cli.convert.gguf.file import AGAIN, ORIGINAL
+from spqt_cli.convert.gguf.file import ORIGINAL
 from spqt_cli.convert.gguf.vocabulary import BYTE, NORMAL, UNUSED, USER_DEFINED, Vocabulary
-from spqt_cli.errors import SpqtError, UnsupportedError
+from spqt_cli.errors import AGAIN, SpqtError, UnsupportedError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -8,8 +8,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from spqt_cli.convert.gguf.file import AGAIN, Header, StoredTensor, read_header
-from spqt_cli.errors import SpqtError
+from spqt_cli.convert.gguf.file import Header, StoredTensor, read_header
+from spqt_cli.errors import AGAIN, SpqtError
 
 PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf", re.IGNORECASE)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from spqt_cli.convert.gguf import bpe, sentencepiece
-from spqt_cli.convert.gguf.file import AGAIN, Header
+from spqt_cli.convert.gguf.file import Header
 from spqt_cli.convert.gguf.vocabulary import (
     CONTROL,
     UNKNOWN,
@@ -18,7 +18,7 @@ from spqt_cli.convert.gguf.vocabulary import (
     read_vocabulary,
     refuse_unknown_keys,
 )
-from spqt_cli.errors import SpqtError, UnsupportedError
+from spqt_cli.errors import AGAIN, SpqtError, UnsupportedError
 from spqt_cli.system import files
 
 TEMPLATE = "tokenizer.chat_template"

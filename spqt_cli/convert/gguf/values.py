@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from spqt_cli.convert.gguf.file import AGAIN, StoredTensor
-from spqt_cli.errors import SpqtError, UnsupportedError
+from spqt_cli.convert.gguf.file import StoredTensor
+from spqt_cli.errors import AGAIN, SpqtError, UnsupportedError
 
 CHUNK_WEIGHTS = 1 << 20  # weights unpacked at once: 4 MB of float32
 LARGEST_HALF = 65504.0

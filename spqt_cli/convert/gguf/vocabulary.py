@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from spqt_cli.convert.gguf.file import AGAIN, Header
-from spqt_cli.errors import SpqtError, UnsupportedError
+from spqt_cli.convert.gguf.file import Header
+from spqt_cli.errors import AGAIN, SpqtError, UnsupportedError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 SENTENCEPIECE_IDS = {"bos": 1, "eos": 2, "unknown": 0}  # where the keys are missing: the format's rule

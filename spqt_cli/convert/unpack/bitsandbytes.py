@@ -11,8 +11,7 @@ import mlx.core as mx
 
 from spqt_cli.convert.unpack import codes, scaled
 from spqt_cli.convert.unpack.packed import Arrays, Packed, Source
-from spqt_cli.errors import SpqtError, UnsupportedError
-from spqt_cli.format import checks
+from spqt_cli.errors import AGAIN, SpqtError, UnsupportedError
 
 STATE = ".quant_state.bitsandbytes__"
 DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
@@ -76,10 +75,10 @@ def _state(source: Source, name: str, kind: str) -> dict[str, Any]:
     if isinstance(state, dict) and "nested_blocksize" in state:
         wanted |= {"nested_blocksize": int, "nested_offset": float}
     if not isinstance(state, dict) or not all(type(state.get(key)) is kind for key, kind in wanted.items()):
-        raise SpqtError(f"{source.where}: tensor {stored} is no quantization state", checks.AGAIN)
+        raise SpqtError(f"{source.where}: tensor {stored} is no quantization state", AGAIN)
     numbers = [*state["shape"], state["blocksize"], state.get("nested_blocksize", 2)]
     if len(state["shape"]) != 2 or not all(type(n) is int and 0 < n < 1 << 31 for n in numbers):
-        raise SpqtError(f"{source.where}: tensor {stored} has sizes that can't be", checks.AGAIN)
+        raise SpqtError(f"{source.where}: tensor {stored} has sizes that can't be", AGAIN)
     if state["dtype"] not in DTYPES or state["blocksize"] % 2:
-        raise SpqtError(f"{source.where}: tensor {stored} has a dtype or a block that can't be", checks.AGAIN)
+        raise SpqtError(f"{source.where}: tensor {stored} has a dtype or a block that can't be", AGAIN)
     return state

@@ -10,7 +10,7 @@ import mlx.core as mx
 from spqt_cli.convert.unpack import codes, scaled
 from spqt_cli.convert.unpack.packed import Arrays, Packed, Source
 from spqt_cli.errors import UnsupportedError
-from spqt_cli.format.checks import Tensor
+from spqt_cli.format.checkpoint_files import Tensor
 
 FLOATS = ("F16", "BF16", "F32")
 NV_GROUP, MX_GROUP = 16, 32

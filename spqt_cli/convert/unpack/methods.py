@@ -13,8 +13,8 @@ import mlx.core as mx
 from spqt_cli.convert.unpack import bitsandbytes, compressed, gptq
 from spqt_cli.convert.unpack.packed import Packed, Source
 from spqt_cli.errors import UnsupportedError
-from spqt_cli.format import checks
-from spqt_cli.format.checks import Tensor
+from spqt_cli.format import checkpoint_files
+from spqt_cli.format.checkpoint_files import Tensor
 
 ORIGINAL = "convert the original model"
 MLX = "MLX"
@@ -73,7 +73,7 @@ def beside(folder: Path) -> dict[str, Any]:
     """What files beside config.json say: modelopt's, and AutoGPTQ's and AutoAWQ's of old."""
     for name, method in (("hf_quant_config.json", "modelopt"), ("quantize_config.json", "gptq")):
         if (folder / name).is_file():
-            return {"quant_method": method, **checks.read_json(folder / name)}
+            return {"quant_method": method, **checkpoint_files.read_json(folder / name)}
     return {}
 
 
@@ -165,7 +165,7 @@ def _refuse_unexplained(source: Source, left: set[str], model_type: str) -> None
             raise unsupported(source.where, f"{method} in a form of its own (tensor {name})")
         if name.endswith("_blocks") and tensor.dtype == "U8" and model_type not in KEEPS_MXFP4:
             raise unsupported(source.where, f"mxfp4 experts of the architecture {model_type!r}")
-        if tensor.dtype in checks.EIGHT_BITS and not _explained(source, name):
+        if tensor.dtype in checkpoint_files.EIGHT_BITS and not _explained(source, name):
             raise UnsupportedError(
                 f"{source.where}: tensor {name} has dtype {tensor.dtype} and no scale explains it",
                 "use a checkpoint in bf16, fp16 or fp32",

@@ -6,9 +6,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from spqt_cli.errors import SpqtError
-from spqt_cli.format import checks
-from spqt_cli.format.checks import Tensor
+from spqt_cli.errors import AGAIN, SpqtError
+from spqt_cli.format.checkpoint_files import Tensor
 
 Arrays = Mapping[str, mx.array]
 
@@ -47,7 +46,7 @@ class Source:
         """A tensor that must be there, of one of these dtypes and, if given, of this shape."""
         tensor = self.tensors.get(name)
         if tensor is None:
-            raise SpqtError(f"{self.where}: tensor {name} is missing", checks.AGAIN)
+            raise SpqtError(f"{self.where}: tensor {name} is missing", AGAIN)
         if tensor.dtype not in dtypes:
             raise self.unfit(name, f"is {tensor.dtype}, not {' or '.join(dtypes)}")
         if shape is not None and tensor.shape != shape:
@@ -55,7 +54,7 @@ class Source:
         return tensor
 
     def unfit(self, name: str, what: str) -> SpqtError:
-        return SpqtError(f"{self.where}: tensor {name} {what}", checks.AGAIN)
+        return SpqtError(f"{self.where}: tensor {name} {what}", AGAIN)
 
     def rounded(self, scales: Tensor) -> mx.Dtype:
         """The dtype of a weight: its scales', where those have 16 bits."""

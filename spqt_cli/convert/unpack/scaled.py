@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from spqt_cli.convert.unpack import codes
 from spqt_cli.convert.unpack.packed import Arrays, Packed, Source
-from spqt_cli.format.checks import Tensor
+from spqt_cli.format.checkpoint_files import Tensor
 
 BYTES = ("F8_E4M3", "I8")
 SCALES = ("F32", "BF16", "F16", "U8", "F8_E8M0")

@@ -16,7 +16,8 @@ from spqt_cli.calibrate.stream import blocks, engine, gradients
 from spqt_cli.convert import convert
 from spqt_cli.decode import layers, session
 from spqt_cli.errors import BusyError, UnsupportedError, UsageError
-from spqt_cli.format import config_json, thresholds
+from spqt_cli.format import contract, thresholds
+from spqt_cli.format.folder import Folder
 from spqt_cli.measure import probes
 from tests.conftest import tiny_checkpoint
 
@@ -46,7 +47,7 @@ def folder(pristine, tmp_path) -> Path:
 
 
 def thresholds_of(folder: Path) -> dict[str, float]:
-    entries = config_json.entries(json.loads((folder / "config.json").read_text()))
+    entries = contract.entries(json.loads((folder / "config.json").read_text()))
     return {path: entry["spqt"]["threshold"] for path, entry in entries.items()}
 
 
@@ -72,7 +73,7 @@ def test_same_thresholds_as_with_the_whole_model(folder, tmp_path, method):
 
 def test_gradients_block_by_block_are_those_of_the_whole_model(folder):
     windows = np.random.default_rng(0).integers(5, 500, (3, 64)).astype(np.int32)
-    loaded = session.load_lazily(folder)
+    loaded = session.load_lazily(Folder(folder))
     with probes.probing(loaded.model) as harness:
         walked = blocks.Blocks(loaded.model, harness, folder)
         found = gradients.sensitivities(walked, harness, windows, folder, lambda *_: None)
@@ -118,7 +119,7 @@ def test_a_block_is_dropped_after_use(folder, monkeypatch):
 
     monkeypatch.setattr(blocks.Weights, "drop", watched)
     calibrate.calibrate(folder, settings(), quiet)
-    loaded = session.load_lazily(folder)
+    loaded = session.load_lazily(Folder(folder))
     sizes = {path: sum(a.nbytes for a in layer.values() if isinstance(a, mx.array))
              for path, layer in layers.zigzag_layers(loaded.model).items()}  # fmt: skip
     block = sum(size for path, size in sizes.items() if ".layers.0." in path)

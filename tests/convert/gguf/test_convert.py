@@ -10,7 +10,7 @@ from gguf import GGMLQuantizationType
 
 from spqt_cli.convert import convert, parameters, source
 from spqt_cli.errors import SpqtError, UnsupportedError
-from spqt_cli.format import identity
+from spqt_cli.format.folder import Folder
 from spqt_cli.system import files
 from tests.conftest import ARCHITECTURES, random_weights, tiny_checkpoint, tiny_config
 from tests.lib.converting import OPTIONS, contents, interrupted
@@ -31,7 +31,7 @@ def test_same_weights_as_the_original(tmp_path: Path, arch: str) -> None:
     original = tiny_checkpoint(tmp_path / "hf", arch, dtype=mx.float16, torch_dtype="float16")
     convert.convert(str(original), tmp_path / "a", OPTIONS)
     convert.convert(str(gguf_of(tmp_path, arch)), tmp_path / "b", OPTIONS)
-    assert identity.verify(tmp_path / "b")
+    assert Folder(tmp_path / "b").verify()
     a, b = (mx.load(str(tmp_path / name / "model.safetensors")) for name in "ab")
     assert a.keys() == b.keys()
     for name, array in a.items():

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from spqt_cli.convert.unpack import codes, methods
 from spqt_cli.convert.unpack.packed import Source
 from spqt_cli.errors import SpqtError, UnsupportedError
-from spqt_cli.format import checks
+from spqt_cli.format import checkpoint_files
 from tests import ROOT
 
 DATA = ROOT / "tests" / "data" / "packed"
@@ -25,10 +25,12 @@ def cases() -> list[tuple[str, str]]:
     return found
 
 
-def stored(name: str, case: str) -> tuple[dict[str, mx.array], dict[str, checks.Tensor], dict[str, Any]]:
+def stored(
+    name: str, case: str
+) -> tuple[dict[str, mx.array], dict[str, checkpoint_files.Tensor], dict[str, Any]]:
     """A case's tensors and headers under the names that a checkpoint has, and its quantization_config."""
     path = DATA / name
-    declared, metadata = checks.read_shard(path, name, checks.EIGHT_BITS)
+    declared, metadata = checkpoint_files.read_shard(path, name, checkpoint_files.EIGHT_BITS)
     arrays = mx.load(str(path))
     assert isinstance(arrays, dict)
     mine = [key for key in declared if key.startswith(f"{case}.")]
@@ -38,7 +40,10 @@ def stored(name: str, case: str) -> tuple[dict[str, mx.array], dict[str, checks.
 
 
 def source_of(
-    arrays: dict[str, mx.array], tensors: dict[str, checks.Tensor], settings: dict[str, Any], **more: Any
+    arrays: dict[str, mx.array],
+    tensors: dict[str, checkpoint_files.Tensor],
+    settings: dict[str, Any],
+    **more: Any,
 ) -> Source:
     return Source("here", settings, tensors, lambda name: np.array(arrays[name]), **more)
 
@@ -72,7 +77,7 @@ def test_values_are_the_librarys_own(
     assert mx.abs(value.astype(mx.float32)).max().item() > 0.05
 
 
-def changed(name: str, case: str, **changes: checks.Tensor | None) -> SpqtError:
+def changed(name: str, case: str, **changes: checkpoint_files.Tensor | None) -> SpqtError:
     """What is said of a case after some of its headers were changed (leaf -> Tensor, None takes it out)."""
     arrays, tensors, settings = stored(name, case)
     tensors.pop("x.expected")
@@ -106,13 +111,13 @@ def test_missing_and_mismatched_parts_are_damage_by_name(name: str, case: str, l
     assert f"x.{leaf}" in missing.cause
     _, tensors, _ = stored(f"{name}.safetensors", case)
     whole = tensors[f"x.{leaf}"]
-    other = checks.Tensor(whole.dtype, (7, 5), whole.shard)
+    other = checkpoint_files.Tensor(whole.dtype, (7, 5), whole.shard)
     assert f"x.{leaf}" in changed(f"{name}.safetensors", case, **{leaf: other}).cause
     assert changed(f"{name}.safetensors", case, **{leaf: other}).exit_code == 3
 
 
 def test_scales_that_fit_no_block_are_damage() -> None:
-    other = checks.Tensor("BF16", (9, 9), "")
+    other = checkpoint_files.Tensor("BF16", (9, 9), "")
     error = changed("compressed_tensors.safetensors", "fp8_block", weight_scale=other)
     assert error.exit_code == 3
     assert "x.weight_scale" in error.cause
@@ -190,7 +195,9 @@ def test_unknown_methods_are_unsupported_by_name(settings: Any, name: str) -> No
 def test_sound_forms_without_a_reader_are_unsupported(
     name: str, settings: dict[str, Any], tensors: dict[str, tuple[str, tuple[int, ...]]]
 ) -> None:
-    declared = {f"x.{leaf}": checks.Tensor(dtype, shape, "") for leaf, (dtype, shape) in tensors.items()}
+    declared = {
+        f"x.{leaf}": checkpoint_files.Tensor(dtype, shape, "") for leaf, (dtype, shape) in tensors.items()
+    }
     with pytest.raises(UnsupportedError, match=name):
         methods.find(source_of({}, declared, settings), "llama")
 

@@ -12,8 +12,9 @@ import pytest
 
 from spqt_cli.convert import convert, source
 from spqt_cli.errors import SpqtError, UnsupportedError
-from spqt_cli.format import checks, identity
+from spqt_cli.format import checkpoint_files
 from spqt_cli.format.config_json import INDEX
+from spqt_cli.format.folder import Folder
 from tests.conftest import tiny_checkpoint
 
 SHARD = "model.safetensors"
@@ -113,10 +114,39 @@ def test_fault_04_header_is_no_object(folder: Path, header: bytes) -> None:
     refused(folder, SHARD)
 
 
-def test_fault_05_duplicate_key(folder: Path) -> None:
-    entry = '{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
-    write_raw(folder / SHARD, f'{{"a":{entry},"a":{entry}}}'.encode(), b"\0" * 4)
-    refused(folder, SHARD)
+ENTRY = '{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        f'{{"a":{ENTRY},"a":{ENTRY}}}',
+        f'{{"a":{ENTRY},"\\u0061":{ENTRY}}}',
+        f'{{"a":{ENTRY},"a":{{"dtype":"F32","shape":[1],"data_of\\u0066sets":[0,4]}}}}',
+        f'{{"__metadata__":{{"x":"1","x":"2"}},"a":{ENTRY}}}',
+        f'{{"__metadata__":{{"a":"1"}},"a":{ENTRY},"a":{ENTRY}}}',
+        '{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4],"more":{"x":1,"x":2}}}',
+    ],
+)
+def test_fault_05_duplicate_key(folder: Path, header: str) -> None:
+    """The library keeps the last of two."""
+    write_raw(folder / SHARD, header.encode(), b"\0" * 4)
+    refused(folder, SHARD, "a name occurs twice")
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        f'{{"a":{ENTRY}}}',
+        f'{{"\\u0061":{ENTRY}}}',
+        f'{{"data_offsets":{ENTRY}}}',
+        f'{{"__metadata__":{{}},"a":{ENTRY}}}   ',
+        f'{{"__metadata__":{{"x":"{{\\"a\\":1}}"}},"a":{ENTRY}}}',
+    ],
+)
+def test_odd_names_that_occur_once(tmp_path: Path, header: str) -> None:
+    write_raw(tmp_path / SHARD, header.encode(), b"\0" * 4)
+    assert len(checkpoint_files.read_shard(tmp_path / SHARD, SHARD)[0]) == 1
 
 
 def test_fault_06_overlap_hole_trailing(folder: Path) -> None:
@@ -227,7 +257,7 @@ def test_an_index_may_name_what_the_model_does_not_need(folder: Path, tmp_path: 
     write_index(folder, weight_map | {name: next(iter(weight_map.values()))})
     result = convert.convert(str(folder), tmp_path / "out", convert.ConvertOptions(group_size=32))
     assert [line for line in result.warnings if name in line]
-    assert identity.verify(tmp_path / "out")
+    assert Folder(tmp_path / "out").verify()
 
 
 def test_fault_14_a_needed_tensor_that_only_the_index_has(folder: Path, tmp_path: Path) -> None:
@@ -255,11 +285,11 @@ def test_fault_14_a_converted_folder_is_held_to_its_index(converted: Path, tmp_p
     index["weight_map"][UNUSED] = next(iter(index["weight_map"].values()))
     (copied / INDEX).write_text(json.dumps(index))
     with pytest.raises(SpqtError, match="the index names tensors that no shard has"):
-        identity.check_model(copied)
+        Folder(copied)
 
 
 def test_fault_14_at_most_ten_names() -> None:
-    text = checks.named(f"tensor{i:02d}" for i in range(25))
+    text = checkpoint_files.named(f"tensor{i:02d}" for i in range(25))
     assert text.count("tensor") == 10
     assert "15 more" in text
 
@@ -292,7 +322,7 @@ def test_no_weights_at_all(folder: Path) -> None:
 
 def test_header_agrees_with_mlx(tmp_path: Path) -> None:
     folder = tiny_checkpoint(tmp_path / "m", "qwen2", dtype=mx.bfloat16)
-    tensors, _ = checks.read_shard(folder / SHARD, SHARD)
+    tensors, _ = checkpoint_files.read_shard(folder / SHARD, SHARD)
     loaded = mx.load(str(folder / SHARD))
     assert {name: (t.shape, t.nbytes) for name, t in tensors.items()} == {
         name: (array.shape, array.nbytes) for name, array in loaded.items()

@@ -10,9 +10,18 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
+from spqt_cli.bench import models
+from spqt_cli.calibrate import calibrate
+from spqt_cli.calibrate.calibrate import CalibrateOptions
+from spqt_cli.cli import describe
 from spqt_cli.convert import convert
+from spqt_cli.decode import session
+from spqt_cli.decode.options import Prompt
 from spqt_cli.errors import SpqtError, UnsupportedError
-from spqt_cli.format import config_json, identity
+from spqt_cli.evaluate import compare
+from spqt_cli.format import checkpoint_files, config_json, contract
+from spqt_cli.format.contract import ThresholdsError
+from spqt_cli.format.folder import Folder, remove_thresholds
 from tests.conftest import tiny_checkpoint
 from tests.lib.converting import OPTIONS
 
@@ -31,7 +40,7 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def refusal(folder: Path, check: Callable[[Path], Any] = identity.check_model) -> SpqtError:
+def refusal(folder: Path, check: Callable[[Path], Any] = Folder) -> SpqtError:
     with pytest.raises(SpqtError) as caught:
         check(folder)
     return caught.value
@@ -44,8 +53,8 @@ def flip_a_bit(path: Path) -> None:
 
 
 def test_intact(folder: Path) -> None:
-    assert identity.check_model(folder)["spqt"]["content"]
-    assert identity.verify(folder) == [SHARD]
+    assert Folder(folder).layers["model.layers.0.mlp.up_proj"].bits == 4
+    assert Folder(folder).verify() == [SHARD]
 
 
 def test_fault_12_stale_shard(folder: Path) -> None:
@@ -54,7 +63,7 @@ def test_fault_12_stale_shard(folder: Path) -> None:
 
 
 def test_fault_28_newer_format(folder: Path) -> None:
-    edit(folder, lambda config: config["spqt"].update(format_version=config_json.FORMAT_VERSION + 1))
+    edit(folder, lambda config: config["spqt"].update(format_version=contract.FORMAT_VERSION + 1))
     error = refusal(folder)
     assert isinstance(error, UnsupportedError)
     assert "upgrade" in error.hint
@@ -81,7 +90,7 @@ def test_fault_30_edited_settings(folder: Path, change: Callable[[dict[str, Any]
 def test_fault_30_edited_settings_and_fingerprint(folder: Path) -> None:
     def change(config: dict[str, Any]) -> None:
         config["quantization"]["model.layers.0.mlp.up_proj"]["bits"] = 8
-        config["spqt"]["fingerprint"] = config_json.fingerprint(config)
+        config["spqt"]["fingerprint"] = contract.settings_fingerprint(config)
 
     edit(folder, change)
     assert SHARD in refusal(folder).cause
@@ -89,8 +98,8 @@ def test_fault_30_edited_settings_and_fingerprint(folder: Path) -> None:
 
 def test_fault_31_damaged_weights(folder: Path) -> None:
     flip_a_bit(folder / SHARD)
-    identity.check_model(folder)  # headers alone can't know
-    assert SHARD in refusal(folder, identity.verify).cause
+    Folder(folder)  # headers alone can't know
+    assert SHARD in refusal(folder, lambda path: Folder(path).verify()).cause
 
 
 def test_shard_of_another_conversion_with_the_same_settings(folder: Path, tmp_path: Path) -> None:
@@ -123,12 +132,12 @@ def test_missing_shard(folder: Path) -> None:
 
 def test_missing_index_of_one_shard_is_no_fault(folder: Path) -> None:
     (folder / config_json.INDEX).unlink()
-    assert identity.check_model(folder)
+    assert Folder(folder).shards.keys() == {SHARD}
 
 
 def test_layer_without_its_scales(folder: Path) -> None:
     path = "model.layers.0.mlp.up_proj"
-    metadata = identity.checks.read_shard(folder / SHARD, SHARD)[1]
+    metadata = checkpoint_files.read_shard(folder / SHARD, SHARD)[1]
     weights = mx.load(str(folder / SHARD))
     weights.pop(f"{path}.scales")
     mx.save_safetensors(str(folder / SHARD), weights, metadata)
@@ -138,7 +147,7 @@ def test_layer_without_its_scales(folder: Path) -> None:
 
 def test_layer_of_another_shape(folder: Path) -> None:
     path = "model.layers.0.mlp.up_proj"
-    metadata = identity.checks.read_shard(folder / SHARD, SHARD)[1]
+    metadata = checkpoint_files.read_shard(folder / SHARD, SHARD)[1]
     weights = mx.load(str(folder / SHARD))
     weights[f"{path}.scales"] = weights[f"{path}.scales"][:, :-1]
     mx.save_safetensors(str(folder / SHARD), weights, metadata)
@@ -154,7 +163,7 @@ def test_recorded_shards_are_damaged(folder: Path, recorded: Any) -> None:
 def test_fault_65_code_in_a_converted_folder(folder: Path) -> None:
     edit(folder, lambda config: config.update(model_file="evil.py"))
     assert isinstance(refusal(folder), UnsupportedError)
-    identity.check_model(folder, trust_remote_code=True)
+    Folder(folder, trust_remote_code=True)
 
 
 def test_not_converted(checkpoint: Path) -> None:
@@ -162,7 +171,7 @@ def test_not_converted(checkpoint: Path) -> None:
 
 
 def test_thresholds_leave_the_identity_alone(calibrated: Path) -> None:
-    assert identity.verify(calibrated) == [SHARD]
+    assert Folder(calibrated).verify() == [SHARD]
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "generation_config.json", ".spqt-calibration.npz"])
@@ -171,3 +180,78 @@ def test_pipe_in_the_folder(folder: Path, name: str) -> None:
     (folder / name).unlink(missing_ok=True)
     os.mkfifo(folder / name)
     assert "is no file" in refusal(folder).cause
+
+
+def test_bad_thresholds_are_told_apart_from_all_else(calibrated: Path, tmp_path: Path) -> None:
+    """Calibration may remove what is wrong then; where settings are wrong too, it may not."""
+    folder = Path(shutil.copytree(calibrated, tmp_path / "model"))
+    entry = "model.layers.0.mlp.up_proj"
+    edit(folder, lambda config: config["quantization"][entry]["spqt"].update(threshold=-1))
+    assert isinstance(refusal(folder), ThresholdsError)
+    edit(folder, lambda config: config["quantization"][entry].update(bits=8))
+    assert not isinstance(refusal(folder), ThresholdsError)
+
+
+def test_thresholds_at_the_calibrated_and_at_another_sparsity(calibrated: Path, converted: Path) -> None:
+    folder = Folder(calibrated)
+    assert folder.calibration is not None
+    at = folder.calibration.sparsity
+    assert folder.thresholds(at) == {path: layer.threshold for path, layer in folder.layers.items()}
+    assert folder.thresholds(0.2) == {path: layer.curve[10] for path, layer in folder.layers.items()}
+    with pytest.raises(SpqtError, match="no thresholds to derive"):
+        Folder(converted).thresholds(0.2)
+    assert set(Folder(converted).thresholds(0).values()) == {0.0}
+
+
+def test_written_thresholds_are_read_back(folder: Path) -> None:
+    unchanged = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "config.json"}
+    curve = [i / 100 for i in range(50)]
+    opened = Folder(folder)
+    opened.write_calibration(
+        dict.fromkeys(opened.layers, (0.125, curve)), {"sparsity": 0.25, "method": "uniform"}
+    )
+    read = Folder(folder)
+    assert {(layer.threshold, layer.curve) for layer in read.layers.values()} == {(0.125, tuple(curve))}
+    assert read.calibration is not None
+    assert (read.calibration.sparsity, read.calibration.kl) == (0.25, None)
+    assert opened.calibration is None
+    remove_thresholds(folder)
+    assert Folder(folder).config == opened.config
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.name in unchanged} == unchanged
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        session.load,
+        lambda folder: describe.describe(str(folder)),
+        lambda folder: Folder(folder).verify(),
+        lambda folder: models.lazy_model(str(folder)),
+        lambda folder: calibrate.calibrate(
+            folder, CalibrateOptions(sparsity=0.3, tokens=128, window=64, method="uniform"), lambda *_: None
+        ),
+        lambda folder: compare.compare(
+            str(folder), Prompt("fox", ignore_chat_template=True), [0, 0.4], max_tokens=1
+        ),
+    ],
+    ids=["load", "inspect", "verify", "bench", "calibrate", "compare"],
+)
+def test_every_header_is_parsed_once(
+    calibrated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, use: Callable[[Path], object]
+) -> None:
+    folder = Path(shutil.copytree(calibrated, tmp_path / "model"))
+    parsed = []
+    library, own = checkpoint_files.safe_open, checkpoint_files._dtypes
+
+    def opens(path: Path, **options: Any) -> Any:
+        parsed.append(Path(path).name)
+        return library(path, **options)
+
+    def parses(path: Path, text: bytes) -> dict[str, str]:
+        parsed.append(path.name)
+        return own(path, text)
+
+    monkeypatch.setattr(checkpoint_files, "safe_open", opens)
+    monkeypatch.setattr(checkpoint_files, "_dtypes", parses)
+    use(folder)
+    assert parsed == [SHARD]

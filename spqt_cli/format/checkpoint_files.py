@@ -1,19 +1,19 @@
-"""What a folder of weights must satisfy before MLX may open it.
+"""Checks the shards of any model folder, their headers and their index, before MLX opens them.
 
-MLX's own reader accepts overlapping, holed and wrapped files, so every shard is first read by the
-`safetensors` library. Nothing here is ever unpickled, and no weight is loaded.
+MLX's own reader accepts overlapping, holed and wrapped files, so the `safetensors` library reads every
+header first. Nothing here is ever unpickled, and no weight is loaded.
 """
 
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from spqt_cli.errors import SpqtError, UnsupportedError
+from spqt_cli.errors import AGAIN, SpqtError, UnsupportedError
 from spqt_cli.format.config_json import INDEX, LONGEST_JSON
 from spqt_cli.system import files
 
@@ -24,7 +24,7 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 NAMED_TEMPLATES = "additional_chat_templates"  # a folder: one chat template a file, each by its name
 MOST_NAMED = 10  # tensors named in one message
 LONGEST_HEADER = 32 << 20  # bytes; safetensors allows 100 MB, which takes Python 1 GB to read
-AGAIN = "download it again"
+QUOTES_OF_A_TENSOR = 10  # in a header: around its name, "dtype", the dtype, "shape" and "data_offsets"
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,14 @@ class Tensor:
         for length in self.shape:
             size *= length
         return size
+
+
+@dataclass
+class Headers:
+    """What the headers of a folder's shards declare: tensors by name, and metadata by shard."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    metadata: dict[str, dict[str, str]] = field(default_factory=dict)
 
 
 def named(names: Iterable[str]) -> str:
@@ -128,22 +136,22 @@ def shard_names(folder: Path) -> tuple[list[str], list[str]]:
 
 def read_headers(
     folder: Path, names: list[str], absent: list[str] | None = None, also: Iterable[str] = ()
-) -> dict[str, Tensor]:
-    """Every tensor of the shards `names` of a folder, by name, all checked against the index.
+) -> Headers:
+    """What the shards `names` of a folder declare, each header parsed once and all checked against the index.
 
     absent: takes the names that the index has and no shard; None refuses them. Indexes list buffers and
-    tied heads that were never written: whether the model needs them, its parameters tell. also: dtypes that
-    may occur beside the usual ones.
+    tied heads that were never written: whether the model needs them, its parameters tell. also: dtypes
+    accepted besides FLOATING and INTEGER.
     """
-    tensors: dict[str, Tensor] = {}
+    headers = Headers()
     for name in names:
-        declared, _ = read_shard(confined(folder, name), name, also)
-        if twice := tensors.keys() & declared.keys():
+        declared, headers.metadata[name] = read_shard(confined(folder, name), name, also)
+        if twice := headers.tensors.keys() & declared.keys():
             raise SpqtError(f"{folder}: in two shards: {named(twice)}", AGAIN)
-        tensors |= declared
+        headers.tensors |= declared
     if (folder / INDEX).is_file():
-        _check_index(folder, tensors, absent)
-    return tensors
+        _check_index(folder, headers.tensors, absent)
+    return headers
 
 
 def _check_index(folder: Path, tensors: dict[str, Tensor], absent: list[str] | None) -> None:
@@ -166,13 +174,13 @@ def refuse_lost_head(folder: Path, absent: list[str]) -> None:
 
 
 def read_shard(path: Path, name: str, also: Iterable[str] = ()) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata that a shard's header declares, checked by `safetensors`.
+    """The tensors and the metadata that a shard's header declares, parsed and checked by `safetensors`.
 
-    name: what the index calls the shard. also: dtypes that may occur beside the usual ones.
+    name: what the index calls the shard. also: dtypes accepted besides FLOATING and INTEGER.
     """
     if not path.is_file():
         raise SpqtError(f"{path} is missing", AGAIN)
-    _refuse_start(path)
+    header = _header_text(path)
     try:
         with safe_open(path, framework="np") as shard:
             metadata = shard.metadata() or {}
@@ -183,10 +191,21 @@ def read_shard(path: Path, name: str, also: Iterable[str] = ()) -> tuple[dict[st
             }
     except (SafetensorError, OSError, ValueError, OverflowError) as error:
         if "unknown variant" in str(error):  # a dtype that the library does not know: find out whose
-            _refuse_dtypes(path, _raw_dtypes(path), also)
+            _refuse_dtypes(path, _dtypes(path, header), also)
         raise SpqtError(f"{path} is no sound safetensors file: {error}", AGAIN) from None
-    _refuse_dtypes(path, _raw_dtypes(path), also)
+    if _may_repeat_a_name(header, tensors, metadata):
+        _dtypes(path, header)
+    _refuse_dtypes(path, {key: tensor.dtype for key, tensor in tensors.items()}, also)
     return tensors, metadata
+
+
+def _may_repeat_a_name(header: bytes, tensors: dict[str, Tensor], metadata: dict[str, str]) -> bool:
+    """True where a header holds more text than what `safetensors`, which keeps the last of two names, found.
+
+    Counting quotes is exact where nothing is escaped, and spares a second parser for headers of megabytes.
+    """
+    quotes = QUOTES_OF_A_TENSOR * len(tensors) + (2 + 4 * len(metadata) if metadata else 0)
+    return b"\\" in header or header.count(b'"') != quotes
 
 
 def _refuse_dtypes(path: Path, dtypes: dict[str, str], also: Iterable[str]) -> None:
@@ -198,11 +217,8 @@ def _refuse_dtypes(path: Path, dtypes: dict[str, str], also: Iterable[str]) -> N
             )
 
 
-def _raw_dtypes(path: Path) -> dict[str, str]:
+def _dtypes(path: Path, text: bytes) -> dict[str, str]:
     """Tensor -> dtype as the header's own text has them; refuses names that occur twice."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        text = file.read(min(length, LONGEST_HEADER))
     try:
         header = json.loads(text, object_pairs_hook=_without_duplicates)
     except (ValueError, RecursionError) as error:
@@ -218,20 +234,26 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _refuse_start(path: Path) -> None:
-    """Refuse, by its first bytes, a header of absurd length and two texts that often stand for a shard."""
+def _header_text(path: Path) -> bytes:
+    """A shard's header as it is stored.
+
+    Refuses, by the first bytes, a header of absurd length and two texts that often stand for a shard.
+    """
     try:
         with path.open("rb") as file:
             start = file.read(256)
+            length = int.from_bytes(start[:8], "little")
+            if length > LONGEST_HEADER and path.stat().st_size > length:
+                raise SpqtError(f"{path} has a header of {length} bytes, too long to be sound", AGAIN)
+            rest = file.read(max(0, min(length, LONGEST_HEADER) + 8 - len(start)))
     except OSError as error:
         raise SpqtError(f"{path} can't be read: {error}", AGAIN) from None
-    if (length := int.from_bytes(start[:8], "little")) > LONGEST_HEADER and path.stat().st_size > length:
-        raise SpqtError(f"{path} has a header of {length} bytes, too long to be sound", AGAIN)
-    start = start.lstrip().lower()
-    if start.startswith(b"version https://git-lfs"):
+    words = start.lstrip().lower()
+    if words.startswith(b"version https://git-lfs"):
         raise SpqtError(f"{path} is a Git LFS pointer, not weights", f"{AGAIN}: git lfs pull, or hf download")
-    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
+    if words.startswith((b"<!doctype", b"<html", b"<?xml")):
         raise SpqtError(f"{path} is a web page, not weights", AGAIN)
+    return (start + rest)[8 : 8 + length]
 
 
 def refuse_no_weights(folder: Path) -> None:
