@@ -1,9 +1,9 @@
-"""The CPU extension's attention against float64, at every head width, wide before narrow.
+"""Attention on the CPU extension at every width of heads.
 
-Contract (cpu/ops.h): softmax(q @ k.T * scale) @ v for float32 q, k, v whose width is a multiple of 16 up to
-256; what an earlier, wider call left in memory does not matter.
-Tolerance: 5e-6 of an output or of the root mean square of all: float32 sums of up to 300 terms of weight 1
-in all.
+Contract: `cpu.attention` and a step of `cpu.prepare_token` give softmax(q @ k.T * scale) @ v in float32, for
+every width, mask and number of keys; widths come in an order that meets what wider heads left in memory.
+The reference is float64. TOLERANCE: float32 roundings of either sign over 300 terms come to about
+sqrt(300) * 2^-24 = 1e-6 of a row's norm; five times that leaves room for the exponentials.
 """
 
 from functools import cache

@@ -1,6 +1,7 @@
-"""The CPU extension's fused block: what stands before and after attention, each as one operation.
+"""A block's two fused steps on the CPU extension, before attention and after it.
 
-Contract (cpu/block.h): equal, bit for bit, to the same operations one by one. So there is no tolerance.
+Contract: `prepare_head` and `prepare_tail` give what their norms, products and sums give one by one.
+No tolerance: both ways run the same kernels in the same order, so they are compared bit for bit.
 """
 
 import mlx.core as mx

@@ -1,11 +1,9 @@
-"""The Metal kernel bodies under emulation against float64: every variant, every hazard in the shapes.
+"""sparse_gemv.metal, reduce_stripes.metal and count_active.metal under emulation.
 
-Contract: y = matmul(mask(x, threshold), W) for one row of x (metal/sparse_gemv.metal,
-reduce_stripes.metal), with a norm before it and silu(gate) * up, a residual or rotary positions after it
-where asked for. Counts of active channels are exact, and a second run gives the same bits.
-Tolerance: the bound (n + 64) * 2^-24 * A of float32 sums, derived in metal/README.md ("The error bound")
-and computed per output by `backends/accuracy.py`. Looser tolerances stand where 16-bit values are compared,
-each with its reason.
+Contract: outputs are matmul(mask(x, threshold), W) + bias for every width of code, group, dtype, cut and
+hazard in the shapes; counts are exact; two runs are equal bit for bit; the emulator reports no fault.
+The reference is float64. The bound is accuracy.py's: (n + 64) float32 roundings of the sum of the sizes of n
+terms, plus the rounding to x's dtype; metal/README.md derives it. Other tolerances stand where they are used.
 """
 
 import itertools
