@@ -152,7 +152,7 @@ def calibrate_here(folder: str, text: str, stream: str, method: str) -> None:
 
 def calibrate_row(folder: Path, hidden: int, layers: int, method: str) -> dict[str, object]:
     """One row: a synthetic model, converted, then calibrated both ways."""
-    from spqt_cli.calibrate.stream import paging
+    from spqt_cli.calibrate.stream import blocks
     from spqt_cli.convert import convert
 
     source, model = folder / f"llama-{hidden}-{layers}", folder / f"converted-{hidden}-{layers}"
@@ -160,7 +160,7 @@ def calibrate_row(folder: Path, hidden: int, layers: int, method: str) -> dict[s
     convert.convert(str(source), model, convert.ConvertOptions(), lambda *_: None)
     text = folder / "text.txt"
     text.write_text("a" * (TOKENS + WINDOW))
-    row: dict[str, object] = {"layers": layers, "weight_bytes": paging.shard_bytes(model)}
+    row: dict[str, object] = {"layers": layers, "weight_bytes": blocks.weights_bytes(model)}
     for way in ("stream", "whole"):
         row[way] = in_process("calibrate_here", model, text, way, method)
         print(f"{layers:>3} layers, {way}: {row[way]}", file=sys.stderr)

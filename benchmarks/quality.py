@@ -40,13 +40,14 @@ from mlx import nn
 from benchmarks import machine
 from spqt_cli.backends import select
 from spqt_cli.calibrate import calibrate, methods  # fmt: skip
-from spqt_cli.calibrate.measurements import Workbench
+from spqt_cli.calibrate.measurements import Candidate
+from spqt_cli.calibrate.memory import InMemory
 from spqt_cli.calibrate.progress import Progress
 from spqt_cli.convert import convert, plan
 from spqt_cli.decode import generate, layers, session
 from spqt_cli.decode.options import Options, Prompt, Sampling
 from spqt_cli.evaluate import compare, perplexity, variants
-from spqt_cli.format import config_json, thresholds
+from spqt_cli.format import config_json
 from spqt_cli.measure import many_rows, probes, scoring, texts
 
 WINDOW, BATCH = 512, 2
@@ -244,10 +245,9 @@ def _batch(every: Mapping[str, Subject], harnesses: Mapping[int, probes.Harness]
         key = id(one.model)
         if key not in caches:
             caches[key] = probes.prompt_cache(one.model, prompt)
-        harnesses[key].masking = one.masking
-        log_p = scoring.log_probabilities(probes.continuation(one.model, rest[:, :-1], caches[key]))
-        one.masking.evaluate()
-        harnesses[key].masking = None
+        with harnesses[key].masked(one.masking):
+            log_p = scoring.log_probabilities(probes.continuation(one.model, rest[:, :-1], caches[key]))
+            one.masking.evaluate()
         one.scores.add(log_p, np.array(rest[:, 1:]), references)
         references = references or {SOURCE: scoring.Reference(log_p)}
 
@@ -288,7 +288,7 @@ def methods_table(options: argparse.Namespace, work: Path) -> list[dict[str, Any
     """Every method's candidates at each sparsity, all scored in one pass over the test windows."""
     loaded = session.load(converted(options, work), dense=True)
     candidates = search(options, loaded, work)
-    choices = {name: variants.Choice(share, one.chosen) for name, (share, one) in candidates.items()}
+    choices = {name: variants.Choice(share, one.thresholds) for name, (share, one) in candidates.items()}
     wishes = variants.EvaluateOptions(windows=options.windows, baseline=options.source, source_head=True)
     quality = perplexity.evaluate_choices(loaded, options.test, wishes, choices, progress)
     print(f"\n{quality.table()}\n\nKL to the source below uniform's, paired by window")
@@ -335,7 +335,7 @@ def cost_table(options: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
 
 def search(
     options: argparse.Namespace, loaded: session.Loaded, work: Path
-) -> dict[str, tuple[float, methods.Candidate]]:
+) -> dict[str, tuple[float, Candidate]]:
     """ "METHOD SHARE" -> the share and the candidate; passes over the text are shared and resumable."""
     wishes = calibrate.CalibrateOptions(data=options.calibration, tokens=options.tokens)
     text = texts.read(options.calibration)
@@ -347,12 +347,11 @@ def search(
     }
     found = {}
     with probes.probing(loaded.model) as harness:
-        bench = Workbench(loaded.model, harness, windows, Progress(work, identity, restart=False))
-        counts = bench.histograms(step)
-        live = {path: seen for path, seen in counts.items() if not thresholds.is_dead(seen)}
+        saved = Progress(work, identity, restart=False)
+        measurements = InMemory(loaded.model, harness, windows, saved, progress)
         for share in map(float, options.sparsity.split(",")):
             for method in options.methods.split(","):
-                for one in methods.Search(bench, live, share).run(method, step):
+                for one in methods.candidates(measurements, methods.METHODS[method], share):
                     found[f"{one.name} {share:.0%}"] = (share, one)
     return found
 
@@ -420,10 +419,6 @@ def setting(options: argparse.Namespace) -> dict[str, Any]:
         "versions": {name: version(name) for name in ("spqt", "mlx", "mlx-lm", "numpy")},
         "commit": machine.commit(),
     }
-
-
-def step(what: str) -> None:
-    print(what.ljust(60), end="\r", file=sys.stderr)
 
 
 def progress(done: float, total: float, what: str) -> None:

@@ -1,7 +1,7 @@
-"""Who skips how much: levels per layer for every total, from the price of each layer's levels.
+"""Which layer skips how much: a sparsity per layer for every total, from what each costs in each layer.
 
-Prices are summed as if layers did not interact, so the best levels for a total are found exactly by
-raising, step by step, the layer that pays least per weight skipped. It knows no models.
+Costs are summed as if layers did not interact, so the best sparsities for a total are found exactly by
+raising, step by step, the layer that costs least per weight skipped. It knows no models.
 """
 
 from collections.abc import Mapping
@@ -12,28 +12,28 @@ import numpy as np
 from spqt_cli.format.thresholds import CURVE_SPARSITIES
 
 
-def cheapest_levels(
-    costs: Mapping[str, np.ndarray], weights: Mapping[str, int], levels: np.ndarray
+def cheapest(
+    costs: Mapping[str, np.ndarray], sizes: Mapping[str, int], sparsities: np.ndarray
 ) -> dict[str, np.ndarray]:
     """Path -> the layer's sparsity at each total of CURVE_SPARSITIES: (50,), rising.
 
-    costs: path -> price at each of `levels` (rising sparsities, the first 0). Totals that the levels
-    can't reach are met by raising all layers alike towards 1.
+    costs: path -> cost of each of `sparsities` (rising, the first 0). sizes: path -> weights in the layer.
+    Totals that these can't reach are met by raising all layers alike towards 1.
     """
     segments = []
-    for path, price in costs.items():
-        cost = np.maximum.accumulate(price)  # a price that falls is noise
-        corners = lower_hull(levels, cost)
+    for path, measured in costs.items():
+        cost = np.maximum.accumulate(measured)  # a cost that falls is noise
+        corners = lower_hull(sparsities, cost)
         for a, b in pairwise(corners):
-            gained = (levels[b] - levels[a]) * weights[path]
-            segments.append(((cost[b] - cost[a]) / gained, gained, path, levels[b]))
+            gained = (sparsities[b] - sparsities[a]) * sizes[path]
+            segments.append(((cost[b] - cost[a]) / gained, gained, path, sparsities[b]))
     segments.sort(key=lambda segment: segment[0])
-    total = sum(weights[path] for path in costs)
+    total = sum(sizes[path] for path in costs)
     skipped, reached = 0.0, dict.fromkeys(costs, 0.0)
     totals, states = [0.0], [dict(reached)]
-    for _, gained, path, level in segments:
+    for _, gained, path, sparsity in segments:
         skipped += gained
-        reached[path] = level
+        reached[path] = sparsity
         totals.append(skipped / total)
         states.append(dict(reached))
     totals.append(1.0)

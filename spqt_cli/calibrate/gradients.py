@@ -2,9 +2,9 @@
 
 For small changes d of a layer's input the KL divergence of the model's predictions is half the
 expectation of (d . g)^2, g being the gradient of -log p(y) with y drawn from the predictions
-themselves (the Fisher information). d is what a level's threshold would set to zero, so one backward
-pass prices every level of every layer. No training, no labels, and the text's own next tokens are
-not used. It measures; who gets which level is allocation.py's business.
+themselves (the Fisher information). d is what a threshold would set to zero, so one backward pass gives
+the cost of every sparsity of every layer. No training, no labels, and the text's own next tokens are not
+used. It measures; allocation.py decides which layer gets which sparsity.
 
 Source: the second-order expansion of KL, as in natural gradients (Amari 1998); our measurements of
 gradient allocation are in docs/quality.md.
@@ -20,19 +20,19 @@ from mlx import nn
 from spqt_cli.errors import UnsupportedError
 from spqt_cli.measure import many_rows, probes, scoring
 
-# Sparsities of one layer that are priced; above the last no allocation was ever better.
-LEVELS = tuple(i / 40 for i in range(37))  # 0, 0.025, ..., 0.9
+# Sparsities of one layer whose costs are measured; above the last no allocation was ever better.
+SPARSITIES = tuple(i / 40 for i in range(37))  # 0, 0.025, ..., 0.9
 
 
 class Sensitivity:
-    """Prices of every layer's LEVELS: path -> (levels,), the KL divergence that a level of this layer
-    alone would cause, in nats, summed over `positions`.
+    """What each of SPARSITIES costs in each layer. costs: path -> (37,), float64: the KL divergence that
+    this layer alone would cause, in nats, summed over `positions`.
     """
 
     def __init__(self, steps: Mapping[str, np.ndarray], seed: int) -> None:
-        """steps: path -> the layer's thresholds at LEVELS, rising."""
+        """steps: path -> the layer's thresholds at SPARSITIES, rising."""
         self.steps = steps
-        self.costs = {path: np.zeros(len(LEVELS)) for path in steps}
+        self.costs = {path: np.zeros(len(SPARSITIES)) for path in steps}
         self.positions = 0
         self._seed = seed
 
@@ -44,10 +44,10 @@ class Sensitivity:
         draw = np.random.default_rng(self._seed + self.positions)
         for path, x, gradient in _gradients(model, harness, window[len(window) // 2 :], cache, draw):
             if path in self.costs:
-                self.price(path, x, gradient)
+                self.add_rows(path, x, gradient)
         self.positions += len(window) // 2
 
-    def price(self, path: str, x: mx.array, gradient: mx.array) -> None:
+    def add_rows(self, path: str, x: mx.array, gradient: mx.array) -> None:
         """Add positions of one layer: its input x and the gradient by it, (..., inputs) both."""
         change = dropped(_rows(x), _rows(gradient), self.steps[path])
         self.costs[path] += (change**2).sum(axis=0) / 2
@@ -58,17 +58,14 @@ def _gradients(
 ) -> list[tuple[str, mx.array, mx.array]]:
     """(path, input, gradient of -log p(drawn token) by that input) of every call of a layer."""
 
-    def objective(origin: mx.array) -> mx.array:
-        slopes.origin = origin
-        return drawn_loss(probes.continuation(model, mx.array(rest[None]), cache), draw)
+    with harness.differentiated() as slopes, many_rows.many_rows():
 
-    harness.slopes = slopes = probes.Slopes()
-    try:
-        with many_rows.many_rows():
-            differentiate(objective, slopes.origin)
-            slopes.evaluate()
-    finally:
-        harness.slopes = None
+        def objective(origin: mx.array) -> mx.array:
+            slopes.origin = origin
+            return drawn_loss(probes.continuation(model, mx.array(rest[None]), cache), draw)
+
+        differentiate(objective, slopes.origin)
+        slopes.evaluate()
     return list(slopes.pairs())
 
 
@@ -105,17 +102,17 @@ def less_drawn(p: np.ndarray, draw: np.random.Generator) -> np.ndarray:
 
 
 def dropped(x: np.ndarray, g: np.ndarray, steps: np.ndarray) -> np.ndarray:
-    """Per row, what skipping at each step takes off x . g: (rows, levels), float64.
+    """Per row, what skipping at each threshold takes off x . g: (rows, thresholds), float64.
 
-    x, g: (rows, inputs); steps: (levels,), rising thresholds.
+    x, g: (rows, inputs); steps: (thresholds,), rising.
     """
-    rows, levels = x.shape[0], len(steps)
-    # A channel is skipped from the first step that lies above it. Comparing with every step takes less
+    rows, count = x.shape[0], len(steps)
+    # A channel is skipped from the first threshold that lies above it. Comparing with every one takes less
     # than half of searchsorted's time, which looks values up one by one.
     size = np.abs(x)
-    level = np.zeros(x.shape, np.uint8)
+    first = np.zeros(x.shape, np.uint8)
     for step in steps.astype(x.dtype):
-        level += size >= step
-    place = (level + np.arange(rows)[:, None] * (levels + 1)).ravel()
-    sums = np.bincount(place, weights=(x * g).ravel(), minlength=rows * (levels + 1))
-    return sums.reshape(rows, levels + 1)[:, :-1].cumsum(axis=1)
+        first += size >= step
+    place = (first + np.arange(rows)[:, None] * (count + 1)).ravel()
+    sums = np.bincount(place, weights=(x * g).ravel(), minlength=rows * (count + 1))
+    return sums.reshape(rows, count + 1)[:, :-1].cumsum(axis=1)

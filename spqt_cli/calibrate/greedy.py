@@ -1,8 +1,8 @@
 """The paper's allocation: inside each block, greedily, by the error of the block's output.
 
-Every block ends at the same share. A block's layers start dense; again and again the layer whose next
+Every block ends at the same sparsity. A block's layers start dense; again and again the layer whose next
 step adds least output error per weight skipped is raised. TEAL scales its steps by layer size instead,
-which leaves small k and v layers of grouped-query attention never chosen; price per weight does not.
+which never chooses the small k and v layers of grouped-query attention; error per weight does.
 
 Source: TEAL (arXiv 2408.14690), block-wise greedy optimization.
 """
@@ -16,6 +16,7 @@ import mlx.core as mx
 import numpy as np
 from mlx import nn
 
+from spqt_cli.calibrate.measurements import OnProgress
 from spqt_cli.errors import UnsupportedError
 from spqt_cli.format import thresholds
 from spqt_cli.format.thresholds import CURVE_SPARSITIES
@@ -27,29 +28,30 @@ TOKENS = 256
 _BLOCK = re.compile(r"^(.*?\.\d+)\.")
 
 
-def levels(
+def sparsities(
     model: nn.Module,
     harness: probes.Harness,
     tokens: np.ndarray,
     counts: Mapping[str, np.ndarray],
-    on_step: Callable[[str], None],
+    on_progress: OnProgress,
 ) -> dict[str, np.ndarray]:
-    """Path -> the layer's share at each total of CURVE_SPARSITIES: (50,), rising.
+    """Path -> the layer's sparsity at each total of CURVE_SPARSITIES: (50,), rising.
 
     model: probed. tokens: (length,), the first TOKENS are used. counts: path -> histogram of |x|.
+    Raises UnsupportedError for a layer that no block calls.
     """
     blocks = blocks_of(model, counts)
-    found: dict[str, np.ndarray] = {}
+    done, found = 0, dict[str, np.ndarray]()
 
     def searched(block: nn.Module, call: Callable[..., Any], x: mx.array, *rest: Any, **named: Any) -> Any:
-        out = call(block, x, *rest, **named)
-        on_step("searching block by block")
+        nonlocal done
         _, paths = blocks[id(block)]
-        search = Search(
-            lambda: call(block, x, *rest, **named), out, harness, {path: counts[path] for path in paths}
+        on_progress(done, len(blocks), "searching block by block")
+        done += 1
+        out, found_here = search(
+            lambda: call(block, x, *rest, **named), harness, {path: counts[path] for path in paths}
         )
-        sizes = {path: harness.layers[path].inputs * harness.layers[path].outputs for path in paths}
-        found.update(search.run(sizes))
+        found.update(found_here)
         return out
 
     with probes.hooked([block for block, _ in blocks.values()], searched), many_rows.many_rows(heads=False):
@@ -74,8 +76,21 @@ def blocks_of(model: nn.Module, paths: Iterable[str]) -> dict[int, tuple[nn.Modu
     return blocks
 
 
-class Search:
-    """The greedy search in one block."""
+def search(
+    run: Callable[[], Any], harness: probes.Harness, counts: Mapping[str, np.ndarray]
+) -> tuple[Any, dict[str, np.ndarray]]:
+    """The dense output of one block, and path -> the layer's sparsity at each total: (50,), rising.
+
+    run: runs the block. counts: path -> histogram of |x|, of the block's layers that may skip.
+    """
+    dense = run()
+    layers = {path: harness.layers[path] for path in counts}
+    sizes = {path: layer.inputs * layer.outputs for path, layer in layers.items()}
+    return dense, _Search(run, dense, harness, counts).run(sizes)
+
+
+class _Search:
+    """The greedy search in one block. reached: path -> how many steps of STEP its layer was raised."""
 
     def __init__(
         self,
@@ -85,46 +100,45 @@ class Search:
         counts: Mapping[str, np.ndarray],
     ) -> None:
         self._run, self._dense, self._harness = run, _first(dense), harness
-        shares = np.arange(round(HIGHEST / STEP) + 1) * STEP
-        self._steps = {path: thresholds.quantile(seen, shares) for path, seen in counts.items()}
-        self.level = dict.fromkeys(counts, 0)
+        steps = np.arange(round(HIGHEST / STEP) + 1) * STEP
+        self._thresholds = {path: thresholds.quantile(seen, steps) for path, seen in counts.items()}
+        self.reached = dict.fromkeys(counts, 0)
 
     def error(self, raised: str) -> float:
         """The squared error of the block's output if one layer went a step further."""
-        level = {**self.level, raised: self.level[raised] + 1}
-        values = {path: float(self._steps[path][step]) for path, step in level.items()}
-        self._harness.masking = probes.Masking(values)
-        out = _first(self._run())
-        self._harness.masking = None
+        steps = {**self.reached, raised: self.reached[raised] + 1}
+        values = {path: float(self._thresholds[path][step]) for path, step in steps.items()}
+        with self._harness.masked(probes.Masking(values)):
+            out = _first(self._run())
         return float(np.array(mx.square((out - self._dense).astype(mx.float32)).sum()))
 
-    def run(self, weights: Mapping[str, int]) -> dict[str, np.ndarray]:
-        """Path -> share per total. Errors only grow as others are raised, so stale ones can wait."""
-        whole, last, error = sum(weights.values()), round(HIGHEST / STEP), 0.0
-        totals, states = [0.0], [dict(self.level)]
-        queue = [(-np.inf, path, -1, 0.0) for path in sorted(weights)]
+    def run(self, sizes: Mapping[str, int]) -> dict[str, np.ndarray]:
+        """Path -> sparsity at each total. Errors only grow as others are raised, so stale ones can wait."""
+        all_weights, last, error = sum(sizes.values()), round(HIGHEST / STEP), 0.0
+        totals, states = [0.0], [dict(self.reached)]
+        queue = [(-np.inf, path, -1, 0.0) for path in sorted(sizes)]
         heapq.heapify(queue)
         while queue:
             _, path, seen_at, after = heapq.heappop(queue)
-            if seen_at != len(states):  # priced before the last step: price anew
+            if seen_at != len(states):  # measured before the last step: measure again
                 after = self.error(path)
-                heapq.heappush(queue, ((after - error) / weights[path], path, len(states), after))
+                heapq.heappush(queue, ((after - error) / sizes[path], path, len(states), after))
                 continue
-            self.level[path] += 1
+            self.reached[path] += 1
             error = after
-            totals.append(sum(self.level[p] * STEP * weights[p] for p in weights) / whole)
-            states.append(dict(self.level))
-            if self.level[path] < last:
-                heapq.heappush(queue, ((after - error) / weights[path], path, -1, 0.0))
+            totals.append(sum(self.reached[p] * STEP * sizes[p] for p in sizes) / all_weights)
+            states.append(dict(self.reached))
+            if self.reached[path] < last:
+                heapq.heappush(queue, ((after - error) / sizes[path], path, -1, 0.0))
         totals.append(1.0)
         ends = [
             *({path: step * STEP for path, step in state.items()} for state in states),
-            dict.fromkeys(weights, 1.0),
+            dict.fromkeys(sizes, 1.0),
         ]
-        return {path: np.interp(CURVE_SPARSITIES, totals, [end[path] for end in ends]) for path in weights}
+        return {path: np.interp(CURVE_SPARSITIES, totals, [end[path] for end in ends]) for path in sizes}
 
 
 def _first(out: Any) -> mx.array:
-    """A block's hidden state; some models' blocks return more beside it."""
+    """A block's hidden state; some models' blocks return more than it."""
     result: mx.array = out[0] if isinstance(out, (tuple, list)) else out
     return result

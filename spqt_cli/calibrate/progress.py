@@ -1,4 +1,4 @@
-"""Progress of a calibration, kept in a file of the model's folder until the thresholds are written.
+"""Progress of a calibration, kept in the model's folder until the thresholds are written.
 
 A run with the same identity goes on where the last one stopped; another is refused. It knows nothing
 of what the arrays mean.
@@ -19,13 +19,14 @@ from spqt_cli.errors import BusyError
 from spqt_cli.system import files
 
 NAME = ".spqt-calibration.npz"
+LEFT = (".spqt-progress-*", ".spqt-hidden-*")  # of a run that was killed while writing; hidden states
 
 
 class Progress:
     """Named arrays saved under an identity: what model, text and settings they were made with."""
 
     def __init__(self, folder: Path, identity: dict[str, Any], restart: bool) -> None:
-        self.path = folder / NAME
+        self.folder, self.path = folder, folder / NAME
         text = json.dumps(identity, sort_keys=True)
         self._key = hashlib.sha256(text.encode()).hexdigest()
         self.arrays: dict[str, np.ndarray] = {} if restart else self._load()
@@ -40,7 +41,7 @@ class Progress:
             return {}
         if str(arrays.pop("key", "")) != self._key:
             raise BusyError(
-                f"{self.path.parent} holds an unfinished calibration with another text, seed or settings",
+                f"{self.folder} holds an unfinished calibration with another text, seed or settings",
                 "repeat that command to finish it, or add --restart to drop it",
             )
         return arrays
@@ -50,8 +51,8 @@ class Progress:
         self.arrays.update(arrays)
         buffer = io.BytesIO()
         np.savez_compressed(buffer, allow_pickle=False, key=np.array(self._key), **self.arrays)
-        with files.disk_errors(self.path.parent):
-            handle, temporary = tempfile.mkstemp(dir=self.path.parent, prefix=".spqt-progress-")
+        with files.disk_errors(self.folder):
+            handle, temporary = tempfile.mkstemp(dir=self.folder, prefix=".spqt-progress-")
             try:
                 with os.fdopen(handle, "wb") as file:
                     file.write(buffer.getvalue())
@@ -61,8 +62,7 @@ class Progress:
                 raise
 
     def clear(self) -> None:
-        """The work is done: remove the file, and what a killed run left of one."""
-        with contextlib.suppress(OSError):
-            self.path.unlink()
-            for left in self.path.parent.glob(".spqt-progress-*"):
+        """The work is done, or there is nothing to finish: remove all files of it."""
+        for left in (self.path, *(path for pattern in LEFT for path in self.folder.glob(pattern))):
+            with contextlib.suppress(OSError):
                 left.unlink()

@@ -1,4 +1,4 @@
-"""What a calibration found: the result, its stored form, its table for people."""
+"""What a calibration found: the result, its stored form, its printed table."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,10 +12,12 @@ NAMED = 12  # layers listed by name in one line
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One layer's result: shares in 0 to 1; dead: its inputs told nothing, so it stays dense.
+    """One layer's result. target, realised: fractions of its inputs to skip, and skipped on held-out text.
 
-    zeros: share of its inputs that are exactly 0 and skipped at any sparsity, where there are enough of them.
-    unreached: the text never came to it (an expert not chosen, keys that other layers share): it stays dense.
+    threshold: on |x|, 0 where it stays dense. dead: its inputs are constant, so it stays dense. zeros:
+    fraction of its inputs that are exactly 0 and skipped at any sparsity, where there are enough of
+    them. unreached: the text never reached it (an expert not chosen, keys taken from another layer), so it
+    stays dense.
     """
 
     path: str
@@ -36,7 +38,7 @@ class LayerRow:
 @dataclass(frozen=True)
 class Tried:
     """One allocation's score on held-out text: KL to the dense quantized model in nats, its mean and
-    per window; realised: share of all Zigzag weights skipped.
+    per window; realised: fraction of all Zigzag weights skipped.
     """
 
     name: str
@@ -47,9 +49,9 @@ class Tried:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was written. tried: the allocations measured, the one in use first; realised: its share
+    """What was written. tried: the allocations measured, the one in use first; realised: its fraction
     of all Zigzag weights skipped on held-out text. tokens_per_second: measured here where a speed was
-    the goal, else None. lossless: share of all Zigzag weights that exact zeros skip. note: a line for people
+    the target, else None. lossless: fraction of all Zigzag weights that exact zeros skip. note: a line
     where a method could not be followed, or "".
     """
 
@@ -127,10 +129,10 @@ def _exceptions(result: Calibration) -> list[str]:
 def stored_zeros(record: Mapping[str, Any]) -> str:
     """A line on exact zeros for what config.json says of a calibration; "" where there are none."""
     rows = record.get("layers")
-    shares = (
+    zeros = (
         [row.get("zeros") for row in rows.values() if isinstance(row, dict)] if isinstance(rows, dict) else []
     )
-    found = [share for share in shares if isinstance(share, (int, float))]
+    found = [zero for zero in zeros if isinstance(zero, (int, float))]
     if not found:
         return ""
     return (

@@ -33,12 +33,12 @@ class Pace:
         self._prompt = mx.array(tokens[:PROMPT_TOKENS])
         self._cache: list[Any] | None = None
 
-    def tokens_per_second(self, thresholds: Mapping[str, float], share: float) -> float:
+    def tokens_per_second(self, thresholds: Mapping[str, float], sparsity: float) -> float:
         """The rate of decoding with these thresholds, by the median time of a token.
 
-        thresholds: path -> threshold; layers left out, or at 0, run dense. share: what they skip in all.
+        thresholds: path -> threshold; layers left out, or at 0, run dense. sparsity: of all weights.
         """
-        with self._ready(thresholds, share), active_counts.counting(select.backend().count_every):
+        with self._ready(thresholds, sparsity), active_counts.counting(select.backend().count_every):
             cache = self._filled()
             times = [time.perf_counter() for _ in _steps(self.loaded.model, self._prompt[-1:], cache)]
         spent = np.diff(times)[WARM_TOKENS:]
@@ -46,23 +46,20 @@ class Pace:
 
     def _filled(self) -> list[Any]:
         if self._cache is None:
-            from mlx_lm.models.cache import make_prompt_cache
-
-            self._cache = make_prompt_cache(self.loaded.model)
-            probes.advance(self.loaded.model, self._prompt[None, :-1], self._cache)
+            self._cache = probes.prompt_cache(self.loaded.model, self._prompt[None, :-1])
         return copy.deepcopy(self._cache)
 
     @contextmanager
-    def _ready(self, thresholds: Mapping[str, float], share: float) -> Iterator[None]:
+    def _ready(self, thresholds: Mapping[str, float], sparsity: float) -> Iterator[None]:
         """The model as generate would run it with these thresholds; afterwards as it was."""
         loaded, head = self.loaded, relayout.find_head(self.loaded.model)
         with probes.unprobed(loaded.model, self.harness):
             layers = zigzag_layers(loaded.model)
             for path, layer in layers.items():
                 layer.set_threshold(thresholds.get(path) or None)
-            loaded.sparsity = share or None
+            loaded.sparsity = sparsity or None
             try:
-                if share:
+                if sparsity:
                     session.apply_profile(loaded)
                 yield
             finally:

@@ -1,4 +1,4 @@
-"""Presets of convert and calibrate: TOML files, shipped in `configs/` or of the user's own."""
+"""Reads presets: TOML settings of convert and calibrate, shipped in `configs/` or in a user's file."""
 
 import tomllib
 from dataclasses import dataclass, fields
@@ -17,7 +17,7 @@ LONGEST_BYTES = 1 << 20  # of a preset's file
 class Preset:
     """Settings of one preset; None means: leave it to the command's own default.
 
-    bits, group_size: of the Zigzag layers. sparsity: share of channels to skip, 0 to 0.95.
+    bits, group_size: of the Zigzag layers. sparsity: fraction of channels to skip, 0 to 0.95.
     method: of calibration. tokens: of calibration text. skip: layer paths, by suffix, kept row-grouped.
     head_bits: of embedding and head. projections: (suffix of paths, bits, group size) of those that differ.
     """
@@ -94,8 +94,8 @@ def _parse(document: dict[str, Any], name: str) -> Preset:
 def _projection(suffix: str, content: Any, name: str) -> tuple[str, int, int]:
     """(suffix of layer paths, bits, group size) of one line under [projections]."""
     keys = {"bits", "group_size"}
-    whole = isinstance(content, dict) and all(type(value) is int for value in content.values())
-    if not whole or content.keys() != keys:
+    integers = isinstance(content, dict) and all(type(value) is int for value in content.values())
+    if not integers or content.keys() != keys:
         raise SpqtError(
             f"preset {name}: {suffix!r} in [{PROJECTIONS}] needs bits and a group size",
             f"{suffix} = {{bits = 8, group_size = 64}}",

@@ -60,7 +60,7 @@ class Checkpoint:
     useless: set[str] = field(default_factory=set)
     warnings: list[str] = field(default_factory=list)
     exact: dict[str, Any] | None = None
-    keep: Any = None  # what must live as long as the folder is used
+    keep: object = None  # what must live as long as the folder is used
     _stamps: dict[Path, tuple[int, int, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -130,7 +130,7 @@ def check(sampling: Sampling, cache: Cache, config: dict[str, Any]) -> None:
 
 def _check_quantized(cache: Cache, sizes: dict[str, Any]) -> None:
     bits, group = cache.kv_bits, cache.kv_group_size
-    if bits not in layout.BITS or group not in layout.GROUP_SIZES:
+    if not layout.is_packable(bits, group):
         raise UsageError(
             f"--kv-bits {bits} --kv-group-size {group}: MLX has no such quantization",
             f"bits {layout.BITS}, groups {layout.GROUP_SIZES}",

@@ -113,14 +113,11 @@ def predictions(
         for row, ending in enumerate(endings):
             rows[row, : len(ending)] = [question.context[-1], *ending[:-1]]
             decoded[row, 1 : len(ending)] = True
-        if masking is not None:
-            masking.rows = decoded
-        harness.masking = masking
-        logits = probes.continuation(network, mx.array(rows), _repeated(cache, len(endings)))
-        mx.eval(logits)
+        with harness.masked(masking, decoded):
+            logits = probes.continuation(network, mx.array(rows), _repeated(cache, len(endings)))
+            mx.eval(logits)
         if masking is not None:
             masking.evaluate()
-        harness.masking = None
         for row, ending in enumerate(endings):
             yield scoring.log_probabilities(logits[row, : len(ending)])
 

@@ -91,11 +91,10 @@ class _Evaluation:
         logits = probes.continuation(self.loaded.model, rest[:, :-1], cache)
         self._add(DENSE, scoring.log_probabilities(logits), targets, references)
         for name, masking in self.maskings.items():
-            harness.masking = masking
-            logits = probes.continuation(self.loaded.model, rest[:, :-1], cache)
-            log_p = scoring.log_probabilities(logits)
-            masking.evaluate()
-            harness.masking = None
+            with harness.masked(masking):
+                logits = probes.continuation(self.loaded.model, rest[:, :-1], cache)
+                log_p = scoring.log_probabilities(logits)
+                masking.evaluate()
             self._add(name, log_p, targets, references)
         return int(references[DENSE].log_p.nbytes)
 

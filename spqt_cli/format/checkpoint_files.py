@@ -114,7 +114,7 @@ def is_own(folder: Path, path: Path) -> bool:
 
 
 def shard_names(folder: Path) -> tuple[list[str], list[str]]:
-    """The shards that make up the model, and those that lie beside it unused."""
+    """The shards that make up the model, and those that it does not use."""
     # iterdir, not glob: a folder's name may hold brackets
     present = sorted(p.name for p in folder.iterdir() if p.match("model*.safetensors"))
     if (folder / INDEX).is_file():

@@ -1,6 +1,6 @@
-"""Reads and writes `config.json` of any model folder, and names the files that lie beside it.
+"""Reads and writes `config.json` of any model folder, and names the other files of one.
 
-What a converted folder's config.json must hold is `folder`'s to say. No weights are opened here.
+`contract` checks what a converted model's config.json must hold. No weights are opened here.
 """
 
 import json

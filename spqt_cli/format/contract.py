@@ -1,6 +1,6 @@
 """What config.json of a converted model says of its layers and thresholds, typed and checked.
 
-It knows one config and no file beside it; whether shards agree with it is `folder`'s to tell.
+It knows no other file: `folder` checks that the shards agree with it.
 
     "quantization": {"group_size": 64, "bits": 4, "mode": "affine",
         "model.layers.0.mlp.up_proj": {"group_size": 64, "bits": 4, "mode": "zigzag",

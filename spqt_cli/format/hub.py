@@ -1,4 +1,4 @@
-"""Models on the Hugging Face Hub, through huggingface_hub's own cache and offline mode.
+"""Fetches and uploads models of the Hugging Face Hub, through huggingface_hub's own cache and offline mode.
 
 Fetches config.json first, so that what spqt can't convert is refused before any weight; never code,
 never pickles. Every failure of hub or network becomes an SpqtError without the address or token.
@@ -15,7 +15,7 @@ from typing import Any
 
 import huggingface_hub
 from huggingface_hub import constants, errors
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import SafetensorsFileMetadata, validate_repo_id
 
 from spqt_cli.errors import ResourceError, SpqtError, UnsupportedError
 from spqt_cli.format import checkpoint_files
@@ -33,7 +33,7 @@ class Fetched:
 
     folder: Path
     revision: str
-    keep: Any = None
+    keep: object = None
 
 
 @contextlib.contextmanager
@@ -80,7 +80,7 @@ def hub_errors(repo: str) -> Iterator[None]:
 
 
 def fetch(
-    repo: str, revision: str | None, check: Callable[[dict[str, Any]], Any], headers_only: bool
+    repo: str, revision: str | None, check: Callable[[dict[str, Any]], object], headers_only: bool
 ) -> Fetched:
     """The folder of a hub model: config.json is fetched and passed to `check` before anything else.
 
@@ -135,7 +135,7 @@ def _stand_ins(repo: str, snapshot: Path, names: list[str]) -> Fetched:
     return Fetched(folder, snapshot.name, keep)
 
 
-def _write_stand_in(path: Path, found: Any) -> None:
+def _write_stand_in(path: Path, found: SafetensorsFileMetadata) -> None:
     header = {
         name: {"dtype": t.dtype, "shape": t.shape, "data_offsets": list(t.data_offsets)}
         for name, t in found.tensors.items()

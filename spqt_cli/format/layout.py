@@ -1,4 +1,4 @@
-"""The Zigzag layout: groups along the outputs, bands of outputs stored one after another.
+"""Packs and unpacks the Zigzag layout: groups along the outputs, bands of outputs stored one after another.
 
 The only file that knows the order of weights. Band `b` holds outputs `b * band` to `(b + 1) * band`;
 `weight[b, k]` is the packed chunk of input channel `k` in that band, contiguous and so skippable.

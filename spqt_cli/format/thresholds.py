@@ -1,4 +1,4 @@
-"""From histograms of |x| to thresholds: quantiles, the curve stored per layer, and back.
+"""Computes thresholds from histograms of |x|, the curve stored per layer, and the threshold at a sparsity.
 
 A histogram counts |x| by the upper bits of its float32 pattern (sign dropped): 32 bins an octave over
 the whole range of float32, with exact edges and no logarithm; zero has bin 0. It knows no models.
@@ -22,7 +22,7 @@ EDGES = (np.arange(FINITE_BINS + 1, dtype=np.uint32) << SHIFT).view(np.float32).
 # Only zeros, and denormals, which some devices take for zeros, lie under this: it is just above the smallest
 # normal float32, and short enough to survive rounding to six digits. What 16-bit types hold lies above.
 LOSSLESS = 1.2e-38
-NOTICEABLE = 0.05  # share of exact zeros from which skipping them is worth the comparisons
+NOTICEABLE = 0.05  # fraction of exact zeros from which skipping them is worth the comparisons
 _DENORMAL_BINS = 1 << (23 - SHIFT)  # bins below here hold 0 and what is smaller than any normal float32
 
 
@@ -32,14 +32,14 @@ def histogram(x: mx.array) -> np.ndarray:
     return np.bincount((bits & np.uint32(0x7FFFFFFF)) >> np.uint32(SHIFT), minlength=BINS)
 
 
-def quantile(counts: np.ndarray, shares: np.ndarray | Sequence[float]) -> np.ndarray:
-    """The thresholds below which the given shares of a histogram's values lie: float64.
+def quantile(counts: np.ndarray, fractions: np.ndarray | Sequence[float]) -> np.ndarray:
+    """The thresholds below which the given fractions of a histogram's values lie: float64.
 
-    counts: (FINITE_BINS,) or longer; shares: each in 0 to 1. Share 0 gives 0; inside a bin values
-    count as evenly spread; a share that zeros alone make up gives LOSSLESS.
+    counts: (FINITE_BINS,) or longer; fractions: each in 0 to 1. 0 gives 0; values of one bin count
+    as evenly spread; a fraction that zeros alone make up gives LOSSLESS.
     """
     below = np.concatenate([[0], np.cumsum(counts[:FINITE_BINS], dtype=np.float64)])
-    wanted = np.asarray(shares, np.float64)
+    wanted = np.asarray(fractions, np.float64)
     place = np.interp(wanted * below[-1], *_strictly_rising(below))
     t = np.maximum(np.interp(place, np.arange(len(EDGES)), EDGES), LOSSLESS)
     return np.where(wanted <= 0, 0.0, t)
@@ -65,7 +65,7 @@ def is_dead(counts: np.ndarray) -> bool:
 
 
 def zeros(counts: np.ndarray) -> float:
-    """The share of a histogram's values that are exactly 0, or denormal."""
+    """The fraction of a histogram's values that are exactly 0, or denormal."""
     return float(counts[:_DENORMAL_BINS].sum() / max(counts.sum(), 1))
 
 

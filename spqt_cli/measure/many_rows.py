@@ -19,7 +19,7 @@ from spqt_cli.decode import foreign, hooks_cpu
 from spqt_cli.decode.layers import ZigzagLinear
 from spqt_cli.format import layout
 
-HELD_SHARE = 0.3  # of the available memory, for weights held unpacked
+HELD_FRACTION = 0.3  # of the available memory, for weights held unpacked
 
 _attention = hooks_cpu.STOCK["scaled_dot_product_attention"]
 
@@ -188,7 +188,7 @@ _held = _Held()
 
 def spare_bytes() -> float:
     """What may be held in the memory that is available now."""
-    return HELD_SHARE * float(psutil.virtual_memory().available)
+    return HELD_FRACTION * float(psutil.virtual_memory().available)
 
 
 @contextmanager

@@ -23,23 +23,22 @@ from spqt_cli.measure import many_rows
 
 
 class Masking:
-    """Thresholds to mask by, and how much they masked since. Layers left out, or at 0, stay dense.
-
-    rows: (B, rows) booleans, True where a row is masked and counted; None: all of them. With rows, every
-    layer must see one row for each position.
-    """
+    """Thresholds to mask by, and how many inputs they masked. Layers left out, or at 0, stay dense."""
 
     def __init__(self, values: Mapping[str, float]) -> None:
+        """values: path -> threshold on |x|."""
         self._thresholds = {
             path: mx.array([value], mx.float32) for path, value in values.items() if value > 0
         }
         self._skipped: dict[str, mx.array] = {}
         self._seen: dict[str, int] = {}
-        self.rows: np.ndarray | None = None
 
-    def apply(self, path: str, x: mx.array) -> mx.array:
-        """x (..., inputs) with the layer's inactive channels set to zero, and counted."""
-        rows = self.rows
+    def apply(self, path: str, x: mx.array, rows: np.ndarray | None = None) -> mx.array:
+        """x (..., inputs) with the layer's inactive channels set to zero, and counted.
+
+        rows: (B, positions) booleans, True where a position is masked and counted; None: everywhere.
+        Raises UnsupportedError where `rows` is given and the layer does not see one row for each position.
+        """
         if rows is not None and rows.size * x.shape[-1] != x.size:
             raise UnsupportedError(
                 f"layer {path} does not see all positions at once",
@@ -59,48 +58,93 @@ class Masking:
         return mx.where(inactive, mx.array(0, x.dtype), x)
 
     def evaluate(self) -> None:
+        """Compute the counts so far, so that they hold no arrays of the passes that made them."""
         mx.eval(self._skipped)
 
     def realised(self) -> dict[str, float]:
-        """Path -> share of its inputs masked so far; only layers that ran."""
+        """Path -> fraction of its inputs masked so far; only layers that ran."""
         skipped = {path: float(np.array(count)) for path, count in self._skipped.items()}
         return {path: skipped.get(path, 0.0) / seen for path, seen in self._seen.items() if seen}
 
 
 class Harness:
-    """What all probes of a model share: switches to set, sums to read.
-
-    masking: what to mask by, None to run dense. counting: add every input to the histograms, but for
-    the `first` positions of a pass of `length`. slopes: gathers each call's input and gradient, None where
-    nothing is differentiated.
-    """
+    """What the probes of a model do: by default nothing; otherwise what an open context says."""
 
     def __init__(self, layers: dict[str, ZigzagLinear]) -> None:
         self.layers = layers
-        self.masking: Masking | None = None
-        self.counting, self.first, self.length = False, 0, 0
-        self.slopes: Slopes | None = None
+        self._masking: tuple[Masking, np.ndarray | None] | None = None
+        self._counter: _Counter | None = None
+        self._slopes: Slopes | None = None
+
+    @contextmanager
+    def masked(self, masking: Masking | None, rows: np.ndarray | None = None) -> Iterator[None]:
+        """Mask every layer's input here; None runs dense. rows: as in Masking.apply."""
+        before, self._masking = self._masking, None if masking is None else (masking, rows)
+        try:
+            yield
+        finally:
+            self._masking = before
+
+    @contextmanager
+    def counting(self, first: int = 0, length: int = 0) -> Iterator[dict[str, np.ndarray]]:
+        """Count the inputs of passes here. At the end the dict that this gives holds, for each layer that
+        ran, path -> counts of |x| per bin: (BINS,), int64.
+
+        first: positions at the beginning of a pass that are left out. length: positions of a pass; layers
+        that don't see a row for each of them (experts, recurrent cells) are counted whole.
+        """
+        found: dict[str, np.ndarray] = {}
+        before, counter = self._counter, _Counter(first, length)
+        self._counter = counter
+        try:
+            yield found
+        finally:
+            self._counter = before
+        found.update(counter.histograms(self.layers))
+
+    @contextmanager
+    def differentiated(self) -> Iterator["Slopes"]:
+        """Gather the input of each call here, and the gradient by it."""
+        before, slopes = self._slopes, Slopes()
+        self._slopes = slopes
+        try:
+            yield slopes
+        finally:
+            self._slopes = before
+
+    def watch(self, path: str, x: mx.array) -> mx.array:
+        """x (..., inputs) as the layer is to see it."""
+        if self._counter is not None:
+            self._counter.add(path, x)
+        if self._slopes is not None:
+            x = self._slopes.through(path, x)
+        if self._masking is not None:
+            masking, rows = self._masking
+            x = masking.apply(path, x, rows)
+        return x
+
+
+class _Counter:
+    """Histograms of what enters the layers, one for siblings that share an input."""
+
+    def __init__(self, first: int, length: int) -> None:
+        self._first, self._length = first, length
         self._counts: dict[str, np.ndarray] = {}
         self._owner: dict[str, str] = {}  # a layer -> the sibling that counts their common input
         self._last: tuple[str, mx.array] | None = None
 
-    def count(self, path: str, x: mx.array) -> None:
-        """Add x (..., inputs) to the histogram of the layer, once for siblings that share it.
-
-        Layers that don't see a row for each position (experts, recurrent cells) are counted whole.
-        """
+    def add(self, path: str, x: mx.array) -> None:
         if self._last is not None and self._last[1] is x:
             self._owner[path] = self._last[0]
             return
         self._last = (path, x)
         rows = x.reshape(-1, x.shape[-1])
-        added = thresholds.histogram(rows[self.first :] if len(rows) == self.length else rows)
+        added = thresholds.histogram(rows[self._first :] if len(rows) == self._length else rows)
         self._counts[path] = self._counts[path] + added if path in self._counts else added
 
-    def histograms(self) -> dict[str, np.ndarray]:
-        """Path -> counts of |x| per bin since the last call: (BINS,), int64; only layers that ran."""
-        counts, self._counts, self._last = self._counts, {}, None
-        owners = {path: path if path in counts else self._owner.get(path, path) for path in self.layers}
+    def histograms(self, paths: Iterable[str]) -> dict[str, np.ndarray]:
+        counts = self._counts
+        owners = {path: path if path in counts else self._owner.get(path, path) for path in paths}
         return {path: counts[owner] for path, owner in owners.items() if owner in counts}
 
 
@@ -148,14 +192,7 @@ class Probe(nn.Module):
         self._path, self._harness = path, harness
 
     def __call__(self, x: mx.array) -> mx.array:
-        harness, path = self._harness, self._path
-        if harness.counting:
-            harness.count(path, x)
-        if harness.slopes is not None:
-            x = harness.slopes.through(path, x)
-        if harness.masking is not None:
-            x = harness.masking.apply(path, x)
-        return many_rows.linear(x, self.layer)
+        return many_rows.linear(self._harness.watch(self._path, x), self.layer)
 
 
 @contextmanager
@@ -213,10 +250,10 @@ def continuation(model: nn.Module, tokens: mx.array, cache: list[Any]) -> mx.arr
         return model(tokens, cache=copy.deepcopy(cache))
 
 
-def weighted(shares: Mapping[str, float], layers: Mapping[str, ZigzagLinear]) -> float:
-    """The share of all Zigzag weights skipped, from each layer's share of inputs skipped."""
+def weighted(skipped: Mapping[str, float], layers: Mapping[str, ZigzagLinear]) -> float:
+    """The fraction of all Zigzag weights skipped. skipped: path -> fraction of the layer's inputs."""
     sizes = {path: layer.inputs * layer.outputs for path, layer in layers.items()}
-    return sum(shares.get(path, 0.0) * size for path, size in sizes.items()) / sum(sizes.values())
+    return sum(skipped.get(path, 0.0) * size for path, size in sizes.items()) / sum(sizes.values())
 
 
 @contextmanager

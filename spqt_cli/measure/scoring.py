@@ -53,7 +53,7 @@ def agreement(log_p: np.ndarray, log_q: np.ndarray) -> np.ndarray:
 class Against:
     """One model's predictions held against a reference's: KL in nats, over all scored positions.
 
-    se: standard error of the mean, from the means of the windows. top1: share of positions where both
+    se: standard error of the mean, from the means of the windows. top1: fraction of positions where both
     prefer the same token. windows: each window's mean KL, for paired comparisons.
     """
 

@@ -30,7 +30,7 @@ logging.getLogger("transformers.tokenization_utils_base").addFilter(
 
 @dataclass(frozen=True)
 class Text:
-    """A text that was read: its name for people, the SHA-256 of its bytes, its documents."""
+    """A text that was read: its name in messages, the SHA-256 of its bytes, its documents."""
 
     name: str
     sha256: str

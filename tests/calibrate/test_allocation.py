@@ -8,7 +8,7 @@ import pytest
 from spqt_cli.calibrate import allocation
 from spqt_cli.format.thresholds import CURVE_SPARSITIES
 
-LEVELS = np.array([0.0, 0.25, 0.5, 0.75])
+SPARSITIES = np.array([0.0, 0.25, 0.5, 0.75])
 
 
 def skipped(levels: dict[str, np.ndarray], weights: dict[str, int], at: int) -> float:
@@ -19,7 +19,7 @@ def test_every_total_is_met_and_levels_rise():
     rng = np.random.default_rng(0)
     weights = {"a": 10, "b": 30, "c": 60}
     costs = {path: np.append(0, rng.random(3).cumsum()) for path in weights}
-    levels = allocation.cheapest_levels(costs, weights, LEVELS)
+    levels = allocation.cheapest(costs, weights, SPARSITIES)
     for at, total in enumerate(CURVE_SPARSITIES):
         assert skipped(levels, weights, at) == pytest.approx(total, abs=1e-9)
     assert all((np.diff(rising) >= -1e-12).all() for rising in levels.values())
@@ -28,11 +28,11 @@ def test_every_total_is_met_and_levels_rise():
 def test_cost_is_that_of_the_best_choice():
     rng = np.random.default_rng(1)
     weights = dict.fromkeys("abcd", 1)
-    # convex prices: stepping along the cheapest is then the optimum, found here by trying everything
+    # convex costs: stepping along the cheapest is then the optimum, found here by trying everything
     costs = {path: np.append(0, np.sort(rng.random(3)).cumsum()) for path in weights}
-    levels = allocation.cheapest_levels(costs, weights, LEVELS)
+    levels = allocation.cheapest(costs, weights, SPARSITIES)
     at = CURVE_SPARSITIES.index(0.5)  # 8 of 16 steps
-    mine = sum(np.interp(levels[path][at], LEVELS, costs[path]) for path in weights)
+    mine = sum(np.interp(levels[path][at], SPARSITIES, costs[path]) for path in weights)
     best = min(
         sum(costs[path][step] for path, step in zip("abcd", choice, strict=True))
         for choice in itertools.product(range(4), repeat=4)
@@ -41,19 +41,19 @@ def test_cost_is_that_of_the_best_choice():
     assert mine == pytest.approx(best, rel=1e-9)
 
 
-def test_small_dear_layer_is_left_dense():
+def test_small_costly_layer_is_left_dense():
     weights = {"v": 1, "down": 99}
     costs = {"v": np.array([0, 9.0, 20, 40]), "down": np.array([0, 0.1, 0.3, 0.9])}
-    levels = allocation.cheapest_levels(costs, weights, LEVELS)
+    levels = allocation.cheapest(costs, weights, SPARSITIES)
     at = CURVE_SPARSITIES.index(0.5)
     assert levels["v"][at] == 0
     assert levels["down"][at] == pytest.approx(0.5 * 100 / 99)
 
 
-def test_price_that_falls_counts_as_flat():
+def test_cost_that_falls_counts_as_flat():
     weights = {"a": 1, "b": 1}
     costs = {"a": np.array([0, -2.0, -3.0, 3.0]), "b": np.array([0, 2.0, 1.0, 3.0])}
-    levels = allocation.cheapest_levels(costs, weights, LEVELS)
+    levels = allocation.cheapest(costs, weights, SPARSITIES)
     for at, total in enumerate(CURVE_SPARSITIES):
         assert skipped(levels, weights, at) == pytest.approx(total, abs=1e-9)
 

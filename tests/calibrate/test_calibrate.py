@@ -179,9 +179,12 @@ class Killed(BaseException):
 
 
 def killed_after(steps: int):
+    reported: list[str] = []
+
     def on_progress(done: float, total: float, what: str) -> None:
-        if done >= steps:
+        if len(reported) == steps:
             raise Killed
+        reported.append(what)
 
     return on_progress
 
@@ -260,12 +263,12 @@ def test_auto_keeps_the_best_and_never_loses_to_uniform(auto):
     assert result.realised == pytest.approx(0.5, abs=0.02)
 
 
-def test_every_allocation_skips_the_same_share(auto):
+def test_every_allocation_skips_the_same_fraction(auto):
     for one in auto[2].tried:
         assert one.realised == pytest.approx(0.5, abs=0.02)
 
 
-def test_allocated_curve_passes_through_the_settled_threshold(auto):
+def test_allocated_curve_passes_through_the_refined_threshold(auto):
     folder, _, result = auto
     entries = contract.entries(config_json.read_config(folder))
     for row in result.layers:
@@ -281,8 +284,17 @@ def test_killed_among_gradients_resumes_to_the_same_result(auto, converted, tmp_
         calibrate.calibrate(again, options, killed_after(9))  # 6 windows of histograms, 3 of gradients
     seen = []
     calibrate.calibrate(again, options, lambda done, total, what: seen.append((done, what)))
-    assert seen[0] == (9, "pricing levels by gradients")
+    assert seen[0] == (3, "measuring sensitivities by gradients")
     assert without_mirror(again) == without_mirror(folder)
+
+
+@pytest.mark.parametrize("method", ["auto", "fast", "paper", "uniform"])
+def test_each_loop_reports_every_step_of_its_length(folder, method):
+    seen: list[tuple[float, float, str]] = []
+    calibrate.calibrate(folder, dataclasses.replace(OPTIONS, method=method), lambda *step: seen.append(step))
+    for i, (done, total, what) in enumerate(seen):
+        last = i + 1 == len(seen) or seen[i + 1][0] == 0
+        assert done == (total - 1 if last else seen[i + 1][0] - 1), what
 
 
 def test_fast_takes_the_gradient_unseen(folder):

@@ -1,4 +1,4 @@
-"""Prices of levels: against the definition, and against the KL divergence they stand for."""
+"""Costs of skipping: against the definition, and against the KL divergence they stand for."""
 
 import mlx.core as mx
 import numpy as np
@@ -31,20 +31,18 @@ def test_drawn_tokens_follow_the_predictions():
     assert gradient.sum(axis=-1) == pytest.approx(0, abs=1e-9)
 
 
-def test_half_the_price_is_the_divergence(converted):
-    """For a small change of one layer, the price predicts the measured KL."""
+def test_cost_is_the_divergence(converted):
+    """For a small change of one layer, the cost predicts the measured KL."""
     loaded = session.load(converted, dense=True)
     windows = np.random.default_rng(0).integers(5, 500, (8, 64)).astype(np.int32)
-    path, level = "model.layers.0.mlp.down_proj", 8  # 20 % of one layer
+    path, place = "model.layers.0.mlp.down_proj", 8  # 20 % of one layer
     with probes.probing(loaded.model) as harness:
-        harness.counting = True
-        for row in windows:
-            probes.prompt_cache(loaded.model, mx.array(row[None]))
-        counts = harness.histograms()
-        harness.counting = False
-        steps = {name: thresholds.quantile(c, gradients.LEVELS) for name, c in counts.items()}
+        with harness.counting() as counts:
+            for row in windows:
+                probes.prompt_cache(loaded.model, mx.array(row[None]))
+        steps = {name: thresholds.quantile(c, gradients.SPARSITIES) for name, c in counts.items()}
         found = gradients.Sensitivity(steps, seed=0)
-        masking, measured = probes.Masking({path: float(steps[path][level])}), []
+        masking, measured = probes.Masking({path: float(steps[path][place])}), []
         for row in windows:
             prompt, rest = mx.split(mx.array(row[None]), 2, axis=1)
             cache = probes.prompt_cache(loaded.model, prompt)
@@ -52,11 +50,10 @@ def test_half_the_price_is_the_divergence(converted):
             dense = scoring.Reference(
                 scoring.log_probabilities(probes.continuation(loaded.model, rest, cache))
             )
-            harness.masking = masking
-            masked = scoring.log_probabilities(probes.continuation(loaded.model, rest, cache))
-            harness.masking = None
+            with harness.masked(masking):
+                masked = scoring.log_probabilities(probes.continuation(loaded.model, rest, cache))
             measured.append(scoring.divergence(dense, masked).mean())
-    price = found.costs[path][level] / found.positions
-    # 256 positions, one draw each: the price's own error is some 10 %; attention adds cross terms
-    assert price == pytest.approx(np.mean(measured), rel=0.5)
+    cost = found.costs[path][place] / found.positions
+    # 256 positions, one draw each: the cost's own error is some 10 %; attention adds cross terms
+    assert cost == pytest.approx(np.mean(measured), rel=0.5)
     assert np.mean(measured) > 1e-6

@@ -1,4 +1,4 @@
-"""The block-wise greedy search: shares, order, and that it beats uniform at its own game."""
+"""The block-wise greedy search: sparsities, order, and that it beats uniform at its own game."""
 
 import dataclasses
 
@@ -19,12 +19,10 @@ def searched(converted):
     loaded = session.load(converted, dense=True)
     tokens = np.random.default_rng(0).integers(5, 500, 64).astype(np.int32)
     with probes.probing(loaded.model) as harness:
-        harness.counting = True
-        probes.prompt_cache(loaded.model, mx.array(tokens[None]))
-        counts = harness.histograms()
-        harness.counting = False
+        with harness.counting() as counts:
+            probes.prompt_cache(loaded.model, mx.array(tokens[None]))
         before = {type(block): type(block).__call__ for block in loaded.model.layers}
-        found = greedy.levels(loaded.model, harness, tokens, counts, lambda what: None)
+        found = greedy.sparsities(loaded.model, harness, tokens, counts, lambda *_: None)
         assert all(kind.__call__ is call for kind, call in before.items())
         errors = {
             name: block_error(loaded, harness, tokens, values) for name, values in choices(found, counts)
@@ -47,9 +45,8 @@ def block_error(loaded, harness, tokens, values) -> float:
     hidden = loaded.model.model.embed_tokens(mx.array(tokens[None]))
     block = loaded.model.layers[0]
     dense = block(hidden, "causal", None)
-    harness.masking = probes.Masking(values)
-    masked = block(hidden, "causal", None)
-    harness.masking = None
+    with harness.masked(probes.Masking(values)):
+        masked = block(hidden, "causal", None)
     return mx.square(dense - masked).sum().item()
 
 

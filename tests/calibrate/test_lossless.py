@@ -105,13 +105,13 @@ def test_other_shares_of_the_curve_keep_them(at_zero):
 
 
 def test_layer_that_a_positive_share_leaves_dense_still_skips_zeros():
-    from spqt_cli.calibrate.methods import Candidate, Search
+    from spqt_cli.calibrate.curves import curve
+    from spqt_cli.calibrate.measurements import Candidate
 
     values = np.random.default_rng(0).standard_normal(1000).astype(np.float32)
-    counts = {"one": counts_of(np.where(values < 0, 0, values))}
-    search = Search(None, counts, 0.4)
+    counts = counts_of(np.where(values < 0, 0, values))
     candidate = Candidate("gradient", {"one": np.zeros(len(thresholds.CURVE_SPARSITIES))}, {"one": LOSSLESS})
-    assert set(search.curve(candidate, "one")) == {LOSSLESS}
+    assert set(curve(candidate, "one", counts, 0.4)) == {LOSSLESS}
 
 
 def test_kernel_skips_zeros_of_both_signs_and_no_normal_number():

@@ -1,84 +1,77 @@
-"""The stored curve: through the settled shares, rising, and as the dense pass has it where nothing moved."""
-
-from types import SimpleNamespace
+"""Which allocations a method measures, by a stand-in for the measurements."""
 
 import numpy as np
 import pytest
 
 from spqt_cli.calibrate import methods
-from spqt_cli.calibrate.methods import Candidate, Search
-from spqt_cli.format import thresholds
-from spqt_cli.format.thresholds import CURVE_SPARSITIES
-
-SHARES = np.array(CURVE_SPARSITIES)
-
-
-def counts() -> np.ndarray:
-    bits = np.abs(np.random.default_rng(0).standard_normal(20_000)).astype(np.float32).view(np.uint32)
-    return np.bincount(bits >> np.uint32(thresholds.SHIFT), minlength=thresholds.BINS)
+from spqt_cli.calibrate.gradients import SPARSITIES
+from spqt_cli.calibrate.measurements import Candidate
+from spqt_cli.calibrate.methods import METHODS, PAPER, STREAMED_METHODS, UNIFORM
+from spqt_cli.decode.layers import ZigzagLinear, nn
+from spqt_cli.errors import UnsupportedError
 
 
-def search(target: float) -> tuple[Search, Candidate, np.ndarray]:
-    found = {"one": counts()}
-    candidate = Candidate("uniform", {"one": SHARES})
-    dense = np.array(thresholds.quantile(found["one"], SHARES))
-    return Search(SimpleNamespace(settled=None), found, target), candidate, dense
+class StandIn:
+    """Measurements that only note what they are asked."""
+
+    def __init__(self, gradients: bool = True) -> None:
+        self.layers = {"one": ZigzagLinear.from_linear(nn.Linear(64, 32, bias=False), 32, 4)}
+        self.counts: dict[str, np.ndarray] = {}
+        self.gradients, self.asked = gradients, []
+
+    def sensitivities(self, windows):
+        self.asked.append(windows)
+        if not self.gradients:
+            raise UnsupportedError("this model has no gradients", "use --method uniform")
+        return {"one": np.linspace(0, 1, len(SPARSITIES)) ** 2}
+
+    def measured(self, allocations, sparsity, effort):
+        self.asked.append((tuple(one.name for one in allocations), sparsity, effort))
+        return [Candidate(one.name, {}, note=one.note) for one in allocations]
 
 
-@pytest.mark.parametrize(("target", "other"), [(0.24, 0.5), (0.6, 0.3)])
-def test_curve_passes_through_both_settled_shares(target: float, other: float) -> None:
-    run, candidate, dense = search(target)
-    at = dict(zip(CURVE_SPARSITIES, dense, strict=True))
-    candidate.chosen = {"one": 0.95 * at[target]}
-    candidate.second = (other, {"one": 0.9 * at[other]})
-    curve = run.curve(candidate, "one")
-    assert np.interp(target, SHARES, curve) == pytest.approx(0.95 * at[target], rel=1e-9)
-    assert np.interp(other, SHARES, curve) == pytest.approx(0.9 * at[other], rel=1e-9)
-    assert curve[0] == 0
-    assert (np.diff(curve) >= 0).all()
+def names(table: str, method: str, sparsity: float = 0.4, gradients: bool = True) -> list:
+    stand_in, chosen = StandIn(gradients), getattr(methods, table)[method]
+    methods.candidates(stand_in, chosen, sparsity)
+    assert stand_in.asked[-1][1:] == (sparsity, chosen.effort)
+    return [*stand_in.asked[:-1], *stand_in.asked[-1][0]]
 
 
-def test_curve_without_a_second_share_and_without_any() -> None:
-    run, candidate, dense = search(0.4)
-    candidate.chosen = {"one": 0.9 * dense[20]}
-    curve = run.curve(candidate, "one")
-    assert curve[10] == pytest.approx(0.95 * dense[10])  # half the share, half the change
-    assert curve[40] == pytest.approx(0.8 * dense[40])  # twice the share, twice the change
-    assert curve[49] == pytest.approx(0.8 * dense[49])  # and no more than that
-    candidate.chosen = {"one": float(dense[20])}
-    assert run.curve(candidate, "one") == pytest.approx(dense.tolist())
+@pytest.mark.parametrize(
+    ("table", "method", "expected"),
+    [
+        ("METHODS", "uniform", ["uniform"]),
+        ("METHODS", "paper", ["paper"]),
+        ("METHODS", "fast", [2, "gradient"]),
+        ("METHODS", "auto", [6, "uniform", "gradient"]),
+        ("STREAMED_METHODS", "uniform", ["uniform"]),
+        ("STREAMED_METHODS", "paper", ["paper"]),
+        ("STREAMED_METHODS", "fast", [4, "gradient"]),
+    ],
+)
+def test_allocations_of_each_method(table, method, expected):
+    assert names(table, method) == expected
 
 
-def test_layer_left_dense_at_a_settled_share() -> None:
-    run, candidate, _ = search(0.4)
-    candidate.levels = {"one": np.where(SHARES < 0.45, 0.0, SHARES)}
-    candidate.chosen = {"one": 0.0}
-    candidate.second = (0.5, {"one": 0.5})
-    curve = run.curve(candidate, "one")
-    assert curve[20] == 0
-    assert curve[25] == pytest.approx(0.5)
+@pytest.mark.parametrize("method", METHODS)
+def test_nothing_to_skip_needs_no_search(method):
+    assert names("METHODS", method, 0.0) == ["uniform"]
 
 
-def test_second_share_is_another_one() -> None:
-    assert methods.second_share(0.0) is None
-    for target in (0.1, 0.25, 0.4, 0.45, 0.5, 0.95):
-        other = methods.second_share(target)
-        assert other is not None
-        assert abs(other - target) > 0.09
+def test_streamed_methods_take_one_pass():
+    for method in STREAMED_METHODS.values():
+        assert len(method.allocations) == 1
+        assert method.effort.second_windows == 0
 
 
-def test_curves_settle_a_second_share_only_where_they_can() -> None:
-    run, candidate, dense = search(0.24)
-    asked = []
+def test_without_gradients_auto_measures_uniform_alone_and_says_so():
+    (found,) = methods.candidates(StandIn(gradients=False), METHODS["auto"], 0.4)
+    assert found.name == "uniform"
+    assert found.note == "this model has no gradients; so all layers have the same sparsity"
+    with pytest.raises(UnsupportedError):
+        methods.candidates(StandIn(gradients=False), METHODS["fast"], 0.4)
 
-    def settled(counts, levels, on_step, rounds, windows):
-        asked.append((levels["one"], rounds, windows))
-        return {"one": float(dense[20])}
 
-    run.bench = SimpleNamespace(settled=settled)
-    candidate.chosen = {"one": float(dense[12])}
-    assert run.curves(candidate, "auto", None)["one"] == pytest.approx(dense.tolist())
-    assert asked == []
-    assert run.curves(candidate, "auto", str)["one"][25] == pytest.approx(dense[20])
-    assert run.curves(candidate, "fast", str)["one"][25] == pytest.approx(dense[20])
-    assert asked == [(0.5, 1, 4), (0.5, 1, 2)]
+def test_an_allocation_that_needs_a_search_has_no_sparsities():
+    assert PAPER.sparsities is None
+    assert UNIFORM.over(["one"])["one"][20] == 0.4

@@ -111,21 +111,21 @@ def test_pace_runs_the_thresholds_and_the_profile_and_leaves_nothing(converted, 
     one = "model.layers.0.mlp.down_proj"
     seen = []
 
-    def taking(subject) -> str:
+    def taking(model, curves, sparsity) -> str:
         """A profile that takes a layer and the head out of the model."""
-        seen.append((subject.sparsity, layers[one].threshold.item(), layers["model.layers.1.mlp.up_proj"]))
+        seen.append((sparsity, layers[one].threshold.item(), layers["model.layers.1.mlp.up_proj"]))
         stock, _ = relayout.row_grouped(layers[one])
-        subject.model.layers[0].mlp.down_proj = stock
-        relayout.head_to_zigzag(subject.model, relayout.find_head(subject.model))
+        model.layers[0].mlp.down_proj = stock
+        relayout.head_to_zigzag(model, relayout.find_head(model))
         return ""
 
-    monkeypatch.setattr(profile, "apply", taking)
+    monkeypatch.setattr(profile, "follow", taking)
     with probes.probing(loaded.model) as harness:
         tokens = np.random.default_rng(0).integers(5, 500, 64).astype(np.int32)
         rate = speed.Pace(loaded, harness, tokens).tokens_per_second({one: 0.25}, 0.5)
         assert isinstance(loaded.model.layers[0].mlp.down_proj, probes.Probe)
     assert rate > 0
-    assert [(share, value, other.threshold) for share, value, other in seen] == [(0.5, 0.25, None)]
+    assert [(sparsity, value, other.threshold) for sparsity, value, other in seen] == [(0.5, 0.25, None)]
     assert zigzag_layers(loaded.model) == layers
     assert all(layer.threshold is None for layer in layers.values())
     assert relayout.find_head(loaded.model).module is head.module

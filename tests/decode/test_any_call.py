@@ -6,7 +6,7 @@ import pytest
 from mlx import nn
 
 from spqt_cli.calibrate import calibrate, gradients
-from spqt_cli.calibrate.gradients import LEVELS
+from spqt_cli.calibrate.gradients import SPARSITIES
 from spqt_cli.calibrate.methods import allocated
 from spqt_cli.convert import convert
 from spqt_cli.decode.layers import ZigzagLinear
@@ -40,8 +40,7 @@ def x() -> mx.array:
 
 def test_gradients_of_any_call_are_those_of_calculus(x):
     cell = Cell()
-    with probes.probing(cell) as harness:
-        harness.slopes = slopes = probes.Slopes()
+    with probes.probing(cell) as harness, harness.differentiated() as slopes:
 
         def objective(origin: mx.array) -> mx.array:
             slopes.origin = origin
@@ -61,10 +60,8 @@ def test_gradients_of_any_call_are_those_of_calculus(x):
 
 def test_single_tokens_are_counted_and_layers_not_reached_are_not(x):
     cell = Cell()
-    with probes.probing(cell) as harness:
-        harness.counting, harness.first, harness.length = True, 8, TOKENS
+    with probes.probing(cell) as harness, harness.counting(8, TOKENS) as counts:
         mx.eval(cell(x))
-        counts = harness.histograms()
     assert counts.keys() == {"whole", "single"}
     assert (counts["whole"] == thresholds.histogram(x[:, 8:])).all()
     assert (counts["single"] == thresholds.histogram(x)).all()
@@ -72,23 +69,20 @@ def test_single_tokens_are_counted_and_layers_not_reached_are_not(x):
 
 def test_siblings_that_share_an_input_once_keep_their_own_counts(x):
     cell = Cell()
-    with probes.probing(cell) as harness:
-        harness.counting = True
+    with probes.probing(cell) as harness, harness.counting() as counts:
         mx.eval(cell.whole(x), cell.single(x), cell.single(2 * x))
-        counts = harness.histograms()
     assert (counts["single"] == thresholds.histogram(2 * x)).all()
 
 
 def test_rows_of_a_window_need_layers_that_see_them_all(x):
     masking = probes.Masking({"single": 0.5})
-    masking.rows = np.ones((1, TOKENS), bool)
     with pytest.raises(UnsupportedError, match="all positions"):
-        masking.apply("single", x[0, 0])
+        masking.apply("single", x[0, 0], np.ones((1, TOKENS), bool))
 
 
-def test_layer_without_a_price_skips_the_total():
-    cost = np.linspace(0, 1, len(LEVELS)) ** 2
-    found = allocated({"one": cost, "unseen": np.zeros(len(LEVELS))}, {"one": 100, "unseen": 10_000})
+def test_layer_without_a_cost_skips_the_total():
+    cost = np.linspace(0, 1, len(SPARSITIES)) ** 2
+    found = allocated({"one": cost, "unseen": np.zeros(len(SPARSITIES))}, {"one": 100, "unseen": 10_000})
     assert found["unseen"].tolist() == list(CURVE_SPARSITIES)
     assert found["one"][25] == pytest.approx(0.5, abs=0.03)
 
@@ -116,4 +110,4 @@ def test_model_without_gradients(method, tmp_path, monkeypatch):
     result = calibrate.calibrate(tmp_path / "model", options, lambda *_: None)
     assert [one.name for one in result.tried] == ["uniform"]
     assert "no gradients" in result.note
-    assert "all layers skip the same share" in result.note
+    assert "all layers have the same sparsity" in result.note

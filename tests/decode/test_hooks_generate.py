@@ -60,17 +60,16 @@ def half_skipped(loaded: session.Loaded) -> session.Loaded:
 class Recorded(probes.Masking):
     """Masking that keeps what it was asked to mask, by path."""
 
-    def apply(self, path: str, x: mx.array) -> mx.array:
+    def apply(self, path: str, x: mx.array, rows: np.ndarray | None = None) -> mx.array:
         self.__dict__.setdefault("inputs", {})[path] = x
-        return super().apply(path, x)
+        return super().apply(path, x, rows)
 
 
 def masked_pass(network, tokens: list[int], prompt_tokens: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """The oracle: logits (length, vocab) of one pass, rows after the prompt masked; inputs by path."""
     values = {path: layer.threshold.item() for path, layer in zigzag_layers(network).items()}
-    with probes.probing(network) as harness:
-        harness.masking = masking = Recorded(values)
-        masking.rows = np.arange(len(tokens))[None] >= prompt_tokens
+    masking, rows = Recorded(values), np.arange(len(tokens))[None] >= prompt_tokens
+    with probes.probing(network) as harness, harness.masked(masking, rows):
         logits = network(mx.array([tokens]))[0]
         inputs = {path: np.array(x).reshape(len(tokens), -1) for path, x in masking.inputs.items()}
     return np.array(logits), inputs

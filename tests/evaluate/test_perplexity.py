@@ -54,8 +54,8 @@ def test_masked_rows_are_one_token_steps(calibrated):
     with probes.probing(loaded.model) as harness:
         cache = probes.prompt_cache(loaded.model, tokens[:, :12])
         dense = probes.continuation(loaded.model, tokens[:, 12:], cache)
-        harness.masking = masking
-        masked = probes.continuation(loaded.model, tokens[:, 12:], cache)
+        with harness.masked(masking):
+            masked = probes.continuation(loaded.model, tokens[:, 12:], cache)
     one_by_one = mx.concatenate(steps, axis=1)
     # float32 in another order of summation; skipping itself moves logits a thousand times as much
     assert mx.allclose(masked, one_by_one, rtol=1e-3, atol=1e-4)

@@ -4,6 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from spqt_cli.errors import UsageError
 from spqt_cli.format import layout
 
 BITS = layout.BITS
@@ -154,3 +155,25 @@ def test_mask_compares_in_float32(dtype):
 def test_mask_takes_a_threshold_per_channel():
     x = mx.array([[1.0, 1.0, 1.0]])
     assert layout.mask(x, mx.array([0.5, 1.0, 1.5])).tolist() == [[1.0, 1.0, 0.0]]
+
+
+@pytest.mark.parametrize(("bits", "group_size"), [(7, 64), (4, 48), (0, None), (None, 0), (1, 32), (4, -64)])
+def test_settings_that_mlx_does_not_pack(bits, group_size):
+    with pytest.raises(UsageError):
+        layout.check(bits, group_size)
+    assert not layout.is_packable(bits, group_size)
+
+
+@pytest.mark.parametrize(("bits", "group_size"), [("4", 64), (True, 64), (4.0, 64), (4, None), ([], {})])
+def test_settings_that_are_no_integers(bits, group_size):
+    """As a config.json may hold them."""
+    assert not layout.is_packable(bits, group_size)
+
+
+@pytest.mark.parametrize("bits", layout.BITS)
+@pytest.mark.parametrize("group_size", layout.GROUP_SIZES)
+def test_settings_that_mlx_packs(bits, group_size):
+    layout.check(bits, group_size)
+    assert layout.is_packable(bits, group_size)
+    layout.check(None, None)
+    mx.eval(layout.quantize(mx.zeros((group_size, 32)), bits, group_size, group_size))

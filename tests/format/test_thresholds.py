@@ -83,3 +83,16 @@ def test_derive_zero_is_dense_and_range_is_checked():
     for sparsity in (-0.1, 0.99):
         with pytest.raises(UsageError):
             thresholds.derive(curve, sparsity)
+
+
+@pytest.mark.parametrize("sparsity", [-0.01, 0.96, float("nan"), float("inf")])
+def test_sparsity_that_no_command_takes(sparsity):
+    with pytest.raises(UsageError, match=r"sparsity .* is not in 0 to 0\.95"):
+        thresholds.check_sparsity(sparsity)
+    with pytest.raises(UsageError, match=r"--profile x is not in"):
+        thresholds.check_sparsity(sparsity, "--profile x")
+
+
+@pytest.mark.parametrize("sparsity", [None, 0, 0.0, 0.95])
+def test_sparsity_at_the_ends_of_its_range(sparsity):
+    thresholds.check_sparsity(sparsity)

@@ -40,8 +40,9 @@ def test_masked_rows_are_one_token_steps(folder):
     layers = zigzag_layers(loaded.model)
     with probes.probing(loaded.model) as harness:
         cache = probes.prompt_cache(loaded.model, tokens[:, :80])
-        harness.masking = probes.Masking({path: layer.threshold.item() for path, layer in layers.items()})
-        masked = [probes.continuation(loaded.model, tokens[:, 80:], cache) for _ in range(2)]
+        masking = probes.Masking({path: layer.threshold.item() for path, layer in layers.items()})
+        with harness.masked(masking):
+            masked = [probes.continuation(loaded.model, tokens[:, 80:], cache) for _ in range(2)]
     # float32 in another order of summation
     assert mx.allclose(masked[0], mx.concatenate(steps, axis=1), rtol=1e-3, atol=1e-3)
     assert mx.array_equal(masked[0], masked[1])  # the cached prompt is not used up
@@ -53,3 +54,20 @@ def test_weighted_counts_dense_layers_as_zero(folder):
     one = next(iter(layers))
     expected = 0.5 * layers[one].inputs * layers[one].outputs / whole
     assert probes.weighted({one: 0.5}, layers) == pytest.approx(expected)
+
+
+def test_a_context_that_fails_leaves_nothing_set(folder):
+    loaded = session.load(folder, dense=True)
+    tokens = mx.array([[5, 6, 7, 8]])
+    expected = loaded.model(tokens)
+    with probes.probing(loaded.model) as harness:
+        masking = probes.Masking(dict.fromkeys(harness.layers, 1e9))
+        for context in (harness.masked(masking), harness.counting(), harness.differentiated()):
+            with pytest.raises(KeyError), context:
+                raise KeyError
+        seen = harness.layers["model.layers.0.mlp.up_proj"].inputs
+        assert mx.allclose(loaded.model(tokens), expected, rtol=1e-3, atol=1e-3)
+        assert masking.realised() == {}
+        with harness.counting() as counts:
+            mx.eval(loaded.model(tokens))
+        assert counts["model.layers.0.mlp.up_proj"].sum() == tokens.size * seen  # of this pass alone

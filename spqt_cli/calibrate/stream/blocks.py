@@ -2,12 +2,12 @@
 
 What lies around the blocks (embedding, norm, head) runs in the model's own code: a walk is stopped after
 the last block, and `logits` lets the blocks hand over hidden states that are there already. It needs
-blocks that hand one array to the next, and says so of a model built otherwise.
+blocks each of which takes one array from the last, and refuses a model built otherwise.
 """
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
@@ -15,34 +15,53 @@ from mlx import nn
 from mlx.utils import tree_flatten
 
 from spqt_cli.calibrate import greedy
-from spqt_cli.calibrate.stream import paging
+from spqt_cli.decode import hooks
 from spqt_cli.errors import UnsupportedError
 from spqt_cli.measure import many_rows, probes
 
-Run = Callable[[mx.array], mx.array]  # a block with what it gets beside: hidden states in, hidden states out
+MEMORY_FRACTION = 0.8  # of the available memory that weights may take: the rest is for activations
+
+# A block with all arguments but the first: hidden states (windows, window, width) in, the same out.
+Run = Callable[[mx.array], mx.array]
+# A block's turn in a walk, given its number, the block, the hidden states (windows, window, width) before
+# it and the paths of its layers; it returns those after it.
+Visit = Callable[[int, Run, mx.array, list[str]], mx.array]
+
+
+def weights_bytes(folder: Path) -> int:
+    """The bytes of a converted folder's weights."""
+    return sum(path.stat().st_size for path in folder.glob("model*.safetensors"))
+
+
+def fit_in_memory(folder: Path) -> bool:
+    """True where the weights of a folder fit in the memory that is available."""
+    import psutil
+
+    return weights_bytes(folder) <= MEMORY_FRACTION * psutil.virtual_memory().available
 
 
 class _Walked(Exception):
     """Every block was passed: what comes after them is not wanted."""
 
 
-class Chain:
+class Blocks:
     """The blocks of a probed, lazily loaded model, in the order in which they run."""
 
     def __init__(self, model: nn.Module, harness: probes.Harness, folder: Path) -> None:
-        self.model = model
-        self.blocks = greedy.blocks_of(model, harness.layers)
-        self._modules = [block for block, _ in self.blocks.values()]
+        self._model = model
+        self._blocks = greedy.blocks_of(model, harness.layers)
+        self._modules = [block for block, _ in self._blocks.values()]
         self._names = {id(module): name for name, module in model.named_modules()}
-        self._weights = paging.Weights(folder, model, harness)
+        self._weights = Weights(folder, model, harness)
         self._visited: list[int] = []
 
-    def walk(self, tokens: np.ndarray, visit: Callable[[int, Run, mx.array, list[str]], mx.array]) -> None:
-        """Run tokens (windows, window) up to the last block.
+    def __len__(self) -> int:
+        return len(self._blocks)
 
-        visit: a block's turn, given its number, the block, the hidden states (windows, window, width)
-        before it and the paths of its layers; it returns those after it.
-        Raises UnsupportedError for a model whose blocks are not a chain.
+    def walk(self, tokens: np.ndarray, visit: Visit) -> None:
+        """Run tokens (windows, window) up to the last block, each by `visit`.
+
+        Raises UnsupportedError for a model whose blocks take more than the last one's output.
         """
         self._visited = []
         last: mx.array | None = None
@@ -53,16 +72,16 @@ class Chain:
             nonlocal last
             self._check(block, x, last, (rest, named), tokens.shape)
             self._visited.append(id(block))
-            paths = self.blocks[id(block)][1]
+            paths = self._blocks[id(block)][1]
             number = len(self._visited) - 1
             last = visit(number, lambda h: _only(call(block, h, *rest, **named)), x, paths)
-            if len(self._visited) == len(self.blocks):
+            if len(self._visited) == len(self._blocks):
                 raise _Walked
             return last
 
         with probes.hooked(self._modules, turn), many_rows.many_rows(heads=False):
             try:
-                self.model(mx.array(tokens))
+                self._model(mx.array(tokens))
             except _Walked:
                 return
         raise UnsupportedError("some blocks of this model were not reached", "calibrate without --stream")
@@ -82,19 +101,21 @@ class Chain:
             return hidden if id(block) == last else x
 
         with probes.hooked(self._modules, replay), many_rows.many_rows():
-            found: mx.array = self.model(mx.array(tokens))
-            return found
+            return cast(mx.array, self._model(mx.array(tokens)))
 
     def _check(
-        self, block: nn.Module, x: mx.array, last: mx.array | None, beside: Any, shape: tuple[int, ...]
+        self, block: nn.Module, x: mx.array, last: mx.array | None, others: Any, shape: tuple[int, ...]
     ) -> None:
-        """Refuse a model whose blocks get more than the last one's output and what all windows share."""
-        wide = any(
+        """Refuse a block that gets more than the last one's output x and what all windows share.
+
+        others: its other arguments. shape: (windows, window).
+        """
+        by_window = any(
             isinstance(item[1], mx.array) and item[1].ndim and item[1].shape[0] == shape[0]
-            for item in tree_flatten(beside)
+            for item in tree_flatten(others)
         )
         broken = last is not None and x is not last
-        if wide or broken or id(block) in self._visited or x.shape[:2] != shape:
+        if by_window or broken or id(block) in self._visited or x.shape[:2] != shape:
             raise UnsupportedError(
                 f"{self._names[id(block)]} gets more than the output of the block before it",
                 "this model can't be calibrated block by block",
@@ -108,3 +129,40 @@ def _only(out: Any) -> mx.array:
             "the blocks of this model hand over more than one array", "calibrate in memory"
         )
     return out
+
+
+def through(run: Run, x: mx.array) -> list[mx.array]:
+    """Each window of x (windows, window, width) after a block: (1, window, width), computed."""
+    out = []
+    for w in range(len(x)):
+        out.append(run(x[w : w + 1]))
+        mx.eval(out[-1])
+    return out
+
+
+class Weights:
+    """The weights of blocks, read anew from the shards whenever a block was used."""
+
+    def __init__(self, folder: Path, model: nn.Module, harness: probes.Harness) -> None:
+        self._modules = {**dict(model.named_modules()), **harness.layers}  # layers, not their probes
+        self._files = {
+            name: file for file in sorted(folder.glob("model*.safetensors")) for name in _stored(file)
+        }
+
+    def drop(self, prefix: str) -> None:
+        """Put unread arrays in the place of a block's weights, which frees what was read."""
+        names = [name for name in self._files if name.startswith(prefix + ".")]
+        for file in {self._files[name] for name in names}:
+            stored = _stored(file)
+            for name in names:
+                path, _, attribute = name.rpartition(".")
+                if self._files[name] == file and path in self._modules:
+                    self._modules[path][attribute] = stored[name]
+        if many_rows.on_cpu():
+            hooks.compute_in_float32(self._modules[prefix])
+        mx.clear_cache()
+
+
+def _stored(file: Path) -> dict[str, mx.array]:
+    """Name -> array of a shard, none of them read yet."""
+    return cast("dict[str, mx.array]", mx.load(str(file)))

@@ -1,227 +1,226 @@
-"""Calibration of a model that does not fit in memory: one block of weights is loaded at a time.
+"""Measurements of a model that does not fit in memory: one block of weights is loaded at a time.
 
-All windows pass through a block together, twice: dense, as histograms see them, and with channels
-skipped upstream, as thresholds are settled. Their hidden states are kept, the block's weights are
-dropped, and the next block's are read (blocks.py). For `fast` a few windows go through all blocks
-before, forwards and backwards (gradients.py). Progress is saved block by block.
+All windows pass through a block together, twice: dense, for the histograms, and with channels skipped,
+for refining thresholds and for the score. Their hidden states are kept, the block's weights are dropped,
+and the next block's are read (blocks.py). For gradients a few windows go through all blocks before,
+forwards and backwards (gradients.py). Progress is saved block by block.
 """
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
+from mlx import nn
 
 from spqt_cli.calibrate import greedy
 from spqt_cli.calibrate.measurements import (
     FIRST_TOKENS,
-    SETTLING_ROUNDS,
-    SETTLING_WINDOWS,
-    OnStep,
-    Workbench,
+    REFINING_WINDOWS,
+    Allocation,
+    Candidate,
+    Effort,
+    OnProgress,
+    at,
+    at_least_lossless,
     check_counts,
+    refined,
+    skippable,
 )
-from spqt_cli.calibrate.methods import Candidate, allocated
-from spqt_cli.calibrate.stream.blocks import Chain, Run
-from spqt_cli.calibrate.stream.gradients import Backwards
-from spqt_cli.format import thresholds
-from spqt_cli.format.thresholds import CURVE_SPARSITIES
+from spqt_cli.calibrate.progress import Progress
+from spqt_cli.calibrate.stream import gradients
+from spqt_cli.calibrate.stream.blocks import Blocks, Run, through
 from spqt_cli.measure import probes, scoring
 from spqt_cli.system import files
 
-GRADIENT_WINDOWS = 4  # more change KL by under 1 % (docs/quality.md)
+
+@dataclass
+class _States:
+    """The hidden states after the first `blocks` blocks.
+
+    dense: (windows, window, width). masked: window -> (1, window, width), of those that thresholds are
+    refined or scored on: its prompt is dense, channels are skipped after it. None, {}: before the first.
+    """
+
+    blocks: int = 0
+    dense: mx.array | None = None
+    masked: dict[int, mx.array] = field(default_factory=dict)
+
+    def resumed(self, dtype: mx.Dtype) -> mx.array:
+        """The dense states, all states being in the model's dtype again."""
+        assert self.dense is not None
+        self.dense = self.dense.astype(dtype)
+        self.masked = {w: h.astype(dtype) for w, h in self.masked.items()}
+        return self.dense
 
 
-class Stream:
-    """One pass over a probed, lazily loaded model: histograms, allocation and thresholds, block by block."""
+class Streamed:
+    """Measurements (measurements.py) on a probed, lazily loaded model; hidden states go into its folder.
 
-    def __init__(self, bench: Workbench, folder: Path) -> None:
-        self.harness, self.progress = bench.harness, bench.progress
-        self.folder, self.target = folder, 0.0
-        self.chain = Chain(bench.model, bench.harness, folder)
-        self._windows = np.concatenate([bench.rows, bench.held_out])
-        self._held_out = range(len(bench.rows), len(self._windows))
-        self._settling = range(min(SETTLING_WINDOWS, len(bench.rows)))
-        self._done = 0
-        self._dense: mx.array | None = None  # (windows, window, width) after the last block that is done
-        self._sparse: dict[int, mx.array] = {}  # window -> (1, window, width), with channels skipped
-        self.counts: dict[str, np.ndarray] = {}
-        self.candidate = Candidate("", {})
-        self._allocated: dict[str, np.ndarray] = {}
+    windows: to calibrate on and held out, (windows, window) tokens each, window even; the first half of
+    a window is a prompt, run dense.
+    """
 
-    def steps(self, method: str) -> int:
-        """How often a run of the method reports a step."""
-        return (3 if method == "fast" else 1) * len(self.chain.blocks) + len(self._held_out)
+    def __init__(
+        self,
+        model: nn.Module,
+        harness: probes.Harness,
+        windows: tuple[np.ndarray, np.ndarray],
+        progress: Progress,
+        on_progress: OnProgress,
+    ) -> None:
+        self.layers, self.counts = harness.layers, dict[str, np.ndarray]()
+        self._harness, self._progress, self._on_progress = harness, progress, on_progress
+        self._windows = np.concatenate(windows)
+        self._half = self._windows.shape[1] // 2
+        self._calibrating = len(windows[0])  # of the windows; the others are held out
+        self._held_out = range(self._calibrating, len(self._windows))
+        self._refining = range(min(REFINING_WINDOWS, self._calibrating))
+        self._blocks = Blocks(model, harness, progress.folder)
 
-    def run(
-        self, method: str, target: float, on_step: OnStep
-    ) -> tuple[dict[str, np.ndarray], list[Candidate]]:
-        """Path -> histogram, and the one candidate: thresholds, shares and cost on held-out text.
+    def sensitivities(self, windows: int) -> dict[str, np.ndarray]:
+        """Path -> cost of each of gradients.SPARSITIES, over at most so many calibration windows."""
+        if not self._saved_costs():
+            tokens = self._windows[: min(windows, self._calibrating)]
+            folder = self._progress.folder
+            costs = gradients.sensitivities(self._blocks, self._harness, tokens, folder, self._on_progress)
+            self._progress.save(**{f"costs/{path}": cost for path, cost in costs.items()})
+        return self._saved_costs()
 
-        method: one of paging.METHODS. target: the share to skip, 0 to 0.95.
-        Raises UnsupportedError for a model whose blocks are not a chain.
+    def _saved_costs(self) -> dict[str, np.ndarray]:
+        """Path -> costs, in the order in which they were measured: layers of equal cost are taken in it."""
+        saved = self._progress.arrays.items()
+        return {name.removeprefix("costs/"): cost for name, cost in saved if name.startswith("costs/")}
+
+    def measured(self, allocations: Sequence[Allocation], sparsity: float, effort: Effort) -> list[Candidate]:
+        """The candidate of one allocation at a sparsity, measured in one pass over all blocks.
+
+        The pass goes on where an interrupted one stopped.
         """
-        self.target, self.candidate.name = target, method
-        self._restore()
-        if method == "fast" and target:
-            self.candidate.name, self._allocated = "gradient", self._priced(on_step)
+        (allocation,) = allocations
+        candidate = Candidate(allocation.name, {}, note=allocation.note)
+        states = self._restored(candidate)
+        done = states.blocks
 
         def visit(number: int, run: Run, x: mx.array, paths: list[str]) -> mx.array:
-            return self._visit(number, run, x, paths, on_step)
+            if number < done:  # by the interrupted run, which kept the states after the last one
+                return x if number < done - 1 else states.resumed(x.dtype)
+            self._on_progress(number, len(self._blocks), "passing blocks")
+            states.dense, counts = self._dense(run, x)
+            before = {w: states.masked.get(w, x[w : w + 1]) for w in (*self._refining, *self._held_out)}
+            found = self._sparsities(run, x[:1], allocation, counts)
+            candidate.sparsities.update(found)
+            chosen = self._refined(run, before, at(found, sparsity), effort.rounds if sparsity else 0)
+            candidate.thresholds.update(chosen)
+            states.masked, realised = self._masked(run, before, chosen)
+            candidate.realised.update(realised)
+            states.blocks = number + 1
+            self._blocks.drop(number)
+            self._save(states, candidate, paths)
+            return states.dense
 
-        self.chain.walk(self._windows, visit)
-        self._score(on_step)
-        return {path: self.counts[path] for path in self.harness.layers if path in self.counts}, [
-            self.candidate
-        ]
+        self._blocks.walk(self._windows, visit)
+        candidate.kl = self._kl(states)
+        return [candidate]
 
-    def _priced(self, on_step: OnStep) -> dict[str, np.ndarray]:
-        """Path -> the layer's share at each total, by gradients; as an interrupted run left them."""
-        saved = self.progress.arrays
-        names = {f"shares/{path}": path for path in self.harness.layers}
-        if not names.keys() & saved.keys():
-            rows = self._windows[: min(GRADIENT_WINDOWS, self._held_out.start)]
-            costs = Backwards(self.chain, self.harness, rows, self.folder).costs(on_step)
-            layers = self.harness.layers
-            found = allocated(costs, {path: layers[path].inputs * layers[path].outputs for path in costs})
-            self.progress.save(**{f"shares/{path}": levels for path, levels in found.items()})
-        return {path: saved[name] for name, path in names.items() if name in saved}
-
-    def _visit(self, number: int, run: Run, x: mx.array, paths: list[str], on_step: OnStep) -> mx.array:
-        """A block's turn: the dense hidden states (windows, window, width) after it."""
-        if number < self._done:
-            # as the interrupted run left it; those between are not kept
-            return self._dense if number == self._done - 1 and self._dense is not None else x
-        on_step("passing blocks")
-        self._dense = self._pass(run, x, paths)
-        self.chain.drop(number)
-        self._save(number + 1, paths)
-        return self._dense
-
-    def _pass(self, run: Run, x: mx.array, paths: list[str]) -> mx.array:
-        """Both passes of all windows through one block; its thresholds are chosen in between."""
-        harness, half = self.harness, self._windows.shape[1] // 2
-        harness.counting, harness.first, harness.length = True, FIRST_TOKENS, x.shape[1]
-        dense = []
-        for w in range(len(self._windows)):
-            harness.counting = w not in self._held_out
-            dense.append(run(x[w : w + 1]))
-            mx.eval(dense[-1])
-        harness.counting = False
-        counts = harness.histograms()
-        for path, seen in counts.items():
-            check_counts(path, seen)
+    def _dense(self, run: Run, x: mx.array) -> tuple[mx.array, dict[str, np.ndarray]]:
+        """All windows after a block, run dense, and the histograms of those to calibrate on."""
+        with self._harness.counting(FIRST_TOKENS, x.shape[1]) as counts:
+            out = through(run, x[: self._calibrating])
+        check_counts(counts)
         self.counts.update(counts)
-        levels = self._levels(run, x[:1], {p: c for p, c in counts.items() if not thresholds.is_dead(c)})
-        before = {w: self._sparse.get(w, x[w : w + 1]) for w in (*self._settling, *self._held_out)}
-        chosen = self._settled(run, before, counts, levels)
-        realised = probes.Masking(chosen)
-        for w, h in before.items():
-            masking = realised if w in self._held_out else probes.Masking(chosen)
-            self._sparse[w] = self._masked(run, h, masking, half)
-        self.candidate.chosen.update(chosen)
-        shares = realised.realised()
-        self.candidate.realised.update({path: shares.get(path, 0.0) for path in chosen})
-        return mx.concatenate(dense)
+        return mx.concatenate([*out, *through(run, x[self._calibrating :])]), counts
 
-    def _levels(self, run: Run, x: mx.array, live: dict[str, np.ndarray]) -> dict[str, float]:
-        """Path -> the layer's share at the target; dead layers have none and stay dense."""
-        if self.candidate.name == "paper" and live:
-            search = greedy.Search(lambda: run(x), run(x), self.harness, live)
-            layers = self.harness.layers
-            found = search.run({path: layers[path].inputs * layers[path].outputs for path in live})
-        else:
-            even = np.array(CURVE_SPARSITIES)
-            found = {path: self._allocated.get(path, even) for path in live}
-        self.candidate.levels.update(found)
-        target = self.target
-        return {path: float(np.interp(target, CURVE_SPARSITIES, shares)) for path, shares in found.items()}
+    def _sparsities(
+        self, run: Run, x: mx.array, allocation: Allocation, counts: Mapping[str, np.ndarray]
+    ) -> dict[str, np.ndarray]:
+        """Path -> sparsity at each total, for the block's layers that may skip. x: a window before it."""
+        may_skip = skippable(counts)
+        if allocation.sparsities is not None:
+            return allocation.over(may_skip)
+        return greedy.search(lambda: run(x), self._harness, may_skip)[1] if may_skip else {}
 
-    def _settled(
-        self,
-        run: Run,
-        before: dict[int, mx.array],
-        counts: dict[str, np.ndarray],
-        levels: dict[str, float],
+    def _refined(
+        self, run: Run, before: Mapping[int, mx.array], sparsities: Mapping[str, float], rounds: int
     ) -> dict[str, float]:
-        """Thresholds at which the layers skip their levels while upstream skips, and siblings too."""
-        half = self._windows.shape[1] // 2
-        chosen = quantiles(counts, levels)
-        for _ in range(SETTLING_ROUNDS if self.target and levels else 0):
-            self.harness.counting, self.harness.first = True, half
-            for w in self._settling:
-                self._masked(run, before[w], probes.Masking(chosen), half)
-            self.harness.counting = False
-            seen = self.harness.histograms()
-            chosen |= quantiles(seen, {path: levels[path] for path in levels if path in seen})
-        return {path: max(t, thresholds.lossless(counts[path])) for path, t in chosen.items()}
+        """Thresholds at which the block's layers skip their sparsities while upstream and siblings skip."""
 
-    def _masked(self, run: Run, h: mx.array, masking: probes.Masking, half: int) -> mx.array:
-        """h (1, window, width) through the block, dense for a prompt of `half` and sparse from there on."""
-        masking.rows = np.arange(h.shape[1])[None] >= half
-        self.harness.masking = masking
-        out = run(h)
-        mx.eval(out)
-        masking.evaluate()
-        self.harness.masking = None
-        return out
+        def masked_pass(chosen: Mapping[str, float]) -> dict[str, np.ndarray]:
+            with self._harness.counting(self._half, 2 * self._half) as seen:
+                self._masked(run, {w: before[w] for w in self._refining}, chosen)
+            return seen
 
-    def _score(self, on_step: OnStep) -> None:
-        """KL to dense on the held-out windows, from the hidden states after the last block."""
-        half = self._windows.shape[1] // 2
-        assert self._dense is not None
-        for w in self._held_out:
-            on_step("scoring on held-out text")
-            dense = scoring.Reference(self._predicted(w, self._dense[w : w + 1, half:-1]))
-            log_q = self._predicted(w, self._sparse[w][:, half:-1])
-            self.candidate.kl.append(float(scoring.divergence(dense, log_q).mean()))
+        chosen = refined(self.counts, sparsities, rounds if sparsities else 0, masked_pass)
+        return at_least_lossless(chosen, self.counts)
+
+    def _masked(
+        self, run: Run, before: Mapping[int, mx.array], chosen: Mapping[str, float]
+    ) -> tuple[dict[int, mx.array], dict[str, float]]:
+        """Windows after a block that skips channels behind the prompt; path -> fraction of the layer's
+        inputs skipped, over the held-out ones.
+        """
+        rows = np.arange(2 * self._half)[None] >= self._half
+        scored, after = probes.Masking(chosen), {}
+        for w, h in before.items():
+            masking = scored if w in self._held_out else probes.Masking(chosen)
+            with self._harness.masked(masking, rows):
+                after[w] = run(h)
+                mx.eval(after[w])
+            masking.evaluate()
+        realised = scored.realised()
+        return after, {path: realised.get(path, 0.0) for path in chosen}
+
+    def _kl(self, states: _States) -> list[float]:
+        """KL to dense of each held-out window, nats, from the hidden states after the last block."""
+        assert states.dense is not None
+        found = []
+        for i, w in enumerate(self._held_out):
+            self._on_progress(i, len(self._held_out), "scoring on held-out text")
+            dense = scoring.Reference(self._predicted(w, states.dense[w : w + 1]))
+            log_q = self._predicted(w, states.masked[w])
+            found.append(float(scoring.divergence(dense, log_q).mean()))
+        return found
 
     def _predicted(self, w: int, hidden: mx.array) -> np.ndarray:
-        """What norm and head make of hidden (1, rows, width): log-probabilities (1, rows, vocab)."""
-        half = self._windows.shape[1] // 2
-        return scoring.log_probabilities(self.chain.logits(self._windows[w : w + 1, half:-1], hidden))
+        """Log-probabilities (1, half - 1, vocab) of a window's second half, its last token left out."""
+        tokens = self._windows[w : w + 1, self._half : -1]
+        return scoring.log_probabilities(self._blocks.logits(tokens, hidden[:, self._half : -1]))
 
-    def _hidden_path(self, number: int) -> Path:
-        return self.folder / f".spqt-hidden-{number}.npz"
+    def _hidden_path(self, blocks: int) -> Path:
+        return self._progress.folder / f".spqt-hidden-{blocks}.npz"
 
-    def _save(self, number: int, paths: list[str]) -> None:
-        """Note a block as done: first the hidden states after it, then what was found in it."""
-        assert self._dense is not None
-        with files.disk_errors(self.folder):
-            with self._hidden_path(number).open("wb") as file:
-                sparse = {f"sparse/{w}": host(h) for w, h in self._sparse.items()}
-                np.savez(file, allow_pickle=False, dense=host(self._dense), **sparse)
-            one = self.candidate
+    def _save(self, states: _States, candidate: Candidate, paths: list[str]) -> None:
+        """Note a block as done: first the hidden states after it, then what was found in its layers."""
+        assert states.dense is not None
+        with files.disk_errors(self._progress.folder):
+            with self._hidden_path(states.blocks).open("wb") as file:
+                masked = {f"sparse/{w}": host(h) for w, h in states.masked.items()}
+                np.savez(file, allow_pickle=False, dense=host(states.dense), **masked)
             found = {f"counts/{path}": self.counts[path] for path in paths if path in self.counts}
-            for path in set(paths) & set(one.chosen):
-                found[f"levels/{path}"] = one.levels[path]
-                found[f"chosen/{path}"] = np.array([one.chosen[path], one.realised[path]])
-            self.progress.save(blocks=np.array(number), **found)
-            self._hidden_path(number - 1).unlink(missing_ok=True)
+            for path in set(paths) & set(candidate.thresholds):
+                found[f"levels/{path}"] = candidate.sparsities[path]
+                found[f"chosen/{path}"] = np.array([candidate.thresholds[path], candidate.realised[path]])
+            self._progress.save(blocks=np.array(states.blocks), **found)
+            self._hidden_path(states.blocks - 1).unlink(missing_ok=True)
 
-    def _restore(self) -> None:
-        """Take up an interrupted run, if there is one and its hidden states are whole."""
-        saved = self.progress.arrays
+    def _restored(self, candidate: Candidate) -> _States:
+        """The states that an interrupted pass left, if they are whole, and its findings in `candidate`."""
+        saved = self._progress.arrays
         done = int(saved.get("blocks", 0))
         try:
             with np.load(self._hidden_path(done), allow_pickle=False) as stored:
                 arrays = {name: mx.array(stored[name]) for name in stored.files}
-            self._dense = arrays.pop("dense")
+            dense = arrays.pop("dense")
         except Exception:  # numpy raises many kinds on a damaged archive; the blocks are then passed again
-            return
-        self._done = done
-        self._sparse = {int(name.removeprefix("sparse/")): h for name, h in arrays.items()}
-        for path in self.harness.layers:
+            return _States()
+        for path in self.layers:
             if f"counts/{path}" in saved:
                 self.counts[path] = saved[f"counts/{path}"]
             if f"chosen/{path}" in saved:
-                self.candidate.levels[path] = saved[f"levels/{path}"]
-                threshold, share = saved[f"chosen/{path}"].tolist()
-                self.candidate.chosen[path], self.candidate.realised[path] = threshold, share
-
-
-def quantiles(counts: dict[str, np.ndarray], levels: dict[str, float]) -> dict[str, float]:
-    """Path -> the threshold below which the layer's level of its inputs lies."""
-    return {path: float(thresholds.quantile(counts[path], [level])[0]) for path, level in levels.items()}
+                candidate.sparsities[path] = saved[f"levels/{path}"]
+                candidate.thresholds[path], candidate.realised[path] = saved[f"chosen/{path}"].tolist()
+        return _States(done, dense, {int(name.removeprefix("sparse/")): h for name, h in arrays.items()})
 
 
 def host(h: mx.array) -> np.ndarray:

@@ -1,11 +1,10 @@
-"""Prices of levels for a model whose weights stay on disk: a few windows forwards, then backwards.
+"""Costs of skipping for a model whose weights stay on disk: a few windows forwards, then backwards.
 
-The same prices as gradients.py takes from the whole model. Forwards, what enters each block is kept in
-the model's folder; backwards, a block is run again from there, the gradient of its output goes in, those of
-its input and of its layers' inputs come out. At no time is more than one block's weights held.
+They are the same costs as gradients.py takes from the whole model. Forwards, what enters each block is kept
+in the model's folder. Backwards, a block is run again from there; the gradient by its output goes in,
+the gradients by its input and by its layers' inputs come out. One block's weights are held at a time.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
@@ -13,111 +12,119 @@ import mlx.core as mx
 import numpy as np
 
 from spqt_cli.calibrate import gradients
-from spqt_cli.calibrate.measurements import FIRST_TOKENS, check_counts
-from spqt_cli.calibrate.stream.blocks import Chain, Run
+from spqt_cli.calibrate.measurements import FIRST_TOKENS, OnProgress, check_counts, skippable
+from spqt_cli.calibrate.stream.blocks import Blocks, Run, through
 from spqt_cli.errors import UnsupportedError
 from spqt_cli.format import thresholds
 from spqt_cli.measure import many_rows, probes
 from spqt_cli.system import files
 
 
-class Backwards:
-    """One pass there and back. tokens: (windows, window), of even length; only second halves are priced."""
+def sensitivities(
+    blocks: Blocks, harness: probes.Harness, tokens: np.ndarray, folder: Path, on_progress: OnProgress
+) -> dict[str, np.ndarray]:
+    """Path -> cost of each of gradients.SPARSITIES, for layers that may skip and that the text reached.
 
-    def __init__(self, chain: Chain, harness: probes.Harness, tokens: np.ndarray, folder: Path) -> None:
-        self.chain, self.harness, self.folder = chain, harness, folder
+    tokens: (windows, window), of even length; the costs are those of the second halves. folder: for what
+    enters the blocks, while this runs.
+    """
+    both = _ThereAndBack(blocks, harness, tokens, folder)
+    return both.backwards(both.forwards(on_progress), on_progress)
+
+
+class _ThereAndBack:
+    """One pass over windows through all blocks, and the way back."""
+
+    def __init__(self, blocks: Blocks, harness: probes.Harness, tokens: np.ndarray, folder: Path) -> None:
+        self._blocks, self._harness, self._folder = blocks, harness, folder
         self._tokens, self._half = tokens, tokens.shape[1] // 2
-        self._runs: list[tuple[Run, list[str]]] = []
+        self._runs: list[Run] = []
         self._counts: dict[str, np.ndarray] = {}
         self._dtype = mx.float32
 
-    def costs(self, on_step: Callable[[str], None]) -> dict[str, np.ndarray]:
-        """Path -> price of each of sensitivity.LEVELS, without layers of constant inputs or not reached."""
+    def forwards(self, on_progress: OnProgress) -> mx.array:
+        """The hidden states (windows, window, width) after the last block; those before each are kept."""
         last: list[mx.array] = []
 
         def visit(number: int, run: Run, x: mx.array, paths: list[str]) -> mx.array:
-            on_step("passing blocks for gradients")
-            last[:] = [self._forwards(number, run, x, paths)]
+            on_progress(number, len(self._blocks), "passing blocks for gradients")
+            self._runs.append(run)
+            self._dtype = x.dtype
+            with files.disk_errors(self._folder):
+                np.save(self._input_path(number), np.array(x.astype(mx.float32)))
+            with self._harness.counting(FIRST_TOKENS, x.shape[1]) as counts:
+                last[:] = [mx.concatenate(through(run, x))]
+            check_counts(counts)
+            self._counts.update(counts)
+            self._blocks.drop(number)
             return last[0]
 
-        self.chain.walk(self._tokens, visit)
-        live = {path: seen for path, seen in self._counts.items() if not thresholds.is_dead(seen)}
-        steps = {path: thresholds.quantile(seen, gradients.LEVELS) for path, seen in live.items()}
-        prices = gradients.Sensitivity(steps, seed=0)
-        slopes = [self._at_head(w, last[0][w : w + 1]) for w in range(len(self._tokens))]
-        for number in reversed(range(len(self._runs))):
-            on_step("pricing levels by gradients")
-            with many_rows.many_rows(heads=False):
-                slopes = self._backwards(number, slopes, prices)
-            self.chain.drop(number)
-            self._input_path(number).unlink()
-        return prices.costs
+        self._blocks.walk(self._tokens, visit)
+        return last[0]
 
-    def _forwards(self, number: int, run: Run, x: mx.array, paths: list[str]) -> mx.array:
-        """The hidden states after a block; those before it are kept, its layers' inputs are counted."""
-        self._runs.append((run, paths))
-        self._dtype = x.dtype
-        with files.disk_errors(self.folder):
-            np.save(self._input_path(number), np.array(x.astype(mx.float32)))
-        self.harness.counting, self.harness.first, self.harness.length = True, FIRST_TOKENS, x.shape[1]
-        out = []
-        for w in range(len(x)):
-            out.append(run(x[w : w + 1]))
-            mx.eval(out[-1])
-        self.harness.counting = False
-        counts = self.harness.histograms()
-        for path in counts:
-            check_counts(path, counts[path])
-        self._counts.update(counts)
-        self.chain.drop(number)
-        return mx.concatenate(out)
+    def backwards(self, hidden: mx.array, on_progress: OnProgress) -> dict[str, np.ndarray]:
+        """Path -> cost of each of gradients.SPARSITIES. hidden: as `forwards` gives it."""
+        counts = skippable(self._counts)
+        found = gradients.Sensitivity(
+            {path: thresholds.quantile(seen, gradients.SPARSITIES) for path, seen in counts.items()}, seed=0
+        )
+        slopes = [self._at_head(w, hidden[w : w + 1]) for w in range(len(self._tokens))]
+        for number in reversed(range(len(self._runs))):
+            done = len(self._runs) - 1 - number
+            on_progress(done, len(self._runs), "measuring sensitivities by gradients")
+            with many_rows.many_rows(heads=False):
+                slopes = self._through_block(number, slopes, found)
+            self._blocks.drop(number)
+            self._input_path(number).unlink()
+        return found.costs
 
     def _at_head(self, w: int, hidden: mx.array) -> mx.array:
-        """The gradient of -log p (drawn token) by the hidden states of the second half: (1, half, width)."""
-        draw = np.random.default_rng(w * self._half)  # as the whole model's pricing draws
+        """The gradient of -log p(drawn token) by the hidden states of the second half: (1, half, width)."""
+        draw = np.random.default_rng(w * self._half)  # as with the whole model
 
         def objective(h: mx.array) -> mx.array:
-            return gradients.drawn_loss(self.chain.logits(self._tokens[w : w + 1, self._half :], h), draw)
+            return gradients.drawn_loss(self._blocks.logits(self._tokens[w : w + 1, self._half :], h), draw)
 
         (slope,) = gradients.differentiate(objective, hidden[:, self._half :])
         return cast(mx.array, slope)
 
-    def _backwards(
-        self, number: int, slopes: list[mx.array], prices: gradients.Sensitivity
+    def _through_block(
+        self, number: int, slopes: list[mx.array], found: gradients.Sensitivity
     ) -> list[mx.array]:
-        """Price a block's layers; of each window, the gradient by the block's input: (1, half, width)."""
-        run, _ = self._runs[number]
-        before = mx.array(np.load(self._input_path(number), allow_pickle=False)).astype(self._dtype)
-        found = []
-        for w, slope in enumerate(slopes):
-            self.harness.slopes = watch = probes.Slopes()
+        """Add the costs of a block's layers. Of each window, the gradient by the block's input.
 
-            def objective(
-                origin: mx.array, h: mx.array, watch: probes.Slopes = watch, slope: mx.array = slope
-            ) -> mx.array:
-                watch.origin = origin
+        slopes: those by its output; (1, half, width) each.
+        """
+        before = mx.array(np.load(self._input_path(number), allow_pickle=False)).astype(self._dtype)
+        return [
+            self._through_window(self._runs[number], before[w : w + 1], slope, found)
+            for w, slope in enumerate(slopes)
+        ]
+
+    def _through_window(
+        self, run: Run, before: mx.array, slope: mx.array, found: gradients.Sensitivity
+    ) -> mx.array:
+        with self._harness.differentiated() as slopes:
+
+            def objective(origin: mx.array, h: mx.array) -> mx.array:
+                slopes.origin = origin
                 return (run(h)[:, self._half :] * slope).sum()
 
-            try:
-                _, by_input = gradients.differentiate(objective, watch.origin, before[w : w + 1])
-                watch.evaluate()
-            finally:
-                self.harness.slopes = None
-            for path, x, gradient in watch.pairs():
-                if path in prices.costs:
-                    self._price(prices, path, x, gradient)
-            found.append(by_input[:, self._half :])  # the prompt is given: nothing goes through it
-        return found
+            _, by_input = gradients.differentiate(objective, slopes.origin, before)
+            slopes.evaluate()
+        for path, x, gradient in slopes.pairs():
+            if path in found.costs:
+                found.add_rows(path, self._second_half(path, x), self._second_half(path, gradient))
+        return cast(mx.array, by_input)[:, self._half :]  # the prompt is given: nothing goes through it
 
-    def _price(self, prices: gradients.Sensitivity, path: str, x: mx.array, gradient: mx.array) -> None:
-        """Price the second half of a window, for layers that see a row for each position."""
+    def _second_half(self, path: str, x: mx.array) -> mx.array:
+        """The rows (half, inputs) of a window's second half, of a layer that sees one for each position."""
         if x.size != self._tokens.shape[1] * x.shape[-1]:
             raise UnsupportedError(
                 f"layer {path} does not see all positions at once",
                 "this model can't be calibrated block by block",
             )
-        x, gradient = (a.reshape(-1, a.shape[-1])[self._half :] for a in (x, gradient))
-        prices.price(path, x, gradient)
+        return x.reshape(-1, x.shape[-1])[self._half :]
 
     def _input_path(self, number: int) -> Path:
-        return self.folder / f".spqt-hidden-input-{number}.npy"
+        return self._folder / f".spqt-hidden-input-{number}.npy"

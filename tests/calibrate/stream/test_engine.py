@@ -10,11 +10,9 @@ import pytest
 
 from spqt_cli.calibrate import calibrate
 from spqt_cli.calibrate.calibrate import CalibrateOptions
-from spqt_cli.calibrate.gradients import LEVELS, Sensitivity
+from spqt_cli.calibrate.gradients import SPARSITIES, Sensitivity
 from spqt_cli.calibrate.measurements import FIRST_TOKENS
-from spqt_cli.calibrate.stream import paging
-from spqt_cli.calibrate.stream.blocks import Chain
-from spqt_cli.calibrate.stream.gradients import Backwards
+from spqt_cli.calibrate.stream import blocks, engine, gradients
 from spqt_cli.convert import convert
 from spqt_cli.decode import layers, session
 from spqt_cli.errors import BusyError, UnsupportedError, UsageError
@@ -62,8 +60,8 @@ def test_same_thresholds_as_with_the_whole_model(folder, tmp_path, method):
     assert [row.path for row in streamed.layers] == [row.path for row in whole.layers]
     assert streamed.realised == pytest.approx(whole.realised, abs=0.01)
     assert streamed.realised == pytest.approx(0.4, abs=0.03)
-    # Settled with final thresholds upstream here, with the round's before there; the search of `paper`
-    # runs on a longer text. Thresholds of different levels lie a step of 5 % apart, so most agree.
+    # Refined with final thresholds upstream here, with the round's before there; the search of `paper`
+    # runs on a longer text. Its sparsities lie a step of 5 % apart, so most agree.
     expected = thresholds_of(other)
     off = np.array([found[path] / expected[path] - 1 for path in found])
     assert np.median(np.abs(off)) < 0.01
@@ -77,15 +75,14 @@ def test_gradients_block_by_block_are_those_of_the_whole_model(folder):
     windows = np.random.default_rng(0).integers(5, 500, (3, 64)).astype(np.int32)
     loaded = session.load_lazily(Folder(folder))
     with probes.probing(loaded.model) as harness:
-        backwards = Backwards(Chain(loaded.model, harness, folder), harness, windows, folder)
-        found = backwards.costs(lambda what: None)
+        walked = blocks.Blocks(loaded.model, harness, folder)
+        found = gradients.sensitivities(walked, harness, windows, folder, lambda *_: None)
     loaded = session.load(folder, dense=True)
     with probes.probing(loaded.model) as harness:
-        harness.counting, harness.first, harness.length = True, FIRST_TOKENS, windows.shape[1]
-        for row in windows:
-            probes.prompt_cache(loaded.model, mx.array(row[None]))
-        harness.counting = False
-        steps = {path: thresholds.quantile(c, LEVELS) for path, c in harness.histograms().items()}
+        with harness.counting(FIRST_TOKENS, windows.shape[1]) as counts:
+            for row in windows:
+                probes.prompt_cache(loaded.model, mx.array(row[None]))
+        steps = {path: thresholds.quantile(c, SPARSITIES) for path, c in counts.items()}
         expected = Sensitivity(steps, seed=0)
         for row in windows:
             cache = probes.prompt_cache(loaded.model, mx.array(row[None, :32]))
@@ -97,7 +94,7 @@ def test_gradients_block_by_block_are_those_of_the_whole_model(folder):
     assert not list(folder.glob(".spqt-*"))
 
 
-def test_fast_moves_shares_and_keeps_the_total(folder):
+def test_fast_moves_sparsities_and_keeps_the_total(folder):
     result = calibrate.calibrate(folder, settings(method="fast"), quiet)
     assert result.tried[0].name == "gradient"
     assert result.realised == pytest.approx(0.4, abs=0.03)
@@ -113,14 +110,14 @@ def test_result_loads_and_skips(folder):
 
 def test_a_block_is_dropped_after_use(folder, monkeypatch):
     read: list[int] = []
-    drop = paging.Weights.drop
+    drop = blocks.Weights.drop
 
     def watched(self, prefix):
         before = mx.get_active_memory()
         drop(self, prefix)
         read.append(before - mx.get_active_memory())
 
-    monkeypatch.setattr(paging.Weights, "drop", watched)
+    monkeypatch.setattr(blocks.Weights, "drop", watched)
     calibrate.calibrate(folder, settings(), quiet)
     loaded = session.load_lazily(Folder(folder))
     sizes = {path: sum(a.nbytes for a in layer.values() if isinstance(a, mx.array))
@@ -134,7 +131,7 @@ class Stopped(Exception):
     pass
 
 
-def test_interrupted_after_pricing(pristine, folder, tmp_path):
+def test_interrupted_after_gradients(pristine, folder, tmp_path):
     through = shutil.copytree(pristine, tmp_path / "through")
     calibrate.calibrate(through, settings(method="fast"), quiet)
     steps: list[str] = []
@@ -148,7 +145,7 @@ def test_interrupted_after_pricing(pristine, folder, tmp_path):
         calibrate.calibrate(folder, settings(method="fast"), until)
     again: list[str] = []
     calibrate.calibrate(folder, settings(method="fast"), lambda done, total, what: again.append(what))
-    assert set(again) == {"passing blocks", "scoring on held-out text"}  # prices were kept
+    assert set(again) == {"passing blocks", "scoring on held-out text"}  # costs were kept
     assert thresholds_of(folder) == thresholds_of(through)
     assert not list(folder.glob(".spqt-*"))
 
@@ -200,7 +197,7 @@ def test_progress_of_the_other_way_is_not_taken(folder):
 
 
 def test_too_large_for_memory_streams_by_itself(folder, monkeypatch, capsys):
-    monkeypatch.setattr(paging, "MEMORY_SHARE", 0.0)
+    monkeypatch.setattr(blocks, "MEMORY_FRACTION", 0.0)
     result = calibrate.calibrate(folder, settings(method="auto", stream=None), quiet)
     assert result.method == "fast"
     assert "block by block the method is fast" in capsys.readouterr().err
@@ -225,12 +222,12 @@ def test_blocks_that_are_no_chain(folder, monkeypatch, capsys):
     with pytest.raises(UnsupportedError, match="more than the output of the block before"):
         calibrate.calibrate(folder, settings(), quiet)
     monkeypatch.setattr(qwen2.Qwen2Model, "__call__", stock)
-    monkeypatch.setattr(paging, "MEMORY_SHARE", 0.0)
+    monkeypatch.setattr(blocks, "MEMORY_FRACTION", 0.0)
 
     def refuse(*_):
         raise UnsupportedError("no chain")
 
-    monkeypatch.setattr("spqt_cli.calibrate.stream.blocks.Chain._check", refuse)
+    monkeypatch.setattr("spqt_cli.calibrate.stream.blocks.Blocks._check", refuse)
     result = calibrate.calibrate(folder, settings(stream=None), quiet)
     assert "no chain; so the whole model is loaded" in capsys.readouterr().err
     assert result.realised == pytest.approx(0.4, abs=0.03)
@@ -247,3 +244,9 @@ def test_gemma_with_its_own_masks(tmp_path):
     assert max(abs(found[path] / expected[path] - 1) for path in found) < 0.05
     priced = calibrate.calibrate(tmp_path / "model", settings(method="fast"), quiet)
     assert priced.realised == pytest.approx(0.4, abs=0.03)
+
+
+def test_states_of_an_interrupted_run_have_the_models_dtype_again():
+    states = engine._States(1, mx.ones((2, 4, 8)), {1: mx.ones((1, 4, 8))})  # saved as float32
+    assert states.resumed(mx.float16).dtype == mx.float16
+    assert states.masked[1].dtype == mx.float16
