@@ -21,7 +21,7 @@ SMALLEST = {mx.float16: 2.0**-25, mx.bfloat16: 0.0, mx.float32: 0.0}  # half of 
 
 @dataclass
 class Judgement:
-    """How far outputs lie from float64, as a share of the bound, and what else must hold."""
+    """How far outputs lie from float64, as a fraction of the bound, and what else must hold."""
 
     error: float
     counts: bool
@@ -59,7 +59,7 @@ def judge(
 
 
 def judge_gated(apart: Result, gated: Result) -> str:
-    """What is wrong with silu(gate) * up, from gate and up as they stand alone; empty where nothing is.
+    """What is wrong with silu(gate) * up, from gate and up as they stand alone; empty if nothing is.
 
     The exponential may be off by a few units in the last place of float32, the product is rounded once.
     """
@@ -73,7 +73,7 @@ def judge_gated(apart: Result, gated: Result) -> str:
 
 
 def judge_residual(apart: Result, residual: mx.array, added: Result) -> str:
-    """What is wrong with y + residual, from y as it stands alone; empty where nothing is."""
+    """What is wrong with y + residual, from y as it stands alone; empty if nothing is."""
     ((y,), counts), ((found,), counted) = apart, added
     if not np.array_equal(np.array(counts), np.array(counted)):
         return "wrong number of active channels behind y + residual"
@@ -82,7 +82,7 @@ def judge_residual(apart: Result, residual: mx.array, added: Result) -> str:
 
 
 def judge_rotary(apart: Result, turns: mx.array, turned: Result, form: Rotary) -> str:
-    """What is wrong with turned heads, from the products as they stand alone; empty where nothing is.
+    """What is wrong with turned heads, from the products as they stand alone; empty if nothing is.
 
     A pair's two products and their sum are each rounded in float32, the result once more.
     """
@@ -107,7 +107,7 @@ def judge_rotary(apart: Result, turns: mx.array, turned: Result, form: Rotary) -
 
 
 def _error(x: mx.array, matrix: Any, y: mx.array, rounded: bool) -> tuple[float, int]:
-    """The largest error as a share of the bound, and the number of active channels."""
+    """The largest error as a fraction of the bound, and the number of active channels."""
     kept = ~np.array(layout.inactive(x, matrix.threshold)).ravel()
     values = np.where(kept, wide(x).ravel(), 0.0)
     w, sizes = reference(matrix)

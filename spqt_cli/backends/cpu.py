@@ -37,7 +37,7 @@ _CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
 def status() -> tuple[bool, str]:
-    """Whether the extension computes here, and why, or how to mend it."""
+    """Whether the extension computes here, and why, or how to get it."""
     if mx.default_device().type != mx.DeviceType.cpu:
         return False, "the device is a GPU"
     module, reason = _extension()
@@ -45,7 +45,7 @@ def status() -> tuple[bool, str]:
 
 
 def find() -> Backend | str | None:
-    """The CPU extension; or why it can't be used; None where the device is a GPU."""
+    """The CPU extension; or why it can't be used; None if the device is a GPU."""
     if mx.default_device().type != mx.DeviceType.cpu:
         return None
     usable, reason = status()
@@ -89,7 +89,7 @@ def arrange(layers: Sequence[Any]) -> None:
 
 
 def prepare_rotary(x: mx.array, norm: Norm, layers: Sequence[Any], rotary: Rotary) -> RotaryStep | None:
-    """As `select.prepare_rotary`: there is none; attention turns its heads itself."""
+    """As `select.prepare_rotary`: there is none; attention applies rotary positions itself."""
     return None
 
 
@@ -140,7 +140,7 @@ def rope(  # noqa: PLR0913 - the settings of mx.fast.rope
     offset: int,
     freqs: mx.array | None = None,
 ) -> mx.array:
-    """x (batch, heads, positions, width), float32, turned by its positions as `mx.fast.rope` does; lazy."""
+    """x (batch, heads, positions, width), float32, rotated as by `mx.fast.rope`; lazy."""
     if freqs is not None:
         mx.eval(freqs)
     return _native().rope(x, dims, traditional, base, scale, offset, freqs)
@@ -205,7 +205,7 @@ def default_threads() -> int:
         return count
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     count = min(psutil.cpu_count(logical=False) or allowed, allowed)
-    if _CGROUP_QUOTA.is_file():  # a container's share, which affinity does not show
+    if _CGROUP_QUOTA.is_file():  # a container's quota, which affinity does not show
         quota, period = _CGROUP_QUOTA.read_text().split()
         if quota != "max":
             count = min(count, max(1, int(quota) // int(period)))

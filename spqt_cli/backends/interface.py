@@ -30,13 +30,13 @@ class Projection(Protocol):
     def get(self, key: str, default: Any = None) -> Any: ...
 
 
-Count = mx.array | None  # of active channels, (layers,) uint32; None where nobody counts
+Count = mx.array | None  # of active channels, (layers,) uint32; None if nothing is counted
 
 
 class Step(Protocol):
     """One token through projections of one input: x (..., inputs), one row -> y of each, and counts.
 
-    counts: (layers,) uint32, `counted` plus the channels active now. Where `counted` is None nobody counts,
+    counts: (layers,) uint32, `counted` plus the channels active now. If `counted` is None nothing is counted,
     and counts may be None too.
     """
 
@@ -81,7 +81,7 @@ class HeadStep(Protocol):
 
 
 class RotaryStep(Protocol):
-    """One token through a norm, q/k/v and the rotary turns of q and k: x, one row, and turns -> q, k, v and
+    """One token through a norm, q/k/v and rotary positions of q and k: x, one row, and turns -> q, k, v and
     counts; q, k, v: (1, heads, 1, width).
 
     turns: (dims,) float32: the cosines of a position's angles, then the sines.
@@ -104,7 +104,7 @@ class TailStep(Protocol):
 
 
 class Rotary(NamedTuple):
-    """How heads are turned by a position: rotary embeddings of the first `rotated` projections.
+    """How heads are rotated by a position: rotary embeddings of the first `rotated` projections.
 
     head: outputs of a head, of which `dims` are turned; traditional: pairs of neighbours, else of halves.
     """

@@ -24,7 +24,7 @@ class Case:
     band: int | None = None
     bias: bool = False
     per_channel: bool = False
-    active: float | int = 0.5  # a share, or so many channels
+    active: float | int = 0.5  # a fraction, or a number of channels
 
 
 class Matrix(nn.Module):
@@ -71,7 +71,7 @@ def matrices(case: Case) -> list[Matrix]:
 
 
 def vector(case: Case, active: float | int | None = None) -> mx.array:
-    """An x of (1, 1, inputs) with a share, or a number, of its channels above every threshold."""
+    """An x of (1, 1, inputs) with a fraction, or a number, of its channels above every threshold."""
     wanted = case.active if active is None else active
     count = wanted if isinstance(wanted, int) else round(wanted * case.inputs)
     random = np.random.default_rng(23)

@@ -74,7 +74,7 @@ def arrange(layers: Sequence[Projection]) -> None:
 
 
 def prepare(layers: Sequence[Projection]) -> Step:
-    """What `sparse_gemv` does, for these layers as they are now; a layer without threshold runs densely.
+    """What `sparse_gemv` does, for these layers' present arrays; a layer without threshold runs densely.
 
     Decoding calls it hundreds of times a token: all that does not depend on x is done here.
     """
@@ -82,16 +82,16 @@ def prepare(layers: Sequence[Projection]) -> Step:
 
 
 def prepare_gated(x: mx.array, pair: Sequence[Projection], down: Projection) -> GatedStep | None:
-    """down(silu(gate(x)) * up(x)) for these layers as they are now, in fewer launches than one by one.
+    """down(silu(gate(x)) * up(x)) for these layers, in fewer launches than one by one.
 
-    pair: gate and up; x: such an input as the steps will get. None where the backend has no such step.
+    pair: gate and up; x: such an input as the steps will get. None if the backend has no such step.
     """
     fused = backend().fused
     return fused.prepare_gated(x, pair, down) if fused else None
 
 
 def prepare_head(norm: Norm, layers: Sequence[Projection]) -> HeadStep | None:
-    """norm(x) and its products for these layers as they are now, in one call; None as for `prepare_tail`."""
+    """norm(x) and its products for these layers, in one call; None as for `prepare_tail`."""
     fused = backend().fused
     return fused.prepare_head(norm, layers) if fused else None
 
@@ -99,18 +99,18 @@ def prepare_head(norm: Norm, layers: Sequence[Projection]) -> HeadStep | None:
 def prepare_rotary(
     x: mx.array, norm: Norm, layers: Sequence[Projection], rotary: Rotary
 ) -> RotaryStep | None:
-    """norm(x), its products q, k and v, and q's and k's heads turned, in one call.
+    """norm(x), its products q, k and v, and the rotary positions of q and k, in one call.
 
-    x: such an input as the steps will get. None where the backend has no such step.
+    x: such an input as the steps will get. None if the backend has no such step.
     """
     fused = backend().fused
     return fused.prepare_rotary(x, norm, layers, rotary) if fused else None
 
 
 def prepare_tail(x: mx.array, tail: Tail) -> TailStep | None:
-    """All that follows attention in a block, for its layers as they are now, in one call.
+    """All that follows attention in a block, for its layers, in one call.
 
-    x: such an input as the steps will get. None where the backend has no such step.
+    x: such an input as the steps will get. None if the backend has no such step.
     """
     fused = backend().fused
     return fused.prepare_tail(x, tail) if fused else None

@@ -20,7 +20,7 @@ from spqt_cli.format import layout
 
 
 def run() -> list[dict[str, Any]]:
-    """Rows for people: kernel, shape, bits, group, dtype, worst error as a share of the bound, pass.
+    """Rows of the table: kernel, shape, bits, group, dtype, worst error as a fraction of the bound, pass.
 
     GPU kernels run here whatever an earlier check of them said.
     """
@@ -143,7 +143,7 @@ def _worst(case: Case, sparse_gemv: Any) -> accuracy.Judgement:
 
 
 def _many_rows(case: Case, count: int) -> float:
-    """The largest error of a matmul of many rows, as a share of its bound.
+    """The largest error of a matmul of many rows, as a fraction of its bound.
 
     Kernels for many rows may round weights to x's dtype, multiply as tensor units do (TF32: 10 bits of
     mantissa for float32) and add up blocks in x's dtype: 4 roundings of a term to the coarser of the two.

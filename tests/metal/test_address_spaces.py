@@ -1,7 +1,8 @@
-"""Metal's address spaces made real: clang gives `device`, `constant` and `threadgroup` types of their own.
+"""The Metal files as C++14 with real address spaces: `device`, `constant`, `threadgroup` are types to clang.
 
-It compiles, in C++14, the whole text that MLX would hand to Metal. Where CI says so (CI=true) a missing
-clang fails; elsewhere it skips.
+Contract: each file of metal/ compiles behind its constants, and so does the whole text that MLX hands to
+Metal; a planted pointer into the wrong space is refused. Where CI says so (CI=true) a missing clang fails;
+elsewhere it skips.
 """
 
 import itertools

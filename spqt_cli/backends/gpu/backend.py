@@ -33,13 +33,13 @@ from spqt_cli.backends.interface import (
     TailStep,
 )
 
-DEQUANTIZE_ROWS = 16  # from here dequantizing once and a plain matmul is faster on CUDA (docs/kernel-log.md)
+DEQUANTIZE_ROWS = 16  # from here dequantizing once and a plain matmul is faster on CUDA (docs/log/kernels.md)
 MOST_UNFREED = 512 << 20  # bytes of dequantized matrices that wait to be freed
 _unfreed: list[int] = []  # bytes of those matrices
 
 
 def find() -> Backend | str | None:
-    """The kernels of this process's GPU; or why they can't run; None where the device is no GPU."""
+    """The kernels of this process's GPU; or why they can't run; None if the device is no GPU."""
     if mx.default_device() != mx.Device(mx.gpu):
         return None
     if first_use.broken():
@@ -103,7 +103,7 @@ def prepare(layers: Sequence[Projection]) -> Step:
 def prepare_gated(x: mx.array, pair: Sequence[Projection], down: Projection) -> GatedStep | None:
     """down(silu(gate) * up) in one traced call, silu in the reduction of gate and up.
 
-    x: such an input as the steps will get. None where the kernels can't: for layers that differ or are small.
+    x: such an input as the steps will get. None if the kernels can't: for layers that differ or are small.
     """
     plan = _gated_plan(x, pair, None)
     if plan is None:
@@ -136,7 +136,7 @@ def prepare_head(norm: Norm, layers: Sequence[Projection]) -> HeadStep:
 def prepare_rotary(
     x: mx.array, norm: Norm, layers: Sequence[Projection], rotary: Rotary
 ) -> RotaryStep | None:
-    """As `select.prepare_rotary`, in one traced call: the reduction of q/k/v turns their heads."""
+    """As `select.prepare_rotary`, in one traced call: the reduction of q/k/v applies rotary positions."""
     dense = all(layer.threshold is None for layer in layers)
     plan = _usable(x, layers, Form(dense, rotary, norm)) if launching.turns(layers, rotary) else None
     if plan is None:
@@ -167,14 +167,14 @@ def prepare_tail(x: mx.array, tail: Tail) -> TailStep | None:
 
 
 def _gated_plan(x: mx.array, pair: Sequence[Projection], norm: Norm | None) -> Plan | None:
-    """The plan for silu(gate) * up, of x or of its norm; None where the kernels can't."""
+    """The plan for silu(gate) * up, of x or of its norm; None if the kernels can't."""
     dense = all(layer.threshold is None for layer in pair)
     shapes = {(layer.outputs, *bands) for layer, bands in zip(pair, launching.bands(pair), strict=True)}
     return _usable(x, pair, Form(dense, "glu", norm)) if len(shapes) == 1 else None
 
 
 def _usable(x: mx.array, layers: Sequence[Projection], form: Form) -> Plan | None:
-    """The plan of a call; None where the kernels can't."""
+    """The plan of a call; None if the kernels can't."""
     if form.norm is not None and form.norm.weight.dtype != x.dtype:
         return None  # MLX would go on in the wider of the two
     plan = _plan(x, layers, form)
@@ -232,7 +232,7 @@ def _free_in_time(y: mx.array, size: int) -> None:
 
 
 def _plan(x: mx.array, layers: Sequence[Projection], form: Form) -> Plan | None:
-    """The plan of a call, made once; None where the layers can't share a launch."""
+    """The plan of a call, made once; None if the layers can't share a launch."""
     plans = weights.kept(layers[0]).plans
     norm = (id(form.norm.weight), form.norm.eps) if form.norm else None
     key = (x.shape, x.dtype, form.dense, form.then, norm, *map(id, layers))

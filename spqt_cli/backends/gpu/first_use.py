@@ -1,4 +1,4 @@
-"""No GPU kernel is trusted because it compiles: each variant runs once against the definition.
+"""Checks each GPU kernel variant against a float64 reference before its first use.
 
 A variant is a kernel's text with its constants; shapes are no part of it, so a small problem checks it.
 Passes are remembered per chip, system, MLX and spqt version; failures are tried again by each process.
@@ -45,9 +45,9 @@ def suspended() -> Iterator[None]:
 
 
 def verdict(plan: Plan, dtype: mx.Dtype, layers: Sequence[Any], cut: geometry.Geometry) -> str:
-    """Why the kernels of these layers' plan must not be used; empty where they are right.
+    """Why the kernels of these layers' plan must not be used; empty if they are right.
 
-    The first failure of a process is told in one line, and turns all its later layers to MLX's matmul.
+    The first failure of a process is printed in one line; all later layers of the process use MLX's matmul.
     """
     if _suspended:
         return ""
@@ -69,7 +69,7 @@ def verdict(plan: Plan, dtype: mx.Dtype, layers: Sequence[Any], cut: geometry.Ge
 
 
 def fault(dtype: mx.Dtype, layers: Sequence[Any], cut: geometry.Geometry, form: Form) -> str:
-    """What is wrong with such kernels on a small random problem, run twice; empty where nothing is."""
+    """What is wrong with such kernels on a small random problem, run twice; empty if nothing is."""
     one_stripe = cut.stripes(layers[0].weight.shape[1]) == 1
     small = cut._replace(stripe=INPUTS if one_stripe else INPUTS // 2)
     group, then = layers[0].group_size, form.then

@@ -23,8 +23,8 @@ class Form(NamedTuple):
     """What a call computes besides its layers' products.
 
     dense: all channels are used, whatever the thresholds. then: "glu" gives silu(first) * second of two
-    layers, "residual" y plus another array, a Rotary turned heads, (1, heads, 1, width) each. norm: what x
-    goes through first; its weight has x's dtype.
+    layers, "residual" y plus another array, a Rotary y with rotary positions, (1, heads, 1, width) each.
+    norm: applied to x first; its weight has x's dtype.
     """
 
     dense: bool = False
@@ -73,8 +73,8 @@ def launch(
 ) -> tuple[list[mx.array], Count]:
     """The outputs of a plan's one or two kernel calls, and `counted` plus the active channels; lazy.
 
-    Counting partial sums takes a call of its own, left out where nobody counts.
-    other: what the reduction takes with the sums: the residual stream, or the turns of a position.
+    Counting partial sums takes a call of its own, left out if nothing is counted.
+    other: what the reduction takes with the sums: the residual stream, or a position's cosines and sines.
     """
     assert plan.gemv is not None
     *outputs, last = run(plan.gemv, plan.first_inputs(x, counted))
@@ -178,7 +178,7 @@ def _y_shape(shape: tuple[int, ...], outputs: int, then: Then) -> tuple[int, ...
 
 
 def turns(layers: Sequence[Projection], rotary: Rotary) -> bool:
-    """Whether a reduction can turn these projections' heads: no pair lies in two bands."""
+    """Whether a reduction can apply rotary positions to these projections: no pair lies in two bands."""
     whole = all(band % rotary.head == 0 for band, _ in bands(layers))
     whole = whole and all(layer.outputs % rotary.head == 0 for layer in layers)
     return whole and rotary.dims % 2 == 0 and 8 <= rotary.dims <= rotary.head

@@ -1,4 +1,8 @@
-"""A block's two sides of attention on the CPU extension: equal, bit for bit, to one layer at a time."""
+"""A block's two fused steps on the CPU extension, before attention and after it.
+
+Contract: `prepare_head` and `prepare_tail` give what their norms, products and sums give one by one.
+No tolerance: both ways run the same kernels in the same order, so they are compared bit for bit.
+"""
 
 import mlx.core as mx
 import numpy as np

@@ -1,4 +1,9 @@
-"""Prompts, heads and MLX's own layout on the CPU extension, against the definition in float64."""
+"""Prompts, heads and MLX's own layout on the CPU extension.
+
+Contract: `cpu.matmul` of many rows and `cpu.head_matmul` are x @ W.T + bias, W as dequantized.
+The reference is NumPy in float64. TOLERANCE: float32 roundings of either sign over 4,000 terms come to about
+sqrt(4000) * 2^-24 = 4e-6 of the result's norm; 1e-5 is less than three times that.
+"""
 
 import mlx.core as mx
 import numpy as np

@@ -1,4 +1,10 @@
-"""The Metal bodies under emulation against float64: every variant, every hazard in the shapes."""
+"""sparse_gemv.metal, reduce_stripes.metal and count_active.metal under emulation.
+
+Contract: outputs are matmul(mask(x, threshold), W) + bias for every width of code, group, dtype, cut and
+hazard in the shapes; counts are exact; two runs are equal bit for bit; the emulator reports no fault.
+The reference is float64. The bound is accuracy.py's: (n + 64) float32 roundings of the sum of the sizes of n
+terms, plus the rounding to x's dtype; metal/README.md derives it. Other tolerances stand where they are used.
+"""
 
 import itertools
 

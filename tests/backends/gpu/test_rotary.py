@@ -1,4 +1,9 @@
-"""Heads that the reduction turns by their position: equal to the definition, however tiles and heads lie."""
+"""reduce_stripes.metal where it turns heads by their position (ROTATED), under emulation.
+
+Contract: heads of q and k are turned as rotary embeddings turn them, however tiles, bands and heads lie; v is
+left as it is. The bound is accuracy.judge_rotary's: the two products of a pair and their sum are rounded in
+float32, the result once more to x's dtype.
+"""
 
 import mlx.core as mx
 import pytest

@@ -1,4 +1,8 @@
-"""The arrays of a launch as one: equal views, shared once, noticed when somebody puts others in."""
+"""What the GPU backend keeps with a layer: the arrays of a launch as one, and plans.
+
+Contract: a layer's arrays become equal views of one array, are joined once, and other arrays or a copied
+layer begin anew. No tolerance but one: float16 sums of doubled weights, 2^-11 of the result.
+"""
 
 import copy
 
