@@ -2,17 +2,19 @@
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mlx import nn
 from mlx.utils import tree_flatten
 
+from spqt_cli.backends import select
 from spqt_cli.calibrate import result
 from spqt_cli.convert import parameters, plan
-from spqt_cli.decode import quality_warning
+from spqt_cli.decode import exact, fused_block, quality_warning
 from spqt_cli.decode.bytes_read import Piece, Reads, summed
-from spqt_cli.format import locate, presets
+from spqt_cli.format import locate, thresholds
 from spqt_cli.format.folder import Folder
 
 PACKED = ("weight", "scales", "biases")
@@ -24,7 +26,8 @@ class Summary:
 
     kinds: Zigzag layers per (bits, group size). own: likewise, row-grouped layers that differ from the
     model's default, such as embedding and head. zeros: a line on layers whose inputs have exact zeros, or "".
-    reads: what a token reads, and what of it is always read.
+    reads: what a token reads, and what of it is always read. fused_blocks: how transformer blocks would run
+    on `backend`, which is this machine's.
     """
 
     folder: Path
@@ -37,6 +40,8 @@ class Summary:
     own: dict[str, int]
     reads: Reads
     zeros: str = ""
+    backend: str = ""
+    fused_blocks: fused_block.Report = field(default_factory=fused_block.Report)
 
     def text(self) -> str:
         """The summary as a few lines of text."""
@@ -60,6 +65,7 @@ class Summary:
                 lines.append(said)
             if self.zeros:
                 lines.append(self.zeros)
+        lines.append(f"on backend {self.backend} {self.fused_blocks.line()}")
         return "\n".join(lines + self.reads.lines())
 
 
@@ -74,6 +80,7 @@ def describe(path: str, revision: str | None = None) -> Summary:
     if folder.calibration is not None:
         record = folder.calibration.record.items()
         facts = {key: value for key, value in record if not isinstance(value, (dict, list))}
+    model = parameters.build(folder.config, str(folder))
     return Summary(
         folder=folder.path,
         model_type=str(folder.config.get("model_type")),
@@ -83,8 +90,10 @@ def describe(path: str, revision: str | None = None) -> Summary:
         other_bytes=sum(sizes.values()) - zigzag,
         calibration=facts,
         own=_counted(own),
-        reads=_reads(folder),
+        reads=_reads(folder, model),
         zeros=result.stored_zeros(folder.calibration.record) if folder.calibration else "",
+        backend=select.backend().name,
+        fused_blocks=_fused_blocks(folder, model),
     )
 
 
@@ -92,9 +101,15 @@ def _counted(kinds: Iterable[tuple[Any, Any]]) -> dict[str, int]:
     return dict(Counter(f"{bits} bits, group {group_size}" for bits, group_size in kinds))
 
 
-def _reads(folder: Folder) -> Reads:
+def _fused_blocks(folder: Folder, model: nn.Module) -> fused_block.Report:
+    """How the model's blocks would run here, once their layers are those of the folder."""
+    model = exact.complete(model, folder.config["spqt"])
+    layers = {id(module) for path, module in model.named_modules() if path in folder.layers}
+    return fused_block.report(model, lambda layer: id(layer) in layers)
+
+
+def _reads(folder: Folder, model: nn.Module) -> Reads:
     """What a token reads; the reasons are those of a plan made today for the same model."""
-    model = parameters.build(folder.config, str(folder))
     decide = plan.Decisions(model, plan.Wishes(), folder.config)
     tensors, pieces = folder.tensors, []
     for name, tensor in tensors.items():
@@ -114,5 +129,5 @@ def _reads(folder: Folder) -> Reads:
         sparsity, origin = folder.calibration.sparsity, "calibrated"
     else:
         count = sum(array.size for array in dict(tree_flatten(model.parameters())).values())
-        sparsity, origin = presets.default_sparsity(count), "not calibrated yet: the default for this size"
+        sparsity, origin = thresholds.default_sparsity(count), "not calibrated yet: the default for this size"
     return summed(pieces, decide.fractions.experts, sparsity, origin)

@@ -7,7 +7,6 @@ both. Attention itself is one operation on the CPU (attention_cpu.py), traced ar
 """
 
 import copy
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -139,34 +138,22 @@ class FusedBlock:
 
 @dataclass
 class Report:
-    """How many of a model's transformer blocks run fused, and how many do not, by the reason.
+    """How many of a model's transformer blocks run fused; why others do not: reason -> number of blocks.
 
-    attention: how many of the fused ones have their own code between the two calls, by the reason.
+    attention: of the fused ones, those with their own code between the two calls, by the reason.
     """
 
     blocks: int = 0
-    reasons: Counter[str] = field(default_factory=Counter)
-    attention: Counter[str] = field(default_factory=Counter)
-
-    @property
-    def fused(self) -> int:
-        return self.blocks - sum(self.reasons.values())
+    fused: int = 0
+    reasons: dict[str, int] = field(default_factory=dict)
+    attention: dict[str, int] = field(default_factory=dict)
 
     def line(self) -> str:
         """One line of text."""
         text = f"{self.fused} of {self.blocks} blocks run fused"
-        for verb, counted in (("do not", self.reasons), ("with attention by its own code", self.attention)):
-            text += "".join(f"; {count} {verb}: {reason}" for reason, count in counted.most_common())
+        for verb, counted in (("do not", self.reasons), ("by attention's own code", self.attention)):
+            text += "".join(f"; {count} {verb}: {reason}" for reason, count in counted.items())
         return text
-
-    def facts(self) -> dict[str, Any]:
-        """The same for JSON."""
-        return {
-            "blocks": self.blocks,
-            "fused": self.fused,
-            "not_fused": dict(self.reasons),
-            "own_attention": dict(self.attention),
-        }
 
 
 def report(model: nn.Module, zigzag: Callable[[Any], bool] = recognize.is_zigzag) -> Report:
@@ -176,13 +163,14 @@ def report(model: nn.Module, zigzag: Callable[[Any], bool] = recognize.is_zigzag
     """
     found, backend = Report(), select.backend()
     for module in recognize.blocks(model, zigzag).values():
-        found.blocks += 1
-        block = module.__dict__.get(ATTRIBUTE)
+        block: FusedBlock | None = module.__dict__.get(ATTRIBUTE)
         reason = block.reason if block is not None else None
         if reason is None:
             reason = recognize.why_not(module, backend, zigzag)
-        if reason:
-            found.reasons[reason] += 1
-        elif block is not None and block.attention:
-            found.attention[block.attention] += 1
+        own = block.attention if block is not None else ""
+        found.blocks += 1
+        found.fused += not reason
+        for said, counts in ((reason, found.reasons), (own, found.attention)):
+            if said:
+                counts[said] = counts.get(said, 0) + 1
     return found

@@ -6,11 +6,11 @@ It knows prompts, sampling and stop strings; the loop and the cache are mlx-lm's
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from spqt_cli.backends import select
-from spqt_cli.decode import active_counts, context, session, text_borders
+from spqt_cli.decode import active_counts, context, fused_block, session, text_borders
 from spqt_cli.decode.options import Options, Prompt, Sampling, check
 from spqt_cli.errors import BackendError, SpqtError, UsageError
 from spqt_cli.system import files, sandbox
@@ -25,7 +25,7 @@ class Statistics:
     Of what was decoded: prompts run dense. sparsity: fraction of Zigzag weights skipped, the mean over tokens
     fed. weight_bytes_per_token: read for each token written, by the draft model too; steps that verify drafts
     read all weights whatever they skip. dense_weight_bytes_per_token: what the same steps would read dense.
-    draft_sparsity: the draft model's; None without one.
+    draft_sparsity: the draft model's; None without one. fused_blocks: how its transformer blocks ran.
     """
 
     prompt_tokens: int
@@ -41,6 +41,7 @@ class Statistics:
     finish_reason: str | None
     note: str = ""
     draft_sparsity: float | None = None
+    fused_blocks: fused_block.Report = field(default_factory=fused_block.Report)
 
     def line(self) -> str:
         """The statistics as one line of text."""
@@ -51,7 +52,7 @@ class Statistics:
             f"peak memory {self.peak_memory_bytes / 1e9:.2f} GB | backend {self.backend} | "
             f"skipped {self.sparsity:.1%} of the Zigzag weights{draft} | "
             f"{self.weight_bytes_per_token / 1e6:.1f} MB of weights a token "
-            f"(dense {self.dense_weight_bytes_per_token / 1e6:.1f})"
+            f"(dense {self.dense_weight_bytes_per_token / 1e6:.1f}) | {self.fused_blocks.line()}"
         )
 
 
@@ -220,6 +221,7 @@ def _statistics(
         finish_reason=reason or response.finish_reason,
         note=loaded.note,
         draft_sparsity=draft_skipped,
+        fused_blocks=fused_block.report(loaded.model),
     )
 
 

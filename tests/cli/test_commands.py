@@ -144,6 +144,20 @@ def test_inspect_and_verify(calibrated):
     assert b"intact" in spqt("verify", calibrated).stdout
 
 
+def test_inspect_and_generate_say_how_many_blocks_run_fused_and_why_others_do_not(calibrated):
+    said = "2 do not: backend stock has no fused steps"
+    expected = {"blocks": 2, "fused": 0, "reasons": {"backend stock has no fused steps": 2}, "attention": {}}
+    text = process("inspect", calibrated, SPQT_BACKEND="stock").stdout.decode()
+    assert f"on backend stock 0 of 2 blocks run fused; {said}" in text
+    facts = json.loads(process("inspect", calibrated, "--json", SPQT_BACKEND="stock").stdout)
+    assert facts["fused_blocks"] == expected
+    asked = ("generate", "--model", calibrated, "-p", "fox", "-m", "3")
+    result = process(*asked, SPQT_BACKEND="stock")
+    assert f"| 0 of 2 blocks run fused; {said}" in result.stderr.decode()
+    result = json.loads(process(*asked, "--json", SPQT_BACKEND="stock").stdout)
+    assert result["fused_blocks"] == expected
+
+
 def test_doctor_names_the_backend():
     result = process("doctor", SPQT_BACKEND="stock")
     assert result.returncode == 0, result.stderr.decode()

@@ -190,7 +190,7 @@ def test_the_report_counts_blocks_and_reasons(monkeypatch):
         "1 of 4 blocks run fused; 2 do not: attention returns more than o_proj; "
         "1 do not: Doubled adds up norms, attention and mlp in another way"
     )
-    assert found.facts()["not_fused"]["attention returns more than o_proj"] == 2
+    assert found.reasons["attention returns more than o_proj"] == 2
     plain = Stack(block(), nn.Linear(4, 4))
     assert fused_block.report(plain).line() == "1 of 1 blocks run fused"
     assert fused_block.report(plain, lambda layer: isinstance(layer, nn.RMSNorm)).fused == 0
