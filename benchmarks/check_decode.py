@@ -11,7 +11,7 @@ prompt. There are two references, each with its own masks and cache:
 - `exact`: the definition: the mask from x as it is, then weights, products and sums in float32, and one
   rounding to x's dtype at the end.
 
-Against each, per run, stand the mean KL divergence, how often the likeliest token agrees, and the share of
+Against each, per run, stand the mean KL divergence, how often the likeliest token agrees, and the fraction of
 channels that one run skips and the other keeps:
 
 - `kernels_free`, `stock_free`, `dequantized_free`: with a cache of its own. Where a channel lies on its
@@ -24,7 +24,7 @@ channels that one run skips and the other keeps:
 against `exact`, what that rounding alone does. `--dtype` casts the whole model, scales too.
 
 Launch by launch, on inputs recorded from the stock path, the kernels are held against float64: equal
-counts, errors as shares of the bound that metal/README.md derives. Works from a bare checkout.
+counts, errors as fractions of the bound that metal/README.md derives. Works from a bare checkout.
 """
 
 import argparse
