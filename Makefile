@@ -29,7 +29,7 @@ help:
 	@echo "make fuzz-configs CONFIGS=n   random configs of twelve families against their definitions"
 	@echo "make clean   remove the environment and build output"
 
-$(STAMP): pyproject.toml $(wildcard cpu/*)
+$(STAMP): pyproject.toml $(filter-out cpu/README.md,$(wildcard cpu/*))
 	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
 	  { echo "spqt needs Python 3.11 to 3.13: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)

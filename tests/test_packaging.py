@@ -74,7 +74,7 @@ def test_wheel_installs_and_finds_its_data(built, tmp_path):
     ]
     subprocess.run(install, check=True)
     code = (
-        "import spqt_cli, pathlib; from importlib import resources; from spqt_cli.format import presets;"
+        "import spqt_cli, pathlib; from importlib import resources; from spqt_cli.cli import presets;"
         "print(pathlib.Path(spqt_cli.__file__).parent, sorted(presets.names()),"
         "sorted(p.name for p in resources.files('spqt_cli.metal').iterdir() if p.name.endswith('.metal')))"
     )

@@ -28,8 +28,7 @@ from spqt_cli.errors import SpqtError, UnsupportedError
 from spqt_cli.format import thresholds
 from spqt_cli.format.contract import ThresholdsError
 from spqt_cli.format.folder import Folder, remove_thresholds
-from spqt_cli.format.presets import default_sparsity
-from spqt_cli.format.thresholds import CURVE_SPARSITIES
+from spqt_cli.format.thresholds import CURVE_SPARSITIES, default_sparsity
 from spqt_cli.measure import probes, texts
 from spqt_cli.system import files
 

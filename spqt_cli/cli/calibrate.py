@@ -44,7 +44,7 @@ def calibrate(
 ) -> None:
     """Choose the thresholds below which channels are skipped."""
     from spqt_cli.calibrate import calibrate as calibrator
-    from spqt_cli.format import presets
+    from spqt_cli.cli import presets
 
     if remove:
         calibrator.remove(model)

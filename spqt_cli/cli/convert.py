@@ -52,8 +52,8 @@ def convert(
     json_output: Json = False,
 ) -> None:
     """Re-quantize a checkpoint into the Zigzag layout."""
+    from spqt_cli.cli import presets
     from spqt_cli.convert import convert as converter
-    from spqt_cli.format import presets
 
     if (model is None) == (hf_path is None):
         raise UsageError("convert takes one source", "spqt convert FOLDER_OR_HUB_ID_OR_GGUF")

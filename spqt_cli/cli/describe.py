@@ -14,7 +14,7 @@ from spqt_cli.calibrate import result
 from spqt_cli.convert import parameters, plan
 from spqt_cli.decode import exact, fused_block, quality_warning
 from spqt_cli.decode.bytes_read import Piece, Reads, summed
-from spqt_cli.format import locate, presets
+from spqt_cli.format import locate, thresholds
 from spqt_cli.format.folder import Folder
 
 PACKED = ("weight", "scales", "biases")
@@ -129,5 +129,5 @@ def _reads(folder: Folder, model: nn.Module) -> Reads:
         sparsity, origin = folder.calibration.sparsity, "calibrated"
     else:
         count = sum(array.size for array in dict(tree_flatten(model.parameters())).values())
-        sparsity, origin = presets.default_sparsity(count), "not calibrated yet: the default for this size"
+        sparsity, origin = thresholds.default_sparsity(count), "not calibrated yet: the default for this size"
     return summed(pieces, decide.fractions.experts, sparsity, origin)

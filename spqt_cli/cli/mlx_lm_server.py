@@ -1,7 +1,7 @@
 """`spqt mlx-lm server`: it ends when it is told to.
 
-mlx-lm's server ends by itself on Ctrl-C alone, and any other way out of its main thread waits for ever for
-the thread that generates. It holds nothing that would be lost, so a signal ends the process as it stands.
+mlx-lm's server was seen to stay after it was told to end. It holds nothing that would be lost, so a
+signal ends the process at once.
 """
 
 import atexit
@@ -35,7 +35,7 @@ def ending() -> Iterator[None]:
     try:
         with foreign.replaced([(generator, "__init__", beginning)]):
             yield
-    except SpqtError as error:  # MLX aborts when Python shuts down after another thread has computed
+    except SpqtError as error:  # an orderly exit was seen to end in an abort
         atexit.register(_leave, error.exit_code)
         raise
     finally:

@@ -1,8 +1,7 @@
-"""Commands that run a model do so in a child process, because a GPU driver's time-out ends its process.
+"""Runs commands that run a model in a child process, so that its end by a signal becomes one line.
 
-MLX's Metal backend aborts there, and Python can't catch it (mlx issues 1438 and 3803); its CPU backend was
-seen to crash when memory could not be had; the system's out-of-memory killer can't be caught either. The
-parent imports nothing heavy, so it costs a tenth of a second, and it says in a line what happened.
+MLX can end its process where Python can't catch it, and so can the system. The parent imports nothing
+heavy, costs a tenth of a second, and says in a line what happened.
 """
 
 import ctypes

@@ -16,7 +16,7 @@ from spqt_cli.convert.job import Conversion, Progress
 from spqt_cli.convert.plan import ZIGZAG, Plan
 from spqt_cli.decode.bytes_read import Reads
 from spqt_cli.errors import ResourceError, UsageError
-from spqt_cli.format import checkpoint_files, layout, presets, thresholds
+from spqt_cli.format import checkpoint_files, layout, thresholds
 from spqt_cli.system import files
 
 DTYPES = ("float16", "bfloat16", "float32")
@@ -202,7 +202,7 @@ def _expected(planned: Plan, options: ConvertOptions) -> tuple[float, str]:
         return options.profile, "as given by --profile"
     if options.sparsity is not None:
         return options.sparsity, "the preset's"
-    return presets.default_sparsity(planned.weights), "calibrate's default for this size"
+    return thresholds.default_sparsity(planned.weights), "calibrate's default for this size"
 
 
 def _result(

@@ -172,7 +172,7 @@ def set_sparsity(loaded: Loaded, sparsity: float) -> None:
 
 
 def known(loaded: Loaded, tokens: list[int]) -> list[int]:
-    """`tokens`, all of which the model has. MLX looks others up beyond the embedding and may crash."""
+    """`tokens`, all of which the model has; others are refused before MLX sees them."""
     count = loaded.folder.size("vocab_size")
     if count is not None and tokens and not 0 <= min(tokens) <= max(tokens) < count:
         raise SpqtError(

@@ -1,7 +1,6 @@
 """Limits of time and memory on work that a model's file dictates, such as its chat template.
 
-transformers renders templates in a sandbox that blocks escapes but neither endless loops nor giant
-strings (measured), and one bad template must not hang or exhaust the machine.
+transformers' own sandbox for templates limits neither time nor memory.
 """
 
 import contextlib

@@ -11,10 +11,9 @@ from typing import get_type_hints
 import pytest
 
 from spqt_cli import __main__
-from spqt_cli.cli import main, worker
+from spqt_cli.cli import main, presets, worker
 from spqt_cli.convert import source
 from spqt_cli.errors import BusyError, ResourceError, SpqtError
-from spqt_cli.format import presets
 from spqt_cli.measure import texts
 from spqt_cli.system import files
 from tests.cli.test_commands import assert_error, spqt

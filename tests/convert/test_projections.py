@@ -9,13 +9,13 @@ import pytest
 
 from spqt_cli.backends.gpu import launch as launching
 from spqt_cli.calibrate import calibrate
-from spqt_cli.cli import describe
+from spqt_cli.cli import describe, presets
 from spqt_cli.convert import convert
 from spqt_cli.convert.convert import ConvertOptions
 from spqt_cli.decode import phase, session
 from spqt_cli.decode.layers import zigzag_layers
 from spqt_cli.errors import SpqtError
-from spqt_cli.format import config_json, layout, presets
+from spqt_cli.format import config_json, layout
 from spqt_cli.format.folder import Folder
 from tests.cli.test_commands import process
 from tests.lib.converting import contents, interrupted

@@ -33,7 +33,7 @@ from spqt_cli.backends.interface import (
     TailStep,
 )
 
-DEQUANTIZE_ROWS = 16  # from here dequantizing once and a plain matmul is faster on CUDA (docs/kernel-log.md)
+DEQUANTIZE_ROWS = 16  # from here dequantizing once and a plain matmul is faster on CUDA (docs/log/kernels.md)
 MOST_UNFREED = 512 << 20  # bytes of dequantized matrices that wait to be freed
 _unfreed: list[int] = []  # bytes of those matrices
 

@@ -73,7 +73,7 @@ def widen(
         offset = zeros if isinstance(zeros, int) else zeros[..., None]
         return ((parts - offset) * wide[..., None]).astype(dtype).reshape(rows, columns)
     groups = wide.shape[1]
-    exists = mx.where((g_idx >= 0) & (g_idx < groups), 1.0, mx.nan)  # MLX would read beyond the array
+    exists = mx.where((g_idx >= 0) & (g_idx < groups), 1.0, mx.nan)  # an index out of range gives NaN
     index = mx.clip(g_idx, 0, groups - 1)
     offset = zeros if isinstance(zeros, int) else zeros[:, index]
     return ((codes.astype(mx.float32) - offset) * (wide[:, index] * exists)).astype(dtype)

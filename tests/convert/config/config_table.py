@@ -25,14 +25,15 @@ WATCHED = {
 }  # fmt: skip
 INTRODUCTION = """# Keys of config.json
 
-What transformers means by a config is written into the converted `config.json` as mlx-lm's class of the
-architecture reads it. The built model is then held against it. Rotary positions and windows that the class
-does not have are noted in the `spqt` section and put in when the model is loaded; another key that changes
-results and is dropped is refused by name (exit 4). A model that is right only up to a length (longrope,
-chunked attention) is kept to it. `make fuzz-configs` tries 2,000 configs of twelve families against decoders
-written from their definitions.
+`convert` writes what transformers means by a config into the converted `config.json`, in the keys that
+mlx-lm's class reads. The built model is then compared with it. Rotary positions and windows that the class
+does not have are noted in the `spqt` section and added when the model is loaded. Another key that changes
+results and would be dropped is refused by name (exit 4). A model that is right only up to a length
+(longrope, chunked attention) is limited to it. `make fuzz-configs` tries 2,000 configs of twelve families
+against decoders written from their definitions.
 
-`python -m tests.convert.config.config_table` prints it: a mark where the class reads a key of that kind.
+The table marks where the class reads a key of that kind. `python -m tests.convert.config.config_table`
+prints this page.
 """
 
 

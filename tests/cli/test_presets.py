@@ -2,8 +2,8 @@
 
 import pytest
 
+from spqt_cli.cli import presets
 from spqt_cli.errors import SpqtError, UsageError
-from spqt_cli.format import presets
 
 
 def test_every_shipped_preset_loads():

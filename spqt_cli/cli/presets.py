@@ -60,7 +60,7 @@ def load_preset(name_or_path: str) -> Preset:
     try:
         document = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise SpqtError(f"preset {name_or_path}: {error}", "mend the TOML") from None
+        raise SpqtError(f"preset {name_or_path}: {error}", "correct the TOML") from None
     return _parse(document, name_or_path)
 
 
@@ -81,7 +81,10 @@ def _parse(document: dict[str, Any], name: str) -> Preset:
                 )
             wanted: Any = (int, float) if known[key] is float else known[key]
             if not isinstance(value, wanted) or isinstance(value, bool):
-                raise SpqtError(f"preset {name}: {key} = {value!r} is not a {known[key].__name__}", "mend it")
+                raise SpqtError(
+                    f"preset {name}: {key} = {value!r} is not a {known[key].__name__}",
+                    f"give a {known[key].__name__}",
+                )
             values[key] = tuple(value) if isinstance(value, list) else value
     preset = Preset(**values)
     check(preset)
@@ -117,11 +120,3 @@ def merged(preset: Preset, **overrides: Any) -> Preset:
     result = Preset(**values)
     check(result)
     return result
-
-
-def default_sparsity(weights: int) -> float:
-    """The sparsity for a model of that many weights: small models lose more by skipping.
-
-    Embedding and head count: sizes are those that models are named by. docs/quality.md has the evidence.
-    """
-    return 0.25 if weights < 0.5e9 else 0.3 if weights < 1.5e9 else 0.4
