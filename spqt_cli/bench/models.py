@@ -29,7 +29,7 @@ CHUNK_TOKENS = 2048  # of an untimed pass: mlx-lm's own step
 
 @dataclass
 class Subject:
-    """What is measured. tokens: of prompts, repeated as needed; settings: of its making.
+    """What is measured. tokens: of prompts, repeated as needed; settings: shown in the report.
 
     thresholds(sparsity, cache, tokens): the threshold of each layer by path, for decoding `tokens`
     more tokens after what `cache` holds.

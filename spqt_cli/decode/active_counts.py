@@ -64,7 +64,7 @@ class One(NamedTuple):
 
 
 class Share(NamedTuple):
-    """What one layer did. active: share of its channels that was active, the mean over rows; read: share of
+    """What one layer did. active: fraction of its channels, the mean over rows; read: fraction of
     its weights that was read, the mean over steps: those of one row read what is active, others all.
     """
 
@@ -126,7 +126,7 @@ class Counter:
         ]
 
     def densities(self) -> list[tuple[Any, float]]:
-        """Each counted layer with the mean share of its channels that was active."""
+        """Each counted layer with its density, the mean over rows."""
         return [(share.layer, share.active) for share in self.shares()]
 
 

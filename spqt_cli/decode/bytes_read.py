@@ -52,7 +52,7 @@ class LeftOut:
 class Reads:
     """What a token reads.
 
-    bytes: of weights, by a dense step. skippable: their share in Zigzag layers, 0 to 1. sparsity: the share
+    bytes: of weights, by a dense step. skippable: their part in Zigzag layers, 0 to 1. sparsity: fraction
     of channels skipped, and `origin` where that number is from. gain: how many times faster decoding can get
     at most, were time spent on nothing but reading. experts: what is known of a mixture, "" for other models.
     """
@@ -102,7 +102,7 @@ def summed(pieces: Iterable[Piece], experts: str, sparsity: float, origin: str) 
 class Fractions:
     """Which part of each module's weights a token reads.
 
-    head: the path of a tied embedding, "" where the head is a matrix of its own. experts: for people.
+    head: the path of a tied embedding, "" where the head is a matrix of its own. experts: as text.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module], config: Mapping[str, Any]) -> None:

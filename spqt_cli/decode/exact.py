@@ -23,7 +23,7 @@ class ExactRoPE(nn.Module):
     """Rotary positions by a table.
 
     angles: radians per position of each pair, (dims / 2,). traditional: whether neighbours are a pair.
-    scale: on what is turned, and on nothing else.
+    scale: factor on the rotated channels alone.
     """
 
     def __init__(self, angles: list[float], scale: float, traditional: bool) -> None:
@@ -104,8 +104,8 @@ def _put_windows(model: nn.Module, windows: list[int | None]) -> None:
     def make_cache() -> list[Any]:
         return [KVCache() if window is None else RotatingKVCache(max_size=window) for window in windows]
 
-    whole: Any = model
-    whole.make_cache = make_cache
+    target: Any = model
+    target.make_cache = make_cache
 
 
 def _windowed(kind: Any) -> Callable[..., Any]:

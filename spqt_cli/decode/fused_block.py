@@ -152,8 +152,12 @@ class Report:
         """One line of text."""
         text = f"{self.fused} of {self.blocks} blocks run fused"
         for verb, counted in (("do not", self.reasons), ("by attention's own code", self.attention)):
-            text += "".join(f"; {count} {verb}: {reason}" for reason, count in counted.items())
+            text += "".join(f"; {count} {verb}: {reason}" for reason, count in _by_count(counted))
         return text
+
+
+def _by_count(counted: dict[str, int]) -> list[tuple[str, int]]:
+    return sorted(counted.items(), key=lambda item: -item[1])
 
 
 def report(model: nn.Module, zigzag: Callable[[Any], bool] = recognize.is_zigzag) -> Report:

@@ -55,7 +55,7 @@ def _to_quantized(self: nn.Linear, group_size: Any = None, bits: Any = None, mod
 
 
 def wished_sparsity() -> float | None:
-    """SPQT_SPARSITY: another share to skip, where no flag of ours reaches (spqt mlx-lm ...)."""
+    """SPQT_SPARSITY: another sparsity, where no flag of ours reaches (spqt mlx-lm ...)."""
     text = os.environ.get("SPQT_SPARSITY")
     if not text:
         return None

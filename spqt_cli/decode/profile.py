@@ -40,7 +40,7 @@ class Choice:
     otherwise: str
 
     def at(self, density: float) -> str:
-        """SPARSE, ZIGZAG or ROWS for a unit with that share of channels active."""
+        """SPARSE, ZIGZAG or ROWS for a unit with that density."""
         return SPARSE if density < self.sparse_below else self.otherwise
 
 
@@ -136,7 +136,7 @@ def path() -> Path:
 def write(choices: dict[str, Choice], origin: dict[str, Any]) -> Path:
     """Add choices by unit key to this device's profile, replacing the file in one step.
 
-    origin: where they come from, for people. Earlier choices of other units stay.
+    origin: where they come from. Earlier choices of other units stay.
     """
     target = path()
     merged, _ = read()
@@ -193,7 +193,7 @@ Curves = Mapping[str, Sequence[float] | None]  # path of a layer -> its stored c
 def follow(model: nn.Module, curves: Curves, sparsity: float | None) -> str:
     """Make each layer of a model run the way this device's profile says.
 
-    sparsity: what layers without a curve are taken to skip. Returns a line for people on what was chosen,
+    sparsity: what layers without a curve are taken to skip. Returns a line on what was chosen,
     with the seconds and the error that repacking cost; "" without a profile for these layers. Call it once,
     after the thresholds are set.
     """
@@ -246,7 +246,7 @@ def way(choice: Choice, unit: Unit, density: float) -> str:
 
 
 def better_as_rows(layers: Mapping[str, Size], density: float, staying: Iterable[str] = ()) -> list[str]:
-    """Paths of the layers that this device runs faster row-grouped when that share of channels is active.
+    """Paths of the layers that this device runs faster row-grouped at this density.
 
     staying: as in `grouped`. Raises UsageError without a profile.
     """
@@ -259,7 +259,7 @@ def better_as_rows(layers: Mapping[str, Size], density: float, staying: Iterable
 
 
 def unit_density(unit: Unit, densities: Sequence[float]) -> float:
-    """The share of a unit's weights that is read, from the density of each layer."""
+    """The fraction of a unit's weights that is read, from the density of each layer."""
     sizes = [layer.outputs for layer in unit.layers.values()]
     return sum(size * density for size, density in zip(sizes, densities, strict=True)) / sum(sizes)
 
@@ -272,7 +272,7 @@ def stored_curves(model: nn.Module) -> Curves:
 def expected_densities(
     model: nn.Module, curves: Curves, sparsity: float | None
 ) -> list[tuple[ZigzagLinear, float]]:
-    """Each Zigzag layer with the share of channels that its threshold keeps, by its curve.
+    """Each Zigzag layer with the density that its threshold leaves, by its curve.
 
     sparsity: what a layer with a threshold and no curve is taken to skip.
     """
