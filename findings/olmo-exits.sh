@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# mlx-lm: loading an olmo model without the package hf_olmo ends the caller's process (SystemExit) and prints on
-# stdout. Other architectures that can't be had raise ValueError, so `except Exception` around a load is not enough.
+# mlx-lm: an architecture that can't be loaded raises SystemExit and prints on stdout. Others raise ValueError, so
+# `except Exception` around a load is not enough.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
