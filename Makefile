@@ -80,7 +80,7 @@ test: lint $(GGUF)
 # On another Python what it could break: installing, loading, the command line, files, a model from end to end.
 # CI has no time for the rest there; `make unit VENV=.venv-newest PYTHON=python3.13` runs it.
 NEWEST = test_packaging.py cli convert decode/test_generate.py decode/test_hooks.py decode/test_layers.py \
-  backends/cpu/test_build.py backends/cpu/test_block.py format/test_config_json.py format/test_presets.py system
+  backends/cpu/test_build.py backends/cpu/test_block.py format/test_config_json.py system
 test-newest:
 	$(MAKE) VENV=.venv-newest PYTHON=$(PYTHON) unit TESTS="$(NEWEST:%=tests/%)"
 

@@ -75,6 +75,12 @@ def test_commands_in_documents_exist() -> None:
     assert set(re.findall(r"(?:`|^ *)make ([a-z][\w-]*)", text, re.MULTILINE)) <= targets
 
 
+def test_make_runs_tests_that_exist() -> None:
+    text = (ROOT / "Makefile").read_text().replace("\\\n", " ")
+    (named,) = re.findall(r"^NEWEST = (.*)$", text, re.MULTILINE)
+    assert [one for one in named.split() if not (ROOT / "tests" / one).exists()] == []
+
+
 def test_sources_name_documents_and_results_that_exist() -> None:
     rooted = re.compile(r"(?<![\w./-])(?:docs|benchmarks)/[\w./-]*\w\.(?:md|json|py)")
     missing = {
