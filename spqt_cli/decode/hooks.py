@@ -6,6 +6,7 @@ foreign.py lists all that is replaced; hooks_cpu.py and hooks_generate.py hold t
 """
 
 import contextlib
+import functools
 import logging
 import math
 import os
@@ -133,6 +134,7 @@ def _hook_loading(utils: Any) -> None:
     if getattr(stock, "is_exact", False):
         return
 
+    @functools.wraps(stock)
     def load_model(path: Any, lazy: bool = False, strict: bool = True, **kw: Any) -> Any:
         get = kw.pop("get_model_classes", utils._get_classes)
         return stock(path, lazy, strict, get_model_classes=lambda config: exact.classes(get, config), **kw)

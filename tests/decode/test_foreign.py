@@ -1,6 +1,7 @@
 """What spqt replaces in other libraries: all of it is in the table, exists, and has the form relied on."""
 
 import ast
+import contextlib
 import importlib
 import inspect
 import re
@@ -41,11 +42,12 @@ def resolved(path: str) -> Any:
 
 def parameters(function: Any) -> list[str]:
     """Names of a function's parameters, of a compiled one by the first line of its documentation."""
-    try:
-        return list(inspect.signature(function).parameters)
-    except ValueError:
-        first = (function.__doc__ or "").strip().splitlines()[0]
-        return re.findall(r"[(,] *\**(\w+)", first.split("->")[0])
+    with contextlib.suppress(ValueError):
+        found = list(inspect.signature(function).parameters)
+        if found != ["args", "kwargs"]:  # all that some Pythons say of a compiled one
+            return found
+    first = (function.__doc__ or "").strip().splitlines()[0]
+    return re.findall(r"[(,] *\**(\w+)", first.split("->")[0])
 
 
 def parameters_in_source(row: foreign.Hook) -> list[str]:
