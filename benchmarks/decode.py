@@ -34,7 +34,7 @@ from mlx_lm.models.cache import trim_prompt_cache
 
 from spqt_cli.backends import select
 from spqt_cli.bench import bench, models, results
-from spqt_cli.decode import active_counts, fused_block, phase
+from spqt_cli.decode import active_counts, fused, phase
 from spqt_cli.decode.layers import zigzag_layers
 
 WARM_STEPS, STEPS, ROUNDS = 4, 60, 4
@@ -110,16 +110,12 @@ class Prepared:
         first = self.caches[depths[0]]["zigzag"]
         self.thresholds = self.subject.thresholds(sparsity, first, WARM_STEPS + STEPS)
         modules = self.subject.zigzag.modules()
-        self.blocks = [
-            (one, one.__dict__[fused_block.ATTRIBUTE])
-            for one in modules
-            if fused_block.ATTRIBUTE in one.__dict__
-        ]
+        self.blocks = [(one, one.__dict__[fused.BLOCK]) for one in modules if fused.BLOCK in one.__dict__]
 
     def variant(self, kind: str, whole: bool) -> Any:
         """The model of a variant, in its state."""
         for module, block in self.blocks:
-            object.__setattr__(module, fused_block.ATTRIBUTE, block if whole else None)
+            object.__setattr__(module, fused.BLOCK, block if whole else None)
         for path, layer in zigzag_layers(self.subject.zigzag).items():
             layer.set_threshold(self.thresholds[path] if kind == "sparse" else None)
         return self.subject.stock if kind == "stock" else self.subject.zigzag

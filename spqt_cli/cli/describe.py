@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten
 from spqt_cli.backends import select
 from spqt_cli.calibrate import result
 from spqt_cli.convert import parameters, plan
-from spqt_cli.decode import exact, fused_block, quality_warning
+from spqt_cli.decode import exact, fused, quality_warning
 from spqt_cli.decode.bytes_read import Piece, Reads, summed
 from spqt_cli.format import locate, thresholds
 from spqt_cli.format.folder import Folder
@@ -41,7 +41,7 @@ class Summary:
     reads: Reads
     zeros: str = ""
     backend: str = ""
-    fused_blocks: fused_block.Report = field(default_factory=fused_block.Report)
+    fused_blocks: fused.Report = field(default_factory=fused.Report)
 
     def text(self) -> str:
         """The summary as a few lines of text."""
@@ -101,11 +101,11 @@ def _counted(kinds: Iterable[tuple[Any, Any]]) -> dict[str, int]:
     return dict(Counter(f"{bits} bits, group {group_size}" for bits, group_size in kinds))
 
 
-def _fused_blocks(folder: Folder, model: nn.Module) -> fused_block.Report:
+def _fused_blocks(folder: Folder, model: nn.Module) -> fused.Report:
     """How the model's blocks would run here, once their layers are those of the folder."""
     model = exact.complete(model, folder.config["spqt"])
     layers = {id(module) for path, module in model.named_modules() if path in folder.layers}
-    return fused_block.report(model, lambda layer: id(layer) in layers)
+    return fused.report(model, lambda layer: id(layer) in layers)
 
 
 def _reads(folder: Folder, model: nn.Module) -> Reads:

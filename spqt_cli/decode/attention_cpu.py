@@ -9,18 +9,11 @@ import copy
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from spqt_cli.backends import cpu
-from spqt_cli.decode import prepared, recognize
+from spqt_cli.decode import recognize
 
 ATTRIBUTE = "_cached_attention"
-
-
-def install(module: nn.Module) -> None:
-    """Let an attention module take one token as one operation, if that is what its class computes."""
-    if ATTRIBUTE not in module.__dict__ and recognize.cached_attention(module) is not None:
-        prepared.answer_calls(module, ATTRIBUTE, CachedAttention(module))
 
 
 class CachedAttention:

@@ -78,7 +78,7 @@ REPLACED = (
     Hook(_TABLE, "as_linear", ("self", "x"), "measure/many_rows.py", "plain tied heads by BLAS"),
     Hook(ANY_MODULE, "__call__", ("self",), "measure/probes.py",
          "calibration looks at what blocks are given; only known instances are looked at"),
-    Hook(ANY_MODULE, "__class__", (), "decode/prepared.py decode/exact.py",
+    Hook(ANY_MODULE, "__class__", (), "decode/fused.py decode/exact.py",
          "one instance gets a subclass of its class: fused steps, and masks of windows"),
     Hook("mlx_lm.evaluate.MLXLM", "loglikelihood", ("self", "requests"), "evaluate/lm_eval.py",
          "scores endings as they decode; mlx-lm's runs them dense, like a prompt"),

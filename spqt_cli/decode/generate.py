@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from spqt_cli.backends import select
-from spqt_cli.decode import active_counts, context, fused_block, session, text_borders
+from spqt_cli.decode import active_counts, context, fused, session, text_borders
 from spqt_cli.decode.options import Options, Prompt, Sampling, check
 from spqt_cli.errors import BackendError, SpqtError, UsageError
 from spqt_cli.system import files, sandbox
@@ -41,7 +41,7 @@ class Statistics:
     finish_reason: str | None
     note: str = ""
     draft_sparsity: float | None = None
-    fused_blocks: fused_block.Report = field(default_factory=fused_block.Report)
+    fused_blocks: fused.Report = field(default_factory=fused.Report)
 
     def line(self) -> str:
         """The statistics as one line of text."""
@@ -221,7 +221,7 @@ def _statistics(
         finish_reason=reason or response.finish_reason,
         note=loaded.note,
         draft_sparsity=draft_skipped,
-        fused_blocks=fused_block.report(loaded.model),
+        fused_blocks=fused.report(loaded.model),
     )
 
 

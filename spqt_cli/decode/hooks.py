@@ -22,11 +22,9 @@ import mlx.nn as nn
 
 from spqt_cli.backends import select
 from spqt_cli.decode import (
-    attention_cpu,
     exact,
     foreign,
-    fused_block,
-    fused_mlp,
+    fused,
     hooks_cpu,
     hooks_generate,
     profile,
@@ -97,14 +95,7 @@ def _load_weights_and_prepare(self: nn.Module, file_or_weights: Any, strict: boo
             compute_in_float32(self)
         if select.backend().native_float32:
             hooks_cpu.install()
-        if select.backend().fused:
-            for module in self.modules():
-                fused_mlp.install(module)
-            for module in self.modules():
-                fused_block.install(module)
-        if select.backend().native_float32:
-            for module in self.modules():
-                attention_cpu.install(module)
+        fused.install(self)
         follows = strict and _follows_profile.get()  # with only a part of the weights nothing is repacked
         if follows and (said := profile.follow(self, profile.stored_curves(self), wished_sparsity())):
             _log.warning(said)

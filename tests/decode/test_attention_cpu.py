@@ -7,7 +7,7 @@ from mlx_lm.models import llama, qwen2
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 
 from spqt_cli.backends import cpu
-from spqt_cli.decode import attention_cpu, hooks_cpu
+from spqt_cli.decode import attention_cpu, fused, hooks_cpu
 from tests.conftest import layer_settings
 
 USABLE, REASON = cpu.status()
@@ -32,7 +32,7 @@ def module(model=llama, kind=None, **changes):
 
 
 def installed(made):
-    attention_cpu.install(made)
+    fused.install_attention(made)
     assert attention_cpu.ATTRIBUTE in made.__dict__
     return made
 
@@ -129,7 +129,7 @@ def test_a_rope_put_in_later_is_used():
 
 def test_unknown_rotary_positions_are_left_alone():
     made = module(rope_scaling={"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64})
-    attention_cpu.install(made)
+    fused.install_attention(made)
     assert attention_cpu.ATTRIBUTE not in made.__dict__
 
 

@@ -9,7 +9,7 @@ from mlx_lm.models.base import scaled_dot_product_attention
 from mlx_lm.models.cache import KVCache, QuantizedKVCache, RotatingKVCache
 
 from spqt_cli.decode import attention_gpu
-from spqt_cli.decode.attention_own import OwnAttention
+from spqt_cli.decode.attention_gpu import OwnAttention
 from tests.backends.gpu.test_kernels import emulated
 from tests.decode.test_fused_block import WIDTH, block, installed, steps, striped
 from tests.decode.test_fused_mlp import on_emulator

@@ -8,10 +8,10 @@ import pytest
 from mlx import nn
 from mlx_lm.models.cache import make_prompt_cache
 
-from spqt_cli.decode import attention_cpu, fused_block, fused_mlp, phase, session
+from spqt_cli.decode import attention_cpu, fused, phase, session
 from spqt_cli.decode.layers import zigzag_layers
 
-STEPS = (fused_mlp.ATTRIBUTE, fused_block.ATTRIBUTE, attention_cpu.ATTRIBUTE)
+STEPS = (fused.MLP, fused.BLOCK, attention_cpu.ATTRIBUTE)
 PROMPT = mx.array([[5, 9, 40, 7, 300]])
 
 

@@ -11,7 +11,7 @@ from spqt_cli.backends import problems
 from spqt_cli.backends.gpu import backend as gpu
 from spqt_cli.backends.gpu import first_use, geometry, kernel_text
 from spqt_cli.backends.gpu import launch as launching
-from spqt_cli.decode import active_counts, attention_gpu, fused_block, fused_mlp, hooks, layers, phase
+from spqt_cli.decode import active_counts, attention_gpu, fused, hooks, layers, phase
 from tests.backends.gpu.test_first_use import fresh_trust, run_emulated
 from tests.backends.gpu.test_kernels import CUTS, emulated, kinds, use
 from tests.conftest import layer_settings
@@ -50,9 +50,9 @@ def block(model=llama, kind=None):
 
 
 def installed(made):
-    fused_mlp.install(made.mlp)
-    fused_block.install(made)
-    assert fused_block.ATTRIBUTE in made.__dict__
+    fused.install_mlp(made.mlp)
+    fused.install_block(made)
+    assert fused.BLOCK in made.__dict__
     return made
 
 
@@ -96,10 +96,8 @@ def test_two_calls_give_what_the_block_gives(striped, model):
 def test_steps_are_prepared_once_though_weights_are_laid_out_anew(striped, monkeypatch):
     made, prepared = block(llama), []
     installed(made)
-    real = fused_block.FusedBlock._prepare
-    monkeypatch.setattr(
-        fused_block.FusedBlock, "_prepare", lambda self, x: prepared.append(x) or real(self, x)
-    )
+    real = fused.FusedBlock._prepare
+    monkeypatch.setattr(fused.FusedBlock, "_prepare", lambda self, x: prepared.append(x) or real(self, x))
     weight = made.mlp.down_proj.weight
     steps(made)
     assert made.mlp.down_proj.weight is not weight
@@ -157,12 +155,12 @@ def test_other_layers_norms_and_rows_take_the_block_s_own_way(striped):
 
 def test_blocks_of_other_forms_are_left_alone():
     made = block(kind=Doubled)
-    fused_block.install(made)
-    assert fused_block.ATTRIBUTE not in made.__dict__
+    fused.install_block(made)
+    assert fused.BLOCK not in made.__dict__
     made = block()
     made.self_attn.__class__ = Rescaled
-    fused_block.install(made)
-    assert fused_block.ATTRIBUTE not in made.__dict__
+    fused.install_block(made)
+    assert fused.BLOCK not in made.__dict__
 
 
 def test_an_attention_that_fails_leaves_its_layers_usable(striped):

@@ -9,7 +9,7 @@ from spqt_cli.backends import problems, select
 from spqt_cli.backends.gpu import backend as gpu
 from spqt_cli.backends.gpu import first_use, kernel_text, weights
 from spqt_cli.backends.gpu import launch as launching
-from spqt_cli.decode import active_counts, fused_mlp, phase
+from spqt_cli.decode import active_counts, fused, phase
 from spqt_cli.decode.layers import ZigzagLinear, share_input
 from tests.backends.gpu.test_first_use import fresh_trust, run_emulated
 from tests.backends.gpu.test_kernels import CUTS, emulated, kinds, use
@@ -58,7 +58,7 @@ def test_one_call_gives_what_the_module_gives(on_emulator, bias):
     with active_counts.counting() as apart:
         expected = made(X)
     on_emulator.clear()
-    fused_mlp.install(made)
+    fused.install_mlp(made)
     assert isinstance(made, Plain)
     with active_counts.counting() as together:
         found = made(X)
@@ -72,7 +72,7 @@ def test_one_call_gives_what_the_module_gives(on_emulator, bias):
 
 def test_counts_go_on_from_step_to_step(on_emulator):
     made = module()
-    fused_mlp.install(made)
+    fused.install_mlp(made)
     with active_counts.counting() as counter:
         made(X)
         made(X * 0)
@@ -83,7 +83,7 @@ def test_counts_go_on_from_step_to_step(on_emulator):
 
 def test_fault_47_a_prompt_of_one_row_is_dense(on_emulator):
     made = module()
-    fused_mlp.install(made)
+    fused.install_mlp(made)
     sparse = made(X)  # prepared for decode steps
     with phase.prompting(), active_counts.counting() as counter:
         found = made(X)
@@ -98,7 +98,7 @@ def test_fault_47_a_prompt_of_one_row_is_dense(on_emulator):
 
 def test_new_thresholds_and_other_layers_are_seen(on_emulator):
     made = module()
-    fused_mlp.install(made)
+    fused.install_mlp(made)
     before = np.array(made(X))
     made.up_proj.set_threshold(1.0)
     assert not np.allclose(np.array(made(X)), before, atol=1e-3)
@@ -114,7 +114,7 @@ def test_a_watched_layer_is_called(on_emulator):
             return mx.zeros((1, 1, 704))
 
     made = module()
-    fused_mlp.install(made)
+    fused.install_mlp(made)
     made(X)
     made.gate_proj = Watched()  # silu(0) = 0
     assert not made(X).any().item()
@@ -124,7 +124,7 @@ def test_many_rows_take_the_module_s_own_way(on_emulator):
     made = module()
     x = mx.random.normal((1, 3, 301), key=mx.random.key(6))
     expected = made(x)
-    fused_mlp.install(made)
+    fused.install_mlp(made)
     assert mx.array_equal(made(x), expected).item()
     assert on_emulator == []
 

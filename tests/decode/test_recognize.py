@@ -5,7 +5,7 @@ import mlx.nn as nn
 import pytest
 from mlx_lm.models import gemma, gemma3_text, llama, olmo2, qwen2, qwen3
 
-from spqt_cli.decode import exact, foreign, fused_block, recognize
+from spqt_cli.decode import exact, foreign, fused, recognize
 from spqt_cli.decode.layers import share_input
 from tests.decode.test_fused_block import Doubled, Rescaled, block, installed
 from tests.lib.backends import DEFINITION, EMULATED
@@ -180,11 +180,11 @@ class Stack(nn.Module):
 
 
 def test_the_report_counts_blocks_and_reasons(monkeypatch):
-    monkeypatch.setattr(fused_block.select, "backend", lambda: EMULATED)
+    monkeypatch.setattr(fused.select, "backend", lambda: EMULATED)
     odd = [block(), block()]
     for one in odd:
         other_attention(one)
-    found = fused_block.report(Stack(block(), *odd, block(kind=Doubled)))
+    found = fused.report(Stack(block(), *odd, block(kind=Doubled)))
     assert (found.blocks, found.fused) == (4, 1)
     assert found.line() == (
         "1 of 4 blocks run fused; 2 do not: attention returns more than o_proj; "
@@ -192,5 +192,5 @@ def test_the_report_counts_blocks_and_reasons(monkeypatch):
     )
     assert found.reasons["attention returns more than o_proj"] == 2
     plain = Stack(block(), nn.Linear(4, 4))
-    assert fused_block.report(plain).line() == "1 of 1 blocks run fused"
-    assert fused_block.report(plain, lambda layer: isinstance(layer, nn.RMSNorm)).fused == 0
+    assert fused.report(plain).line() == "1 of 1 blocks run fused"
+    assert fused.report(plain, lambda layer: isinstance(layer, nn.RMSNorm)).fused == 0

@@ -10,7 +10,7 @@ import pytest
 from mlx_lm.models import llama, qwen2
 
 from spqt_cli.backends import cpu, interface
-from spqt_cli.decode import fused_mlp, hooks_cpu, layers
+from spqt_cli.decode import fused, hooks_cpu, layers
 from tests.decode.test_fused_block import block, installed, steps, token
 
 USABLE, REASON = cpu.status()
@@ -28,7 +28,7 @@ def ops_of_ours():
 def separate(model=llama):
     """A block whose feed-forward module is one operation, and nothing else is."""
     made = block(model)
-    fused_mlp.install(made.mlp)
+    fused.install_mlp(made.mlp)
     return made
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from spqt_cli.backends import cpu, select
-from spqt_cli.decode import active_counts, fused_mlp
+from spqt_cli.decode import active_counts, fused
 from spqt_cli.decode.layers import ZigzagLinear, share_input
 
 USABLE, REASON = cpu.status()
@@ -79,7 +79,7 @@ def test_skipping_as_layer_by_layer():
     made, x = module(), vector()
     with active_counts.counting() as apart:
         expected = made(x)
-    fused_mlp.install(made)
+    fused.install_mlp(made)
     with active_counts.counting() as together:
         found = made(x)
     # silu differs in its last bits, so that a channel at the very threshold might; with this seed none does
@@ -91,7 +91,7 @@ def test_skipping_as_layer_by_layer():
 
 def test_it_is_one_operation(tmp_path):
     made = module()
-    fused_mlp.install(made)
+    fused.install_mlp(made)
     path = tmp_path / "graph.dot"
     mx.export_to_dot(str(path), made(vector()))
     text = path.read_text()
