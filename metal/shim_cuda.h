@@ -9,9 +9,10 @@
 #define thread_index_in_simdgroup (threadIdx.x & 31u)
 #define simdgroup_index_in_threadgroup (threadIdx.x >> 5)
 
-// MLX writes the kernel's head, so the block's size, which caps registers, is added to the word itself.
+// MLX writes the kernel's head, so the block's size, and how many an SM is to hold, are added to the word
+// itself: both cap registers.
 #undef __global__
-#define __global__ __attribute__((global)) __launch_bounds__(SPQT_THREADS)
+#define __global__ __attribute__((global)) __launch_bounds__(SPQT_THREADS, SPQT_BLOCKS)
 
 typedef unsigned int uint;
 typedef unsigned short ushort;

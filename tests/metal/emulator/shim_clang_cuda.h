@@ -6,7 +6,7 @@
 #define __device__ __attribute__((__device__))  // underlined: shim_cuda.h makes `device` a word of Metal
 #define __shared__ __attribute__((__shared__))
 #define __forceinline__ inline __attribute__((always_inline))
-#define __launch_bounds__(threads) __attribute__((launch_bounds(threads)))
+#define __launch_bounds__(threads, blocks) __attribute__((launch_bounds(threads, blocks)))
 
 typedef unsigned int uint32_t;
 typedef unsigned int uint2 __attribute__((ext_vector_type(2)));
