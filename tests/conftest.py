@@ -42,6 +42,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "rope_local_base_freq": 10000.0,
     },
 }
+LONGEST = ("test_packaging", "test_torture")
 
 
 def tiny_config(arch: str, **changes: Any) -> dict[str, Any]:
@@ -163,6 +164,11 @@ def calibrated(converted: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     shutil.copytree(converted, output)
     calibrate.calibrate(output, calibrate.CalibrateOptions(sparsity=0.4, tokens=1024), lambda *_: None)
     return output
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest go first, so that one worker gets them all and makes the real model once."""
+    items.sort(key=lambda item: item.get_closest_marker("real") is None and item.path.stem not in LONGEST)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
