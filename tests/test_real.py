@@ -34,7 +34,7 @@ def folder(gguf_path, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("real") / "smollm2"
     result = convert.convert(str(gguf_path), output, convert.ConvertOptions(bits=4, group_size=32))
     assert result.zigzag_share > 0.5
-    calibrate.calibrate(output, calibrate.CalibrateOptions(sparsity=0.25, tokens=1024), lambda *_: None)
+    calibrate.calibrate(output, calibrate.CalibrateOptions(sparsity=0.25, tokens=512), lambda *_: None)
     return output
 
 
