@@ -27,6 +27,7 @@ SLACK = 1.05
 WIDTH = 2048  # of the synthetic model
 # An editable install comes before every path; the checkout's own package must win.
 CHILD = """
+import importlib.util
 import sys
 checkout, source, output = sys.argv[1:]
 sys.meta_path[:] = [one for one in sys.meta_path if "ScikitBuild" not in type(one).__name__]
@@ -34,6 +35,12 @@ sys.path.insert(0, checkout)
 from pathlib import Path
 import spqt_cli
 assert Path(spqt_cli.__file__).is_relative_to(checkout), spqt_cli.__file__
+for name in ("configs", "metal"):  # which an installation puts into the package
+    full, file = f"spqt_cli.{name}", Path(checkout, name, "__init__.py")
+    spec = importlib.util.spec_from_file_location(full, file, submodule_search_locations=[str(file.parent)])
+    sys.modules[full] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[full])
+    setattr(spqt_cli, name, sys.modules[full])
 from spqt_cli.__main__ import main
 sys.argv = ["spqt", "convert", source, "-o", output]
 sys.exit(main())
