@@ -17,7 +17,7 @@ import mlx.core as mx
 import numpy as np
 from mlx import nn
 
-from spqt_cli.errors import UnsupportedError
+from spqt_cli.errors import ResourceError, UnsupportedError
 from spqt_cli.measure import many_rows, probes, scoring
 
 # Sparsities of one layer whose costs are measured; above the last no allocation was ever better.
@@ -72,13 +72,16 @@ def _gradients(
 def differentiate(objective: Callable[..., mx.array], *by: mx.array) -> Any:
     """The gradients of `objective` by all its arguments, evaluated.
 
-    Raises UnsupportedError where an operation in the model has no gradient.
+    Raises UnsupportedError where an operation in the model has no gradient, ResourceError where memory ran
+    out: that is no reason to calibrate without gradients, or with more of the model in memory.
     """
     try:
         found = mx.grad(objective, argnums=tuple(range(len(by))))(*by)
         mx.eval(found)
     except (RuntimeError, ValueError, NotImplementedError) as error:  # MLX has no kind of its own for it
         said = " ".join(str(error).split()).partition(". ")[0][:120]
+        if "alloc" in said:
+            raise ResourceError(f"gradients do not fit in memory: {said}", "use --method uniform") from error
         raise UnsupportedError(f"this model has no gradients: {said}", "use --method uniform") from error
     return found
 

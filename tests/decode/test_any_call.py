@@ -10,7 +10,7 @@ from spqt_cli.calibrate.gradients import SPARSITIES
 from spqt_cli.calibrate.methods import allocated
 from spqt_cli.convert import convert
 from spqt_cli.decode.layers import ZigzagLinear
-from spqt_cli.errors import UnsupportedError
+from spqt_cli.errors import ResourceError, UnsupportedError
 from spqt_cli.format import thresholds
 from spqt_cli.format.thresholds import CURVE_SPARSITIES
 from spqt_cli.measure import probes
@@ -94,6 +94,16 @@ def test_operation_without_a_gradient_is_named():
     with pytest.raises(UnsupportedError, match="no gradients") as caught:
         gradients.differentiate(objective, mx.ones((3, 3)))
     assert caught.value.exit_code == 4
+
+
+def test_memory_that_runs_out_is_not_a_missing_gradient():
+    """`auto` would fall back to uniform, and a streamed calibration load the whole model."""
+
+    def objective(x: mx.array) -> mx.array:
+        raise RuntimeError("[malloc] Unable to allocate 9 bytes.")
+
+    with pytest.raises(ResourceError, match="do not fit in memory"):
+        gradients.differentiate(objective, mx.ones((3, 3)))
 
 
 @pytest.mark.parametrize("method", ["auto", "fast"])
