@@ -17,8 +17,9 @@ from spqt_cli.backends.interface import Rotary
 Constants = tuple[tuple[str, int | str], ...]  # a str is a type
 REDUCE_PARTS = 8  # simdgroups that share the stripes of 32 outputs: short loops, 256 threads
 # Threads that an SM is to hold: 64 registers each. Left alone, the compiler takes up to 74 for gate/up, of
-# which an SM holds three blocks instead of four; on an H200 that is 4 to 15 % slower.
+# which an SM holds three blocks instead of four; on an H200 that is 4 to 17 % slower (docs/log/kernels.md).
 RESIDENT_THREADS = 1024
+MOST_BLOCKS = 16  # that any SM since Volta can hold; a larger wish is ignored with a warning
 COUNTS = 32  # entries after the partial sums of a stripe: a whole 128-byte line
 
 Then = Literal["", "glu", "residual"] | Rotary  # what a reduction does besides adding up
@@ -51,7 +52,7 @@ def cuda(kernel: Kernel) -> tuple[str, str]:
 
     MLX hashes both texts in every launch there; the files' 10 KB would be most of them.
     """
-    blocks = max(1, RESIDENT_THREADS // kernel.threads)
+    blocks = min(MOST_BLOCKS, max(1, RESIDENT_THREADS // kernel.threads))
     numbers = f"#define SPQT_THREADS {kernel.threads}\n#define SPQT_BLOCKS {blocks}\n"
     head = f"{numbers}{_include('shim_cuda.h')}{declared(kernel)}"
     return _body(kernel, "__shared__"), head + "".join(map(_include, kernel.files))
