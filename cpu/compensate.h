@@ -1,5 +1,5 @@
-// Input channels of one group of outputs rounded one after another: `_rounded` of spqt_cli/fit/gptq.py and `search`
-// of spqt_cli/fit/grid.py, which define it. The order of all sums is theirs, so results are equal for every
+// Input channels of one group of outputs rounded one after another, as spqt_cli/fit/compensate.py and grid.py define
+// it. The order of sums is theirs, but for the products of earlier channels, so results are equal for every
 // instruction set. Included only by exact.cpp, after simd.h.
 #pragma once
 

@@ -121,7 +121,7 @@ constexpr int ATTEND_ROWS = 96;   // at most in one task
 constexpr int SPLIT_KEYS = 128;   // keys of one task when there is one row a head
 constexpr size_t WORK = 65536;    // floats of a thread's scratch: the most that gemm and attend need
 
-// Error-compensating rounding of all input channels for one group of outputs; spqt_cli/fit/gptq.py defines it.
+// Error-compensating rounding of all input channels for one group of outputs; spqt_cli/fit/compensate.py defines it.
 struct Compensate {
   float* errors;        // (inputs, group_size): targets, replaced by target - rounded
   const float* factor;  // (inputs, inputs): unit upper triangular

@@ -186,7 +186,7 @@ def takes_token(x: mx.array, keys: mx.array, values: mx.array) -> bool:
 def compensate(
     target: np.ndarray, factor: np.ndarray, bits: int, group_size: int, dtype: mx.Dtype
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Error-compensating rounding as `fit.gptq` defines it; the same bits for all instruction sets.
+    """Error-compensating rounding as `fit.compensate` defines it; the same bits for all instruction sets.
 
     target: (inputs, columns), columns in whole groups; factor: (inputs, inputs), unit upper triangular;
     float32. Returns codes (inputs, columns) uint8, and scales and biases (inputs, groups) float32 that are

@@ -1,4 +1,4 @@
-"""Error-compensating rounding on the CPU extension against its definition, `fit.gptq.rounded`.
+"""Error-compensating rounding on the CPU extension against its definition, `fit.compensate`.
 
 Within one span of channels every sum has one order, so results are equal bit for bit. Longer ones differ by
 float32 roundings that tip codes over: there the errors are compared.
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from spqt_cli.backends import cpu
-from spqt_cli.fit import gptq
+from spqt_cli.fit import compensate
 from spqt_cli.format import layout
 
 USABLE, REASON = cpu.status()
@@ -32,7 +32,7 @@ def problem(inputs, columns, seed=0):
 
 @cache
 def definition(inputs, columns, bits, group_size, dtype):
-    return gptq.rounded(*problem(inputs, columns), bits, group_size, dtype)
+    return compensate.compensate(*problem(inputs, columns), bits, group_size, dtype)
 
 
 def equal(some, others):
