@@ -145,7 +145,8 @@ def _columns(w: np.ndarray, order: np.ndarray, group_size: int) -> np.ndarray:
     column = np.arange(-(-outputs // group_size) * group_size)
     first = column[-group_size]
     column[outputs:] = first + (column[outputs:] - first) % (outputs - first)
-    return np.ascontiguousarray(w[:, order].T[:, column], dtype=np.float32)
+    rows = w if len(column) == outputs else w[column]
+    return np.ascontiguousarray(rows.T[order], dtype=np.float32)
 
 
 def _rounder() -> Rounder:
