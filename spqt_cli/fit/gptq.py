@@ -76,6 +76,11 @@ def solve(  # noqa: PLR0913 - the format, and the three numbers of the method
     return _stored(codes[back], scales[back], biases[back], form)
 
 
+def plain(w: np.ndarray, *, bits: int, group_size: int, band: int, dtype: mx.Dtype) -> Solution:
+    """The matrix, (outputs, inputs), rounded weight by weight. Raises SpqtError as `solve`."""
+    return _plain(w, _Form(len(w), bits, group_size, band, dtype), "")
+
+
 @dataclass(frozen=True)
 class _Form:
     outputs: int

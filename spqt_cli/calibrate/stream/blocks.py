@@ -5,7 +5,9 @@ the last block, and `logits` lets the blocks hand over hidden states that are th
 blocks each of which takes one array from the last, and refuses a model built otherwise.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -44,15 +46,27 @@ class _Walked(Exception):
     """Every block was passed: what comes after them is not wanted."""
 
 
-class Blocks:
-    """The blocks of a probed, lazily loaded model, in the order in which they run."""
+@dataclass(frozen=True)
+class Block:
+    """A block as a walk met it. name: of its module. run: its call, with what it got beside the states.
 
-    def __init__(self, model: nn.Module, harness: probes.Harness, folder: Path) -> None:
+    paths: of its layers.
+    """
+
+    name: str
+    module: nn.Module
+    run: Run
+    paths: list[str]
+
+
+class Walk:
+    """The blocks of a model that hold the layers at `paths`, in the order in which they run."""
+
+    def __init__(self, model: nn.Module, paths: Iterable[str]) -> None:
         self._model = model
-        self._blocks = greedy.blocks_of(model, harness.layers)
+        self._blocks = greedy.blocks_of(model, paths)
         self._modules = [block for block, _ in self._blocks.values()]
         self._names = {id(module): name for name, module in model.named_modules()}
-        self._weights = Weights(folder, model, harness)
         self._visited: list[int] = []
 
     def __len__(self) -> int:
@@ -86,9 +100,29 @@ class Blocks:
                 return
         raise UnsupportedError("some blocks of this model were not reached", "calibrate without --stream")
 
-    def drop(self, number: int) -> None:
-        """Free the weights of a block of the last walk; they are read anew when they are used again."""
-        self._weights.drop(self._names[self._visited[number]])
+    def blocks(self, window: int) -> list[Block]:
+        """All blocks, ready to run on windows of so many tokens; none is computed."""
+        found: list[Block] = []
+
+        def visit(number: int, run: Run, x: mx.array, paths: list[str]) -> mx.array:
+            identity = self._visited[number]
+            found.append(Block(self._names[identity], self._blocks[identity][0], run, paths))
+            return x
+
+        self.walk(np.zeros((2, window), np.int32), visit)
+        return found
+
+    def embedded(self, tokens: np.ndarray) -> mx.array:
+        """The hidden states (windows, window, width) that the first block gets for tokens."""
+        entered: list[mx.array] = []
+
+        def enter(block: nn.Module, call: Any, x: mx.array, *rest: Any, **named: Any) -> mx.array:
+            entered.append(x)
+            raise _Walked
+
+        with probes.hooked(self._modules, enter), contextlib.suppress(_Walked):
+            self._model(mx.array(tokens))
+        return entered[0]
 
     def logits(self, tokens: np.ndarray, hidden: mx.array) -> mx.array:
         """What norm and head make of hidden (1, rows, width) after the last block: (1, rows, vocab).
@@ -122,6 +156,18 @@ class Blocks:
             )
 
 
+class Blocks(Walk):
+    """The blocks of a probed, lazily loaded model, whose weights can be dropped."""
+
+    def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module], folder: Path) -> None:
+        super().__init__(model, layers)
+        self._weights = Weights(folder, model, layers)
+
+    def drop(self, number: int) -> None:
+        """Free the weights of a block of the last walk; they are read anew when they are used again."""
+        self._weights.drop(self._names[self._visited[number]])
+
+
 def _only(out: Any) -> mx.array:
     """A block's output, which must be one array of hidden states."""
     if not isinstance(out, mx.array):
@@ -143,8 +189,8 @@ def through(run: Run, x: mx.array) -> list[mx.array]:
 class Weights:
     """The weights of blocks, read anew from the shards whenever a block was used."""
 
-    def __init__(self, folder: Path, model: nn.Module, harness: probes.Harness) -> None:
-        self._modules = {**dict(model.named_modules()), **harness.layers}  # layers, not their probes
+    def __init__(self, folder: Path, model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+        self._modules = {**dict(model.named_modules()), **layers}  # layers, not their probes
         self._files = {
             name: file for file in sorted(folder.glob("model*.safetensors")) for name in _stored(file)
         }

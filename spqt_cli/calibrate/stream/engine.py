@@ -77,7 +77,7 @@ class Streamed:
         self._calibrating = len(windows[0])  # of the windows; the others are held out
         self._held_out = range(self._calibrating, len(self._windows))
         self._refining = range(min(REFINING_WINDOWS, self._calibrating))
-        self._blocks = Blocks(model, harness, progress.folder)
+        self._blocks = Blocks(model, harness.layers, progress.folder)
 
     def sensitivities(self, windows: int) -> dict[str, np.ndarray]:
         """Path -> cost of each of gradients.SPARSITIES, over at most so many calibration windows."""

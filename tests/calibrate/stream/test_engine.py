@@ -75,7 +75,7 @@ def test_gradients_block_by_block_are_those_of_the_whole_model(folder):
     windows = np.random.default_rng(0).integers(5, 500, (3, 64)).astype(np.int32)
     loaded = session.load_lazily(Folder(folder))
     with probes.probing(loaded.model) as harness:
-        walked = blocks.Blocks(loaded.model, harness, folder)
+        walked = blocks.Blocks(loaded.model, harness.layers, folder)
         found = gradients.sensitivities(walked, harness, windows, folder, lambda *_: None)
     loaded = session.load(folder, dense=True)
     with probes.probing(loaded.model) as harness:

@@ -1,0 +1,36 @@
+"""Which inputs are zero while weights are fitted: as in decode steps, the smallest ones of each layer.
+
+The second half of every window stands for decode steps; the first half is a prompt, and dense. Weights
+fitted so serve every sparsity, so the share that they are fitted at need not be the one to run at.
+"""
+
+import numpy as np
+
+SPARSITY = 0.5
+# What gradient allocation gives each kind, relative to the total: means over two models at 50 %. Fits with a
+# model's own allocation were no better (docs/log/quality.md), and that one costs a backward pass.
+RELATIVE = {
+    "q_proj": 1.02, "k_proj": 0.64, "v_proj": 0.54, "o_proj": 0.86,
+    "gate_proj": 0.93, "up_proj": 0.87, "down_proj": 1.29,
+}  # fmt: skip
+SAMPLED = 400_000  # values of which a quantile is taken
+
+
+def sparsity(path: str) -> float:
+    """The part of a layer's inputs that is skipped."""
+    return SPARSITY * RELATIVE.get(path.rpartition(".")[2], 1.0)
+
+
+def threshold(x: np.ndarray, share: float) -> float:
+    """The magnitude below which `share` of the values of x lie."""
+    flat = np.abs(x).reshape(-1)
+    flat = flat[:: max(1, len(flat) // SAMPLED)]
+    place = min(int(share * len(flat)), len(flat) - 1)
+    return float(np.partition(flat, place)[place])
+
+
+def decode_rows(shape: tuple[int, ...], windows: int, window: int) -> slice | None:
+    """Where the decode steps are along axis 1 of an input (windows, window, inputs); None if it is no such."""
+    if len(shape) == 3 and shape[:2] == (windows, window):
+        return slice(window // 2, window)
+    return None

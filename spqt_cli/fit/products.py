@@ -1,0 +1,54 @@
+"""Products of many rows and their sums: by numpy's BLAS on the CPU, by MLX on a GPU."""
+
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from spqt_cli.measure import many_rows
+
+
+class Gram:
+    """X^T X and (S - X)^T X, summed over rows: (inputs, inputs) float32 both."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self._hessian: Any = None
+        self._cross: Any = None
+
+    def add(self, x: mx.array, source: mx.array) -> None:
+        """Add rows of the compressed model's inputs x and of the source's, (..., inputs) both."""
+        x, source = (a.reshape(-1, a.shape[-1]).astype(mx.float32) for a in (x, source))
+        self.rows += len(x)
+        if many_rows.on_cpu():
+            rows, other = np.array(x, copy=False), np.array(source)
+            other -= rows
+            added: tuple[Any, Any] = (rows.T @ rows, other.T @ rows)
+        else:
+            added = (x.T @ x, (source - x).T @ x)
+        if self._hessian is None:
+            self._hessian, self._cross = added
+        else:
+            self._hessian += added[0]
+            self._cross += added[1]
+        if not many_rows.on_cpu():
+            mx.eval(self._hessian, self._cross)
+
+    def host(self) -> tuple[np.ndarray, np.ndarray]:
+        """Both sums."""
+        return np.array(self._hessian, copy=False), np.array(self._cross, copy=False)
+
+    def joined(self, other: "Gram") -> tuple[np.ndarray, np.ndarray, int]:
+        """The sums over both sets of rows, and how many rows they are."""
+        if not other.rows:
+            return *self.host(), self.rows
+        (a, b), (c, d) = self.host(), other.host()
+        return a + c, b + d, self.rows + other.rows
+
+
+def times(x: mx.array, w: Any) -> mx.array:
+    """x (..., inputs) times w (inputs, outputs), of numpy on the CPU and of MLX on a GPU."""
+    if not many_rows.on_cpu():
+        return x @ w.astype(x.dtype)
+    rows = np.array(x.astype(mx.float32), copy=False).reshape(-1, x.shape[-1])
+    return mx.array(rows @ w).reshape(*x.shape[:-1], w.shape[1]).astype(x.dtype)
