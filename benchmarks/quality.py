@@ -52,7 +52,7 @@ from spqt_cli.calibrate import calibrate, methods  # fmt: skip
 from spqt_cli.calibrate.measurements import Candidate
 from spqt_cli.calibrate.memory import InMemory
 from spqt_cli.calibrate.progress import Progress
-from spqt_cli.convert import convert, plan
+from spqt_cli.convert import convert, plan, source_model
 from spqt_cli.decode import generate, layers, session
 from spqt_cli.decode.options import Options, Prompt, Sampling
 from spqt_cli.evaluate import compare, perplexity, variants
@@ -216,7 +216,7 @@ def sparse_against_fewer_bits(
     """
     dense, rows = (
         Subject(loaded.model),
-        Subject(variants.load_source(source, variants.quantized_settings(few))),
+        Subject(source_model.load(source, source_model.settings_of(few))),
     )
     body = sum(dense.sizes[path] for path in dense.skippable)
     equal = round((dense.touched - rows.touched) / body, 4)
@@ -242,7 +242,7 @@ def score(
     source: str, subjects: Mapping[str, Subject], rows: np.ndarray, on_progress: Callable[..., None]
 ) -> list[dict[str, Any]]:
     """Score the source and all subjects on rows (windows, WINDOW); print and return the results."""
-    every = {SOURCE: Subject(variants.load_source(source)), **subjects}
+    every = {SOURCE: Subject(source_model.load(source)), **subjects}
     models = {id(one.model): one.model for one in every.values()}
     with ExitStack() as stack, many_rows.holding(many_rows.spare_bytes()):
         harnesses = {key: stack.enter_context(probes.probing(each)) for key, each in models.items()}

@@ -20,6 +20,7 @@ ORDER = (
     "measure",
     "convert",
     "calibrate",
+    "fit",
     "evaluate",
     "bench",
     "cli",

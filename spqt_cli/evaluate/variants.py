@@ -11,22 +11,18 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import mlx.core as mx
 from mlx import nn
 from mlx.utils import tree_unflatten
 
-from spqt_cli.convert import parameters, source
+from spqt_cli.convert import source, source_model
 from spqt_cli.decode import session
 from spqt_cli.errors import SpqtError, UsageError
 from spqt_cli.evaluate.report import ROWS, SOURCE
 from spqt_cli.format import config_json, thresholds
-from spqt_cli.measure import many_rows
 
 WINDOW = 512  # tokens, where none are asked for
 MOST_RENAMED = 0.01  # of the tokens: tools that write .gguf files spell a few special ones anew
-Settings = dict[str, tuple[int, int]]  # path of a module -> bits, group size
 OnProgress = Callable[[float, float, str], None]
 
 
@@ -121,9 +117,9 @@ def others(loaded: session.Loaded, options: EvaluateOptions, on_progress: OnProg
     sizes = ("vocab_size", "hidden_size") if options.source_head else ("vocab_size",)
     check_source(options.baseline, loaded, sizes)
     on_progress(0, 1, "loading the source")
-    found[SOURCE] = load_source(options.baseline)
+    found[SOURCE] = source_model.load(options.baseline)
     if options.rows:
-        found[ROWS] = load_source(options.baseline, quantized_settings(loaded.model))
+        found[ROWS] = source_model.load(options.baseline, source_model.settings_of(loaded.model))
     if options.source_head:
         for quantized in (loaded.model, *(found[name] for name in (ROWS,) if name in found)):
             take_heads(quantized, heads(found[SOURCE]))
@@ -155,36 +151,12 @@ def load_peer(name: str) -> nn.Module:
     return network
 
 
-def load_source(name: str, rows: Mapping[str, tuple[int, int]] | None = None) -> nn.Module:
-    """The model of a source, unquantized, or its modules in `rows` quantized as mlx-lm does, row by row.
-
-    rows: as `quantized_settings` gives them. On the CPU it computes in float32, as converted models do.
-    """
-    checkpoint = source.open_source(name, None, source.Trust(requantize=True))
-    network, weights, names = parameters.load(checkpoint)
-    if checkpoint.gguf is not None:
-        weights = {parameter: checkpoint.read(tensor) for parameter, tensor in names.items()}
-    network.eval()
-    network.load_weights(list(weights.items()))
-    if rows is not None:
-        _quantize_rows(network, rows)
-    if many_rows.on_cpu():
-        network.set_dtype(mx.float32)
-    mx.eval(network.parameters())
-    return network
-
-
-def quantized_settings(network: nn.Module) -> Settings:
-    """The bits and group size of every quantized module of a model, Zigzag or row-grouped."""
-    return {path: (one.bits, one.group_size) for path, one in network.named_modules() if "scales" in one}
-
-
 def check_source(name: str, loaded: session.Loaded, sizes: Sequence[str] = ("vocab_size",)) -> None:
     """Refuse a source whose tokens are not the converted model's: no distance between the two means anything.
 
     sizes: of config.json that must be equal too. No weight is read. Raises SpqtError with what differs.
     """
-    checkpoint = source.open_source(name, None, source.Trust(requantize=True), headers_only=True)
+    checkpoint = source_model.open_source(name, headers_only=True)
     hint = f"name the source of {loaded.folder}"
     for size in sizes:
         theirs, ours = config_json.size(checkpoint.config, size), loaded.folder.size(size)
@@ -219,13 +191,3 @@ def _vocabulary(checkpoint: source.Checkpoint) -> dict[str, int]:
         (folder / config_json.CONFIG).write_text(json.dumps(checkpoint.config))
         write_tokenizer(checkpoint.gguf.path, folder)
         return dict(session.load_tokenizer(folder).get_vocab())
-
-
-def _quantize_rows(network: nn.Module, rows: Mapping[str, tuple[int, int]]) -> None:
-    def choose(path: str, module: nn.Module) -> bool | dict[str, Any]:
-        if path not in rows or not hasattr(module, "to_quantized") or module.weight.shape[-1] % rows[path][1]:
-            return False  # no whole number of groups along the inputs: stock mlx-lm leaves it as it is
-        bits, group_size = rows[path]
-        return {"group_size": group_size, "bits": bits}
-
-    nn.quantize(network, class_predicate=choose)

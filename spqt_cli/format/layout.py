@@ -10,6 +10,7 @@ Source: the Zigzag layout of arXiv 2511.04477, section 4, with a band wider than
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from spqt_cli.errors import UsageError
 
@@ -67,6 +68,16 @@ def quantize(w: mx.array, bits: int, group_size: int, band: int) -> tuple[mx.arr
     channels_first = w.reshape(bands, band, inputs).swapaxes(1, 2)
     weight, scales, biases = mx.quantize(channels_first, group_size=group_size, bits=bits)
     return weight, scales, biases
+
+
+def pack(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Codes as `mx.quantize` packs them: (..., n) uint8, n in 32s -> (..., n * bits / 32) uint32."""
+    eights = codes.reshape(*codes.shape[:-1], -1, 8)
+    words = np.zeros(eights.shape[:-1], "<u8")
+    for i in range(8):  # eight codes fill `bits` bytes
+        words |= eights[..., i].astype("<u8") << np.uint64(bits * i)
+    used = np.ascontiguousarray(words[..., None].view(np.uint8)[..., :bits])
+    return used.reshape(*codes.shape[:-1], -1).view("<u4")
 
 
 def dequantize(

@@ -28,7 +28,7 @@ def on_cpu() -> bool:
     return bool(mx.default_device().type == mx.DeviceType.cpu)
 
 
-def _host(a: mx.array) -> np.ndarray:
+def host(a: mx.array) -> np.ndarray:
     """a as float32 numpy, without a copy where it is float32 already."""
     return np.array(a.astype(mx.float32), copy=False)
 
@@ -52,7 +52,7 @@ def _banded(rows: mx.array, layer: ZigzagLinear) -> mx.array:
     # not fit memory.
     @mx.custom_function
     def forward(x: mx.array) -> mx.array:
-        y = np.matmul(_host(x), unpacked(layer))  # (bands, rows, band)
+        y = np.matmul(host(x), unpacked(layer))  # (bands, rows, band)
         return mx.array(y.swapaxes(0, 1).reshape(x.shape[0], -1)[:, : layer.outputs])
 
     @forward.vjp
@@ -60,7 +60,7 @@ def _banded(rows: mx.array, layer: ZigzagLinear) -> mx.array:
         w = unpacked(layer)
         bands, _, band = w.shape
         dy = np.zeros((cotangent.shape[0], bands * band), np.float32)
-        dy[:, : layer.outputs] = _host(cotangent)
+        dy[:, : layer.outputs] = host(cotangent)
         dx = sum(dy[:, b * band : (b + 1) * band] @ w[b].T for b in range(bands))
         return mx.array(dx)
 
@@ -72,11 +72,11 @@ def _plain(x: mx.array, w: np.ndarray, bias: mx.array | None) -> mx.array:
 
     @mx.custom_function
     def forward(rows: mx.array) -> mx.array:
-        return mx.array(_host(rows) @ w.T)
+        return mx.array(host(rows) @ w.T)
 
     @forward.vjp
     def backward(_: mx.array, cotangent: mx.array, __: mx.array) -> mx.array:
-        return mx.array(_host(cotangent) @ w)
+        return mx.array(host(cotangent) @ w)
 
     product = cast(mx.array, forward(x.reshape(-1, x.shape[-1])))
     y = product.reshape(*x.shape[:-1], w.shape[0]).astype(x.dtype)
@@ -99,14 +99,14 @@ def _unpack(layer: Any) -> np.ndarray:
     """3, 5 and 6 bits by numpy: MLX's CPU build takes twice as long for codes that straddle bytes."""
     if layer.mode not in ("affine", "zigzag"):
         scales = (layer.scales, layer.get("biases"))
-        return _host(mx.dequantize(layer.weight, *scales, layer.group_size, layer.bits, mode=layer.mode))
+        return host(mx.dequantize(layer.weight, *scales, layer.group_size, layer.bits, mode=layer.mode))
     scales, biases = (layer[name].astype(mx.float32) for name in ("scales", "biases"))
     if layer.bits not in (3, 5, 6):
-        return _host(mx.dequantize(layer.weight, scales, biases, layer.group_size, layer.bits))
+        return host(mx.dequantize(layer.weight, scales, biases, layer.group_size, layer.bits))
     w = codes(np.array(layer.weight, copy=False), layer.bits).astype(np.float32)
     groups = w.reshape(*scales.shape, layer.group_size)
-    groups *= _host(scales)[..., None]
-    groups += _host(biases)[..., None]
+    groups *= host(scales)[..., None]
+    groups += host(biases)[..., None]
     return w
 
 
@@ -139,11 +139,11 @@ def _attend(mask: np.ndarray | None, q: mx.array, k: mx.array, v: mx.array) -> m
 
     @mx.custom_function
     def forward(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
-        return mx.array(np.matmul(_softmax(_host(q), _host(k), mask), _host(v)))
+        return mx.array(np.matmul(_softmax(host(q), host(k), mask), host(v)))
 
     @forward.vjp
     def backward(primals: Any, cotangent: mx.array, _: mx.array) -> tuple[mx.array, ...]:
-        q, k, v, dy = (_host(a) for a in (*primals, cotangent))
+        q, k, v, dy = (host(a) for a in (*primals, cotangent))
         p = _softmax(q, k, mask)  # anew: keeping every layer's would not fit memory
         ds = np.matmul(dy, v.swapaxes(-1, -2))
         ds -= (ds * p).sum(axis=-1, keepdims=True)
@@ -171,7 +171,7 @@ def attention(
         mask = mx.arange(length - rows, length)[:, None] >= mx.arange(length)[None]
     if mask is not None and mask.dtype == mx.bool_:
         mask = mx.where(mask, 0.0, -math.inf)
-    added = None if mask is None else _host(mask)
+    added = None if mask is None else host(mask)
     return _attend(added, q * scale, k, v).astype(q.dtype)
 
 
@@ -219,12 +219,12 @@ def many_rows(heads: bool = True) -> Iterator[None]:
         (mx.fast, "scaled_dot_product_attention", attention),
         (mx.fast, "rms_norm", hooks_cpu.STOCK["rms_norm"]),  # ours have no gradient
         (mx.fast, "rope", hooks_cpu.STOCK["rope"]),
-        (nn.Linear, "__call__", lambda self, x: _plain(x, _host(self.weight), self.get("bias"))),
+        (nn.Linear, "__call__", lambda self, x: _plain(x, host(self.weight), self.get("bias"))),
         (nn.QuantizedLinear, "__call__", lambda self, x: _plain(x, unpacked(self), self.get("bias"))),
     ]
     if heads:
         replaced += [
-            (nn.Embedding, "as_linear", lambda self, x: _plain(x, _host(self.weight), None)),
+            (nn.Embedding, "as_linear", lambda self, x: _plain(x, host(self.weight), None)),
             (nn.QuantizedEmbedding, "as_linear", lambda self, x: _plain(x, unpacked(self), None)),
         ]
     with foreign.replaced(replaced):

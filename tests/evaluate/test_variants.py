@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from spqt_cli.cli import worker
-from spqt_cli.convert import convert
+from spqt_cli.convert import convert, source_model
 from spqt_cli.decode import session
 from spqt_cli.errors import SpqtError
 from spqt_cli.evaluate import multiple_choice, perplexity, variants
@@ -88,7 +88,7 @@ def test_a_head_of_another_width_can_not_be_taken(converted, tmp_path):
 
 def test_eval_reads_no_weight_of_a_source_with_other_tokens(converted, tmp_path, monkeypatch):
     other = with_swapped_tokens(tmp_path / "other", 100)
-    monkeypatch.setattr(variants, "load_source", lambda *_: pytest.fail("its weights were read"))
+    monkeypatch.setattr(source_model, "load", lambda *_: pytest.fail("its weights were read"))
     text, questions = tmp_path / "text.txt", tmp_path / "questions.jsonl"
     text.write_text("pack my box with five dozen liquor jugs " * 100)
     questions.write_text(json.dumps({"goal": "pack", "sol1": "my box", "sol2": "jugs", "label": 0}) + "\n")

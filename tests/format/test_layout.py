@@ -177,3 +177,14 @@ def test_settings_that_mlx_packs(bits, group_size):
     assert layout.is_packable(bits, group_size)
     layout.check(None, None)
     mx.eval(layout.quantize(mx.zeros((group_size, 32)), bits, group_size, group_size))
+
+
+@pytest.mark.parametrize("group_size", layout.GROUP_SIZES)
+@pytest.mark.parametrize("bits", layout.BITS)
+def test_pack_is_what_mlx_unpacks(bits, group_size):
+    codes = np.random.default_rng(bits).integers(0, 2**bits, (2, 3, 2 * group_size), np.uint8)
+    weight = mx.array(layout.pack(codes, bits))
+    ones = mx.ones((2, 3, 2))
+    got = mx.dequantize(weight, ones, mx.zeros_like(ones), group_size=group_size, bits=bits)
+    np.testing.assert_array_equal(np.array(got), codes)
+    assert weight.dtype == mx.uint32

@@ -1,0 +1,1 @@
+"""Weights fitted to the inputs that they will see, beyond rounding."""

@@ -1,0 +1,184 @@
+"""Text that a model writes itself: repeatable, of the kinds asked for, within the model's context."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from spqt_cli.convert import source_model
+from spqt_cli.decode import session
+from spqt_cli.errors import SpqtError
+from spqt_cli.fit import own_text, starts
+from tests.conftest import VOCAB, tiny_checkpoint
+
+
+def quiet(*_) -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint):
+    return source_model.load(str(checkpoint))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(checkpoint):
+    return session.load_tokenizer(checkpoint)
+
+
+def without(folder: Path, *keys: str, arch: str = "llama"):
+    """The tokenizer of a tiny checkpoint whose settings lack some keys."""
+    tiny_checkpoint(folder, arch)
+    path = folder / "tokenizer_config.json"
+    kept = {key: value for key, value in json.loads(path.read_text()).items() if key not in keys}
+    path.write_text(json.dumps(kept))
+    return session.load_tokenizer(folder)
+
+
+def test_the_seed_alone_decides(model, tokenizer):
+    found = own_text.windows(model, tokenizer, 6, 24, 3, quiet)
+    mx.random.seed(99)
+    np.random.seed(99)
+    assert np.array_equal(own_text.windows(model, tokenizer, 6, 24, 3, quiet), found)
+    assert (own_text.windows(model, tokenizer, 6, 24, 4, quiet) != found).mean() > 0.5
+    assert (found.shape, found.dtype) == ((6, 24), np.int32)
+    assert 0 <= found.min() <= found.max() < VOCAB
+
+
+def test_each_text_begins_as_it_was_started(model, tokenizer):
+    found = own_text.windows(model, tokenizer, 8, 32, 0, quiet)
+    for row, start in zip(found, starts.starts(tokenizer, VOCAB, 8, 0), strict=True):
+        assert row[: len(start)].tolist() == start[:32]
+
+
+def test_what_is_sampled_follows_the_models_own_distribution(model, tokenizer):
+    """Of 4000 second tokens after one BOS, the commonest come as often as the logits say."""
+    rows = own_text._write(model, [[1]] * 4000, 2, np.random.SeedSequence(0), quiet)
+    p = np.array(mx.softmax(model(mx.array([[1]]))[0, -1]))
+    counted = np.bincount(rows[:, 1], minlength=VOCAB) / len(rows)
+    for token in np.argsort(-p)[:5]:
+        assert abs(counted[token] - p[token]) < 5 * np.sqrt(p[token] / len(rows))
+    assert counted[p < 1e-7].sum() < 1e-3
+
+
+def test_texts_do_not_depend_on_their_neighbours_length(model, tokenizer):
+    """A short start sampled beside a longer one follows its own context: likelier than under the other's."""
+    rows = own_text._write(model, [[1], [3, 5, 7, 9, 11, 13]], 8, np.random.SeedSequence(2), quiet)
+    assert rows[1, :6].tolist() == [3, 5, 7, 9, 11, 13]
+    again = own_text._write(model, [[1], [4, 6, 8, 10, 12, 14]], 8, np.random.SeedSequence(2), quiet)
+    assert np.array_equal(rows[0], again[0])
+
+
+@pytest.mark.parametrize("arch", ["qwen2", "gemma3"])
+def test_other_architectures(tmp_path, arch):
+    """Among them a cache that slides: 64 tokens of it are full before the text ends."""
+    folder = tiny_checkpoint(tmp_path / arch, arch)
+    model, tokenizer = source_model.load(str(folder)), session.load_tokenizer(folder)
+    found = own_text.windows(model, tokenizer, 4, 80, 0, quiet)
+    logits = np.array(model(mx.array(found[:, :-1])))
+    picked = np.take_along_axis(logits, found[:, 1:, None], -1)[..., 0]
+    mean = logits.mean(axis=-1)
+    assert (picked[:, 60:] - mean[:, 60:]).mean() > 0.2  # sampled tokens are likelier than others
+
+
+def test_all_kinds_come_equally_often(tokenizer):
+    found = starts.starts(tokenizer, VOCAB, 40, 0)
+    chat, document = starts.chat_turn(tokenizer), starts.document_start(tokenizer)
+    kinds = Counter(
+        "chat" if one == chat else "document" if one == document else len(one) > 1 for one in found
+    )
+    assert kinds == {"chat": 10, "document": 10, True: 10, False: 10}
+    assert chat == tokenizer.encode("<|user|>", add_special_tokens=False)
+    assert document == [1]
+
+
+def test_no_template_leaves_chat_out(tmp_path):
+    tokenizer = without(tmp_path / "plain", "chat_template")
+    assert starts.chat_turn(tokenizer) == []
+    found = starts.starts(tokenizer, VOCAB, 9, 0)
+    assert found.count([1]) == 3
+
+
+def test_a_template_that_fails_or_hides_the_words_leaves_chat_out(tokenizer, monkeypatch):
+    for template in ("{{ raise_exception('no') }}", "{{ messages[0].content | upper }}", "nothing"):
+        monkeypatch.setattr(tokenizer._tokenizer, "chat_template", template)
+        assert starts.chat_turn(tokenizer) == []
+
+
+def test_without_a_bos_the_document_starts_by_its_eos_or_not_at_all(tmp_path):
+    tokenizer = without(tmp_path / "eos", "bos_token")
+    assert starts.document_start(tokenizer) == [2]
+    bare = without(tmp_path / "bare", "bos_token", "eos_token", "chat_template")
+    assert starts.document_start(bare) == []
+    assert all(starts.starts(bare, VOCAB, 8, 0))
+
+
+def test_a_vocabulary_smaller_than_the_tokenizers(tokenizer):
+    """Starts that the model has no tokens for are left out."""
+    found = starts.starts(tokenizer, 100, 40, 0)
+    assert max(map(max, found)) < 100
+    few = starts.starts(tokenizer, 1, 4, 0)  # not even a BOS: token 0, since nothing else is there
+    assert few == [[0]] * 4
+
+
+def test_a_random_token_is_no_special_one(tokenizer):
+    words = starts._words(tokenizer, VOCAB)
+    assert not set(words.tolist()) & {0, 1, 2, 3, 4}
+
+
+def test_shipped_openings_are_many_and_short(tokenizer):
+    found = starts.openings(tokenizer)
+    assert len(found) >= 40
+    assert all(found)
+
+
+def test_beyond_the_models_context(model, tokenizer):
+    with pytest.raises(SpqtError, match="context is 512"):
+        own_text.windows(model, tokenizer, 1, 513, 0, quiet)
+
+
+def test_logits_that_are_not_finite(checkpoint, tokenizer):
+    model = source_model.load(str(checkpoint))
+    model.model.norm.weight = mx.full(model.model.norm.weight.shape, mx.nan)
+    with pytest.raises(SpqtError, match="not finite"):
+        own_text.windows(model, tokenizer, 2, 8, 0, quiet)
+
+
+def test_repetitive_texts_are_written_anew(model, tokenizer, monkeypatch):
+    stuck = []
+
+    def write(_, begun, length, seed, on_step):
+        on_step(length - 1)
+        stuck.append(len(begun))
+        rows = np.tile(np.arange(length, dtype=np.int32), (len(begun), 1))
+        if len(stuck) == 1:
+            rows[1:3] = 7
+        return rows
+
+    monkeypatch.setattr(own_text, "_write", write)
+    seen = []
+    found = own_text.windows(model, tokenizer, 5, 40, 0, lambda *each: seen.append(each))
+    assert stuck[:2] == [5, 2]
+    assert sum(stuck) == 7
+    assert not any(own_text.repeats_itself(row) for row in found)
+    assert "2 repetitive texts" in seen[-1][2]
+
+
+def test_large_counts_are_written_in_even_groups(model, tokenizer, monkeypatch):
+    monkeypatch.setattr(own_text, "AT_ONCE", 4)
+    seen = []
+    found = own_text.windows(model, tokenizer, 6, 12, 0, lambda done, total, _: seen.append(done / total))
+    assert own_text._at_once(model, 12, 6) == 3
+    assert not np.array_equal(found[:3], found[3:])
+    assert seen == sorted(seen)
+
+
+def test_eight_bits_write_text_too(checkpoint, tokenizer):
+    opened = source_model.open_source(str(checkpoint))
+    model = source_model.build(opened, source_model.eight_bits(opened))
+    assert source_model.settings_of(model)
+    found = own_text.windows(model, tokenizer, 2, 16, 0, quiet)
+    assert found.shape == (2, 16)
