@@ -409,9 +409,7 @@ def dwq_table(options: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
     windows = dwq.windows_of(options.calibration, loaded.tokenizer, options.tokens, WINDOW)
     settings = dwq.Settings(options.learning_rate, options.batch, epochs=options.epochs)
     start = time.process_time()
-    found = dwq.distil(
-        options.source, variants.quantized_settings(loaded.model), windows, options.out, settings
-    )
+    found = dwq.distil(options.source, source_model.settings_of(loaded.model), windows, options.out, settings)
     return [{**found, "cpu_seconds": time.process_time() - start, "out": options.out.name}]
 
 

@@ -2,22 +2,24 @@
 
 mlx-lm's command line (`mlx_lm.dwq`) takes its text from the hub through the package `datasets`. Here the same
 function gets windows of a local text, so that it sees what our own fit sees. Computed in float32; saved in
-the source's dtype. On a GPU that is minutes; docs/quality.md says what a step costs on a CPU.
+the source's dtype. On a CPU its products run through numpy's BLAS, forward and backward.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
+from mlx import nn
 
-from spqt_cli.convert import source as sources
-from spqt_cli.decode import session
+from spqt_cli.convert import source_model
+from spqt_cli.decode import foreign, session
 from spqt_cli.errors import SpqtError
-from spqt_cli.evaluate import variants
 from spqt_cli.format import config_json
-from spqt_cli.measure import texts
+from spqt_cli.measure import many_rows, texts
 
 HELD_OUT = 16  # every so many windows one, for mlx-lm's validation
 SEED = 123  # mlx-lm's default
@@ -34,7 +36,7 @@ class Settings:
 
 
 def distil(
-    source: str, rows: variants.Settings, windows: np.ndarray, output: Path, settings: Settings
+    source: str, rows: source_model.Settings, windows: np.ndarray, output: Path, settings: Settings
 ) -> dict[str, Any]:
     """Write the distilled model to `output`, a folder that mlx-lm loads; returns what it was trained on.
 
@@ -45,25 +47,63 @@ def distil(
     from mlx_lm.quant.dwq import dwq_quantize
     from mlx_lm.utils import save
 
-    folder = sources.open_source(source, None, sources.Trust(requantize=True)).folder
+    folder = source_model.open_source(source).folder
     if not Path(source).is_dir() or output.exists():
         raise SpqtError(f"{source} is no folder, or {output} exists", "name a source's folder, a new output")
     train, valid = split(windows, settings)
-    teacher, student = variants.load_source(source), variants.load_source(source, rows)
+    teacher, student = source_model.load(source), source_model.load(source, rows)
     for network in (teacher, student):
         network.set_dtype(mx.float32)
     adam = optimizers.Adam(settings.learning_rate, bias_correction=True)
-    dwq_quantize(
-        student, lambda batch, *_, **__: teacher(batch), adam,
-        train, valid, settings.batch, windows.shape[1], SEED,
-        dtype=mx.float32, temperature=settings.temperature,
-    )  # fmt: skip
+    with fast_on_cpu():
+        dwq_quantize(
+            student, lambda batch, *_, **__: teacher(batch), adam,
+            train, valid, settings.batch, windows.shape[1], SEED,
+            dtype=mx.float32, temperature=settings.temperature,
+        )  # fmt: skip
     config = config_json.read_config(folder)
     student.set_dtype(getattr(mx, config.get("torch_dtype", "float16")))
     save(
         output, folder, student, session.load_tokenizer(folder), config | {"quantization": quantization(rows)}
     )
     return {"steps": len(train) // settings.batch, "windows": len(windows), "tokens": int(windows.size)}
+
+
+@contextmanager
+def fast_on_cpu() -> Iterator[None]:
+    """In this block products of row-grouped layers run through BLAS on the CPU, and can still be trained."""
+    kinds = ((nn.QuantizedLinear, "__call__"), (nn.QuantizedEmbedding, "as_linear"))
+    own = [(kind, name, trainable) for kind, name in kinds] if many_rows.on_cpu() else []
+    with many_rows.many_rows(), foreign.replaced(own):
+        yield
+
+
+def trainable(layer: Any, x: mx.array) -> mx.array:
+    """x (..., inputs) @ w.T of a row-grouped layer, differentiable by x, scales and biases."""
+    codes = many_rows.codes(np.array(layer.weight, copy=False), layer.bits)  # (outputs, inputs)
+    codes = codes.reshape(*layer.scales.shape, layer.group_size)
+    shape = (codes.shape[0], -1)
+
+    def weights(scales: mx.array, biases: mx.array) -> np.ndarray:
+        w = codes * np.array(scales)[..., None]
+        w += np.array(biases)[..., None]
+        return w.reshape(shape)
+
+    @mx.custom_function
+    def forward(rows: mx.array, scales: mx.array, biases: mx.array) -> mx.array:
+        return mx.array(many_rows.host(rows) @ weights(scales, biases).T)
+
+    @forward.vjp
+    def backward(primals: Any, cotangent: mx.array, _: mx.array) -> tuple[mx.array, ...]:
+        rows, scales, biases = primals
+        dy = many_rows.host(cotangent)
+        dw = (dy.T @ many_rows.host(rows)).reshape(codes.shape)
+        by_scales = np.einsum("ogk,ogk->og", dw, codes.astype(np.float32))
+        return mx.array(dy @ weights(scales, biases)), mx.array(by_scales), mx.array(dw.sum(axis=-1))
+
+    y = cast(mx.array, forward(x.reshape(-1, x.shape[-1]), layer.scales, layer.biases))
+    y = y.reshape(*x.shape[:-1], shape[0])
+    return y + layer.bias if "bias" in layer else y
 
 
 def split(windows: np.ndarray, settings: Settings) -> tuple[list[Any], list[Any]]:
@@ -76,7 +116,7 @@ def split(windows: np.ndarray, settings: Settings) -> tuple[list[Any], list[Any]
     return train, valid
 
 
-def quantization(rows: variants.Settings) -> dict[str, Any]:
+def quantization(rows: source_model.Settings) -> dict[str, Any]:
     """mlx-lm's `quantization` section for bits and groups by path."""
     bits, group = max(set(rows.values()), key=list(rows.values()).count)
     own = {path: {"bits": one[0], "group_size": one[1]} for path, one in rows.items() if one != (bits, group)}
@@ -84,9 +124,12 @@ def quantization(rows: variants.Settings) -> dict[str, Any]:
 
 
 def windows_of(path: Path | None, tokenizer: Any, tokens: int, window: int) -> np.ndarray:
-    """(count, window) tokens from a text, or from a .npy file of whole windows; None: the shipped text."""
-    if path is not None and path.suffix == ".npy":
+    """(count, window) tokens of a text (None: the shipped one), or as a .npy file has them, or `windows` of
+    the .npz file that our own fit keeps.
+    """
+    if path is not None and path.suffix in (".npy", ".npz"):
         found = np.load(path)
+        found = found if path.suffix == ".npy" else found["windows"]
         return found[: max(1, tokens // found.shape[1])]
     document = texts.read(path)
     found = texts.windows(texts.tokens(document, tokenizer), window, texts.opening(tokenizer))

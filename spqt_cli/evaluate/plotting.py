@@ -144,7 +144,7 @@ def _panel(axes: Any, result: TextResult) -> None:
 def _scales(axes: Any, costs: Sequence[float]) -> None:
     """A logarithmic axis of KL where it spans much; room at the edges."""
     lowest, highest = min(costs), max(costs)
-    axes.margins(x=0.06, y=0.14)
+    axes.margins(x=0.13, y=0.14)
     if lowest > 0 and highest / lowest > LOG_FROM:
         axes.set_yscale("log")
         axes.set_ylim(lowest / 1.35, highest * 1.2)
@@ -156,15 +156,15 @@ def _scales(axes: Any, costs: Sequence[float]) -> None:
 
 
 def _label_shares(axes: Any, every: Sequence[Series]) -> None:
-    """Below the lowest line, what share each of its marks was to skip."""
+    """Left below the lowest line, what share each of its marks was to skip."""
     lines = [one for one in every if len(one.rows) > 1]
     if lines:
         lowest = min(lines, key=lambda one: one.costs[0])
         for row, size, cost in zip(lowest.rows, lowest.sizes, lowest.costs, strict=True):
             if row.sparsity:
                 axes.annotate(
-                    f"{row.sparsity:.0%}", (size, cost), (0, -15),
-                    textcoords="offset points", ha="center", fontsize=9, color=lowest.colour,
+                    f"{row.sparsity:.0%}", (size, cost), (-4, -13),
+                    textcoords="offset points", ha="right", fontsize=9, color=lowest.colour,
                 )  # fmt: skip
 
 

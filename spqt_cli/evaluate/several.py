@@ -17,6 +17,7 @@ import mlx.core as mx
 import numpy as np
 from mlx import nn
 
+from spqt_cli.convert import source_model
 from spqt_cli.decode import bytes_read, context, session
 from spqt_cli.decode.layers import zigzag_layers
 from spqt_cli.errors import ResourceError, SpqtError, UsageError
@@ -83,7 +84,7 @@ def evaluate(wishes: Wishes, on_progress: OnProgress) -> Several:
         several_report.check_against(wishes.against, names)
     run = _Run(passages, options, len(names), on_progress)
     with run.keeping():
-        run.stock(options.baseline, variants.quantized_settings(first.model))
+        run.stock(options.baseline, source_model.settings_of(first.model))
         del first
         for label, name in peers.items():
             run.peer(label, name)
@@ -168,6 +169,10 @@ def _names(
     return [*stock, *peers, *own]
 
 
+def _config(name: str) -> dict[str, Any]:
+    return source_model.open_source(name, headers_only=True).config
+
+
 def _name(label: str, share: str, alone: bool) -> str:
     return share if alone else f"{label} {share}"
 
@@ -214,26 +219,26 @@ class _Run:
                 if self.kept is not None:
                     self.kept.close()
 
-    def stock(self, baseline: str | None, settings: variants.Settings) -> None:
+    def stock(self, baseline: str | None, settings: source_model.Settings) -> None:
         """Score the source and its row-grouped form, if asked for; settings: bits and groups of that."""
         if baseline is None:
             return
         self.on_progress(0, 1, "loading the source")
-        network = variants.load_source(baseline)
+        network = source_model.load(baseline)
         if self.options.source_head:
             self.heads = variants.heads(network)
         self.kept = Kept(self._folder, [(len(one.rows), one.scored) for one in self.passages])
-        self._score(network, SOURCE, variants.source_config(baseline))
+        self._score(network, SOURCE, _config(baseline))
         del network
         if self.options.rows:
             freed()
-            network = variants.load_source(baseline, settings)
-            self._score(network, ROWS, variants.source_config(baseline))
+            network = source_model.load(baseline, settings)
+            self._score(network, ROWS, _config(baseline))
 
     def peer(self, label: str, name: str) -> None:
         """Score a model of mlx-lm's own, dense."""
         freed()
-        self._score(variants.load_peer(name), label, variants.source_config(name))
+        self._score(variants.load_peer(name), label, _config(name))
 
     def model(self, label: str, name: str, choices: Mapping[str, Choice], alone: bool) -> None:
         """Score a converted model dense and at each of its sparsities."""

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import mlx.core as mx
 from mlx import nn
 from mlx.utils import tree_unflatten
 
@@ -142,11 +143,11 @@ def take_heads(model: nn.Module, unquantized: Mapping[str, nn.Module]) -> None:
 
 def load_peer(name: str) -> nn.Module:
     """A model's folder (or hub id) as mlx-lm loads it, whatever its quantization; float32 on the CPU."""
-    checkpoint = source.open_source(name, None, source.Trust(requantize=True))
+    checkpoint = source_model.open_source(name)
     if checkpoint.gguf is not None:
         raise SpqtError(f"{name} is no folder that mlx-lm loads", "name a model's folder or a hub id")
     network, _ = session.load_stock(checkpoint.folder, config_json.read_config(checkpoint.folder))
-    if many_rows.on_cpu():
+    if mx.default_device().type == mx.DeviceType.cpu:
         network.set_dtype(mx.float32)
     return network
 
@@ -173,11 +174,6 @@ def check_tokens(name: str, vocabulary: Mapping[str, int], loaded: session.Loade
     if other > MOST_RENAMED * len(shared):
         cause = f"{name} has another tokenizer than {loaded.folder}: {other} of {len(shared)} tokens differ"
         raise SpqtError(cause, hint)
-
-
-def source_config(name: str) -> dict[str, Any]:
-    """config.json of a source, or what stands for it in a .gguf file; no weight is read."""
-    return source.open_source(name, None, source.Trust(requantize=True), headers_only=True).config
 
 
 def _vocabulary(checkpoint: source.Checkpoint) -> dict[str, int]:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from spqt_cli.cli import worker
-from spqt_cli.convert import convert
+from spqt_cli.convert import convert, source_model
 from spqt_cli.decode import generate, session
 from spqt_cli.decode.options import Options, Prompt, Sampling
 from spqt_cli.errors import ResourceError, SpqtError, UsageError
@@ -191,13 +191,14 @@ def test_one_model_is_in_memory_at_a_time(wishes, coarse, monkeypatch):
 
         return loading
 
-    monkeypatch.setattr(variants, "load_source", watched(variants.load_source))
+    monkeypatch.setattr(source_model, "load", watched(source_model.load))
     monkeypatch.setattr(variants, "load_peer", watched(variants.load_peer))
     monkeypatch.setattr(session, "load", watched(session.load))
     models = [*wishes.models, f"three={coarse}"]
     options = dataclasses.replace(wishes.options, sparsity=None)
     several.evaluate(
-        dataclasses.replace(wishes, models=models, texts=wishes.texts[:1], counts=(1,), options=options), quiet
+        dataclasses.replace(wishes, models=models, texts=wishes.texts[:1], counts=(1,), options=options),
+        quiet,
     )
 
 
@@ -241,7 +242,7 @@ def test_bad_wishes(wishes, says):
 def test_other_tokens_are_refused_before_weights_are_read(wishes, tmp_path, monkeypatch):
     other = with_swapped_tokens(tmp_path / "other", 100)
     convert.convert(str(other), tmp_path / "swapped", convert.ConvertOptions(bits=4, group_size=32))
-    monkeypatch.setattr(variants, "load_source", lambda *_: pytest.fail("its weights were read"))
+    monkeypatch.setattr(source_model, "load", lambda *_: pytest.fail("its weights were read"))
     plain = dataclasses.replace(wishes.options, sparsity=None)
     for change in ({"peers": [str(other)]}, {"models": [*wishes.models, str(tmp_path / "swapped")]}):
         with pytest.raises(SpqtError, match="another tokenizer"):
