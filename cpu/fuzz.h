@@ -170,3 +170,4 @@ bool turned(Random& random);
 bool attention(Random& random);
 bool gated(Random& random);
 bool sum_of_exponentials(Random& random);
+bool compensated(Random& random);

@@ -22,6 +22,8 @@ namespace {
 #define SPQT_JOIN_OF(a, b) a##b
 #define SPQT_JOIN(a, b) SPQT_JOIN_OF(a, b)
 
+void SPQT_JOIN(compensate_, SPQT_ISA)(const Compensate&, float*);  // exact.cpp
+
 extern const Kernels SPQT_JOIN(kernels_, SPQT_ISA);
 const Kernels SPQT_JOIN(kernels_, SPQT_ISA) = {SPQT_STRING(SPQT_ISA), collect, gemv, finish, gemm, prepare, rows,
-    rms_norm, rope, gate, sum_exp, attend_few, attend_many};
+    rms_norm, rope, gate, sum_exp, attend_few, attend_many, SPQT_JOIN(compensate_, SPQT_ISA)};

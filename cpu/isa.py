@@ -17,7 +17,15 @@ from pathlib import Path
 from sanitize import ROOT, SETTINGS, build, run
 
 CROSS, ARM_EMULATOR, X86_EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64", "qemu-x86_64"
-SOURCES = ["isa.cpp", "fuzz.cpp", "fuzz_products.cpp", "fuzz_decode.cpp", "dispatch.cpp", "pool.cpp"]
+SOURCES = [
+    "isa.cpp",
+    "exact.cpp",
+    "fuzz.cpp",
+    "fuzz_products.cpp",
+    "fuzz_decode.cpp",
+    "dispatch.cpp",
+    "pool.cpp",
+]
 ROUNDS, EMULATED_ROUNDS = 100, 20
 IS_ARM = platform.machine() in ("aarch64", "arm64")
 

@@ -121,6 +121,16 @@ constexpr int ATTEND_ROWS = 96;   // at most in one task
 constexpr int SPLIT_KEYS = 128;   // keys of one task when there is one row a head
 constexpr size_t WORK = 65536;    // floats of a thread's scratch: the most that gemm and attend need
 
+// Error-compensating rounding of all input channels for one group of outputs; spqt_cli/fit/compensate.py defines it.
+struct Compensate {
+  float* errors;        // (inputs, group_size): targets, replaced by target - rounded
+  const float* factor;  // (inputs, inputs): unit upper triangular
+  uint8_t* codes;       // (inputs, group_size)
+  float *scales, *biases;  // (inputs,): exact in `type`; NaN where none is finite
+  int inputs, group_size, bits;
+  Type type;
+};
+
 // Nothing can be said of what lies in the memory that a kernel is given to work in or to write to.
 
 struct Kernels {
@@ -147,6 +157,8 @@ struct Kernels {
   void (*attend_few)(const Attend&, float* work);
   // Up to ATTEND_ROWS rows: y is the finished result.
   void (*attend_many)(const Attend&, float* work);
+  // The same bits with every instruction set.
+  void (*compensate)(const Compensate&, float* work);
 };
 
 constexpr const char* ISAS[] = {"avx512", "avx2", "baseline"};  // widest first; the last is SSE2 or NEON

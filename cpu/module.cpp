@@ -8,6 +8,7 @@
 
 #include "block.h"
 #include "dense.h"
+#include "fit.h"
 #include "kernels.h"
 #include "mlx/version.h"
 #include "ops.h"
@@ -48,6 +49,7 @@ NB_MODULE(_cpu, m) {
   m.def("rope", &spqt::rope, nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(),
         nb::arg().none());
   m.def("attention", &spqt::attention);
+  m.def("compensate", &spqt::compensate);
   nb::class_<spqt::TokenStep>(m, "TokenStep")
       .def("__init__",
            [](spqt::TokenStep* self, int heads, int key_heads, float scale, int dims, bool traditional,

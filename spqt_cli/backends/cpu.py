@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import mlx.core as mx
+import numpy as np
 import psutil
 
 from spqt_cli.backends.interface import (
@@ -180,6 +181,25 @@ def takes_token(x: mx.array, keys: mx.array, values: mx.array) -> bool:
     shape = keys.shape
     even = shape == values.shape and shape[0] == 1 and shape[3] % 16 == 0 and 0 < shape[3] <= 256
     return even and x.dtype == keys.dtype == values.dtype == mx.float32
+
+
+def compensate(
+    target: np.ndarray, factor: np.ndarray, bits: int, group_size: int, dtype: mx.Dtype
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Error-compensating rounding as `fit.compensate` defines it; the same bits for all instruction sets.
+
+    target: (inputs, columns), columns in whole groups; factor: (inputs, inputs), unit upper triangular;
+    float32. Returns codes (inputs, columns) uint8, and scales and biases (inputs, groups) float32 that are
+    exact in dtype, NaN where none is finite.
+    """
+    inputs, columns = target.shape
+    groups = columns // group_size
+    errors = target.reshape(inputs, groups, group_size).swapaxes(0, 1).copy()  # it is written over
+    codes = np.empty(errors.shape, np.uint8)
+    scales, biases = np.empty((2, groups, inputs), np.float32)
+    kind = (mx.float32, mx.float16, mx.bfloat16).index(dtype)
+    _native().compensate(errors, np.ascontiguousarray(factor), bits, kind, codes, scales, biases)
+    return codes.swapaxes(0, 1).reshape(inputs, columns), scales.T, biases.T
 
 
 def threads() -> int:

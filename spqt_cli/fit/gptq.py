@@ -1,26 +1,26 @@
 """Error-compensating rounding of one matrix in the Zigzag layout.
 
-Arrays in, arrays out: it knows no model and no files. Input channels are rounded one after another, those
-with the largest inputs first; what rounding changed so far is made up for by the channels that follow.
-
-Source: GPTQ (arXiv 2210.17323), in the form of LDLQ (QuIP, arXiv 2307.13304), which needs no inverse: with
-H = R R^T, R upper triangular, the target of channel k is w_k plus the sum over earlier channels j of
-(w_j - q_j) R[j, k] / R[k, k]. A group of outputs depends on no other.
+Arrays in, arrays out: it knows no model and no files. It decides the order of channels, the largest inputs
+first, their target and the factor of the Hessian; compensate.py rounds.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
 
+from spqt_cli.backends import cpu
+from spqt_cli.backends.select import backend
 from spqt_cli.convert.encode import NotFinite
 from spqt_cli.errors import SpqtError
-from spqt_cli.fit import grid
+from spqt_cli.fit import compensate, compensate_gpu
 from spqt_cli.format import layout
 
-SPAN = 64  # channels for which what was rounded before is one matrix product
 BLOCK = 256  # rows of the factorization
 TRIES = 4  # of the factorization, each with ten times the damping
+
+Rounder = Callable[[np.ndarray, np.ndarray, int, int, mx.Dtype], tuple[np.ndarray, np.ndarray, np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def solve(  # noqa: PLR0913 - the format, and the three numbers of the method
     if factor is None:
         return _plain(w, form, "plainly rounded: its Hessian is not positive definite")
     target = w if cross is None or alpha == 0 else moved(w, hessian, cross, alpha, ridge)
-    codes, scales, biases = _rounded(_columns(target, order, group_size), factor, form)
+    codes, scales, biases = _rounder()(_columns(target, order, group_size), factor, bits, group_size, dtype)
     if not (np.isfinite(scales).all() and np.isfinite(biases).all()):
         return _plain(w, form, "plainly rounded: errors that were made up for grew beyond its dtype")
     back = np.empty_like(order)
@@ -145,32 +145,15 @@ def _columns(w: np.ndarray, order: np.ndarray, group_size: int) -> np.ndarray:
     column = np.arange(-(-outputs // group_size) * group_size)
     first = column[-group_size]
     column[outputs:] = first + (column[outputs:] - first) % (outputs - first)
-    return np.ascontiguousarray(w[:, order].T[:, column], dtype=np.float32)
+    rows = w if len(column) == outputs else w[column]
+    return np.ascontiguousarray(rows.T[order], dtype=np.float32)
 
 
-def _rounded(
-    target: np.ndarray, factor: np.ndarray, form: _Form
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """codes (inputs, columns) uint8; scales, biases (inputs, groups) float32. The definition of the method.
-
-    target: (inputs, columns); factor: (inputs, inputs), unit upper triangular; float32, in one order.
-    """
-    rounded, groups = grid.rounding(form.dtype), (-1, form.group_size)
-    inputs, columns = target.shape
-    codes = np.empty(target.shape, np.uint8)
-    scales = np.empty((inputs, columns // form.group_size), np.float32)
-    biases = np.empty_like(scales)
-    errors = np.empty_like(target)
-    for start in range(0, inputs, SPAN):
-        end = min(start + SPAN, inputs)
-        x = target[start:end] + factor[:start, start:end].T @ errors[:start]
-        for k in range(start, end):
-            found = grid.search(x[k - start].reshape(groups), form.bits, rounded)
-            codes[k] = found.codes.reshape(-1)
-            scales[k], biases[k] = found.scales[:, 0], found.biases[:, 0]
-            errors[k] = target[k] - found.values.reshape(-1)
-            x[k - start + 1 :] += factor[k, k + 1 : end, None] * errors[k]
-    return codes, scales, biases
+def _rounder() -> Rounder:
+    """A GPU's own version, the kernel of the CPU extension where that computes, else the definition."""
+    if mx.default_device().type == mx.DeviceType.gpu:
+        return compensate_gpu.compensate
+    return cpu.compensate if backend().name == "cpu" else compensate.compensate
 
 
 def _stored(codes: np.ndarray, scales: np.ndarray, biases: np.ndarray, form: _Form) -> Solution:

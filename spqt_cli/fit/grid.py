@@ -12,8 +12,10 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-SHRUNKEN = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)  # parts of the range between smallest and largest value
-REFITS = 2  # scale and bias fitted to the codes, then codes chosen anew
+# Parts of the range of values cut off, at either end in all combinations. With three refits the weighted
+# error of SmolLM2's q and gate, 3 and 4 bits, is 0.94 of that of six evenly shrunken ranges and two refits.
+CLIPPED = (0.0, 0.03, 0.06, 0.1)
+REFITS = 3  # scale and bias fitted to the codes, then codes chosen anew
 LEAST_SCALE = np.float32(1e-7)  # as in mx.quantize
 
 Round = Callable[[np.ndarray], np.ndarray]
@@ -35,14 +37,18 @@ def search(x: np.ndarray, bits: int, rounded: Round) -> Groups:
     x: (groups, size) float32, size a power of two; rounded: see `rounding`.
     """
     most = np.float32(2**bits - 1)
-    low, high = x.min(-1, keepdims=True), x.max(-1, keepdims=True)
-    span, middle = high - low, (low + high) * np.float32(0.5)
+    low, high = (
+        edge(x, -1, keepdims=True) + np.float32(0) for edge in (np.min, np.max)
+    )  # no zero is negative
+    span = high - low
     none = np.full_like(low, np.nan)
     best = Groups(np.zeros_like(x), none, none, x), np.full_like(low, np.inf)
-    for part in SHRUNKEN:
-        width = span * np.float32(part)
-        scales = rounded(np.maximum(width / most, LEAST_SCALE))
-        best = _better(x, best, scales, rounded(middle - width * np.float32(0.5)), most)
+    for below in CLIPPED:
+        first = low + span * np.float32(below)
+        for above in CLIPPED:
+            width = high - span * np.float32(above) - first
+            scales = rounded(np.maximum(width * (np.float32(1) / most), LEAST_SCALE))
+            best = _better(x, best, scales, rounded(first), most)
     mean = _sum(x) * np.float32(1 / x.shape[-1])
     for _ in range(REFITS):
         codes, scales, *_ = best[0]
@@ -58,7 +64,7 @@ def _better(
     x: np.ndarray, best: tuple[Groups, np.ndarray], scales: np.ndarray, biases: np.ndarray, most: np.float32
 ) -> tuple[Groups, np.ndarray]:
     """The best groups before with their squared errors, and the new ones where their errors are smaller."""
-    codes = np.clip(np.rint((x - biases) * (np.float32(1) / scales)), np.float32(0), most)
+    codes = np.rint(np.clip((x - biases) * (np.float32(1) / scales), np.float32(0), most))
     values = codes * scales + biases
     off = values - x
     squares = _sum(off * off)
