@@ -18,7 +18,7 @@ def evaluate(
     text: Annotated[
         list[Path] | None,
         typer.Argument(
-            metavar="TEXT...",
+            metavar="TEXT",
             help="UTF-8 texts that were not used to calibrate; or questions: a .jsonl file.",
             readable=False,
         ),
