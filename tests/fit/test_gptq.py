@@ -7,6 +7,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from spqt_cli.backends import cpu
 from spqt_cli.convert.encode import NotFinite
 from spqt_cli.errors import SpqtError
 from spqt_cli.fit import gptq, grid
@@ -216,6 +217,16 @@ def test_rows_that_fill_up_change_nothing(outputs):
         assert error(w[:outputs], everything[:outputs], x.T @ x) < 0.25 * error(
             w[:outputs], decoded(plain(w[:outputs]), outputs), x.T @ x
         )
+
+
+def test_without_the_extension_the_definition_runs(monkeypatch):
+    x, w = inputs_of(100, 300), matrix(64, 100)
+    here = solve(w, x.T @ x)
+    monkeypatch.setenv("SPQT_BACKEND", "stock")
+    monkeypatch.setattr(cpu, "compensate", None)
+    stock = solve(w, x.T @ x)
+    assert ratio(w, stock, x.T @ x) == pytest.approx(ratio(w, here, x.T @ x), rel=0.02)
+    assert same(stock, solve(w, x.T @ x))
 
 
 def test_same_bits_again():
