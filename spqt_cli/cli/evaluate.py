@@ -83,23 +83,25 @@ def evaluate(
     asked = [file for file in files if questions.is_questions(file)]
     if limit is not None and not asked:
         raise UsageError("--limit counts the questions of a .jsonl file", "of a text use --windows")
-    (model,) = list(several.labelled(models).values())[:1]
-    many = len(models) + len(files) + shipped > 2 or bool(peer or plot) or against is not None
+    called = several.labelled(models)
+    of_texts = bool(peer or plot) or against is not None
     result: Quality | Result | Several
     with progress(quiet or json_output) as on_progress:
-        if asked and many:
-            raise UsageError("questions are answered by one model, a file at a time", f"{USAGE}.jsonl")
         if asked:
-            result = multiple_choice.evaluate(model, files[0], options, on_progress)
-        elif not many:
-            result = perplexity.evaluate(model, files[0] if files else None, options, on_progress)
-        else:
+            if len(files) > 1 or shipped or of_texts:
+                raise UsageError(
+                    "questions are answered a file at a time", "spqt eval FILE.jsonl --model MODEL"
+                )
+            result = multiple_choice.evaluate_several(called, files[0], options, on_progress)
+        elif len(models) + len(files) + shipped > 2 or of_texts:
             if plot is not None:
                 plotting.check(plot, baseline)
-            wishes = several.Wishes(
-                models, [*files, *([None] if shipped else [])], options, counts, peer or [], against
-            )
+            scored = [*files, *([None] if shipped else [])]
+            wishes = several.Wishes(models, scored, options, counts, peer or [], against)
             result = several.evaluate(wishes, on_progress)
+        else:
+            (model,) = called.values()
+            result = perplexity.evaluate(model, files[0] if files else None, options, on_progress)
     if plot is not None and isinstance(result, Several):
         plotting.draw(result, plot)
     typer.echo(as_json(result) if json_output else result.table())

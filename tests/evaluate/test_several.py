@@ -286,6 +286,7 @@ def test_the_command_takes_windows_for_each_text(calibrated, texts):
 def test_wrong_windows_and_questions_of_several(calibrated, texts):
     assert_error(spqt("eval", calibrated, texts[0], "--windows", "8,x"), 2, "--windows")
     assert_error(spqt("eval", calibrated, texts[0], "q.jsonl"), 2, "questions")
+    assert_error(spqt("eval", calibrated, "q.jsonl", "--against", "dense"), 2, "questions")
 
 
 def test_the_shipped_text_alone_is_one_text(calibrated):
