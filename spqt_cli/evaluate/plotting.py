@@ -215,7 +215,7 @@ def _inline(result: TextResult) -> str:
     text = _drawn([result], "svg").decode()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r' id="\w+_\d+"', "", text)  # of groups, to which nothing refers
+    text = re.sub(r' id="[\w.]+_\d+"', "", text)  # of groups, to which nothing refers
     pairs = [("ink", INK), ("faint", FAINT), ("paper", PAPER)]
     for name, (light, _) in [*pairs, *((f"c{at}", pair) for at, pair in enumerate(COLOURS))]:
         text = text.replace(light, f"var(--{name})")
