@@ -6,6 +6,8 @@
     python -m benchmarks.quality bytes SOURCE --test FILE --sparsity 0.25,0.4,0.5
     python -m benchmarks.quality cost SOURCE --calibration FILE --methods fast --sparsity 0.4 --tokens 4096
     python -m benchmarks.quality texts MODEL --sparsity 0.25
+    python -m benchmarks.quality dwq SOURCE --calibration FILE --tokens 245760 --out FOLDER
+    python -m benchmarks.quality stdlib-text OUT.txt
 
 SOURCE is an unquantized folder, a hub id or a .gguf file. `rows` holds Zigzag against MLX's row-grouped
 layout, once whole and once with the source's embedding and head in both. `methods` calibrates by each method
@@ -14,13 +16,18 @@ differences from uniform are paired by window. `cost` gives the CPU time of a ca
 dense pass over the same windows. `mixed` holds choices of bits and groups against one another, `bytes`
 sparse 4 bits against dense 3 bits, both with the bytes that a token reads (quantized weights with 16-bit
 scales; an embedding counts only where it is the head too). `texts` writes five greedy texts of a converted
-MODEL, dense and sparse. Converted models and progress are kept in the work folder. The last line of stdout
-is one JSON document.
+MODEL, dense and sparse. `dwq` writes a peer for `spqt eval --peer`: stock row-grouped layers with the
+converted model's bits and groups, distilled by mlx-lm's own dwq on a text or on a .npy file of token windows;
+it wants a GPU. `stdlib-text` writes pieces of the running Python's standard library, a text to score that
+nothing was fitted to. Converted models and progress are kept in the work folder. The last line of stdout is
+one JSON document.
 """
 
 import argparse
+import hashlib
 import json
 import math
+import platform
 import shutil
 import sys
 import tempfile
@@ -30,6 +37,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +46,7 @@ import numpy as np
 from mlx import nn
 
 from benchmarks import machine
+from benchmarks.peer import dwq
 from spqt_cli.backends import select
 from spqt_cli.calibrate import calibrate, methods  # fmt: skip
 from spqt_cli.calibrate.measurements import Candidate
@@ -47,10 +56,11 @@ from spqt_cli.convert import convert, plan, source_model
 from spqt_cli.decode import generate, layers, session
 from spqt_cli.decode.options import Options, Prompt, Sampling
 from spqt_cli.evaluate import compare, perplexity, variants
-from spqt_cli.format import config_json
+from spqt_cli.format import config_json, locate
 from spqt_cli.measure import many_rows, probes, scoring, texts
 
 WINDOW, BATCH = 512, 2
+SCORED, UNSCORED = ("rows", "methods", "mixed", "bytes"), ("cost", "texts", "dwq", "stdlib-text")
 SOURCE = "source"
 # Settings of convert; on a model whose head is a fifth of it some pairs have about equal bytes.
 RECIPES: dict[str, dict[str, Any]] = {
@@ -77,6 +87,9 @@ PROMPTS = (
 
 def main() -> None:
     options = parse()
+    if options.table == "stdlib-text":
+        print(json.dumps(stdlib_text(Path(options.source))))
+        return
     tables = {
         "rows": rows_table,
         "methods": methods_table,
@@ -84,6 +97,7 @@ def main() -> None:
         "bytes": bytes_table,
         "cost": cost_table,
         "texts": texts_table,
+        "dwq": dwq_table,
     }
     found = tables[options.table](options, Path(options.work))
     print(json.dumps({"table": options.table, "setting": setting(options), "variants": found}))
@@ -95,8 +109,8 @@ def parse() -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("table", choices=("rows", "methods", "mixed", "bytes", "cost", "texts"))
-    parser.add_argument("source")
+    parser.add_argument("table", choices=(*SCORED, *UNSCORED))
+    parser.add_argument("source", help="SOURCE, MODEL or OUT.txt")
     parser.add_argument("--test", type=Path, help="text to score, never calibrated on")
     parser.add_argument("--calibration", type=Path, help="text to calibrate on; default: the shipped one")
     parser.add_argument("--work", default="quality-work", help="folder for the converted models")
@@ -108,9 +122,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, help="of `mixed`, only these")
     parser.add_argument("--max-tokens", type=int, default=96, help="of each of `texts`")
     parser.add_argument("--methods", default="auto", help="auto tries uniform too; paper is apart")
+    parser.add_argument("--out", type=Path, help="of `dwq`, the folder to write")
+    parser.add_argument("--epochs", type=int, default=1, help="of `dwq`")
+    parser.add_argument("--learning-rate", type=float, default=dwq.Settings.learning_rate, help="of `dwq`")
+    parser.add_argument("--batch", type=int, default=dwq.Settings.batch, help="of `dwq`, windows a step")
     options = parser.parse_args()
-    if options.test is None and options.table not in ("cost", "texts"):
+    if options.test is None and options.table in SCORED:
         parser.error("--test is needed to score on")
+    if options.out is None and options.table == "dwq":
+        parser.error("--out is needed to write to")
     return options
 
 
@@ -381,6 +401,50 @@ def written(loaded: session.Loaded, prompt: str, sparsity: float, max_tokens: in
         "perplexity_by_dense": round(perplexity, 3),
         "an_8_gram_three_times": repeats_thrice(text),
     }
+
+
+def dwq_table(options: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
+    """Stock row-grouped layers, distilled: the folder, and the CPU seconds of a step."""
+    loaded = session.load_lazily(locate.open_folder(str(converted(options, work))))
+    windows = dwq.windows_of(options.calibration, loaded.tokenizer, options.tokens, WINDOW)
+    settings = dwq.Settings(options.learning_rate, options.batch, epochs=options.epochs)
+    start = time.process_time()
+    found = dwq.distil(options.source, source_model.settings_of(loaded.model), windows, options.out, settings)
+    return [{**found, "cpu_seconds": time.process_time() - start, "out": options.out.name}]
+
+
+# Of the standard library of Python 3.11 to 3.13; the order is that of the text.
+MODULES = (
+    "argparse", "heapq", "statistics", "textwrap", "csv", "difflib", "tarfile", "shutil", "calendar",
+    "fractions", "queue", "sched", "bisect", "configparser", "selectors", "zipfile", "mailbox", "pprint",
+    "copy", "inspect", "locale", "gettext", "string", "tempfile", "threading", "typing", "uuid", "weakref",
+    "ast", "base64", "codeop", "contextlib", "dataclasses", "dis", "fileinput", "fnmatch", "ftplib",
+    "functools", "glob", "gzip", "hashlib", "hmac", "imaplib", "ipaddress", "keyword", "linecache",
+    "mimetypes", "numbers", "optparse", "pathlib", "pickle",
+)  # fmt: skip
+PIECE_LINES = 48
+
+
+def stdlib_text(output: Path) -> dict[str, Any]:
+    """Write 48 lines of each of MODULES from its first definition beyond the middle on, a document each.
+
+    Returns Python's version, the modules, and the text's bytes and SHA-256: the same for the same Python.
+    """
+    pieces = []
+    for name in MODULES:
+        path = find_spec(name).origin
+        if path is None or not path.endswith(".py"):  # a package's file is its __init__.py
+            sys.exit(
+                f"{name} has no source here; run it with a Python of python.org, conda or a distribution"
+            )
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        starts = [at for at, line in enumerate(lines) if line.startswith(("def ", "class ", "    def "))]
+        first = next((at for at in starts if at >= len(lines) // 2), 0)
+        pieces.append("\n".join(lines[first : first + PIECE_LINES]))
+    data = "\n<|document|>\n".join(pieces).encode() + b"\n"
+    output.write_bytes(data)
+    digest = hashlib.sha256(data).hexdigest()
+    return {"python": platform.python_version(), "modules": MODULES, "bytes": len(data), "sha256": digest}
 
 
 def mean_perplexity(rows: list[dict]) -> float:

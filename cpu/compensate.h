@@ -9,7 +9,7 @@ constexpr float CLIPPED[] = {0.0f, 0.03f, 0.06f, 0.1f};
 constexpr int REFITS = 3;
 constexpr float LEAST_SCALE = 1e-7f;
 
-static_assert(2 * SPAN * 128 + PANEL * SPAN <= WORK);
+static_assert(SPAN * 128 + PANEL * SPAN <= WORK);
 
 template <int N>
 struct Values {

@@ -23,6 +23,7 @@ SOURCES = [
     "fuzz.cpp",
     "fuzz_products.cpp",
     "fuzz_decode.cpp",
+    "fuzz_compensate.cpp",
     "dispatch.cpp",
     "pool.cpp",
 ]

@@ -60,8 +60,7 @@ def main() -> None:
     # Python itself has neither; without the second the sanitizer finds no `throw` to stand before
     names = ("libasan.so", "libstdc++.so.6")
     libraries = [subprocess.check_output(["g++", f"-print-file-name={n}"], text=True).strip() for n in names]
-    tests = sorted(str(path) for path in (ROOT / "tests").glob("test_cpu*.py"))
-    tests.append(str(ROOT / "tests" / "test_attention_cpu.py"))
+    tests = sorted(str(path) for path in (ROOT / "tests" / "backends" / "cpu").glob("test_*.py"))
     run(sys.executable, "-c", RUN_TESTS, str(extension), *tests, LD_PRELOAD=":".join(libraries))
     print("clean under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer")
 

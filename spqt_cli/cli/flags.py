@@ -1,5 +1,6 @@
 """The flags that several commands share, and which model a command line names."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -35,11 +36,20 @@ def needed(argument: str | None, option: str | None, usage: str) -> str:
     return model
 
 
-def with_text(first: str | None, second: Path | None, option: str | None, usage: str) -> tuple[str, Path]:
-    """The model and the text that a command's two arguments name; with --model, a lone one is the text."""
-    if first is not None and second is None and option is not None:
-        return option, Path(first)
-    if second is None:
+def with_texts(
+    first: str | None, rest: Sequence[Path], options: Sequence[str], usage: str, *, shipped: bool = False
+) -> tuple[list[str], list[Path]]:
+    """The models and texts that a command's arguments name: MODEL TEXT..., or with --model texts alone.
+
+    Beside --model a first argument that is no file is the model once more. Raises UsageError for another
+    one, and where model or text is missing. shipped: a text is there already.
+    """
+    texts, models = list(rest), list(dict.fromkeys(options))
+    if first is not None and models and first not in models and (not texts or Path(first).is_file()):
+        texts.insert(0, Path(first))
+    elif first is not None and first not in models:
+        models = [needed(first, models[0] if models else None, usage)]
+    if not models or not (texts or shipped):
         there = f", and there is only {first}" if first is not None else ""
         raise UsageError(f"a model and a text are needed{there}", usage)
-    return needed(first, option, usage), second
+    return models, texts

@@ -4,11 +4,12 @@ It owns how much of it stays unquantized; the checkpoint is `source`'s, the clas
 `parameters`'.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import mlx.core as mx
 from mlx import nn
+from mlx.utils import tree_unflatten
 
 from spqt_cli.convert import parameters, source
 from spqt_cli.decode import context
@@ -32,15 +33,20 @@ def open_source(name: str, *, headers_only: bool = False) -> source.Checkpoint:
 
 
 def build(checkpoint: source.Checkpoint, rows: Mapping[str, tuple[int, int]] | None = None) -> nn.Module:
-    """As `load`, of an open checkpoint. The model knows its context's length (`context.of`)."""
+    """As `load`, of an open checkpoint. The model knows its context's length (`context.of`).
+
+    Modules in `rows` are read and quantized one by one, so that never more than one of them is held whole.
+    """
     network, weights, names = parameters.load(checkpoint)
-    if checkpoint.gguf is not None:
-        weights = {parameter: checkpoint.read(tensor) for parameter, tensor in names.items()}
     network.eval()
-    network.load_weights(list(weights.items()))
-    del weights
+
+    def read(name: str) -> mx.array:
+        lazy = weights.pop(name)
+        return lazy if checkpoint.gguf is None else checkpoint.read(names[name])
+
     if rows is not None:
-        _quantize_rows(network, rows)
+        _quantize_rows(network, rows, weights, read)
+    network.load_weights([(name, read(name)) for name in list(weights)], strict=rows is None)
     if mx.default_device().type == mx.DeviceType.cpu:
         network.set_dtype(mx.float32)
     mx.eval(network.parameters())
@@ -60,11 +66,20 @@ def eight_bits(checkpoint: source.Checkpoint) -> Settings:
     return {path: EIGHT_BITS for path, one in network.named_modules() if hasattr(one, "to_quantized")}
 
 
-def _quantize_rows(network: nn.Module, rows: Mapping[str, tuple[int, int]]) -> None:
-    def choose(path: str, module: nn.Module) -> bool | dict[str, Any]:
-        if path not in rows or not hasattr(module, "to_quantized") or module.weight.shape[-1] % rows[path][1]:
-            return False  # no whole number of groups along the inputs: stock mlx-lm leaves it as it is
-        bits, group_size = rows[path]
-        return {"group_size": group_size, "bits": bits}
-
-    nn.quantize(network, class_predicate=choose)
+def _quantize_rows(
+    network: nn.Module,
+    rows: Mapping[str, tuple[int, int]],
+    weights: Mapping[str, mx.array],
+    read: Callable[[str], mx.array],
+) -> None:
+    """Exchange the modules in `rows` for quantized ones; `read` takes their weights out of `weights`."""
+    twins = []
+    for path, module in network.named_modules():
+        bits, group_size = rows.get(path, (0, 1))
+        if not bits or not hasattr(module, "to_quantized") or module.weight.shape[-1] % group_size:
+            continue  # no whole number of groups along the inputs: stock mlx-lm leaves it as it is
+        module.update({name: read(f"{path}.{name}") for name in list(module) if f"{path}.{name}" in weights})
+        twins.append((path, module.to_quantized(group_size, bits)))
+        mx.eval(twins[-1][1].parameters())
+        module.update({name: mx.zeros(()) for name in list(module) if isinstance(module[name], mx.array)})
+    network.update_modules(tree_unflatten(twins))

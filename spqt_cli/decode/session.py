@@ -188,17 +188,12 @@ def load_draft(name: str, target: Loaded, *, dense: bool = False) -> Draft:
     It skips what it is calibrated for, or what SPQT_SPARSITY says; nothing with `dense`.
     Raises SpqtError when its vocabulary is not the target's.
     """
-    import mlx_lm
-
     path, folder = files.expanded(name), None
     if not path.is_dir() or is_converted(path):
         folder = locate.open_folder(name)
         path = folder.path
     config = folder.config if folder else config_json.read_config(path)
-    architecture.classes(config, str(path))
-    hooks.install()
-    with plain_path(path) as readable, _load_errors(path):
-        draft, tokenizer, *_ = mlx_lm.load(str(readable))
+    draft, tokenizer = load_stock(path, config)
     if tokenizer.vocab_size != target.tokenizer.vocab_size:
         raise SpqtError(
             f"{name} has {tokenizer.vocab_size} tokens, {target.folder} {target.tokenizer.vocab_size}",
@@ -207,6 +202,17 @@ def load_draft(name: str, target: Loaded, *, dense: bool = False) -> Draft:
     if folder:
         _set_thresholds(Loaded(draft, tokenizer, folder), wished_sparsity(), dense)
     return Draft(draft, config)
+
+
+def load_stock(path: Path, config: dict[str, Any]) -> tuple[nn.Module, Any]:
+    """The model and tokenizer of a folder as mlx-lm loads them; code that lies there is not run."""
+    import mlx_lm
+
+    architecture.classes(config, str(path))
+    hooks.install()
+    with plain_path(path) as readable, _load_errors(path):
+        model, tokenizer, *_ = mlx_lm.load(str(readable))
+    return model, tokenizer
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ highest score per character of the ending's text.
 
 import copy
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from mlx.utils import tree_map
 from spqt_cli.decode import context, session, text_borders
 from spqt_cli.errors import SpqtError
 from spqt_cli.evaluate import questions, variants
-from spqt_cli.evaluate.report import DENSE, SOURCE, Answers, Difference, Result
+from spqt_cli.evaluate.report import DENSE, ROWS, SOURCE, Answers, Difference, Result
 from spqt_cli.evaluate.variants import Choice, EvaluateOptions, OnProgress
 from spqt_cli.measure import many_rows, probes, scoring
 
@@ -50,6 +50,40 @@ def evaluate(path: str | Path, file: Path, options: EvaluateOptions, on_progress
     choices = variants.stored(loaded, options.sparsity)
     found = _Answering(loaded, options, choices, on_progress).run(encoded)
     return Result(str(loaded.folder), asked.name, asked.sha256, len(encoded), found)
+
+
+def evaluate_several(
+    models: Mapping[str, str], file: Path, options: EvaluateOptions, on_progress: OnProgress
+) -> Result:
+    """As `evaluate`, of one model or of several (label -> folder), whose variants are named "LABEL dense".
+
+    The source and its row-grouped form are asked once, beside the first model.
+    """
+    if len(models) == 1:
+        return evaluate(next(iter(models.values())), file, options, on_progress)
+    once = options if options.source_head else replace(options, baseline=None, rows=False)
+    found: list[Answers] = []
+    for at, (label, path) in enumerate(models.items()):
+        result = evaluate(path, file, once if at else options, on_progress)
+        for row in result.variants:
+            if row.name not in (SOURCE, ROWS):
+                row.name = f"{label} {row.name}"
+                if found and found[0].name == SOURCE:
+                    row.against[SOURCE] = difference(row, found[0])
+                found.append(row)
+            elif not at:
+                found.append(row)
+    return replace(result, model=", ".join(models.values()), variants=found)
+
+
+def difference(one: Answers, other: Answers) -> Difference:
+    """One variant's accuracies less another's on the same questions."""
+    gained, gained_norm = (
+        np.array(mine, float) - np.array(theirs, float)
+        for mine, theirs in ((one.correct, other.correct), (one.correct_norm, other.correct_norm))
+    )
+    errors = [scoring.standard_error(values) for values in (gained, gained_norm)]
+    return Difference(float(gained.mean()), errors[0], float(gained_norm.mean()), errors[1])
 
 
 def encode(question: questions.Question, tokenizer: Any, limit: int | None, file: Path) -> Encoded:
@@ -164,7 +198,12 @@ class _Answering:
                 for name in (DENSE, *self.maskings):
                     masking = self.maskings.get(name)
                     self._note(name, question, ending_scores(network, cache, question, harness, masking))
-            return [self._answers(name, harness) for name in self.correct]
+            found = {name: self._answers(name, harness) for name in self.correct}
+        for row in found.values():
+            for other in (SOURCE, DENSE):
+                if other in found and row.name not in (other, SOURCE):
+                    row.against[other] = difference(row, found[other])
+        return list(found.values())
 
     def _note(self, name: str, question: Encoded, scores: np.ndarray) -> None:
         self.correct[name].append(bool(scores.argmax() == question.label))
@@ -172,13 +211,6 @@ class _Answering:
 
     def _answers(self, name: str, harness: probes.Harness) -> Answers:
         right, right_norm = (np.array(table[name], float) for table in (self.correct, self.correct_norm))
-        against = {}
-        for other in (SOURCE, DENSE):
-            if other in self.correct and name not in (other, SOURCE):
-                gained = right - np.array(self.correct[other], float)
-                gained_norm = right_norm - np.array(self.correct_norm[other], float)
-                errors = [scoring.standard_error(values) for values in (gained, gained_norm)]
-                against[other] = Difference(gained.mean(), errors[0], gained_norm.mean(), errors[1])
         realised, sparsity = 0.0, None
         if name in self.maskings:
             realised = probes.weighted(self.maskings[name].realised(), harness.layers)
@@ -191,7 +223,7 @@ class _Answering:
             scoring.standard_error(right),
             float(right_norm.mean()),
             scoring.standard_error(right_norm),
-            against,
+            {},
             self.correct[name],
             self.correct_norm[name],
         )

@@ -21,10 +21,13 @@ MOST_WINDOWS = 2  # at once
 LOGITS_BYTES = 256 << 20  # of one variant at once, if that is more than a window: several times it is held
 
 
-def evaluate(path: str | Path, text: Path, options: EvaluateOptions, on_progress: OnProgress) -> Quality:
+def evaluate(
+    path: str | Path, text: Path | None, options: EvaluateOptions, on_progress: OnProgress
+) -> Quality:
     """Score a converted model on a text: dense and at each sparsity, against dense and its source.
 
-    Raises SpqtError for a text that can't be read or is too short, UsageError for bad options.
+    text: None for the shipped one. Raises SpqtError for a text that can't be read or is too short,
+    UsageError for bad options.
     """
     variants.check(options)
     loaded = session.load(path, dense=True)
@@ -33,20 +36,26 @@ def evaluate(path: str | Path, text: Path, options: EvaluateOptions, on_progress
 
 def evaluate_choices(
     loaded: session.Loaded,
-    text: Path,
+    text: Path | None,
     options: EvaluateOptions,
     choices: Mapping[str, Choice],
     on_progress: OnProgress,
 ) -> Quality:
     """As `evaluate`, for thresholds that need not be stored: name -> Choice, and dense."""
-    document = texts.read(text)
-    stream = session.known(loaded, texts.tokens(document, loaded.tokenizer))
     window, note = context.window(context.tokens(loaded.config), options.window, variants.WINDOW)
-    rows = texts.windows(stream, window, texts.opening(loaded.tokenizer))
-    texts.need(rows, options.windows, document)
-    quality = _Evaluation(loaded, options, choices, on_progress).run(rows[: options.windows], document)
+    document = texts.read(text)
+    rows = windows(loaded, document, options.windows, window)
+    quality = _Evaluation(loaded, options, choices, on_progress).run(rows, document)
     quality.note = note
     return quality
+
+
+def windows(loaded: session.Loaded, document: texts.Text, count: int, window: int) -> np.ndarray:
+    """The first windows of a text in a model's tokens: (count, window). Raises SpqtError for too short."""
+    stream = session.known(loaded, texts.tokens(document, loaded.tokenizer))
+    rows = texts.windows(stream, window, texts.opening(loaded.tokenizer))
+    texts.need(rows, count, document)
+    return rows[:count]
 
 
 class _Evaluation:

@@ -106,9 +106,11 @@ class Result:
 
     def table(self) -> str:
         """The table, accuracies in percent."""
+        width = max(12, *(len(row.name) + 1 for row in self.variants))
         lines = [
             f"{self.file}: {self.questions} questions; contexts run dense, endings as decode steps",
-            f"{'':<12}{'skipped':>8}{'acc':>16}{'acc_norm':>16}{'acc - dense':>18}{'acc_norm - dense':>18}",
+            f"{'':<{width}}{'skipped':>8}{'acc':>16}{'acc_norm':>16}"
+            f"{'acc - dense':>18}{'acc_norm - dense':>18}",
         ]
         for row in self.variants:
             skipped = f"{row.realised:.1%}" if row.sparsity else ""
@@ -118,7 +120,7 @@ class Result:
             if other is not None:
                 pairs = ((other.acc, other.acc_se), (other.acc_norm, other.acc_norm_se))
                 cells += "".join(f"{f'{100 * value:+.1f} ± {shown(100 * se, 1)}':>18}" for value, se in pairs)
-            lines.append(f"{row.name:<12}{skipped:>8}{cells}".rstrip())
+            lines.append(f"{row.name:<{width}}{skipped:>8}{cells}".rstrip())
         lines.append("± standard errors; differences are paired by question")
         return "\n".join(lines)
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import mlx.core as mx
 from mlx import nn
 from mlx.utils import tree_unflatten
 
@@ -122,19 +123,33 @@ def others(loaded: session.Loaded, options: EvaluateOptions, on_progress: OnProg
         found[ROWS] = source_model.load(options.baseline, source_model.settings_of(loaded.model))
     if options.source_head:
         for quantized in (loaded.model, *(found[name] for name in (ROWS,) if name in found)):
-            _take_heads(quantized, found[SOURCE])
+            take_heads(quantized, heads(found[SOURCE]))
     return found
 
 
-def _take_heads(model: nn.Module, unquantized: nn.Module) -> None:
-    """Put the source's embedding and head in the place of a quantized model's."""
-    modules = dict(unquantized.named_modules())
-    heads = [
-        (path, modules[path])
-        for path, module in model.named_modules()
-        if isinstance(module, nn.QuantizedEmbedding) or path.endswith("lm_head")
-    ]
-    model.update_modules(tree_unflatten(heads))
+def heads(network: nn.Module) -> dict[str, nn.Module]:
+    """Path -> embedding and head of a model."""
+    return {
+        path: module
+        for path, module in network.named_modules()
+        if isinstance(module, (nn.Embedding, nn.QuantizedEmbedding)) or path.endswith("lm_head")
+    }
+
+
+def take_heads(model: nn.Module, unquantized: Mapping[str, nn.Module]) -> None:
+    """Put the source's embedding and head, as `heads` gives them, in the place of a quantized model's."""
+    model.update_modules(tree_unflatten([(path, unquantized[path]) for path in heads(model)]))
+
+
+def load_peer(name: str) -> nn.Module:
+    """A model's folder (or hub id) as mlx-lm loads it, whatever its quantization; float32 on the CPU."""
+    checkpoint = source_model.open_source(name)
+    if checkpoint.gguf is not None:
+        raise SpqtError(f"{name} is no folder that mlx-lm loads", "name a model's folder or a hub id")
+    network, _ = session.load_stock(checkpoint.folder, config_json.read_config(checkpoint.folder))
+    if mx.default_device().type == mx.DeviceType.cpu:
+        network.set_dtype(mx.float32)
+    return network
 
 
 def check_source(name: str, loaded: session.Loaded, sizes: Sequence[str] = ("vocab_size",)) -> None:
@@ -148,8 +163,13 @@ def check_source(name: str, loaded: session.Loaded, sizes: Sequence[str] = ("voc
         theirs, ours = config_json.size(checkpoint.config, size), loaded.folder.size(size)
         if theirs != ours:
             raise SpqtError(f"{name} has a {size} of {theirs}, {loaded.folder} of {ours}", hint)
+    check_tokens(name, _vocabulary(checkpoint), loaded, hint)
+
+
+def check_tokens(name: str, vocabulary: Mapping[str, int], loaded: session.Loaded, hint: str) -> None:
+    """Refuse a model whose tokens (text -> number) are not those of `loaded`. Raises SpqtError."""
     named = {token: text for text, token in loaded.tokenizer.get_vocab().items()}
-    shared = {text: token for text, token in _vocabulary(checkpoint).items() if token in named}
+    shared = {text: token for text, token in vocabulary.items() if token in named}
     other = sum(named[token] != text for text, token in shared.items())
     if other > MOST_RENAMED * len(shared):
         cause = f"{name} has another tokenizer than {loaded.folder}: {other} of {len(shared)} tokens differ"

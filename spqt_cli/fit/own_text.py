@@ -20,7 +20,7 @@ from spqt_cli.fit import starts
 from spqt_cli.measure import many_rows, many_texts
 
 OnProgress = Callable[[float, float, str], None]
-AT_ONCE = 64  # texts
+AT_ONCE = 128  # texts
 CACHE_FRACTION = 0.125  # of the machine's memory, for the cache of texts written at once
 FEW_KINDS = 0.15  # of a text's first 256 tokens: one with fewer different ones repeats itself
 LOOKED_AT = 256  # tokens
@@ -101,7 +101,7 @@ def _write(
     for row, one in zip(tokens, begun, strict=True):
         row[: len(one)] = one
     cache = _cache(model)
-    with many_texts.many_texts():
+    with many_texts.many_texts(model):
         for place in range(1, length):
             logits = model(mx.array(tokens[:, place - 1 : place]), cache=cache)[:, -1]
             mx.eval([entry.state for entry in cache], logits)

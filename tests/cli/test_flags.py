@@ -83,10 +83,20 @@ def test_eval_says_what_is_missing(names, says):
 
 
 def test_a_lone_argument_of_eval_is_the_text_only_beside_the_option():
-    assert flags.with_text("t", None, "m", "") == ("m", Path("t"))
-    assert flags.with_text("m", Path("t"), None, "") == ("m", Path("t"))
+    assert flags.with_texts("t", [], ["m"], "") == (["m"], [Path("t")])
+    assert flags.with_texts("m", [Path("t")], [], "") == (["m"], [Path("t")])
+    assert flags.with_texts("m", [], [], "", shipped=True) == (["m"], [])
     with pytest.raises(UsageError):
-        flags.with_text("m", None, None, "")
+        flags.with_texts("m", [], [], "")
+
+
+def test_beside_model_options_all_arguments_of_eval_are_texts(tmp_path):
+    one, other = tmp_path / "one.txt", tmp_path / "other.txt"
+    one.write_text("x")
+    assert flags.with_texts(str(one), [other], ["m", "n", "m"], "") == (["m", "n"], [one, other])
+    assert flags.with_texts("m", [one, other], ["m", "n"], "") == (["m", "n"], [one, other])
+    with pytest.raises(UsageError, match="two models"):
+        flags.with_texts("another/model", [one], ["m"], "")
 
 
 @pytest.mark.parametrize("command", [*FLAGS, "eval"])

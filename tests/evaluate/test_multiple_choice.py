@@ -172,6 +172,19 @@ def test_variants_and_paired_differences(calibrated, checkpoint, tmp_path):
     json.dumps(asdict(result))
 
 
+def test_several_models_answer_beside_one_source(calibrated, converted, checkpoint, tmp_path):
+    entries = [{"ctx": "the", "endings": ["fox", "dog jumps"], "label": at % 2} for at in range(4)]
+    file, options = ask(tmp_path, *entries), EvaluateOptions(baseline=str(checkpoint), rows=True)
+    result = multiple_choice.evaluate_several(
+        {"a": str(calibrated), "b": str(converted)}, file, options, quiet
+    )
+    names = ["source", "row-grouped", "a dense", "a 40%", "b dense"]
+    assert [row.name for row in result.variants] == names
+    alone = multiple_choice.evaluate(converted, file, options, quiet).variants[-1]
+    assert alone.against["source"] == result.variants[-1].against["source"]
+    assert alone.correct == result.variants[-1].correct
+
+
 def test_question_beyond_the_context(calibrated, tmp_path):
     file = ask(tmp_path, {"ctx": "fox " * 600, "endings": ["a", "b"], "label": 0})
     with pytest.raises(SpqtError, match=r"line 1: 60\d tokens, the model's context is 512"):
