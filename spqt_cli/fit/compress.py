@@ -23,6 +23,7 @@ from spqt_cli.convert.journal import Journal
 from spqt_cli.decode.layers import ZigzagLinear, zigzag_layers
 from spqt_cli.decode.session import Loaded
 from spqt_cli.fit import gptq, masks
+from spqt_cli.fit.hessian import Inputs
 from spqt_cli.fit.products import Gram, times
 from spqt_cli.fit.source_blocks import SourceBlocks
 from spqt_cli.fit.store import Store
@@ -68,6 +69,15 @@ class _Sums:
 
     fitted: Gram = field(default_factory=Gram)
     held_out: Gram = field(default_factory=Gram)
+
+    @property
+    def rows(self) -> int:
+        return self.fitted.rows + self.held_out.rows
+
+    def joined(self) -> tuple[np.ndarray, np.ndarray]:
+        """Both sums over all texts."""
+        (a, b), (c, d) = self.fitted.host(), self.held_out.host() if self.held_out.rows else (0, 0)
+        return a + c, b + d
 
 
 class Compression:
@@ -150,9 +160,10 @@ class Compression:
         self._source.fill(theirs)
         written: dict[str, str] = {}
         for site in self._pass_source(number, theirs):
-            sums = self._pass_to(number, block, site[0])
+            sums = self._pass_to(number, block, site)
+            inputs = self._inputs(site, sums)
             for path in site:
-                solution = self._solve(path, sums)
+                solution = self._solve(path, inputs, sums.rows)
                 for part in PARTS:
                     output.write(f"{path}.{part}", getattr(solution, part))
                     written[f"{path}.{part}"] = output.sha256(f"{path}.{part}")
@@ -197,15 +208,19 @@ class Compression:
                 order = order or sites
         return order
 
-    def _pass_to(self, number: int, block: Block, site: str) -> _Sums:
-        """Run the compressed block up to an input, for all texts; its sums."""
+    def _pass_to(self, number: int, block: Block, site: list[str]) -> _Sums:
+        """Run the compressed block up to what the layers of a site share, for all texts; its sums."""
         sums = _Sums()
         c = 0
 
         def look(path: str, x: mx.array) -> mx.array:
-            if path != site:
+            if path not in site:
                 return self._known(path, x)
-            self._add(sums, c, site, x, self._store.load(f"input-{number}-{c}-{site}"))
+            self._choose_thresholds(site, x)
+            part = sums.fitted if self._chunks[c].start < self._fitted else sums.held_out
+            rows, source = self._mask(path, x), self._store.load(f"input-{number}-{c}-{site[0]}")
+            # where tokens went other ways, as to other experts, there is nothing to compare with
+            part.add(rows, source.reshape(rows.shape) if source.size == x.size else rows)
             raise _Enough
 
         self._asked = look
@@ -214,55 +229,60 @@ class Compression:
                 block.run(self._store.load(f"x-{number}-{c}"))
             except _Enough:
                 continue
-        self._store.drop(f"input-{number}-*-{site}")
+        self._store.drop(f"input-{number}-*-{site[0]}")
         return sums
 
-    def _add(self, sums: _Sums, c: int, site: str, x: mx.array, source: mx.array) -> None:
-        rows = self._mask(site, x)
-        part = sums.fitted if self._chunks[c].start < self._fitted else sums.held_out
-        same = source.size == x.size  # else tokens went other ways, to other experts
-        part.add(rows, source.reshape(rows.shape) if same else rows)
+    def _choose_thresholds(self, site: list[str], x: mx.array) -> None:
+        """Of layers that have none yet: from the first texts' decode steps."""
+        steps = masks.decode_rows(x, self._windows.shape[1])
+        values = None if steps is None else np.array(x[:, steps].astype(mx.float32), copy=False)
+        for path in site:
+            if path not in self._now:
+                found = 0.0 if values is None else masks.threshold(values, masks.sparsity(path))
+                self._now[path] = _Layer(found)
 
     def _mask(self, path: str, x: mx.array) -> mx.array:
-        """x (..., inputs) with the small inputs of decode steps at zero. The first texts set the threshold."""
-        windows, window = len(self._windows), self._windows.shape[1]
-        found = masks.decode_rows(x.shape, x.shape[0] if x.ndim else windows, window)
-        if found is None:
-            self._now.setdefault(path, _Layer())
+        """x (..., inputs) with the inputs of decode steps that a layer skips at zero."""
+        steps, threshold = masks.decode_rows(x, self._windows.shape[1]), self._now[path].threshold
+        if steps is None or not threshold:
             return x
-        steps = x[:, found]
-        if path not in self._now:
-            values = np.array(steps.astype(mx.float32), copy=False)
-            self._now[path] = _Layer(masks.threshold(values, masks.sparsity(path)))
-        masked = layout.mask(steps, mx.array([self._now[path].threshold], mx.float32))
-        return mx.concatenate([x[:, : found.start], masked], axis=1)
+        masked = layout.mask(x[:, steps], mx.array([threshold], mx.float32))
+        return mx.concatenate([x[:, : steps.start], masked], axis=1)
 
-    def _solve(self, path: str, sums: _Sums) -> gptq.Solution:
-        layer, source = self.layers[path], np.array(self._source.weight(path).astype(mx.float32), copy=False)
+    def _weight(self, path: str) -> np.ndarray:
+        """The source's matrix (outputs, inputs), float32."""
+        return np.array(self._source.weight(path).astype(mx.float32), copy=False)
+
+    def _inputs(self, site: list[str], sums: _Sums) -> Inputs:
+        """What to round a site's layers for, the target moved if that comes out nearer on texts held out."""
+        hessian, cross = sums.joined()
+        if not sums.held_out.rows:
+            return Inputs(hessian)
+        fitted = Inputs(*sums.fitted.host(), alpha=ALPHA)
+        other, difference = sums.held_out.host()
+        gained = 0.0
+        if fitted.are_finite:
+            for path in site:
+                w = self._weight(path)
+                change = fitted.moved(w) - w
+                gained += ((2 * (w @ difference) - change @ other) * change).sum(dtype=np.float64)
+        return Inputs(hessian, cross, alpha=ALPHA if gained > 0 else 0.0)
+
+    def _solve(self, path: str, inputs: Inputs, rows: int) -> gptq.Solution:
+        layer = self.layers[path]
         form: dict[str, Any] = {
             "bits": layer.bits,
             "group_size": layer.group_size,
             "band": layer.band,
             "dtype": layer["scales"].dtype,
         }
-        hessian, cross, rows = sums.fitted.joined(sums.held_out)
         if rows < FEWEST * layer.inputs:
             self.notes[path] = f"plainly rounded: the text gave it {rows} rows"
-            return gptq.plain(source, **form)
-        alpha = ALPHA if self._gains(source, sums) else 0.0
-        solution = gptq.solve(source, hessian, cross=cross, alpha=alpha, **form)
+            return gptq.plain(self._weight(path), **form)
+        solution = gptq.solve_shared(self._weight(path), inputs, **form)
         if solution.note:
             self.notes[path] = solution.note
         return solution
-
-    def _gains(self, w: np.ndarray, sums: _Sums) -> bool:
-        """Whether a target nearer to the source's comes out nearer on texts held out."""
-        fitted, other = sums.fitted, sums.held_out
-        if not other.rows or not all(np.isfinite(one).all() for one in (*fitted.host(), *other.host())):
-            return False
-        change = gptq.moved(w, *fitted.host(), ALPHA, ridge=1.0) - w
-        hessian, cross = other.host()
-        return bool(((change @ hessian - 2 * (w @ cross)) * change).sum(dtype=np.float64) < 0)
 
     def _unpacked(self, path: str, solution: gptq.Solution) -> Any:
         layer = self.layers[path]

@@ -4,6 +4,7 @@ The second half of every window stands for decode steps; the first half is a pro
 fitted so serve every sparsity, so the share that they are fitted at need not be the one to run at.
 """
 
+import mlx.core as mx
 import numpy as np
 
 SPARSITY = 0.5
@@ -29,8 +30,6 @@ def threshold(x: np.ndarray, share: float) -> float:
     return float(np.partition(flat, place)[place])
 
 
-def decode_rows(shape: tuple[int, ...], windows: int, window: int) -> slice | None:
-    """Where the decode steps are along axis 1 of an input (windows, window, inputs); None if it is no such."""
-    if len(shape) == 3 and shape[:2] == (windows, window):
-        return slice(window // 2, window)
-    return None
+def decode_rows(x: mx.array, window: int) -> slice | None:
+    """Where the decode steps are along axis 1 of an input (texts, window, inputs); None for another shape."""
+    return slice(window // 2, window) if x.ndim == 3 and x.shape[1] == window else None

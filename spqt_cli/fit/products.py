@@ -38,13 +38,6 @@ class Gram:
         """Both sums."""
         return np.array(self._hessian, copy=False), np.array(self._cross, copy=False)
 
-    def joined(self, other: "Gram") -> tuple[np.ndarray, np.ndarray, int]:
-        """The sums over both sets of rows, and how many rows they are."""
-        if not other.rows:
-            return *self.host(), self.rows
-        (a, b), (c, d) = self.host(), other.host()
-        return a + c, b + d, self.rows + other.rows
-
 
 def times(x: mx.array, w: Any) -> mx.array:
     """x (..., inputs) times w (inputs, outputs), of numpy on the CPU and of MLX on a GPU."""
