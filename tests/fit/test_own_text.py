@@ -204,3 +204,10 @@ def test_what_runs_on_the_cpu_in_place_of_mlx_gives_its_logits(checkpoint, exten
     off = np.std(np.concatenate(rows, axis=1) - expected) / np.std(expected)
     assert off < (0.03 if extension else 1e-5)
     assert dict(model.named_modules()) == plain  # its own layers are back
+
+
+def test_a_random_token_comes_after_the_tokenizers_own_bos(tokenizer, monkeypatch):
+    monkeypatch.setattr(starts.texts, "opening", lambda _: [1])
+    found = starts.starts(tokenizer, VOCAB, 8, 0)
+    assert [len(one) for one in found[::4]] == [2, 2]
+    assert {one[0] for one in found[::4]} == {1}
