@@ -9,14 +9,15 @@ Source: GPTQ (arXiv 2210.17323) in order of the Hessian's diagonal; targets from
 GPTAQ (arXiv 2504.02692), of which a part is taken.
 """
 
+import itertools
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from mlx import nn
-from mlx.utils import tree_unflatten
 
 from spqt_cli.calibrate.stream.blocks import Block, Blocks
 from spqt_cli.convert.journal import Journal
@@ -24,43 +25,33 @@ from spqt_cli.decode.layers import ZigzagLinear, zigzag_layers
 from spqt_cli.decode.session import Loaded
 from spqt_cli.fit import gptq, masks
 from spqt_cli.fit.hessian import Inputs
-from spqt_cli.fit.products import Gram, times
+from spqt_cli.fit.products import Gram, masked, times
 from spqt_cli.fit.source_blocks import SourceBlocks
 from spqt_cli.fit.store import Store
+from spqt_cli.fit.suspended import Suspended, tap
 from spqt_cli.fit.weights_file import WeightsFile
 from spqt_cli.format import layout
 from spqt_cli.measure import many_rows, probes
 
 ALPHA = 0.25  # of the way from the compressed model's target to the source's
 HELD_OUT = 8  # one text of so many decides whether that way is worth going
-CHUNK_BYTES = {"cpu": 128 << 20, "gpu": 1 << 30}  # of activations in a block, that texts passing together take
+CHUNK_BYTES = {"cpu": 16 << 20, "gpu": 1 << 30}  # of activations in a block: texts that pass together
 FEWEST = 0.25  # rows for each input of a layer: one that saw fewer keeps its rounding
 
 OnProgress = Callable[[float, float, str], None]
 PARTS = ("weight", "scales", "biases")
 
 
-class _Enough(Exception):
-    """What this pass is for has been seen."""
-
-
-class _Tap(nn.Module):
-    """Stands in a Zigzag layer's place and hands its input on."""
-
-    def __init__(self, path: str, ask: Callable[[str, mx.array], mx.array]) -> None:
-        super().__init__()
-        self._path, self._ask = path, ask
-
-    def __call__(self, x: mx.array) -> mx.array:
-        return self._ask(self._path, x)
-
-
 @dataclass
-class _Layer:
-    """A layer of the current block. threshold: on |x| at decode positions; w: (inputs, outputs), rounded."""
+class _Site:
+    """Layers that share an input, rounded for it. threshold: on |x| in decode steps; 0 skips nothing.
 
-    threshold: float = 0.0
-    w: Any = None
+    w: (inputs, outputs of all layers), rounded.
+    """
+
+    paths: list[str]
+    threshold: float
+    w: Any
 
 
 @dataclass
@@ -81,7 +72,7 @@ class _Sums:
 
 
 class Compression:
-    """The pass over all blocks; `run` it once."""
+    """The pass over all blocks; `run` it once. notes: path -> why a layer was rounded otherwise."""
 
     def __init__(
         self,
@@ -96,29 +87,26 @@ class Compression:
         self._on_progress = on_progress
         self.layers: dict[str, ZigzagLinear] = zigzag_layers(rounded.model)
         self.notes: dict[str, str] = {}
-        taps = [(path, _Tap(path, self._ask)) for path in self.layers]
-        rounded.model.update_modules(tree_unflatten(taps))
+        tap(rounded.model, {path: layer.outputs for path, layer in self.layers.items()})
         self._walk = Blocks(rounded.model, self.layers, rounded.folder.path)
         self.blocks = self._walk.blocks(windows.shape[1])
         self._chunks = self._cut()
-        self._asked: Callable[[str, mx.array], mx.array] = self._unquantized
-        self._now: dict[str, _Layer] = {}
+        self._together: list[list[str]] = []  # paths of the block's layers that share an input
 
     def _cut(self) -> list[slice]:
-        """Texts that pass together; those held out are chunks of their own, at the end."""
+        """Texts that are computed together; those held out are chunks of their own, at the end."""
         count, window = self._windows.shape
         widest = max(max(layer.inputs, layer.outputs) for layer in self.layers.values())
-        narrowest = min(min(layer.inputs, layer.outputs) for layer in self.layers.values())
         room = CHUNK_BYTES["cpu" if many_rows.on_cpu() else "gpu"]
-        size = max(1, room // (4 * window * (3 * widest + 4 * narrowest)))
+        size = max(1, room // (4 * window * widest))
         self._fitted = count - (count // HELD_OUT or (count > 1))
         cuts = sorted({*range(0, self._fitted, size), *range(self._fitted, count, size), count})
-        return [slice(a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
+        return [slice(a, b) for a, b in itertools.pairwise(cuts)]
 
     def run(self, output: WeightsFile, journal: Journal) -> None:
         """Round every block that the journal does not have yet, into `output`."""
         done = self._resume(output, journal)
-        with many_rows.many_rows(heads=False):
+        with many_rows.many_rows(heads=False, gradients=False):
             if not done:
                 self._embed()
             for number, block in enumerate(self.blocks):
@@ -155,117 +143,106 @@ class Compression:
 
     def _round(self, number: int, block: Block, output: WeightsFile) -> dict[str, str]:
         """Round a block's layers; tensor -> SHA-256 of what was written."""
-        self._now = {}
         theirs = self._source.blocks[number]
         self._source.fill(theirs)
-        written: dict[str, str] = {}
-        for site in self._pass_source(number, theirs):
-            sums = self._pass_to(number, block, site)
-            inputs = self._inputs(site, sums)
-            for path in site:
-                solution = self._solve(path, inputs, sums.rows)
-                for part in PARTS:
-                    output.write(f"{path}.{part}", getattr(solution, part))
-                    written[f"{path}.{part}"] = output.sha256(f"{path}.{part}")
-                self._now[path].w = self._unpacked(path, solution)
-        for path in block.paths:
-            if path not in self._now:
-                self.notes[path] = "plainly rounded: the text never reached it"
+        self._pass_source(number, theirs)
+        rounded: dict[str, _Site] = {}
+        with ExitStack() as ending:
+            runs = []
+            for c in range(len(self._chunks)):
+                runs.append(Suspended(block.run, self._store.load(f"x-{number}-{c}")))
+                ending.callback(runs[-1].close)
+            while waiting := {run.path for run in runs if run.path}:
+                path = min(waiting, key=block.paths.index)
+                if path not in rounded:
+                    site = self._round_site(number, path, runs, output)
+                    rounded |= dict.fromkeys(site.paths, site)
+                for run in runs:
+                    if run.path == path:
+                        run.go_on(self._products(rounded[path], run.x))
+        for path in set(block.paths) - set(rounded):
+            self.notes[path] = "plainly rounded: the text never reached it"
         self._source.drop(theirs)
-        self._asked = self._known
-        for c in range(len(self._chunks)):
-            self._store.save(f"x-{number + 1}-{c}", block.run(self._store.load(f"x-{number}-{c}")))
-        return written
+        for c, run in enumerate(runs):
+            self._store.save(f"x-{number + 1}-{c}", run.result)
+        return {
+            f"{path}.{part}": output.sha256(f"{path}.{part}") for path in sorted(rounded) for part in PARTS
+        }
 
-    def _pass_source(self, number: int, block: Block) -> list[list[str]]:
-        """Run the source's block; the paths of its layers, together where they share an input."""
-        sites: list[list[str]] = []
-        seen: set[str] = set()
-        last: mx.array | None = None
-        c = 0
+    def _pass_source(self, number: int, block: Block) -> None:
+        """Run the source's block, and keep what enters its layers, once where they share an input."""
+        paths = {id(self._source.modules[path]): path for path in block.paths}
+        c, sites, last = 0, dict[str, list[str]](), None
 
         def watch(module: nn.Module, call: Any, x: mx.array) -> mx.array:
             nonlocal last
             path = paths[id(module)]
-            if x is not last and path not in seen:
-                sites.append([path])
+            if last is not None and last[1] is x:
+                sites[last[0]].append(path)
+            elif path not in sites:
+                sites[path], last = [path], (path, x)
                 self._store.save(f"input-{number}-{c}-{path}", x, short=True)
-            elif path not in seen:
-                sites[-1].append(path)
-            seen.add(path)
-            last = x
             return call(module, x)
 
-        paths = {id(self._source.modules[path]): path for path in block.paths}
         with probes.hooked([self._source.modules[path] for path in block.paths], watch):
-            order: list[list[str]] = []
             for c in range(len(self._chunks)):
-                sites, last = [], None
-                seen.clear()
-                self._store.save(
-                    f"source-{number + 1}-{c}", block.run(self._store.load(f"source-{number}-{c}"))
-                )
-                order = order or sites
-        return order
+                sites, last = {}, None
+                out = block.run(self._store.load(f"source-{number}-{c}"))
+                self._store.save(f"source-{number + 1}-{c}", out)
+        self._together = list(sites.values())
 
-    def _pass_to(self, number: int, block: Block, site: list[str]) -> _Sums:
-        """Run the compressed block up to what the layers of a site share, for all texts; its sums."""
+    def _round_site(self, number: int, path: str, runs: list[Suspended], output: WeightsFile) -> _Site:
+        """Round a layer, and those that share its input, for the inputs before which runs wait."""
+        paths = next((site for site in self._together if site[0] == path), [path])
+        inputs = {c: run.x for c, run in enumerate(runs) if run.path == path}
+        threshold = self._threshold(paths, next(iter(inputs.values())))
         sums = _Sums()
-        c = 0
-
-        def look(path: str, x: mx.array) -> mx.array:
-            if path not in site:
-                return self._known(path, x)
-            self._choose_thresholds(site, x)
+        for c, x in inputs.items():
+            rows = self._masked(x, threshold)
             part = sums.fitted if self._chunks[c].start < self._fitted else sums.held_out
-            rows, source = self._mask(path, x), self._store.load(f"input-{number}-{c}-{site[0]}")
+            name = f"input-{number}-{c}-{path}"
+            source = self._store.load(name) if self._store.has(name) else None
             # where tokens went other ways, as to other experts, there is nothing to compare with
-            part.add(rows, source.reshape(rows.shape) if source.size == x.size else rows)
-            raise _Enough
+            part.add(rows, source if source is not None and source.size == x.size else rows)
+        self._store.drop(f"input-{number}-*-{path}")
+        found = self._inputs(paths, sums)
+        columns = []
+        for one in paths:
+            solution = self._solve(one, found, sums.rows)
+            for part_name in PARTS:
+                output.write(f"{one}.{part_name}", getattr(solution, part_name))
+            columns.append(self._unpacked(one, solution))
+        w = np.concatenate(columns, axis=1) if many_rows.on_cpu() else mx.concatenate(columns, axis=1)
+        return _Site(paths, threshold, w)
 
-        self._asked = look
-        for c in range(len(self._chunks)):
-            try:
-                block.run(self._store.load(f"x-{number}-{c}"))
-            except _Enough:
-                continue
-        self._store.drop(f"input-{number}-*-{site[0]}")
-        return sums
-
-    def _choose_thresholds(self, site: list[str], x: mx.array) -> None:
-        """Of layers that have none yet: from the first texts' decode steps."""
+    def _threshold(self, paths: list[str], x: mx.array) -> float:
+        """One for all layers of an input, from its first texts' decode steps."""
         steps = masks.decode_rows(x, self._windows.shape[1])
-        values = None if steps is None else np.array(x[:, steps].astype(mx.float32), copy=False)
-        for path in site:
-            if path not in self._now:
-                found = 0.0 if values is None else masks.threshold(values, masks.sparsity(path))
-                self._now[path] = _Layer(found)
+        if steps is None:
+            return 0.0
+        sizes = [self.layers[path].outputs for path in paths]
+        share = np.average([masks.sparsity(path) for path in paths], weights=sizes)
+        return masks.threshold(np.array(x[:, steps].astype(mx.float32), copy=False), float(share))
 
-    def _mask(self, path: str, x: mx.array) -> mx.array:
-        """x (..., inputs) with the inputs of decode steps that a layer skips at zero."""
-        steps, threshold = masks.decode_rows(x, self._windows.shape[1]), self._now[path].threshold
-        if steps is None or not threshold:
-            return x
-        masked = layout.mask(x[:, steps], mx.array([threshold], mx.float32))
-        return mx.concatenate([x[:, : steps.start], masked], axis=1)
+    def _masked(self, x: mx.array, threshold: float) -> mx.array:
+        """x (..., inputs) with the small inputs of decode steps at zero."""
+        steps = masks.decode_rows(x, self._windows.shape[1])
+        return x if steps is None or not threshold else masked(x, steps, threshold)
 
     def _weight(self, path: str) -> np.ndarray:
         """The source's matrix (outputs, inputs), float32."""
         return np.array(self._source.weight(path).astype(mx.float32), copy=False)
 
-    def _inputs(self, site: list[str], sums: _Sums) -> Inputs:
-        """What to round a site's layers for, the target moved if that comes out nearer on texts held out."""
+    def _inputs(self, paths: list[str], sums: _Sums) -> Inputs:
+        """What to round layers for: the target is moved if it then is nearer on the texts held out."""
         hessian, cross = sums.joined()
-        if not sums.held_out.rows:
+        fitted = Inputs(*sums.fitted.host(), alpha=ALPHA) if sums.fitted.rows else None
+        if fitted is None or not sums.held_out.rows or not fitted.are_finite:
             return Inputs(hessian)
-        fitted = Inputs(*sums.fitted.host(), alpha=ALPHA)
         other, difference = sums.held_out.host()
-        gained = 0.0
-        if fitted.are_finite:
-            for path in site:
-                w = self._weight(path)
-                change = fitted.moved(w) - w
-                gained += ((2 * (w @ difference) - change @ other) * change).sum(dtype=np.float64)
+        w = self._weight(paths[0])
+        change = fitted.moved(w) - w
+        gained = ((2 * (w @ difference) - change @ other) * change).sum(dtype=np.float64)
         return Inputs(hessian, cross, alpha=ALPHA if gained > 0 else 0.0)
 
     def _solve(self, path: str, inputs: Inputs, rows: int) -> gptq.Solution:
@@ -285,34 +262,30 @@ class Compression:
         return solution
 
     def _unpacked(self, path: str, solution: gptq.Solution) -> Any:
+        """(inputs, outputs) float32, of numpy on the CPU."""
         layer = self.layers[path]
-        packed = [getattr(solution, part) for part in PARTS]
-        packed[1:] = [part.astype(mx.float32) for part in packed[1:]]
-        w = layout.dequantize(
-            *packed, outputs=layer.outputs, bits=layer.bits, group_size=layer.group_size
-        ).T
+        packed = (solution.weight, solution.scales.astype(mx.float32), solution.biases.astype(mx.float32))
+        form = {"outputs": layer.outputs, "bits": layer.bits, "group_size": layer.group_size}
+        w = layout.dequantize(*packed, **form).T
         mx.eval(w)
-        return np.ascontiguousarray(np.array(w, copy=False)) if many_rows.on_cpu() else w
+        return np.array(w, copy=False) if many_rows.on_cpu() else w
 
-    def _ask(self, path: str, x: mx.array) -> mx.array:
-        return self._asked(path, x)
-
-    def _known(self, path: str, x: mx.array) -> mx.array:
-        """What the rounded layer makes of x; one that is not rounded yet, what the source's makes of it."""
-        if path not in self._now or self._now[path].w is None:
-            return self._unquantized(path, x)
-        y = times(self._mask(path, x), self._now[path].w)
-        bias = self.layers[path].get("bias")
-        return y if bias is None else y + bias.astype(y.dtype)
-
-    def _unquantized(self, path: str, x: mx.array) -> mx.array:
-        found: mx.array = self._source.modules[path](x)
+    def _products(self, site: _Site, x: mx.array) -> dict[str, mx.array]:
+        """Path -> what each layer of a site makes of x."""
+        y = times(self._masked(x, site.threshold), site.w)
+        found, start = {}, 0
+        for path in site.paths:
+            layer = self.layers[path]
+            part = y[..., start : start + layer.outputs]
+            bias = layer.get("bias")
+            found[path] = part if bias is None else part + bias.astype(y.dtype)
+            start += layer.outputs
         return found
 
 
-def linked(notes: Mapping[str, str]) -> list[str]:
-    """Lines for people: why layers kept their rounding, with how many did."""
+def lines(notes: Mapping[str, str]) -> list[str]:
+    """For people: why layers were rounded otherwise, with how many were."""
     by_reason: dict[str, list[str]] = {}
     for path, note in notes.items():
         by_reason.setdefault(note, []).append(path)
-    return [f"{len(paths)} layers {note}: {paths[0]} ..." for note, paths in by_reason.items()]
+    return [f"{len(paths)} layers, {paths[0]} the first: {note}" for note, paths in by_reason.items()]

@@ -5,6 +5,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from spqt_cli.format import layout
 from spqt_cli.measure import many_rows
 
 
@@ -37,6 +38,17 @@ class Gram:
     def host(self) -> tuple[np.ndarray, np.ndarray]:
         """Both sums."""
         return np.array(self._hessian, copy=False), np.array(self._cross, copy=False)
+
+
+def masked(x: mx.array, steps: slice, threshold: float) -> mx.array:
+    """x (texts, window, inputs) with what is below a threshold at zero in the steps along axis 1."""
+    if not many_rows.on_cpu():
+        part = layout.mask(x[:, steps], mx.array([threshold], mx.float32))
+        return mx.concatenate([x[:, : steps.start], part], axis=1)
+    rows = np.array(x.astype(mx.float32))
+    ahead = rows[:, steps]
+    ahead *= np.abs(ahead) >= np.float32(threshold)
+    return mx.array(rows).astype(x.dtype)
 
 
 def times(x: mx.array, w: Any) -> mx.array:

@@ -3,8 +3,7 @@
 from typing import Any
 
 import mlx.core as mx
-from mlx import nn
-from mlx.utils import tree_unflatten
+from mlx.utils import tree_map
 
 from spqt_cli.calibrate.stream.blocks import Block, Walk
 from spqt_cli.convert import parameters
@@ -36,8 +35,8 @@ class SourceBlocks:
 
     def drop(self, block: Block) -> None:
         """Free a block's weights, for good."""
-        nothing = [(path, mx.zeros(())) for path, _ in _named(block.module)]
-        block.module.update(tree_unflatten(nothing))
+        nothing = tree_map(lambda _: mx.zeros(()), block.module.parameters())
+        block.module.update(nothing)
         mx.clear_cache()
 
     def pass_over(self, block: Block) -> None:
@@ -63,9 +62,3 @@ class SourceBlocks:
             arrays.append((name, array))
         self.network.load_weights(arrays, strict=False)
         self._checkpoint.check_unchanged()
-
-
-def _named(module: nn.Module) -> list[tuple[str, mx.array]]:
-    from mlx.utils import tree_flatten
-
-    return list(tree_flatten(module.parameters()))

@@ -6,7 +6,6 @@ The folder belongs to no config.json until `finish` has written new hashes.
 import hashlib
 import json
 import os
-from pathlib import Path
 from typing import Any, Self
 
 import mlx.core as mx

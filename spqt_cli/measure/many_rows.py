@@ -5,8 +5,7 @@ faster on the same machine. Results are computed when called, not lazily, and ca
 On a GPU everything here steps aside and MLX's own operations run. It knows nothing of calibration.
 """
 
-import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -18,6 +17,8 @@ from mlx import nn
 from spqt_cli.decode import foreign, hooks_cpu
 from spqt_cli.decode.layers import ZigzagLinear
 from spqt_cli.format import layout
+from spqt_cli.measure import attention as by_blocks
+from spqt_cli.measure.attention import host
 
 HELD_FRACTION = 0.3  # of the available memory, for weights held unpacked
 
@@ -26,11 +27,6 @@ _attention = hooks_cpu.STOCK["scaled_dot_product_attention"]
 
 def on_cpu() -> bool:
     return bool(mx.default_device().type == mx.DeviceType.cpu)
-
-
-def host(a: mx.array) -> np.ndarray:
-    """a as float32 numpy, without a copy where it is float32 already."""
-    return np.array(a.astype(mx.float32), copy=False)
 
 
 def linear(x: mx.array, layer: ZigzagLinear) -> mx.array:
@@ -123,56 +119,47 @@ def codes(packed: np.ndarray, bits: int) -> np.ndarray:
     return found.reshape(*packed.shape[:-1], -1)
 
 
-def _softmax(q: np.ndarray, k: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
-    """softmax(q @ k.T + mask) in numpy, whose exp is many times faster than that of MLX's CPU build."""
-    scores = np.matmul(q, k.swapaxes(-1, -2))
-    if mask is not None:
-        scores += mask
-    scores -= scores.max(axis=-1, keepdims=True)
-    np.exp(scores, out=scores)
-    scores /= scores.sum(axis=-1, keepdims=True)
-    return scores
-
-
-def _attend(mask: np.ndarray | None, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
-    """softmax(q @ k.T + mask) @ v, all (B, heads, rows, D)."""
-
-    @mx.custom_function
-    def forward(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
-        return mx.array(np.matmul(_softmax(host(q), host(k), mask), host(v)))
-
-    @forward.vjp
-    def backward(primals: Any, cotangent: mx.array, _: mx.array) -> tuple[mx.array, ...]:
-        q, k, v, dy = (host(a) for a in (*primals, cotangent))
-        p = _softmax(q, k, mask)  # anew: keeping every layer's would not fit memory
-        ds = np.matmul(dy, v.swapaxes(-1, -2))
-        ds -= (ds * p).sum(axis=-1, keepdims=True)
-        ds *= p
-        dv = np.matmul(p.swapaxes(-1, -2), dy)
-        return mx.array(np.matmul(ds, k)), mx.array(np.matmul(ds.swapaxes(-1, -2), q)), mx.array(dv)
-
-    return cast(mx.array, forward(q, k, v))
-
-
 def attention(
     q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Any = None, sinks: Any = None
 ) -> mx.array:
-    """softmax(q @ k.T * scale + mask) @ v: q (B, heads, rows, D); k, v (B, kv_heads, length, D).
-
-    mask as in `mx.fast.scaled_dot_product_attention`; attention sinks are left to that function.
-    """
+    """As `mx.fast.scaled_dot_product_attention`; attention sinks are left to that function."""
     if sinks is not None:
         return _attention(q, k, v, scale=scale, mask=mask, sinks=sinks)
-    repeats = q.shape[1] // k.shape[1]
-    if repeats > 1:
-        k, v = mx.repeat(k, repeats, axis=1), mx.repeat(v, repeats, axis=1)
-    if isinstance(mask, str):
-        rows, length = q.shape[2], k.shape[2]
-        mask = mx.arange(length - rows, length)[:, None] >= mx.arange(length)[None]
-    if mask is not None and mask.dtype == mx.bool_:
-        mask = mx.where(mask, 0.0, -math.inf)
-    added = None if mask is None else host(mask)
-    return _attend(added, q * scale, k, v).astype(q.dtype)
+    return by_blocks.attention(q, k, v, scale=scale, mask=mask)
+
+
+def sigmoid(a: mx.array) -> mx.array:
+    """As `mx.sigmoid`."""
+    return _elementwise(a, _sigmoid, lambda y: y * (1 - y))
+
+
+def tanh(a: mx.array) -> mx.array:
+    """As `mx.tanh`."""
+    return _elementwise(a, np.tanh, lambda y: 1 - y * y)
+
+
+def _sigmoid(x: np.ndarray) -> np.ndarray:
+    y = np.negative(x)
+    with np.errstate(over="ignore"):  # exp(-x) becomes inf, and the sigmoid 0
+        np.exp(y, out=y)
+    y += 1
+    return np.reciprocal(y, out=y)
+
+
+def _elementwise(
+    a: mx.array, function: Callable[[np.ndarray], np.ndarray], slope: Callable[[np.ndarray], np.ndarray]
+) -> mx.array:
+    """function(a) by numpy, whose exp takes a fourth of the time of MLX's. slope: from its value."""
+
+    @mx.custom_function
+    def forward(x: mx.array) -> mx.array:
+        return mx.array(function(host(x)))
+
+    @forward.vjp
+    def backward(_: mx.array, cotangent: mx.array, y: mx.array) -> mx.array:
+        return cotangent * mx.array(slope(host(y)))
+
+    return cast(mx.array, forward(a)).astype(a.dtype)
 
 
 class _Held:
@@ -206,19 +193,20 @@ def holding(limit_bytes: float) -> Iterator[None]:
 
 
 @contextmanager
-def many_rows(heads: bool = True) -> Iterator[None]:
+def many_rows(heads: bool = True, *, gradients: bool = True) -> Iterator[None]:
     """In this block MLX's stock layers and attention run through BLAS, if the device is the CPU.
 
     heads: also a tied embedding's use as head; without, that product stays lazy, so that a pass that
-    only fills a cache never computes it.
+    only fills a cache never computes it. gradients: False where nothing is differentiated: norms and
+    rotations then are those of the CPU extension, where it runs.
     """
     if not on_cpu():
         yield
         return
     replaced: list[tuple[Any, str, Any]] = [
         (mx.fast, "scaled_dot_product_attention", attention),
-        (mx.fast, "rms_norm", hooks_cpu.STOCK["rms_norm"]),  # ours have no gradient
-        (mx.fast, "rope", hooks_cpu.STOCK["rope"]),
+        (mx, "sigmoid", sigmoid),
+        (mx, "tanh", tanh),
         (nn.Linear, "__call__", lambda self, x: _plain(x, host(self.weight), self.get("bias"))),
         (nn.QuantizedLinear, "__call__", lambda self, x: _plain(x, unpacked(self), self.get("bias"))),
     ]
@@ -227,5 +215,17 @@ def many_rows(heads: bool = True) -> Iterator[None]:
             (nn.Embedding, "as_linear", lambda self, x: _plain(x, host(self.weight), None)),
             (nn.QuantizedEmbedding, "as_linear", lambda self, x: _plain(x, unpacked(self), None)),
         ]
-    with foreign.replaced(replaced):
+    if gradients:  # the extension's have none
+        replaced += [(mx.fast, name, hooks_cpu.STOCK[name]) for name in ("rms_norm", "rope")]
+    with foreign.replaced(replaced), uncompiled():
         yield
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Compiled activations would not ask for ours: in this block they run uncompiled."""
+    mx.disable_compile()
+    try:
+        yield
+    finally:
+        mx.enable_compile()

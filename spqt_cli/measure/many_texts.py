@@ -43,12 +43,9 @@ def many_texts(model: nn.Module) -> Iterator[None]:
         _eight_bits(model if extension else None),
         foreign.replaced([*_layers(extension), *_functions(pool, threads)]),
         many_rows.holding(0 if extension else many_rows.spare_bytes()),
+        many_rows.uncompiled(),
     ):
-        mx.disable_compile()  # compiled activations would not ask for ours
-        try:
-            yield
-        finally:
-            mx.enable_compile()
+        yield
 
 
 @contextmanager
@@ -96,8 +93,8 @@ def _functions(pool: ThreadPoolExecutor, threads: int) -> list[tuple[Any, str, A
 
     return [
         (mx.fast, "scaled_dot_product_attention", attend),
-        (mx, "sigmoid", _sigmoid),
-        (mx, "tanh", lambda a: _same_kind(np.tanh(host(a)), a)),
+        (mx, "sigmoid", many_rows.sigmoid),
+        (mx, "tanh", many_rows.tanh),
     ]
 
 
@@ -110,14 +107,6 @@ def _product(x: mx.array, w: np.ndarray, bias: mx.array | None) -> mx.array:
     rows = host(x).reshape(-1, x.shape[-1])
     y = _same_kind((w @ rows.T).T, x).reshape(*x.shape[:-1], w.shape[0])
     return y if bias is None else y + bias
-
-
-def _sigmoid(a: mx.array) -> mx.array:
-    y = np.negative(host(a))
-    with np.errstate(over="ignore"):  # exp(-x) becomes inf, and the sigmoid 0
-        np.exp(y, out=y)
-    y += 1
-    return _same_kind(np.reciprocal(y, out=y), a)
 
 
 def _attention(
