@@ -14,12 +14,13 @@ RELATIVE = {
     "q_proj": 1.02, "k_proj": 0.64, "v_proj": 0.54, "o_proj": 0.86,
     "gate_proj": 0.93, "up_proj": 0.87, "down_proj": 1.29,
 }  # fmt: skip
+HIGHEST = 0.95
 SAMPLED = 400_000  # values of which a quantile is taken
 
 
-def sparsity(path: str) -> float:
-    """The part of a layer's inputs that is skipped."""
-    return SPARSITY * RELATIVE.get(path.rpartition(".")[2], 1.0)
+def sparsity(path: str, total: float = SPARSITY) -> float:
+    """The part of a layer's inputs that is skipped when `total` of the model is."""
+    return min(total * RELATIVE.get(path.rpartition(".")[2], 1.0), HIGHEST)
 
 
 def threshold(x: np.ndarray, share: float) -> float:

@@ -41,6 +41,10 @@ class Store:
             return False
         return True
 
+    def sha256(self, name: str) -> str:
+        """The SHA-256 of what is stored of an array."""
+        return files.sha256(self._path(name))
+
     def drop(self, pattern: str) -> None:
         """Remove all arrays whose name fits a glob pattern."""
         for path in self._folder.glob(f"{pattern}.npy"):

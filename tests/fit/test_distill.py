@@ -1,0 +1,285 @@
+"""Training of scales, biases and norms: its slopes, what it gains, what a killed run leaves."""
+
+import json
+import shutil
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx import nn
+from mlx.utils import tree_unflatten
+
+from spqt_cli.convert import convert, source_model
+from spqt_cli.convert.journal import Journal
+from spqt_cli.decode import session
+from spqt_cli.decode.layers import zigzag_layers
+from spqt_cli.errors import SpqtError, UnsupportedError
+from spqt_cli.fit import distill, predictions
+from spqt_cli.fit.distill import Distillation, Options
+from spqt_cli.fit.source_blocks import SourceBlocks
+from spqt_cli.fit.store import Store
+from spqt_cli.fit.weights_file import WeightsFile
+from spqt_cli.format import layout
+from spqt_cli.format.folder import Folder
+from tests.conftest import tiny_checkpoint
+from tests.lib.converting import Stop
+
+WINDOW = 32
+OPTIONS = Options(steps=10, rate=5e-4, save_every=3)
+
+
+def windows_of(count: int = 9) -> np.ndarray:
+    return np.random.default_rng(0).integers(5, 500, (count, WINDOW)).astype(np.int32)
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2", "gemma3"])
+def made(request, tmp_path_factory) -> Path:
+    """A source and its conversion; an odd width of bands is among them."""
+    folder = tmp_path_factory.mktemp(request.param)
+    source = tiny_checkpoint(folder / "source", request.param, dtype=mx.float16, torch_dtype="float16")
+    convert.convert(str(source), folder / "model", convert.ConvertOptions(bits=3, group_size=32))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("llama")
+    source = tiny_checkpoint(folder / "source", "llama", dtype=mx.float16, torch_dtype="float16")
+    convert.convert(str(source), folder / "model", convert.ConvertOptions(bits=3, group_size=32))
+    return folder
+
+
+def distillation(
+    made: Path, model: Path, work: Path, windows=None, progress=lambda *_: None, options=OPTIONS
+):
+    loaded = session.load_lazily(Folder(model))
+    source = SourceBlocks(
+        source_model.open_source(str(made / "source")), list(zigzag_layers(loaded.model)), WINDOW
+    )
+    windows = windows_of() if windows is None else windows
+    return Distillation(loaded, source, windows, Store(work), progress, options)
+
+
+def run(made: Path, where: Path, progress=lambda *_: None, options=OPTIONS):
+    """Train a copy of the model in `where`, going on with what is there; the result."""
+    if not (where / "model").exists():
+        shutil.copytree(made / "model", where / "model")
+    model = where / "model"
+    training = distillation(made, model, where / "states", progress=progress, options=options)
+    with WeightsFile(Folder(model)) as output:
+        found = training.run(output, Journal(where, "a job"))
+        output.finish({"method": "full"})
+    return found
+
+
+def weights(where: Path) -> bytes:
+    return (where / "model" / "model.safetensors").read_bytes()
+
+
+class _Reference(nn.Module):
+    """A layer of MLX's own operations, from packed weights and what is trained."""
+
+    def __init__(self, layer, threshold, values, path):
+        super().__init__()
+        self._of = layer, threshold, values, path
+
+    def __call__(self, x):
+        layer, threshold, values, path = self._of
+        scales, biases = (layer[part].astype(mx.float32) for part in ("scales", "biases"))
+        form = {"outputs": layer.outputs, "bits": layer.bits, "group_size": layer.group_size}
+        ones = mx.ones_like(scales)
+        codes = mx.dequantize(layer.weight, ones, 0 * ones, layer.group_size, layer.bits)
+        codes = codes.reshape(*scales.shape, layer.group_size)
+        spread = mx.maximum(mx.abs(scales) * mx.sqrt(mx.var(codes, -1, ddof=1)), 1e-6)
+        factor, offset = values[f"{path}.factor"], values[f"{path}.offset"]
+        new = (codes * scales[..., None] + biases[..., None]) * (1 + factor[..., None])
+        new = new + (offset * spread)[..., None]
+        bands, inputs, groups = scales.shape
+        w = new.reshape(bands, inputs, groups * layer.group_size).swapaxes(1, 2).reshape(-1, inputs)
+        half = x.shape[1] // 2
+        x = mx.concatenate([x[:, :half], layout.mask(x[:, half:], mx.array([threshold]))], axis=1)
+        y = x @ w[: form["outputs"]].T
+        return y + layer["bias"].astype(mx.float32) if "bias" in layer else y
+
+
+def reference(made: Path, values: dict, thresholds: dict, tokens: np.ndarray):
+    """The loss on windows and its slopes by values, by MLX through the whole model."""
+    model = session.load(made / "model", dense=True).model
+    layers = zigzag_layers(model)
+    stock, _ = session.load_stock(made / "source", json.loads((made / "source" / "config.json").read_text()))
+    stock.set_dtype(mx.float32)
+    wanted = stock(mx.array(tokens)).astype(mx.float32)
+    weight = mx.array(predictions.weights(WINDOW))
+
+    def objective(values):
+        model.update_modules(
+            tree_unflatten([(p, _Reference(layer, thresholds[p], values, p)) for p, layer in layers.items()])
+        )
+        norms = [(name, value) for name, value in values.items() if name.endswith(".weight")]
+        model.update(tree_unflatten(norms))
+        log_q = nn.log_softmax(model(mx.array(tokens)), axis=-1)
+        log_p = nn.log_softmax(wanted, axis=-1)
+        return ((mx.exp(log_p) * (log_p - log_q)).sum(-1) * weight).sum(-1).mean()
+
+    return mx.value_and_grad(objective)(values)
+
+
+def test_slopes_are_those_of_the_whole_model(made, tmp_path):
+    training = distillation(made, made / "model", tmp_path / "states")
+    training._find_targets()
+    mx.random.seed(1)
+    values = {}
+    for part in training._parts:
+        for name, value in part.values.items():
+            change = 0.05 * mx.random.normal(value.shape)
+            part.values[name] = value + change
+            values[name] = part.values[name]
+    # A threshold is an input's own size, which other sums may put on the other side.
+    thresholds = {path: 0.9999 * value for path, value in training._settled(0.4).items()}
+    training._student.thresholds = thresholds
+    assert all(
+        thresholds.get(path, 0) > 0 for paths in training._student.sites.values() for path in paths[:1]
+    )
+    shared = {path: thresholds[paths[0]] for paths in training._student.sites.values() for path in paths}
+    which = [4, 2]
+    loss, slopes = reference(made, values, shared, windows_of()[which])
+    found = {}
+    for _, some in training.slopes(which):
+        found |= some
+    assert found.keys() == values.keys() == slopes.keys()
+    norms = [name for name in found if name.endswith(".weight")]
+    assert len(norms) == (9 if "gemma3" in str(made) else 5) + (4 if "gemma3" in str(made) else 0)
+    for name, slope in slopes.items():
+        scale = float(mx.abs(slope).max())
+        assert scale > 0, name
+        # float32 sums in another order
+        assert float(mx.abs(found[name] - slope).max()) < 2e-4 * scale, name
+    got = np.mean([predictions.loss(*training._heads(w), states(training, w)) for w in which])
+    assert got == pytest.approx(float(loss), rel=1e-5)
+
+
+def states(training: Distillation, w: int) -> mx.array:
+    h = training._student.embedded(training._windows[w : w + 1])
+    for number in range(len(training._student.blocks)):
+        training._adopt(number)
+        h = training._student.forward(number, h)
+    training._adopt(-1)
+    return h
+
+
+def test_model_is_nearer_to_its_source_and_sound(made, tmp_path):
+    found = run(made, tmp_path)
+    assert found.kept
+    assert found.last < 0.985 * found.first
+    folder = Folder(tmp_path / "model")
+    folder.verify()
+    assert weights(tmp_path) != (made / "model" / "model.safetensors").read_bytes()
+    before, after = (mx.load(str(f / "model" / "model.safetensors")) for f in (made, tmp_path))
+    changed = {name for name in before if not mx.array_equal(before[name], after[name])}
+    assert {name.rpartition(".")[2] for name in changed} >= {"scales", "biases", "weight"}
+    assert not any(before[name].dtype == mx.uint32 for name in changed), "codes stay"
+    assert any("norm" in name for name in changed)
+
+
+def test_killed_run_goes_on_byte_equal(llama, tmp_path):
+    run(llama, tmp_path / "whole")
+    steps = []
+
+    def stop(done, total, what):
+        steps.append(done)
+        if what.startswith("training") and done in (5, 8) and steps.count(done) == 1:
+            raise Stop
+
+    for _ in range(2):
+        with pytest.raises(Stop):
+            run(llama, tmp_path / "killed", stop)
+    steps.clear()
+    run(llama, tmp_path / "killed", lambda done, *_: steps.append(done))
+    assert steps == [6, 7, 8, 9]
+    assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
+
+
+def test_damaged_state_is_not_taken_up(llama, tmp_path):
+    run(llama, tmp_path / "whole")
+
+    def stop(done, total, what):
+        if done == 5:
+            raise Stop
+
+    with pytest.raises(Stop):
+        run(llama, tmp_path / "killed", stop)
+    state = next((tmp_path / "killed" / "states").glob("distilling-3-1.npy"))
+    data = bytearray(state.read_bytes())
+    data[-1] ^= 1
+    state.write_bytes(data)
+    run(llama, tmp_path / "killed")
+    assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
+
+
+def test_killed_while_it_writes(llama, tmp_path, monkeypatch):
+    run(llama, tmp_path / "whole")
+    write, count = WeightsFile.write, []
+
+    def stop(self, name, array):
+        count.append(name)
+        if len(count) == 7:
+            raise Stop
+        write(self, name, array)
+
+    monkeypatch.setattr(WeightsFile, "write", stop)
+    with pytest.raises(Stop):
+        run(llama, tmp_path / "killed")
+    monkeypatch.undo()
+    run(llama, tmp_path / "killed")
+    assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
+    next((tmp_path / "killed" / "states").glob("final-*.npy")).unlink()
+    with pytest.raises(SpqtError, match="damaged"):
+        run(llama, tmp_path / "killed")
+
+
+def test_no_gain_leaves_the_model_as_it_was(llama, tmp_path, monkeypatch):
+    losses = iter([1.0, 1.0])
+    monkeypatch.setattr(Distillation, "_held_out_loss", lambda self: next(losses))
+    assert not run(llama, tmp_path).kept
+    Folder(tmp_path / "model").verify()
+    before, after = (mx.load(str(f / "model" / "model.safetensors")) for f in (llama, tmp_path))
+    assert all(mx.array_equal(before[name], after[name]) for name in before)
+
+
+def test_scales_that_overflow(llama, tmp_path):
+    with pytest.raises(SpqtError, match="does not fit float16"):
+        run(llama, tmp_path, options=Options(steps=3, rate=1e9))
+
+
+def test_targets_of_rounding_are_taken_over(llama, tmp_path):
+    """The first windows' states lie there by chunks; the others are passed through the source."""
+    whole = distillation(llama, llama / "model", tmp_path / "one")
+    whole._find_targets()
+    want = [whole._store.load(f"target-{w}") for w in range(9)]
+    part = distillation(llama, llama / "model", tmp_path / "two")
+    for c, rows in enumerate([(0, 1, 2), (3, 4), (5,)]):
+        part._store.save(f"source-2-{c}", mx.concatenate([want[w] for w in rows]))
+    part._find_targets()
+    for w, states in enumerate(want):
+        assert mx.allclose(part._store.load(f"target-{w}"), states, atol=1e-5)
+
+
+def test_blocks_that_are_no_chain(llama, tmp_path, monkeypatch):
+    from mlx_lm.models import llama as family
+
+    call = family.TransformerBlock.__call__
+    monkeypatch.setattr(family.TransformerBlock, "__call__", lambda *a, **k: (call(*a, **k), 1))
+    with pytest.raises(UnsupportedError, match="more than"):
+        distillation(llama, llama / "model", tmp_path / "states")
+
+
+def test_rates_rise_and_fall(llama, tmp_path):
+    training = distillation(llama, llama / "model", tmp_path / "states", options=Options(steps=100))
+    rates = [training._rate(step) for step in range(100)]
+    assert rates[0] == pytest.approx(1e-3 * (1 / 20 + 0.02), rel=0.01)
+    assert max(rates) == rates[19]
+    assert rates[-1] < 0.021e-3
+    seen = [w for step in range(4) for w in training._batch(step)]
+    assert sorted(seen) == list(range(8)), "all windows but the held out come before one comes again"
+    assert distill.HELD_OUT == 8
