@@ -192,6 +192,8 @@ class _Fit:
         blocks = SourceBlocks(self._checkpoint, list(layers), windows.shape[1])
         store = Store(self._work / "states")
         compression = Compression(loaded, blocks, windows, store, self._on_progress)
+        if blocks.walk is None:
+            self._notes.append("the blocks of this model can't be passed one by one: all were in memory")
         with WeightsFile(self._folder) as output:
             compression.run(output, self._journal)
         config = {
