@@ -51,7 +51,7 @@ def convert(
             "the model writes itself; it takes minutes to hours and halves the loss."
         ),
     ] = "none",
-    own_text: OwnText = 32,
+    own_text: OwnText = 24,
     data: FitData = None,
     seed: FitSeed = 0,
     dry_run: Annotated[

@@ -19,7 +19,7 @@ def fit(
         typer.Option("--output", "-o", help="Folder to write; it must not exist.", readable=False),
     ] = None,
     method: Annotated[str, typer.Option(help="gptq.")] = "gptq",
-    own_text: OwnText = 32,
+    own_text: OwnText = 24,
     data: FitData = None,
     seed: FitSeed = 0,
     quiet: Quiet = False,

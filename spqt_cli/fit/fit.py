@@ -18,6 +18,7 @@ import mlx.core as mx
 import numpy as np
 import psutil
 
+from spqt_cli.calibrate.options import note
 from spqt_cli.convert import convert as converter
 from spqt_cli.convert import source, source_model
 from spqt_cli.convert.convert import ConvertOptions, ConvertResult
@@ -26,7 +27,7 @@ from spqt_cli.convert.source import Checkpoint
 from spqt_cli.decode import context, session
 from spqt_cli.decode.layers import zigzag_layers
 from spqt_cli.errors import ResourceError, SpqtError
-from spqt_cli.fit import own_text, text
+from spqt_cli.fit import cost, own_text, text
 from spqt_cli.fit.compress import Compression, lines
 from spqt_cli.fit.options import FitOptions
 from spqt_cli.fit.source_blocks import SourceBlocks
@@ -187,6 +188,7 @@ class _Fit:
         """Fit the weights; what is to be said of it."""
         loaded = session.load_lazily(Folder(self._folder))
         layers = zigzag_layers(loaded.model)
+        self._say_cost(loaded)
         chosen = self._text(loaded)
         windows = np.random.default_rng(self._options.seed).permutation(chosen.windows)
         blocks = SourceBlocks(self._checkpoint, list(layers), windows.shape[1])
@@ -209,6 +211,17 @@ class _Fit:
             "layers": len(layers),
             "notes": [*chosen.notes, *lines(compression.notes)],
         }
+
+    def _say_cost(self, loaded: session.Loaded) -> None:
+        """Tell how long it will take, before it begins."""
+        from mlx_lm.utils import get_total_parameters
+
+        options = self._options
+        own = options.own * options.window
+        more = 0 if options.data is None else text.TextOptions().most * options.window
+        weights = get_total_parameters(loaded.model)
+        expected = cost.seconds(zigzag_layers(loaded.model).values(), weights, own, own + more)
+        note(f"fitting takes {cost.words(expected)} here; an interrupted run goes on where it stopped")
 
     def _text(self, loaded: session.Loaded) -> text.FitText:
         options = self._options

@@ -16,7 +16,7 @@ class FitOptions:
     """
 
     method: str = "gptq"
-    own: int = 32
+    own: int = 24
     data: Path | None = None
     window: int = 512
     seed: int = 0
