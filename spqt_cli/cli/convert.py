@@ -2,11 +2,11 @@
 
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from spqt_cli.cli.flags import Json, Preset, Quiet, Revision
+from spqt_cli.cli.flags import FitData, FitSeed, Json, OwnText, Preset, Quiet, Revision
 from spqt_cli.cli.output import as_json, progress
 from spqt_cli.errors import UsageError
 from spqt_cli.system.terminal import harmless
@@ -44,6 +44,16 @@ def convert(
         bool, typer.Option(help="Accept a model that asks for its own code; mlx-lm's is used instead.")
     ] = False,
     upload_repo: Annotated[str | None, typer.Option(help="Hub repository to upload the result to.")] = None,
+    fit: Annotated[
+        str,
+        typer.Option(
+            help="none: round each weight by itself; gptq: make up for rounding and skipping, on text that "
+            "the model writes itself; it takes minutes to hours and halves the loss."
+        ),
+    ] = "none",
+    own_text: OwnText = 24,
+    data: FitData = None,
+    seed: FitSeed = 0,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")
     ] = False,
@@ -82,8 +92,16 @@ def convert(
         from spqt_cli.convert import card
 
         card.check_upload(upload_repo)
+    result: Any
     with progress(quiet or json_output) as on_progress:
-        result = converter.convert(source, target, options, on_progress)
+        if fit == "none" or dry_run:
+            result = converter.convert(source, target, options, on_progress)
+        else:
+            from spqt_cli.fit import fit as fitter
+            from spqt_cli.fit.options import FitOptions
+
+            wanted = FitOptions(method=fit, own=own_text, data=data, seed=seed)
+            result = fitter.convert_fitted(source, target, options, wanted, on_progress)
     if upload_repo and not dry_run:
         card.upload(target, upload_repo)
     if json_output:

@@ -22,6 +22,7 @@ from spqt_cli.cli import (
     convert,
     doctor,
     evaluate,
+    fit,
     generate,
     inspect,
     mlx_lm,
@@ -81,6 +82,7 @@ def _until_the_pipe_closes(command: Callable[..., None]) -> Callable[..., None]:
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "convert": convert.convert,
+    "fit": fit.fit,
     "calibrate": calibrate.calibrate,
     "generate": generate.generate,
     "compare": compare.compare,

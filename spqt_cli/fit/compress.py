@@ -19,7 +19,7 @@ import mlx.core as mx
 import numpy as np
 from mlx import nn
 
-from spqt_cli.calibrate.stream.blocks import Block, Blocks
+from spqt_cli.calibrate.stream.blocks import Block, Blocks, undivided
 from spqt_cli.convert.journal import Journal
 from spqt_cli.decode.layers import ZigzagLinear, zigzag_layers
 from spqt_cli.decode.session import Loaded
@@ -65,10 +65,10 @@ class _Sums:
     def rows(self) -> int:
         return self.fitted.rows + self.held_out.rows
 
-    def joined(self) -> tuple[np.ndarray, np.ndarray]:
-        """Both sums over all texts."""
-        (a, b), (c, d) = self.fitted.host(), self.held_out.host() if self.held_out.rows else (0, 0)
-        return a + c, b + d
+    def hessian(self) -> np.ndarray:
+        """X^T X over all texts."""
+        seen = [part.host()[0] for part in (self.fitted, self.held_out) if part.rows]
+        return seen[0] if len(seen) == 1 else seen[0] + seen[1]
 
 
 class Compression:
@@ -88,8 +88,12 @@ class Compression:
         self.layers: dict[str, ZigzagLinear] = zigzag_layers(rounded.model)
         self.notes: dict[str, str] = {}
         tap(rounded.model, {path: layer.outputs for path, layer in self.layers.items()})
-        self._walk = Blocks(rounded.model, self.layers, rounded.folder.path)
-        self.blocks = self._walk.blocks(windows.shape[1])
+        self._walk: Blocks | None = None
+        if source.walk is None:
+            self.blocks = [undivided(rounded.model, self.layers)]
+        else:
+            self._walk = Blocks(rounded.model, self.layers, rounded.folder.path)
+            self.blocks = self._walk.blocks(windows.shape[1])
         self._chunks = self._cut()
         self._together: list[list[str]] = []  # paths of the block's layers that share an input
 
@@ -117,7 +121,8 @@ class Compression:
                 written = self._round(number, block, output)
                 journal.note(f"block {number}", {"written": written, "notes": self._notes_of(block)})
                 self._store.drop(f"*-{number}-*")
-                self._walk.drop(number)
+                if self._walk is not None:
+                    self._walk.drop(number)
 
     def _resume(self, output: WeightsFile, journal: Journal) -> int:
         """The blocks that an earlier run did, if what it left is whole."""
@@ -138,8 +143,10 @@ class Compression:
     def _embed(self) -> None:
         """What enters the first block of both models."""
         for c, texts in enumerate(self._chunks):
-            self._store.save(f"source-0-{c}", self._source.walk.embedded(self._windows[texts]))
-            self._store.save(f"x-0-{c}", self._walk.embedded(self._windows[texts]))
+            entering = self._source.entering(self._windows[texts])
+            self._store.save(f"source-0-{c}", entering)
+            ours = entering if self._walk is None else self._walk.embedded(self._windows[texts])
+            self._store.save(f"x-0-{c}", ours)
 
     def _round(self, number: int, block: Block, output: WeightsFile) -> dict[str, str]:
         """Round a block's layers; tensor -> SHA-256 of what was written."""
@@ -194,10 +201,10 @@ class Compression:
     def _round_site(self, number: int, path: str, runs: list[Suspended], output: WeightsFile) -> _Site:
         """Round a layer, and those that share its input, for the inputs before which runs wait."""
         paths = next((site for site in self._together if site[0] == path), [path])
-        inputs = {c: run.x for c, run in enumerate(runs) if run.path == path}
-        threshold = self._threshold(paths, next(iter(inputs.values())))
+        waiting = {c: run.x for c, run in enumerate(runs) if run.path == path}
+        threshold = self._threshold(paths, next(iter(waiting.values())))
         sums = _Sums()
-        for c, x in inputs.items():
+        for c, x in waiting.items():
             rows = self._masked(x, threshold)
             part = sums.fitted if self._chunks[c].start < self._fitted else sums.held_out
             name = f"input-{number}-{c}-{path}"
@@ -205,10 +212,10 @@ class Compression:
             # where tokens went other ways, as to other experts, there is nothing to compare with
             part.add(rows, source if source is not None and source.size == x.size else rows)
         self._store.drop(f"input-{number}-*-{path}")
-        found = self._inputs(paths, sums)
+        inputs, moving = Inputs(sums.hessian()), self._moving(paths, sums)
         columns = []
         for one in paths:
-            solution = self._solve(one, found, sums.rows)
+            solution = self._solve(one, inputs, moving, sums.rows)
             for part_name in PARTS:
                 output.write(f"{one}.{part_name}", getattr(solution, part_name))
             columns.append(self._unpacked(one, solution))
@@ -233,20 +240,21 @@ class Compression:
         """The source's matrix (outputs, inputs), float32."""
         return np.array(self._source.weight(path).astype(mx.float32), copy=False)
 
-    def _inputs(self, paths: list[str], sums: _Sums) -> Inputs:
-        """What to round layers for: the target is moved if it then is nearer on the texts held out."""
-        hessian, cross = sums.joined()
-        fitted = Inputs(*sums.fitted.host(), alpha=ALPHA) if sums.fitted.rows else None
-        if fitted is None or not sums.held_out.rows or not fitted.are_finite:
-            return Inputs(hessian)
-        other, difference = sums.held_out.host()
+    def _moving(self, paths: list[str], sums: _Sums) -> Inputs | None:
+        """What moves targets towards the source's, if the moved one is nearer to it on the texts held out."""
+        if not (sums.fitted.rows and sums.held_out.rows):
+            return None
+        fitted = Inputs(*sums.fitted.host(), alpha=ALPHA)
+        if not fitted.are_finite:
+            return None
+        hessian, cross = sums.held_out.host()
         w = self._weight(paths[0])
         change = fitted.moved(w) - w
-        gained = ((2 * (w @ difference) - change @ other) * change).sum(dtype=np.float64)
-        return Inputs(hessian, cross, alpha=ALPHA if gained > 0 else 0.0)
+        gained = ((2 * (w @ cross) - change @ hessian) * change).sum(dtype=np.float64)
+        return fitted if gained > 0 else None
 
-    def _solve(self, path: str, inputs: Inputs, rows: int) -> gptq.Solution:
-        layer = self.layers[path]
+    def _solve(self, path: str, inputs: Inputs, moving: Inputs | None, rows: int) -> gptq.Solution:
+        layer, w = self.layers[path], self._weight(path)
         form: dict[str, Any] = {
             "bits": layer.bits,
             "group_size": layer.group_size,
@@ -255,8 +263,8 @@ class Compression:
         }
         if rows < FEWEST * layer.inputs:
             self.notes[path] = f"plainly rounded: the text gave it {rows} rows"
-            return gptq.plain(self._weight(path), **form)
-        solution = gptq.solve_shared(self._weight(path), inputs, **form)
+            return gptq.plain(w, **form)
+        solution = gptq.solve_shared(moving.moved(w) if moving else w, inputs, **form)
         if solution.note:
             self.notes[path] = solution.note
         return solution

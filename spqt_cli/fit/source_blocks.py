@@ -3,18 +3,20 @@
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from mlx.utils import tree_map
 
-from spqt_cli.calibrate.stream.blocks import Block, Walk
+from spqt_cli.calibrate.stream.blocks import Block, Walk, undivided
 from spqt_cli.convert import parameters
 from spqt_cli.convert.source import Checkpoint
+from spqt_cli.errors import UnsupportedError
 from spqt_cli.measure import many_rows
 
 
 class SourceBlocks:
     """Blocks of an unquantized model, each filled with its weights before it runs and emptied after.
 
-    On the CPU it computes in float32.
+    A model whose blocks can't be walked is one block. On the CPU it computes in float32.
     """
 
     def __init__(self, checkpoint: Checkpoint, paths: list[str], window: int) -> None:
@@ -23,15 +25,23 @@ class SourceBlocks:
         self.network, self._weights, self._sources = parameters.load(checkpoint)
         self.network.eval()
         self.modules: dict[str, Any] = dict(self.network.named_modules())
-        self.walk = Walk(self.network, paths)
-        blocks = self.walk.blocks(window)
+        self.walk: Walk | None = Walk(self.network, paths)
+        try:
+            blocks = self.walk.blocks(window)
+        except UnsupportedError:
+            self.walk, self.blocks = None, [undivided(self.network, paths)]
+            return
         inside = tuple(f"{block.name}." for block in blocks)
         self._put([name for name in self._weights if not name.startswith(inside)])
         self.blocks = self.walk.blocks(window)  # once more: what goes along may come from those weights
 
+    def entering(self, tokens: np.ndarray) -> mx.array:
+        """What the first block gets for tokens (texts, window): hidden states, or tokens once more."""
+        return mx.array(tokens) if self.walk is None else self.walk.embedded(tokens)
+
     def fill(self, block: Block) -> None:
         """Read a block's weights."""
-        self._put([name for name in self._weights if name.startswith(f"{block.name}.")])
+        self._put(self._names(block))
 
     def drop(self, block: Block) -> None:
         """Free a block's weights, for good."""
@@ -41,8 +51,11 @@ class SourceBlocks:
 
     def pass_over(self, block: Block) -> None:
         """Never read a block's weights: it was done in an earlier run."""
-        for name in [name for name in self._weights if name.startswith(f"{block.name}.")]:
+        for name in self._names(block):
             del self._weights[name]
+
+    def _names(self, block: Block) -> list[str]:
+        return [name for name in self._weights if not block.name or name.startswith(f"{block.name}.")]
 
     def weight(self, path: str) -> mx.array:
         """The matrix (outputs, inputs) of a filled block's linear layer."""

@@ -37,6 +37,7 @@ class Suspended:
         """End a call that nobody will finish."""
         if not self._greenlet.dead:
             self._greenlet.throw(GreenletExit)
+        self._greenlet.tapped = None
 
     def ask(self, path: str, x: mx.array) -> mx.array:
         """The product of a layer that is called inside: at once if it is ready, else after a wait."""
@@ -47,8 +48,9 @@ class Suspended:
 
     def _take(self, given: Any) -> None:
         if self._greenlet.dead:
-            self.path, self.result = None, given
+            self.path, self.x, self.result = None, given, given
             mx.eval(given)
+            self._greenlet.tapped = None  # no circle: these arrays are not to wait for the collector
         else:
             self.path, self.x = given
 

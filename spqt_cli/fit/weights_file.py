@@ -1,38 +1,38 @@
 """Tensors of a converted folder, overwritten in place: their shapes and dtypes stay.
 
-The folder belongs to no config.json until `finish` has written new hashes.
+Until `finish` has written new hashes, the folder does not agree with its config.json.
 """
 
 import hashlib
 import json
 import os
+from pathlib import Path
 from typing import Any, Self
 
 import mlx.core as mx
 
 from spqt_cli.convert.encode import raw
-from spqt_cli.format import contract
-from spqt_cli.format.config_json import write_config
-from spqt_cli.format.folder import METADATA_CONTENT, Folder
+from spqt_cli.format import config_json, contract
+from spqt_cli.format.folder import METADATA_CONTENT
 from spqt_cli.system import files
 
 STEP = 1 << 22  # bytes read at once
 
 
 class WeightsFile:
-    """The open shards of a folder."""
+    """The open shards of a folder, which need not agree with its config.json."""
 
-    def __init__(self, folder: Folder) -> None:
+    def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._config = folder.config
+        self._config = config_json.read_config(folder)
         self._files: dict[str, int] = {}
         self._places: dict[str, tuple[str, int, int]] = {}  # tensor -> shard, first byte, bytes
         self._headers: dict[str, int] = {}  # shard -> bytes before its data
-        for shard in folder.shards:
+        for shard in sorted(self._config["spqt"]["shards"]):
             self._open(shard)
 
     def _open(self, shard: str) -> None:
-        path = self._folder.path / shard
+        path = self._folder / shard
         with files.disk_errors(path):
             self._files[shard] = handle = os.open(path, os.O_RDWR)
         length = 8 + int.from_bytes(os.pread(handle, 8, 0), "little")
@@ -55,7 +55,7 @@ class WeightsFile:
         data = raw(array)
         if data.nbytes != size:
             raise ValueError(f"{name} has {size} bytes, not {data.nbytes}")
-        files.write_at(self._files[shard], offset, data, self._folder.path / shard)
+        files.write_at(self._files[shard], offset, data, self._folder / shard)
 
     def sha256(self, name: str) -> str:
         """The SHA-256 of a tensor's bytes as they are stored."""
@@ -84,9 +84,9 @@ class WeightsFile:
             header = os.pread(self._files[shard], length, 0)
             old = json.loads(header[8:])["__metadata__"][METADATA_CONTENT]
             header = header.replace(old.encode(), content.encode(), 1)
-            files.write_at(self._files[shard], 0, memoryview(header), self._folder.path / shard)
+            files.write_at(self._files[shard], 0, memoryview(header), self._folder / shard)
         section["content"] = content
         section["fit"] = said
-        section["shards"] = {shard: files.sha256(self._folder.path / shard) for shard in self._files}
-        with files.disk_errors(self._folder.path):
-            write_config(self._folder.path, config)
+        section["shards"] = {shard: files.sha256(self._folder / shard) for shard in self._files}
+        with files.disk_errors(self._folder):
+            config_json.write_config(self._folder, config)

@@ -149,7 +149,9 @@ class Walk:
             for item in tree_flatten(others)
         )
         broken = last is not None and x is not last
-        if by_window or broken or id(block) in self._visited or x.shape[:2] != shape:
+        # keys and values of blocks before, which would grow with every pass
+        remembers = any(hasattr(item, "update_and_fetch") for item in (*others[0], *others[1].values()))
+        if by_window or broken or remembers or id(block) in self._visited or x.shape[:2] != shape:
             raise UnsupportedError(
                 f"{self._names[id(block)]} gets more than the output of the block before it",
                 "this model can't be calibrated block by block",
@@ -166,6 +168,16 @@ class Blocks(Walk):
     def drop(self, number: int) -> None:
         """Free the weights of a block of the last walk; they are read anew when they are used again."""
         self._weights.drop(self._names[self._visited[number]])
+
+
+def undivided(model: nn.Module, paths: Iterable[str]) -> Block:
+    """A whole model as one block, where its blocks can't be walked: what enters and leaves are tokens."""
+
+    def run(tokens: mx.array) -> mx.array:
+        model(tokens.astype(mx.int32))  # its logits are never computed
+        return tokens
+
+    return Block("", model, run, list(paths))
 
 
 def _only(out: Any) -> mx.array:

@@ -1,0 +1,57 @@
+"""How long a fit will take on this machine, from its arithmetic and a product that is timed now."""
+
+import time
+from collections.abc import Iterable
+
+import mlx.core as mx
+import numpy as np
+
+from spqt_cli.decode.layers import ZigzagLinear
+from spqt_cli.measure import many_rows
+
+# How much longer than at the timed product's speed, on SmolLM2-135M and two CPU cores
+PASSES = 2.4  # two models over the text, with all that is no product
+WRITING = 5.0  # one token of every text at a time
+SOLVING = 6.0  # factors, and rounding channel by channel
+TIMED = 0.2  # seconds
+
+
+def seconds(layers: Iterable[ZigzagLinear], weights: int, own: int, tokens: int) -> float:
+    """The expected time, give or take a half.
+
+    weights: of the whole model. own: tokens that the source writes. tokens: of all text.
+    """
+    shapes = [(layer.inputs, layer.outputs) for layer in layers]
+    passing = sum(2 * 2 * i * o for i, o in shapes) * tokens
+    summing = sum(3 * i * i for i, _ in shapes) * tokens / 2  # layers share inputs
+    solving = sum(i * i * (i / 3 + o) for i, o in shapes)
+    operations = PASSES * (passing + summing) + WRITING * 2 * weights * own + SOLVING * solving
+    return operations / speed()
+
+
+def speed() -> float:
+    """Float32 operations per second in a product of many rows."""
+    x, w = np.ones((2048, 1024), np.float32), np.ones((1024, 1024), np.float32)
+    on_device = (mx.array(x), mx.array(w))
+
+    def product() -> None:
+        if many_rows.on_cpu():
+            x @ w
+        else:
+            mx.eval(on_device[0] @ on_device[1])
+
+    product()
+    count, started = 0, time.perf_counter()
+    while time.perf_counter() - started < TIMED:
+        product()
+        count += 1
+    return 2 * x.size * w.shape[1] * count / (time.perf_counter() - started)
+
+
+def words(expected: float) -> str:
+    """ "about 4 minutes", "about 3 hours"."""
+    if expected < 90:
+        return f"about {max(1, round(expected / 10)) * 10} seconds"
+    if expected < 5400:
+        return f"about {round(expected / 60)} minutes"
+    return f"about {round(expected / 3600)} hours"

@@ -1,0 +1,274 @@
+"""`spqt convert --fit` and `spqt fit`: a converted folder whose weights are fitted to its source.
+
+It owns the order of the work: round, find the text, fit, publish. All of it happens in a work folder beside
+the output, which appears complete or not at all; an interrupted run goes on where it stopped.
+"""
+
+import dataclasses
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import psutil
+
+from spqt_cli.calibrate.options import note
+from spqt_cli.convert import convert as converter
+from spqt_cli.convert import source, source_model
+from spqt_cli.convert.convert import ConvertOptions, ConvertResult
+from spqt_cli.convert.journal import Journal, job_id
+from spqt_cli.convert.source import Checkpoint
+from spqt_cli.decode import context, session
+from spqt_cli.decode.layers import zigzag_layers
+from spqt_cli.errors import ResourceError, SpqtError
+from spqt_cli.fit import cost, own_text, text
+from spqt_cli.fit.compress import Compression, lines
+from spqt_cli.fit.options import FitOptions
+from spqt_cli.fit.source_blocks import SourceBlocks
+from spqt_cli.fit.store import Store
+from spqt_cli.fit.weights_file import WeightsFile
+from spqt_cli.format.folder import Folder
+from spqt_cli.measure import texts
+from spqt_cli.system import files
+from spqt_cli.version import __version__
+
+OnProgress = Callable[[float, float, str], None]
+FITTED = "fitted"  # in the journal: all that is left is to write hashes
+EIGHT_BITS_FIT = 0.7  # of the free memory that a source may take to write text; beyond it, in 8 bits
+
+
+@dataclass
+class FitResult:
+    """What was fitted. windows: of text, of which `own` the model wrote. notes: lines for people.
+
+    conversion: what the rounding before it did, None for a folder that was converted already.
+    """
+
+    output: Path
+    method: str
+    windows: int
+    own: int
+    text_sha256: str
+    layers: int
+    seconds: float
+    notes: list[str]
+    conversion: ConvertResult | None = None
+
+    def summary(self) -> str:
+        """A few lines for people."""
+        head = [] if self.conversion is None else [self.conversion.summary()]
+        said = (
+            f"{self.output}: {self.layers} layers fitted ({self.method}) on {self.windows} texts, "
+            f"{self.own} of them its own, in {self.seconds / 60:.1f} minutes"
+        )
+        return "\n".join([*head, said, *(f"note: {note}" for note in self.notes)])
+
+
+def convert_fitted(
+    source_name: str, output: Path, wishes: ConvertOptions, options: FitOptions, on_progress: OnProgress
+) -> FitResult:
+    """Convert a source and fit the result's weights to it. Raises SpqtError and its kinds.
+
+    on_progress: called with (done, total, what) before each unit of work; every loop counts its own.
+    """
+    converter.check_options(wishes)
+    options.check()
+    output = files.expanded(output).absolute()
+    trust = source.Trust(wishes.trust_remote_code, wishes.allow_requantize)
+    checkpoint = source.open_source(source_name, wishes.revision, trust)
+    found: list[ConvertResult] = []
+
+    def rounded(target: Path) -> None:
+        found.append(converter.convert(source_name, target, wishes, on_progress))
+
+    job = {"convert": dataclasses.asdict(wishes)}
+    files.check_target(output, files.expanded(source_name))
+    with files.claim(output):
+        files.check_target(output, files.expanded(source_name))
+        result = _Fit(output, checkpoint, options, job, on_progress).run(rounded)
+    if found:
+        found[0].output = output
+        result.conversion = found[0]
+    return result
+
+
+def fit(
+    model: Path, source_name: str, output: Path, options: FitOptions, on_progress: OnProgress
+) -> FitResult:
+    """Fit a folder that is converted already to its source, into another folder.
+
+    Raises SpqtError where the source is not the folder's.
+    """
+    options.check()
+    folder, output = Folder(model), files.expanded(output).absolute()
+    checkpoint = source_model.open_source(source_name)
+    if folder.config["spqt"].get("fit"):
+        raise SpqtError(f"{model} is fitted already", "convert its source again")
+    if folder.config["spqt"]["source"].get("headers") != checkpoint.identity()["headers"]:
+        raise SpqtError(f"{source_name} is not what {model} was converted from", "name its source")
+    files.check_target(output, model)
+    with files.claim(output):
+        files.check_target(output, model)
+        job = {"weights": folder.weights_fingerprint}
+        return _Fit(output, checkpoint, options, job, on_progress).run(
+            lambda target: _copy(folder.path, target)
+        )
+
+
+class _Fit:
+    """One fit at work in its work folder."""
+
+    def __init__(
+        self,
+        output: Path,
+        checkpoint: Checkpoint,
+        options: FitOptions,
+        job: dict[str, Any],
+        on_progress: OnProgress,
+    ) -> None:
+        self._output, self._checkpoint, self._options = output, checkpoint, options
+        self._on_progress, self._started = on_progress, time.monotonic()
+        data = None if options.data is None else texts.read(options.data).sha256
+        wanted = {"fit": {**dataclasses.asdict(options), "data": data}, "stamps": checkpoint.stamps(), **job}
+        name = job_id({**wanted, "versions": [__version__, version("mlx"), version("mlx-lm")]})
+        self._notes: list[str] = []
+        self._work = self._work_folder(name)
+        self._journal = Journal(self._work, name)
+        self._folder = self._work / "model"
+
+    def _work_folder(self, job: str) -> Path:
+        for folder in files.work_folders(self._output):
+            if Journal.belongs(folder, job):
+                return folder
+            self._notes.append(f"{folder} is left from another conversion; delete it")
+        return files.new_work_folder(self._output)
+
+    def run(self, rounded: Callable[[Path], None]) -> FitResult:
+        """Fit what `rounded` writes into the folder that it is given, and publish it."""
+        if not self._folder.exists():
+            self._round(rounded)
+        said = self._journal.done.get(FITTED)
+        if said is None:
+            said = self._fitted()
+            self._journal.note(FITTED, said)
+        with WeightsFile(self._folder) as output:
+            output.finish(said["config"])
+        Folder(self._folder)
+        files.publish(self._folder, self._output)
+        with files.disk_errors(self._work):
+            shutil.rmtree(self._work)
+        return FitResult(
+            output=self._output,
+            method=self._options.method,
+            windows=said["config"]["windows"],
+            own=said["config"]["own"],
+            text_sha256=said["config"]["text"],
+            layers=said["layers"],
+            seconds=time.monotonic() - self._started,
+            notes=[*self._notes, *said["notes"]],
+        )
+
+    def _round(self, rounded: Callable[[Path], None]) -> None:
+        """The rounded folder, whole or not at all."""
+        target = self._work / "rounded"
+        if not target.exists():
+            rounded(target)
+        for key in [key for key in self._journal.done if key != FITTED]:
+            self._journal.forget(key)
+        with files.disk_errors(target):
+            os.rename(target, self._folder)
+
+    def _fitted(self) -> dict[str, Any]:
+        """Fit the weights; what is to be said of it."""
+        loaded = session.load_lazily(Folder(self._folder))
+        layers = zigzag_layers(loaded.model)
+        self._say_cost(loaded)
+        chosen = self._text(loaded)
+        windows = np.random.default_rng(self._options.seed).permutation(chosen.windows)
+        blocks = SourceBlocks(self._checkpoint, list(layers), windows.shape[1])
+        store = Store(self._work / "states")
+        compression = Compression(loaded, blocks, windows, store, self._on_progress)
+        if blocks.walk is None:
+            self._notes.append("the blocks of this model can't be passed one by one: all were in memory")
+        with WeightsFile(self._folder) as output:
+            compression.run(output, self._journal)
+        config = {
+            "method": self._options.method,
+            "windows": len(chosen.windows),
+            "own": chosen.own,
+            "window": int(chosen.windows.shape[1]),
+            "text": chosen.sha256,
+            "seed": self._options.seed,
+        }
+        return {
+            "config": config,
+            "layers": len(layers),
+            "notes": [*chosen.notes, *lines(compression.notes)],
+        }
+
+    def _say_cost(self, loaded: session.Loaded) -> None:
+        """Tell how long it will take, before it begins."""
+        from mlx_lm.utils import get_total_parameters
+
+        options = self._options
+        own = options.own * options.window
+        more = 0 if options.data is None else text.TextOptions().most * options.window
+        weights = get_total_parameters(loaded.model)
+        expected = cost.seconds(zigzag_layers(loaded.model).values(), weights, own, own + more)
+        note(f"fitting takes {cost.words(expected)} here; an interrupted run goes on where it stopped")
+
+    def _text(self, loaded: session.Loaded) -> text.FitText:
+        options = self._options
+        limit = context.tokens(loaded.config)
+        window, note = context.window(limit, None if options.window == 512 else options.window, 512)
+        wished = text.TextOptions(
+            own=options.own, length=window // 2 * 2, seed=options.seed, data=options.data
+        )
+        found = text.prepare(
+            self._work, self._checkpoint.identity(), wished, loaded.tokenizer, self._write, self._on_progress
+        )
+        if np.max(found.windows) >= (loaded.folder.size("vocab_size") or np.inf):
+            session.known(loaded, found.windows.ravel().tolist())
+        return dataclasses.replace(found, notes=(*found.notes, *filter(None, [note])))
+
+    def _write(self, count: int, length: int, seed: int, on_progress: OnProgress) -> np.ndarray:
+        """Text by the source, which is in memory only for as long as it writes."""
+        on_progress(0, 1, "loading the source")
+        needed = sum(tensor.nbytes for tensor in self._checkpoint.tensors.values())
+        if mx.default_device().type == mx.DeviceType.cpu:
+            needed *= 2  # float32
+        room = EIGHT_BITS_FIT * psutil.virtual_memory().available
+        if needed / 4 > room:
+            raise ResourceError(
+                "the source does not fit in memory to write its own text",
+                "give a text: --own-text 0 --data FILE",
+            )
+        rows = source_model.eight_bits(self._checkpoint) if needed > room else None
+        if rows is not None:
+            self._notes.append("the source wrote its text in 8 bits: in 16 it does not fit in memory")
+        model = source_model.build(self._checkpoint, rows)
+        return own_text.windows(model, _tokenizer(self._folder), count, length, seed, on_progress)
+
+
+def _tokenizer(folder: Path) -> Any:
+    return session.load_tokenizer(folder)
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy a converted folder's files, whole or not at all."""
+    partial = target.with_name(f"{target.name}-partial")
+    with files.disk_errors(partial):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+    files.check_space(partial, sum(path.stat().st_size for path in source.iterdir() if path.is_file()))
+    for path in sorted(source.iterdir()):
+        if path.is_file() and not path.name.startswith(".spqt-"):
+            files.copy(path, partial / path.name)
+    with files.disk_errors(target):
+        os.rename(partial, target)

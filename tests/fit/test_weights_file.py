@@ -1,0 +1,91 @@
+"""Tensors overwritten in place, states on disk, and the words for a time."""
+
+import shutil
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from spqt_cli.errors import SpqtError
+from spqt_cli.fit import cost, masks
+from spqt_cli.fit.store import Store
+from spqt_cli.fit.weights_file import WeightsFile
+from spqt_cli.format.folder import Folder
+
+
+@pytest.fixture
+def folder(converted, tmp_path):
+    return shutil.copytree(converted, tmp_path / "model")
+
+
+def test_a_tensor_is_replaced_and_no_other(folder):
+    before = mx.load(str(folder / "model.safetensors"))
+    path = next(iter(Folder(folder).layers))
+    scales = before[f"{path}.scales"] * 2
+    with WeightsFile(folder) as file:
+        old = file.sha256(f"{path}.scales")
+        file.write(f"{path}.scales", scales)
+        assert file.sha256(f"{path}.scales") != old
+        file.finish({"method": "test"})
+    after = mx.load(str(folder / "model.safetensors"))
+    assert {name for name in before if not mx.array_equal(before[name], after[name])} == {f"{path}.scales"}
+    assert mx.array_equal(after[f"{path}.scales"], scales)
+    assert Folder(folder).verify()
+
+
+def test_until_it_is_finished_the_folder_is_not_taken_for_sound(folder):
+    path = next(iter(Folder(folder).layers))
+    with WeightsFile(folder) as file:
+        file.write(f"{path}.scales", mx.load(str(folder / "model.safetensors"))[f"{path}.scales"] * 2)
+    with pytest.raises(SpqtError):
+        Folder(folder).verify()
+
+
+def test_finishing_twice_changes_nothing(folder):
+    for _ in range(2):
+        with WeightsFile(folder) as file:
+            file.finish({"method": "test"})
+        found = [path.read_bytes() for path in sorted(folder.iterdir())]
+    with WeightsFile(folder) as file:
+        file.finish({"method": "test"})
+    assert found == [path.read_bytes() for path in sorted(folder.iterdir())]
+
+
+def test_another_size_is_refused(folder):
+    path = next(iter(Folder(folder).layers))
+    with WeightsFile(folder) as file, pytest.raises(ValueError, match="bytes"):
+        file.write(f"{path}.scales", mx.zeros((1, 1, 1)))
+
+
+def test_states_come_back_and_torn_ones_are_noticed(tmp_path):
+    store = Store(tmp_path / "states")
+    large = mx.array([1e5, -2.0])
+    store.save("a-0-0", large, short=True)
+    store.save("a-0-1", mx.array([0.1, 2.0]), short=True)
+    assert mx.array_equal(store.load("a-0-0"), large)  # does not fit float16
+    assert mx.allclose(store.load("a-0-1"), mx.array([0.1, 2.0]), rtol=1e-3)
+    torn = tmp_path / "states" / "a-0-0.npy"
+    torn.write_bytes(torn.read_bytes()[:-4])
+    assert not store.has("a-0-0")
+    assert store.has("a-0-1")
+    store.drop("a-0-*")
+    assert not store.has("a-0-1")
+
+
+def test_a_threshold_leaves_its_share_below():
+    x = np.random.default_rng(0).standard_normal((64, 300)).astype(np.float32)
+    assert np.mean(np.abs(x) < masks.threshold(x, 0.4)) == pytest.approx(0.4, abs=0.01)
+    assert masks.threshold(x, 1.0) == np.abs(x).max()
+
+
+def test_decode_steps_are_the_second_half_of_windows():
+    assert masks.decode_rows(mx.zeros((2, 8, 4)), 8) == slice(4, 8)
+    assert masks.decode_rows(mx.zeros((2, 7, 4)), 8) is None
+    assert masks.decode_rows(mx.zeros((16, 4)), 8) is None
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(3, "about 10 seconds"), (240, "about 4 minutes"), (20000, "about 6 hours")]
+)
+def test_words(seconds, words):
+    assert cost.words(seconds) == words
