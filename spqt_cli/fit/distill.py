@@ -16,6 +16,7 @@ from typing import Any, cast
 import mlx.core as mx
 import numpy as np
 
+from spqt_cli.calibrate.stream.blocks import Walk
 from spqt_cli.convert.encode import is_finite
 from spqt_cli.convert.journal import Journal
 from spqt_cli.decode.session import Loaded
@@ -80,6 +81,7 @@ class Distillation:
         self._source, self._windows, self._store = source, windows, store
         self._on_progress, self._options = on_progress, options
         self._student = Student(fitted, windows.shape[1])
+        self._walk = cast(Walk, source.walk)  # a source without has a student that was refused
         self._stored = _dtypes(fitted)
         count = len(windows)
         self._training = count - max(1, count // HELD_OUT)
@@ -179,7 +181,7 @@ class Distillation:
         tokens = self._windows[w : w + 1]
 
         def source(h: mx.array, rows: slice) -> mx.array:
-            return self._source.walk.logits(tokens[:, rows], h)
+            return self._walk.logits(tokens[:, rows], h)
 
         return self._student.head(tokens), source, self._store.load(targets.name(w))
 

@@ -4,14 +4,15 @@ Logits are made of a few positions at a time: those of a window may be larger th
 """
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import cast
 
 import mlx.core as mx
 import numpy as np
 
-from spqt_cli.measure import many_rows, scoring
+from spqt_cli.measure import many_rows
 
-PIECE_BYTES = 32 << 20  # of logits in float32, of which a few arrays are there at once
+PIECE_BYTES = 24 << 20  # of logits in float32, of which a few arrays are there at once
+LEAST = np.float32(-1e30)  # of logits, which may be -inf
 FIRST_SCORED = 8  # the first positions predict from nearly nothing
 PROMPT_WEIGHT = 0.5  # of a prompt's positions, all together, where decode steps have 1
 
@@ -35,43 +36,59 @@ def pieces(window: int, vocab: int) -> list[slice]:
     return [slice(start, min(start + size, window)) for start in range(0, window, size)]
 
 
-def divergence(wanted: mx.array, got: mx.array, weight: np.ndarray) -> mx.array:
-    """The weighted sum of KL(wanted || got) over positions: logits (1, rows, vocab), weight (rows,).
+class Reference:
+    """Predictions that others are held against: made of logits (1, rows, vocab)."""
 
-    Can be differentiated with respect to `got`.
-    """
-    return (_by_numpy if many_rows.on_cpu() else _by_mlx)(wanted, got, weight)
+    def __init__(self, logits: mx.array, weight: np.ndarray) -> None:
+        """weight: (rows,), of each position's divergence."""
+        self._weight = weight
+        if many_rows.on_cpu():
+            self._z, self._p, self._sum = _exponentials(logits)
+            self._p /= self._sum
+        else:
+            self._log_p = _log_probabilities(logits)
+
+    def divergence(self, logits: mx.array) -> mx.array:
+        """The weighted sum of KL(reference || logits) over positions, with a gradient."""
+        if many_rows.on_cpu():
+            return self._by_numpy(logits)
+        p = mx.exp(self._log_p)
+        ratio = mx.where(p > 0, self._log_p - _log_probabilities(logits), 0)
+        return ((p * ratio).sum(axis=-1) * mx.array(self._weight)).sum()
+
+    def _by_numpy(self, logits: mx.array) -> mx.array:
+        slope = np.empty(0, np.float32)
+
+        @mx.custom_function
+        def forward(y: mx.array) -> mx.array:
+            nonlocal slope
+            z, slope, total = _exponentials(y)
+            np.subtract(self._z, z, out=z)
+            found = np.vecdot(self._p, z) + np.log(total / self._sum)[..., 0]
+            slope /= total
+            slope -= self._p
+            slope *= self._weight[:, None]
+            return mx.array((found * self._weight).sum(), mx.float32)
+
+        @forward.vjp
+        def backward(z: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
+            return (mx.array(slope) * cotangent).astype(z.dtype)
+
+        return cast(mx.array, forward(logits))
 
 
-def _by_mlx(wanted: mx.array, got: mx.array, weight: np.ndarray) -> mx.array:
-    log_p, log_q = (
-        z - mx.logsumexp(z, axis=-1, keepdims=True)
-        for z in (wanted.astype(mx.float32), got.astype(mx.float32))
-    )
-    p = mx.exp(log_p)
-    ratio = mx.where(p > 0, log_p - log_q, 0)
-    return ((p * ratio).sum(axis=-1) * mx.array(weight)).sum()
+def _exponentials(logits: mx.array) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """z, exp(z) and its sum over the last axis, z being logits less the largest."""
+    z = np.array(logits.astype(mx.float32))
+    z -= z.max(axis=-1, keepdims=True)
+    np.maximum(z, LEAST, out=z)
+    e = np.exp(z)
+    return z, e, e.sum(axis=-1, keepdims=True)
 
 
-def _by_numpy(wanted: mx.array, got: mx.array, weight: np.ndarray) -> mx.array:
-    slope = np.empty(0, np.float32)
-
-    @mx.custom_function
-    def forward(z: mx.array) -> mx.array:
-        nonlocal slope
-        log_q = scoring.log_probabilities(z)
-        reference = scoring.Reference(scoring.log_probabilities(wanted))
-        found = (scoring.divergence(reference, log_q) * weight).sum()
-        slope = np.exp(log_q, out=log_q)
-        slope -= reference.p
-        slope *= weight[:, None]
-        return mx.array(found, mx.float32)
-
-    @forward.vjp
-    def backward(z: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
-        return (mx.array(slope) * cotangent).astype(z.dtype)
-
-    return cast(mx.array, forward(got))
+def _log_probabilities(logits: mx.array) -> mx.array:
+    z = logits.astype(mx.float32)
+    return z - mx.logsumexp(z, axis=-1, keepdims=True)
 
 
 def loss(head: Head, source: Head, target: mx.array, hidden: mx.array) -> float:
@@ -80,9 +97,8 @@ def loss(head: Head, source: Head, target: mx.array, hidden: mx.array) -> float:
     weight = weights(hidden.shape[1])
     found = 0.0
     for rows in _cut(source, hidden):
-        logits = head(hidden[:, rows], rows)
-        part = divergence(source(target[:, rows], rows), logits, weight[rows])
-        found += float(part)
+        reference = Reference(source(target[:, rows], rows), weight[rows])
+        found += float(reference.divergence(head(hidden[:, rows], rows)))
     return found
 
 
@@ -96,12 +112,12 @@ def slopes(
     weight = weights(hidden.shape[1])
     total, by_hidden, by_others = 0.0, [], [mx.zeros_like(a) for a in others]
     for rows in _cut(source, hidden):
-        wanted = source(target[:, rows], rows)
-
-        def objective(h: mx.array, *rest: mx.array, rows: slice = rows, wanted: mx.array = wanted) -> Any:
-            return divergence(wanted, head(h, rows, *rest), weight[rows])
-
-        (value,), (slope, *rest) = mx.vjp(objective, [hidden[:, rows], *others], [mx.array(1.0)])
+        reference = Reference(source(target[:, rows], rows), weight[rows])
+        (value,), (slope, *rest) = mx.vjp(
+            lambda h, *a, rows=rows, reference=reference: reference.divergence(head(h, rows, *a)),
+            [hidden[:, rows], *others],
+            [mx.array(1.0)],
+        )
         by_others = [a + b for a, b in zip(by_others, rest, strict=True)]
         by_hidden.append(slope)
         mx.eval(value, slope, by_others)

@@ -62,7 +62,6 @@ class Student:
         self.sites = self._sites()
         self._kind = "cpu" if many_rows.on_cpu() else "gpu"
         self._holds = weights_bytes(loaded.folder.path) <= HELD_BYTES[self._kind]
-        self._codes: dict[str, np.ndarray] = {}
         self._groups: dict[str, Groups] = {}
         self._weights: dict[str, Any] = {}  # of the block at hand, unpacked
         self._slopes: dict[str, Any] | None = None
@@ -213,13 +212,13 @@ class Student:
             if missing := bands * band - outputs:
                 cotangent = mx.pad(cotangent, [(0, 0), (0, missing)])
             dy, left = _native(cotangent).reshape(-1, bands, band), _native(x).T
-            dx: Any = 0
+            dx: Any = None
             for b in range(bands):
                 part = dy[:, b]
-                dx = dx + part @ w[b].T
-                sums = left @ part.reshape(len(part), -1, size).sum(-1)
-                dots = _dots((left @ part).reshape(inputs, -1, size), w[b].reshape(inputs, -1, size))
-                self._add(path, b, bands, sums, dots)
+                dx = part @ w[b].T if dx is None else dx + part @ w[b].T
+                slopes = (left @ part).reshape(inputs, -1, size)
+                dots = _dots(slopes, w[b].reshape(inputs, -1, size))
+                self._add(path, b, bands, slopes.sum(-1), dots)
             return mx.array(dx)
 
         return cast(mx.array, forward(rows))
@@ -251,8 +250,7 @@ class Student:
 
     def _unpacked(self, path: str, scales: mx.array, biases: mx.array) -> Any:
         layer = self.layers[path]
-        w = mx.dequantize(layer.weight, scales, biases, layer.group_size, layer.bits)
-        return _native(w)
+        return products.unpacked(layer.weight, scales, biases, layer.bits, layer.group_size)
 
     def _moved_from(self, path: str) -> Groups:
         if path not in self._groups:

@@ -26,7 +26,6 @@ def take_over(store: Store, blocks: int) -> None:
         for states in store.load(last):
             store.save(name(w), states[None])
             w += 1
-        store.drop(last)
         chunk += 1
 
 
@@ -35,7 +34,7 @@ def make(source: SourceBlocks, windows: np.ndarray, which: list[int], store: Sto
     chunks = [which[i : i + TOGETHER] for i in range(0, len(which), TOGETHER)]
     with many_rows.many_rows(heads=False, gradients=False):
         for c, chunk in enumerate(chunks):
-            store.save(f"passing-0-{c}", source.walk.embedded(windows[chunk]))
+            store.save(f"passing-0-{c}", source.entering(windows[chunk]))
         for number, block in enumerate(source.blocks):
             source.fill(block)
             for c in range(len(chunks)):

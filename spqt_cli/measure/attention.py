@@ -6,6 +6,7 @@ stay small, and of causal attention half is never computed.
 
 import math
 from collections.abc import Iterator
+from functools import cache
 from typing import Any, cast
 
 import mlx.core as mx
@@ -94,6 +95,7 @@ class _Block:
         return scores
 
 
+@cache
 def _later(size: int) -> np.ndarray:
     """What forbids each of so many queries the keys after it: (size, size)."""
     return np.triu(np.full((size, size), -math.inf, np.float32), 1)

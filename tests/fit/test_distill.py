@@ -67,7 +67,7 @@ def run(made: Path, where: Path, progress=lambda *_: None, options=OPTIONS):
         shutil.copytree(made / "model", where / "model")
     model = where / "model"
     training = distillation(made, model, where / "states", progress=progress, options=options)
-    with WeightsFile(Folder(model)) as output:
+    with WeightsFile(model) as output:
         found = training.run(output, Journal(where, "a job"))
         output.finish({"method": "full"})
     return found
