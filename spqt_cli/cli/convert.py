@@ -47,11 +47,12 @@ def convert(
     fit: Annotated[
         str,
         typer.Option(
-            help="none: round each weight by itself; gptq: make up for rounding and skipping, on text that "
-            "the model writes itself; it takes minutes to hours and halves the loss."
+            help="none: each weight is rounded by itself; gptq: for the inputs that a layer will see, on "
+            "text that the model writes; full: scales and norms are trained as well. It says how "
+            "long it takes."
         ),
     ] = "none",
-    own_text: OwnText = 24,
+    own_text: OwnText = None,
     data: FitData = None,
     seed: FitSeed = 0,
     dry_run: Annotated[

@@ -18,7 +18,10 @@ Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a h
 Preset = Annotated[
     str, typer.Option(help="default, mixed, small, fast, exact, a family (smollm2) or a .toml file.")
 ]
-OwnText = Annotated[int, typer.Option(min=0, help="To fit: texts of 512 tokens that the source writes.")]
+OwnText = Annotated[
+    int | None,
+    typer.Option(min=0, help="To fit: texts of 512 tokens that the source writes [24; for full 72]."),
+]
 FitData = Annotated[
     Path | None,
     typer.Option(help="To fit: UTF-8 text to add to its own.", readable=False),

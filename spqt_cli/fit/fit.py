@@ -26,10 +26,10 @@ from spqt_cli.convert.journal import Journal, job_id
 from spqt_cli.convert.source import Checkpoint
 from spqt_cli.decode import context, session
 from spqt_cli.decode.layers import zigzag_layers
-from spqt_cli.errors import ResourceError, SpqtError
-from spqt_cli.fit import cost, own_text, text
+from spqt_cli.errors import ResourceError, SpqtError, UnsupportedError
+from spqt_cli.fit import cost, distill, own_text, text
 from spqt_cli.fit.compress import Compression, lines
-from spqt_cli.fit.options import FitOptions
+from spqt_cli.fit.options import ROUNDED_ON, FitOptions
 from spqt_cli.fit.source_blocks import SourceBlocks
 from spqt_cli.fit.store import Store
 from spqt_cli.fit.weights_file import WeightsFile
@@ -39,7 +39,8 @@ from spqt_cli.system import files
 from spqt_cli.version import __version__
 
 OnProgress = Callable[[float, float, str], None]
-FITTED = "fitted"  # in the journal: all that is left is to write hashes
+ROUNDED = "rounded"  # in the journal: every block is, and what is to be said of it
+FITTED = "fitted"  # likewise: all that is left is to write hashes
 EIGHT_BITS_FIT = 0.7  # of the free memory that a source may take to write text; beyond it, in 8 bits
 
 
@@ -187,17 +188,19 @@ class _Fit:
     def _fitted(self) -> dict[str, Any]:
         """Fit the weights; what is to be said of it."""
         loaded = session.load_lazily(Folder(self._folder))
-        layers = zigzag_layers(loaded.model)
+        layers = dict(zigzag_layers(loaded.model))
         self._say_cost(loaded)
         chosen = self._text(loaded)
         windows = np.random.default_rng(self._options.seed).permutation(chosen.windows)
-        blocks = SourceBlocks(self._checkpoint, list(layers), windows.shape[1])
         store = Store(self._work / "states")
-        compression = Compression(loaded, blocks, windows, store, self._on_progress)
-        if blocks.walk is None:
-            self._notes.append("the blocks of this model can't be passed one by one: all were in memory")
         with WeightsFile(self._folder) as output:
-            compression.run(output, self._journal)
+            notes = self._rounded_for_inputs(loaded, windows[:ROUNDED_ON], store, output)
+            trained = {}
+            if self._options.method == "full":
+                try:
+                    trained = self._trained(windows, store, output)
+                except UnsupportedError as error:
+                    notes.append(f"{error.cause}; so scales and norms are not trained")
         config = {
             "method": self._options.method,
             "windows": len(chosen.windows),
@@ -205,19 +208,44 @@ class _Fit:
             "window": int(chosen.windows.shape[1]),
             "text": chosen.sha256,
             "seed": self._options.seed,
+            **trained,
         }
-        return {
-            "config": config,
-            "layers": len(layers),
-            "notes": [*chosen.notes, *lines(compression.notes)],
-        }
+        if trained and not trained["trained"]:
+            notes.append("training brought nothing on texts held out: scales and norms stay as they were")
+        return {"config": config, "layers": len(layers), "notes": [*chosen.notes, *notes]}
+
+    def _rounded_for_inputs(
+        self, loaded: session.Loaded, windows: np.ndarray, store: Store, output: WeightsFile
+    ) -> list[str]:
+        """Round the weights for the inputs that they will see; lines for people."""
+        done = self._journal.done.get(ROUNDED)
+        if done is not None:  # its tensors may have changed since
+            return list(done)
+        source = SourceBlocks(self._checkpoint, list(zigzag_layers(loaded.model)), windows.shape[1])
+        compression = Compression(loaded, source, windows, store, self._on_progress)
+        notes = []
+        if source.walk is None:
+            notes.append("the blocks of this model can't be passed one by one: all were in memory")
+        compression.run(output, self._journal)
+        notes += lines(compression.notes)
+        self._journal.note(ROUNDED, notes)
+        return notes
+
+    def _trained(self, windows: np.ndarray, store: Store, output: WeightsFile) -> dict[str, Any]:
+        """Train scales, biases and norms; what config.json says of it."""
+        loaded = session.load_lazily(Folder(self._folder))
+        source = SourceBlocks(self._checkpoint, list(zigzag_layers(loaded.model)), windows.shape[1])
+        options = distill.Options(steps=self._options.steps, seed=self._options.seed)
+        training = distill.Distillation(loaded, source, windows, store, self._on_progress, options)
+        found = training.run(output, self._journal)
+        return {"steps": found.steps, "loss": [found.first, found.last], "trained": found.kept}
 
     def _say_cost(self, loaded: session.Loaded) -> None:
         """Tell how long it will take, before it begins."""
         from mlx_lm.utils import get_total_parameters
 
         options = self._options
-        own = options.own * options.window
+        own = options.own_texts * options.window
         more = 0 if options.data is None else text.TextOptions().most * options.window
         weights = get_total_parameters(loaded.model)
         expected = cost.seconds(zigzag_layers(loaded.model).values(), weights, own, own + more)
@@ -228,7 +256,7 @@ class _Fit:
         limit = context.tokens(loaded.config)
         window, note = context.window(limit, None if options.window == 512 else options.window, 512)
         wished = text.TextOptions(
-            own=options.own, length=window // 2 * 2, seed=options.seed, data=options.data
+            own=options.own_texts, length=window // 2 * 2, seed=options.seed, data=options.data
         )
         found = text.prepare(
             self._work, self._checkpoint.identity(), wished, loaded.tokenizer, self._write, self._on_progress

@@ -20,6 +20,7 @@ from tests.conftest import tiny_checkpoint
 from tests.lib.converting import OPTIONS, config_of, contents, leftovers
 
 WISHES = FitOptions(own=8, window=64)
+TRAINED = FitOptions(method="full", own=48, window=64, steps=30)
 
 
 def quiet(*_) -> None:
@@ -54,6 +55,20 @@ def test_nearer_to_the_source_than_rounding(result, checkpoint, converted):
     assert result.conversion is not None
     assert result.layers == len(Folder(result.output).layers)
     assert "fitted (gptq) on 8 texts" in result.summary()
+
+
+@pytest.fixture(scope="module")
+def trained(checkpoint, tmp_path_factory):
+    return fitted(checkpoint, tmp_path_factory.mktemp("trained") / "model", TRAINED)
+
+
+def test_training_comes_nearer_on_texts_held_out(trained, checkpoint, converted):
+    said = Folder(trained.output).config["spqt"]["fit"]
+    assert said["trained"]
+    assert said["loss"][1] < 0.99 * said["loss"][0]
+    rounded, ours = divergence(checkpoint, converted, trained.output)
+    assert ours < 0.75 * rounded
+    assert Folder(trained.output).verify()
 
 
 def test_the_folder_is_sound_and_says_what_was_done(result, converted):
@@ -104,6 +119,23 @@ def test_resumed_is_byte_equal(result, checkpoint, tmp_path):
     assert "writing text" not in {what for _, what in seen}
     assert (0, "fitting blocks") not in seen  # the first block was done
     assert not leftovers(tmp_path)
+
+
+def test_resumed_training_is_byte_equal(trained, checkpoint, tmp_path):
+    class Stop(Exception):
+        pass
+
+    def stop(done: float, total: float, what: str) -> None:
+        if what == "training scales and norms" and done == 25:
+            raise Stop
+
+    with pytest.raises(Stop):
+        fitted(checkpoint, tmp_path / "model", TRAINED, stop)
+    seen = []
+    fitted(checkpoint, tmp_path / "model", TRAINED, lambda done, total, what: seen.append((done, what)))
+    assert contents(tmp_path / "model") == contents(trained.output)
+    assert min(done for done, what in seen if what == "training scales and norms") == 20
+    assert "fitting blocks" not in {what for _, what in seen}
 
 
 def test_a_block_that_was_torn_is_done_again(result, checkpoint, tmp_path):
