@@ -154,7 +154,7 @@ class Distillation:
         states = [self._student.embedded(self._windows[which])]
         for number in blocks:
             self._adopt(number)
-            states.append(self._student.forward(number, states[-1]))
+            states.append(self._student.forward(number, states[-1], keep=True))
         slope, by_norms = self._at_head(which, states.pop())
         yield -1, by_norms
         for number in reversed(blocks):

@@ -25,6 +25,8 @@ from spqt_cli.measure.many_rows import host
 HELD_BYTES = {"cpu": 256 << 20, "gpu": 16 << 30}  # of packed weights: models above are read block by block
 CHUNK_BYTES = {"cpu": 16 << 20, "gpu": 1 << 30}  # of a layer's activations: texts that pass together
 
+KEPT_BYTES = {"cpu": 192 << 20, "gpu": 8 << 30}  # of products that need not be computed again
+
 FACTOR, OFFSET = "factor", "offset"
 
 
@@ -64,6 +66,9 @@ class Student:
         self._holds = weights_bytes(loaded.folder.path) <= HELD_BYTES[self._kind]
         self._groups: dict[str, Groups] = {}
         self._weights: dict[str, Any] = {}  # of the block at hand, unpacked
+        self._kept: dict[tuple[int, int, str], list[Any]] = {}  # products by block, first text and path
+        self._keeping: frozenset[str] = frozenset()
+        self._place = (0, 0)  # the block and the first text at hand
         self._slopes: dict[str, Any] | None = None
         self._settling: float | None = None
         self._seen: tuple[mx.array, mx.array] | None = None  # an input, and what layers see of it
@@ -104,17 +109,34 @@ class Student:
         mx.eval(h)
         return h
 
-    def forward(self, number: int, h: mx.array, settle: float | None = None) -> mx.array:
+    def forward(
+        self, number: int, h: mx.array, *, settle: float | None = None, keep: bool = False
+    ) -> mx.array:
         """States (texts, window, width) after a block.
 
         settle: the share of inputs for which thresholds of its layers are set, from these texts, on the way.
+        keep: `backward` will be called for the same texts.
         """
         self._settling = settle
+        self._keeping = self._worth_keeping(len(h)) if keep else frozenset()
+        out = []
         with self._at(number):
-            together = self.chunks(len(h)) if settle is None else [slice(0, len(h))]
-            out = [self.blocks[number].run(h[texts]) for texts in together]
-            mx.eval(out)
+            for texts in self.chunks(len(h)) if settle is None else [slice(0, len(h))]:
+                self._place = (number, texts.start)
+                out.append(self.blocks[number].run(h[texts]))
+                mx.eval(out)
+        self._keeping = frozenset()
         return mx.concatenate(out)
+
+    def _worth_keeping(self, texts: int) -> frozenset[str]:
+        """The layers whose products for so many texts save most work for their size, as many as fit."""
+        left, found = KEPT_BYTES[self._kind], []
+        for path in sorted(self.layers, key=lambda path: -self.layers[path].inputs):
+            left -= 4 * texts * self.window * self.layers[path].outputs
+            if left < 0:
+                break
+            found.append(path)
+        return frozenset(found)
 
     def backward(self, number: int, h: mx.array, slope: mx.array) -> tuple[mx.array, dict[str, mx.array]]:
         """The slopes by a block's input h and by its values. slope: that by its output."""
@@ -130,6 +152,7 @@ class Student:
         self._slopes = {}
         with self._at(number), _gradient_errors():
             for texts in self.chunks(len(h)):
+                self._place = (number, texts.start)
                 primals = [h[texts], *(self.values[name] for name in names)]
                 _, (found, *others) = mx.vjp(run, primals, [slope[texts]])
                 by_norms = [a + b for a, b in zip(by_norms, others, strict=True)]
@@ -202,8 +225,14 @@ class Student:
 
         @mx.custom_function
         def forward(x: mx.array) -> mx.array:
+            kept = self._kept.get((*self._place, path)) if self._slopes is not None else None
+            if kept:
+                return kept.pop(0)
             y = _native(x) @ self._weight(path)  # (bands, rows, band)
-            return mx.array(y.swapaxes(0, 1).reshape(x.shape[0], -1)[:, :outputs])
+            y = mx.array(y.swapaxes(0, 1).reshape(x.shape[0], -1)[:, :outputs])
+            if path in self._keeping:
+                self._kept.setdefault((*self._place, path), []).append(y)
+            return y
 
         @forward.vjp
         def backward(x: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:

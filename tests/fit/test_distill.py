@@ -12,16 +12,17 @@ from mlx.utils import tree_unflatten
 
 from spqt_cli.convert import convert, source_model
 from spqt_cli.convert.journal import Journal
-from spqt_cli.decode import session
+from spqt_cli.decode import hooks_cpu, session
 from spqt_cli.decode.layers import zigzag_layers
 from spqt_cli.errors import SpqtError, UnsupportedError
-from spqt_cli.fit import distill, predictions
+from spqt_cli.fit import distill, predictions, student
 from spqt_cli.fit.distill import Distillation, Options
 from spqt_cli.fit.source_blocks import SourceBlocks
 from spqt_cli.fit.store import Store
 from spqt_cli.fit.weights_file import WeightsFile
 from spqt_cli.format import layout
 from spqt_cli.format.folder import Folder
+from spqt_cli.measure import many_rows
 from tests.conftest import tiny_checkpoint
 from tests.lib.converting import Stop
 
@@ -166,6 +167,49 @@ def states(training: Distillation, w: int) -> mx.array:
         h = training._student.forward(number, h)
     training._adopt(-1)
     return h
+
+
+def slopes_of(training: Distillation) -> dict[str, mx.array]:
+    """The slopes with every group and norm moved a little."""
+    training._find_targets()
+    mx.random.seed(1)
+    for part in training._parts:
+        for name, value in part.values.items():
+            part.values[name] = value + 0.05 * mx.random.normal(value.shape)
+    training._student.thresholds = dict.fromkeys(training._student.layers, 0.3)
+    return {name: slope for _, some in training.slopes([4, 2]) for name, slope in some.items()}
+
+
+@pytest.mark.parametrize("which", ["small", "gpu"])
+def test_slopes_are_the_same_in_other_circumstances(which, llama, tmp_path, monkeypatch):
+    """With little room nothing is held or kept, and texts and logits go in pieces; a GPU computes by MLX."""
+    want = slopes_of(distillation(llama, llama / "model", tmp_path / "one"))
+    if which == "gpu":
+        monkeypatch.setattr(many_rows, "on_cpu", lambda: False)
+        for name in ("rms_norm", "rope"):
+            monkeypatch.setattr(mx.fast, name, hooks_cpu.STOCK[name])
+    else:
+        for limit in ("HELD_BYTES", "KEPT_BYTES", "CHUNK_BYTES"):
+            monkeypatch.setattr(student, limit, {"cpu": 0})
+        monkeypatch.setattr(predictions, "PIECE_BYTES", 5 * 4 * 512)
+    found = slopes_of(distillation(llama, llama / "model", tmp_path / "two"))
+    for name, slope in want.items():
+        assert mx.allclose(found[name], slope, rtol=1e-3, atol=2e-4 * float(mx.abs(slope).max())), name
+
+
+def test_logits_that_forbid_tokens():
+    rng = np.random.default_rng(0)
+    wanted, got = (rng.normal(size=(1, 3, 6)).astype(np.float32) for _ in range(2))
+    allowed = slice(0, 4)
+    weight = np.array([1, 2, 3], np.float32)
+    few = predictions.Reference(mx.array(wanted[..., allowed]), weight)
+    want, (slope,) = mx.vjp(few.divergence, [mx.array(got[..., allowed])], [mx.array(1.0)])
+    wanted[..., 4:] = got[..., 4:] = -np.inf
+    reference = predictions.Reference(mx.array(wanted), weight)
+    value, (found,) = mx.vjp(reference.divergence, [mx.array(got)], [mx.array(1.0)])
+    assert float(value[0]) == pytest.approx(float(want[0]), rel=1e-5)
+    assert mx.allclose(found[..., allowed], slope, atol=1e-6)
+    assert mx.array_equal(found[..., 4:], mx.zeros((1, 3, 2)))
 
 
 def test_model_is_nearer_to_its_source_and_sound(made, tmp_path):
