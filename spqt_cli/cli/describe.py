@@ -22,7 +22,7 @@ PACKED = ("weight", "scales", "biases")
 
 @dataclass
 class Summary:
-    """Sizes in bytes; `calibration`: what it says, or None.
+    """Sizes in bytes; `calibration`, `fit`: what they say, or None.
 
     kinds: Zigzag layers per (bits, group size). own: likewise, row-grouped layers that differ from the
     model's default, such as embedding and head. zeros: a line on layers whose inputs have exact zeros, or "".
@@ -39,6 +39,7 @@ class Summary:
     calibration: dict[str, Any] | None
     own: dict[str, int]
     reads: Reads
+    fit: dict[str, Any] | None = None
     zeros: str = ""
     backend: str = ""
     fused_blocks: fused.Report = field(default_factory=fused.Report)
@@ -55,6 +56,11 @@ class Summary:
         ]
         if own:
             lines.append(f"row-grouped with settings of their own: {own}")
+        if self.fit is not None:
+            wanted = ("method", "windows", "own", "steps")
+            lines.append(
+                "fitted: " + ", ".join(f"{key} {self.fit[key]}" for key in wanted if key in self.fit)
+            )
         if self.calibration is None:
             lines.append(f"not calibrated: decoding is dense; run: spqt calibrate {self.folder}")
         else:
@@ -80,6 +86,7 @@ def describe(path: str, revision: str | None = None) -> Summary:
     if folder.calibration is not None:
         record = folder.calibration.record.items()
         facts = {key: value for key, value in record if not isinstance(value, (dict, list))}
+    fit = folder.config["spqt"].get("fit")
     model = parameters.build(folder.config, str(folder))
     return Summary(
         folder=folder.path,
@@ -91,6 +98,7 @@ def describe(path: str, revision: str | None = None) -> Summary:
         calibration=facts,
         own=_counted(own),
         reads=_reads(folder, model),
+        fit=fit if isinstance(fit, dict) else None,
         zeros=result.stored_zeros(folder.calibration.record) if folder.calibration else "",
         backend=select.backend().name,
         fused_blocks=_fused_blocks(folder, model),

@@ -111,7 +111,8 @@ def fit(
     checkpoint = source_model.open_source(source_name)
     if folder.config["spqt"].get("fit"):
         raise SpqtError(f"{model} is fitted already", "convert its source again")
-    if folder.config["spqt"]["source"].get("headers") != checkpoint.identity()["headers"]:
+    origin = folder.config["spqt"].get("source")
+    if not isinstance(origin, dict) or origin.get("headers") != checkpoint.identity()["headers"]:
         raise SpqtError(f"{source_name} is not what {model} was converted from", "name its source")
     files.check_target(output, model)
     with files.claim(output):
