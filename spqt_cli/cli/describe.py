@@ -18,6 +18,7 @@ from spqt_cli.format import locate, thresholds
 from spqt_cli.format.folder import Folder
 
 PACKED = ("weight", "scales", "biases")
+FITTED_WITH = ("method", "windows", "own", "steps")  # of what config.json says of a fit
 
 
 @dataclass
@@ -57,18 +58,16 @@ class Summary:
         if own:
             lines.append(f"row-grouped with settings of their own: {own}")
         if self.fit is not None:
-            wanted = ("method", "windows", "own", "steps")
-            lines.append(
-                "fitted: " + ", ".join(f"{key} {self.fit[key]}" for key in wanted if key in self.fit)
-            )
+            said = [f"{key} {self.fit[key]}" for key in FITTED_WITH if key in self.fit]
+            lines.append("fitted: " + ", ".join(said))
         if self.calibration is None:
             lines.append(f"not calibrated: decoding is dense; run: spqt calibrate {self.folder}")
         else:
             wanted = ("method", "sparsity", "realised", "kl", "tokens")
             facts = [f"{key} {self.calibration[key]}" for key in wanted if key in self.calibration]
             lines.append("calibrated: " + ", ".join(facts))
-            if said := quality_warning.warning(self.calibration.get("kl") or 0.0):
-                lines.append(said)
+            if warning := quality_warning.warning(self.calibration.get("kl") or 0.0):
+                lines.append(warning)
             if self.zeros:
                 lines.append(self.zeros)
         lines.append(f"on backend {self.backend} {self.fused_blocks.line()}")
