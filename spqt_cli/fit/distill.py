@@ -61,6 +61,13 @@ class DistillationResult:
     steps: int
     kept: bool
 
+    def line(self) -> str:
+        """For people."""
+        what = "on texts held out the divergence from the source, half of it skipped at decode steps,"
+        if self.kept:
+            return f"{what} fell from {self.first:.4f} to {self.last:.4f} in {self.steps} steps of training"
+        return f"{what} did not fall below {self.first:.4f}: scales and norms stay as they were"
+
 
 class Distillation:
     """The training; `run` it once."""
@@ -76,8 +83,11 @@ class Distillation:
     ) -> None:
         """fitted: loaded lazily. windows: (texts, window) tokens, window even, at least two texts; those
         that weights were rounded on first, in that order. source: its blocks are only read for windows
-        whose states are not in the store, and then nobody may have read them.
+        whose states are not in the store, and then nobody may have read them before.
+        Raises UnsupportedError for a model whose blocks can't be walked, SpqtError for a single text.
         """
+        if len(windows) < 2:
+            raise SpqtError("one text is too few to train on: some are held out", "give more text")
         self._source, self._windows, self._store = source, windows, store
         self._on_progress, self._options = on_progress, options
         self._student = Student(fitted, windows.shape[1])

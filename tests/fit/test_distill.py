@@ -215,6 +215,7 @@ def test_logits_that_forbid_tokens():
 def test_model_is_nearer_to_its_source_and_sound(made, tmp_path):
     found = run(made, tmp_path)
     assert found.kept
+    assert "fell from" in found.line()
     assert found.last < 0.985 * found.first
     folder = Folder(tmp_path / "model")
     folder.verify()
@@ -285,7 +286,7 @@ def test_killed_while_it_writes(llama, tmp_path, monkeypatch):
 def test_no_gain_leaves_the_model_as_it_was(llama, tmp_path, monkeypatch):
     losses = iter([1.0, 1.0])
     monkeypatch.setattr(Distillation, "_held_out_loss", lambda self: next(losses))
-    assert not run(llama, tmp_path).kept
+    assert "stay as they were" in run(llama, tmp_path).line()
     Folder(tmp_path / "model").verify()
     before, after = (mx.load(str(f / "model" / "model.safetensors")) for f in (llama, tmp_path))
     assert all(mx.array_equal(before[name], after[name]) for name in before)
@@ -316,6 +317,11 @@ def test_blocks_that_are_no_chain(llama, tmp_path, monkeypatch):
     monkeypatch.setattr(family.TransformerBlock, "__call__", lambda *a, **k: (call(*a, **k), 1))
     with pytest.raises(UnsupportedError, match="more than"):
         distillation(llama, llama / "model", tmp_path / "states")
+
+
+def test_one_text_is_too_few(llama, tmp_path):
+    with pytest.raises(SpqtError, match="too few"):
+        distillation(llama, llama / "model", tmp_path / "states", windows_of(1))
 
 
 def test_rates_rise_and_fall(llama, tmp_path):
