@@ -233,8 +233,9 @@ class Distillation:
     def _held_out_loss(self) -> float:
         """The mean loss on windows that are not trained on, with masks for the usual share."""
         self._student.thresholds = self._settled(masks.SPARSITY)
-        losses = []
-        for w in range(self._training, len(self._windows)):
+        losses, held_out = [], range(self._training, len(self._windows))
+        for i, w in enumerate(held_out):
+            self._on_progress(i, len(held_out), "scoring on held-out text")
             h = self._student.embedded(self._windows[w : w + 1])
             for number in range(len(self._student.blocks)):
                 self._adopt(number)

@@ -78,8 +78,8 @@ class Student:
 
     def _sites(self) -> dict[str, list[str]]:
         """The first path of layers that share an input -> all of theirs."""
+        width = self.walk.embedded(np.zeros((2, 1), np.int32)).shape[-1]
         for block in self.blocks:
-            width = self.walk.embedded(np.zeros((2, 1), np.int32)).shape[-1]
             block.run(mx.zeros((2, self.window, width)))
         found = {paths[0]: paths for _, paths in cast(Any, self._looking)}
         self._looking = None
