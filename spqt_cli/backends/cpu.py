@@ -53,7 +53,8 @@ def find() -> Backend | str | None:
     if not usable:
         return reason
     this = sys.modules[__name__]
-    return Backend("cpu", reason, cast(Calls, this), fused=cast(FusedCalls, this), native_float32=True)
+    calls, fused = cast(Calls, this), cast(FusedCalls, this)
+    return Backend("cpu", reason, calls, fused=fused, native_float32=True, compensate=compensate)
 
 
 def sparse_gemv(x: mx.array, layers: Sequence[Any]) -> tuple[list[mx.array], mx.array]:

@@ -3,7 +3,7 @@
 The operation is `layout.matmul(layout.mask(x, threshold), ...)`; every backend computes exactly that.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -153,6 +153,7 @@ class Backend:
     attention are traced into few launches, so that a fused block pays. native_float32: it also replaces
     MLX's CPU norms, rotary positions and attention, in float32, and reads 16-bit scales as they are.
     sums_in_half: float16 products are added up in float16, so that only float32 can be judged.
+    compensate: its kernel for error-compensating rounding (`cpu.compensate`), if it has one.
     """
 
     name: str
@@ -163,3 +164,4 @@ class Backend:
     traces: bool = False
     native_float32: bool = False
     sums_in_half: bool = False
+    compensate: Callable[..., Any] | None = None

@@ -53,7 +53,8 @@ def evaluate(
     ] = None,
     source_head: Annotated[bool, typer.Option(help="Take embedding and head from the source.")] = False,
     plot: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Draw KL over MB per token: .png, .svg or .html.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Draw KL over MB per token: .png, .svg or .html.", readable=False),
     ] = None,
     quiet: Quiet = False,
     json_output: Json = False,

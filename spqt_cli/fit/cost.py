@@ -13,19 +13,26 @@ from spqt_cli.measure import many_rows
 PASSES = 2.4  # two models over the text, with all that is no product
 WRITING = 5.0  # one token of every text at a time
 SOLVING = 6.0  # factors, and rounding channel by channel
+TRAINING = 1.7  # steps of the training
 TIMED = 0.2  # seconds
 
 
-def seconds(layers: Iterable[ZigzagLinear], weights: int, own: int, tokens: int) -> float:
+def seconds(
+    layers: Iterable[ZigzagLinear], weights: int, own: int, rounded_on: int, trained_on: int
+) -> float:
     """The expected time, give or take a half.
 
-    weights: of the whole model. own: tokens that the source writes. tokens: of all text.
+    weights: of the whole model. own: tokens that the source writes. rounded_on: tokens that both models
+    pass. trained_on: tokens of all steps of the training.
     """
     shapes = [(layer.inputs, layer.outputs) for layer in layers]
-    passing = sum(2 * 2 * i * o for i, o in shapes) * tokens
-    summing = sum(3 * i * i for i, _ in shapes) * tokens / 2  # layers share inputs
+    passing = sum(2 * 2 * i * o for i, o in shapes) * rounded_on
+    summing = sum(3 * i * i for i, _ in shapes) * rounded_on / 2  # layers share inputs
     solving = sum(i * i * (i / 3 + o) for i, o in shapes)
+    fitted = sum(i * o for i, o in shapes)
+    training = (8 * fitted + 6 * (weights - fitted)) * trained_on  # blocks run twice forwards, once backwards
     operations = PASSES * (passing + summing) + WRITING * 2 * weights * own + SOLVING * solving
+    operations += TRAINING * training
     return operations / speed()
 
 

@@ -246,10 +246,15 @@ class _Fit:
         from mlx_lm.utils import get_total_parameters
 
         options = self._options
-        own = options.own_texts * options.window
-        more = 0 if options.data is None else text.TextOptions().most * options.window
-        weights = get_total_parameters(loaded.model)
-        expected = cost.seconds(zigzag_layers(loaded.model).values(), weights, own, own + more)
+        texts_used = options.own_texts + (0 if options.data is None else text.TextOptions().most)
+        steps = options.steps if options.method == "full" else 0
+        expected = cost.seconds(
+            zigzag_layers(loaded.model).values(),
+            get_total_parameters(loaded.model),
+            own=options.own_texts * options.window,
+            rounded_on=min(texts_used, ROUNDED_ON) * options.window,
+            trained_on=steps * distill.Options().batch * options.window,
+        )
         note(f"fitting takes {cost.words(expected)} here; an interrupted run goes on where it stopped")
 
     def _text(self, loaded: session.Loaded) -> text.FitText:

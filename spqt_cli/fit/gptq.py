@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from spqt_cli.backends import cpu
 from spqt_cli.backends.select import backend
 from spqt_cli.convert.encode import NotFinite
 from spqt_cli.errors import SpqtError
@@ -108,7 +107,7 @@ def _rounder() -> Rounder:
     """A GPU's own version, the kernel of the CPU extension where that computes, else the definition."""
     if mx.default_device().type == mx.DeviceType.gpu:
         return compensate_gpu.compensate
-    return cpu.compensate if backend().name == "cpu" else compensate.compensate
+    return backend().compensate or compensate.compensate
 
 
 def _stored(codes: np.ndarray, scales: np.ndarray, biases: np.ndarray, form: _Form, note: str) -> Solution:
