@@ -10,7 +10,8 @@ Source: the second-order expansion of KL, as in natural gradients (Amari 1998); 
 gradient allocation are in docs/quality.md.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
@@ -70,20 +71,27 @@ def _gradients(
 
 
 def differentiate(objective: Callable[..., mx.array], *by: mx.array) -> Any:
-    """The gradients of `objective` by all its arguments, evaluated.
-
-    Raises UnsupportedError where an operation in the model has no gradient, ResourceError where memory ran
-    out: that is no reason to calibrate without gradients, or with more of the model in memory.
-    """
-    try:
+    """The gradients of `objective` by all its arguments, evaluated. Raises as `gradient_errors` says."""
+    with gradient_errors("gradients do", "use --method uniform"):
         found = mx.grad(objective, argnums=tuple(range(len(by))))(*by)
         mx.eval(found)
+    return found
+
+
+@contextmanager
+def gradient_errors(what: str, hint: str) -> Iterator[None]:
+    """Turn MLX's errors into ours: UnsupportedError of a missing gradient, ResourceError of memory.
+
+    Memory that ran out is no reason to go on without gradients, or with more of the model in memory.
+    what: that does not fit there, with its verb.
+    """
+    try:
+        yield
     except (RuntimeError, ValueError, NotImplementedError) as error:  # MLX has no kind of its own for it
         said = " ".join(str(error).split()).partition(". ")[0][:120]
         if "alloc" in said:
-            raise ResourceError(f"gradients do not fit in memory: {said}", "use --method uniform") from error
-        raise UnsupportedError(f"this model has no gradients: {said}", "use --method uniform") from error
-    return found
+            raise ResourceError(f"{what} not fit in memory: {said}", hint) from error
+        raise UnsupportedError(f"this model has no gradients: {said}", hint) from error
 
 
 def _rows(x: mx.array) -> np.ndarray:

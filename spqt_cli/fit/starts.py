@@ -38,8 +38,13 @@ def starts(tokenizer: Any, vocabulary: int, count: int, seed: int) -> list[list[
     order = [opened[place] for place in random.permutation(len(opened))]
     kinds: list[Callable[[int], list[int]]] = [lambda _: [*before, int(random.choice(words))]]
     for known in ([order] if order else []) + [[one] for one in (chat, document) if _known(one, vocabulary)]:
-        kinds.append(lambda turn, known=known: known[turn % len(known)])  # type: ignore[misc]
+        kinds.append(_in_turn(known))
     return [kinds[place % len(kinds)](place // len(kinds)) for place in range(count)]
+
+
+def _in_turn(known: Sequence[list[int]]) -> Callable[[int], list[int]]:
+    """The one of a list whose turn it is."""
+    return lambda turn: known[turn % len(known)]
 
 
 def _known(tokens: Sequence[int], vocabulary: int) -> bool:

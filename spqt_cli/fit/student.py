@@ -13,10 +13,10 @@ import numpy as np
 from mlx import nn
 from mlx.utils import tree_unflatten
 
+from spqt_cli.calibrate.gradients import gradient_errors
 from spqt_cli.calibrate.stream.blocks import Block, Blocks, weights_bytes
 from spqt_cli.decode.layers import ZigzagLinear, zigzag_layers
 from spqt_cli.decode.session import Loaded
-from spqt_cli.errors import ResourceError, UnsupportedError
 from spqt_cli.fit import masks, products
 from spqt_cli.fit.affine import LEAST_SPREAD, Groups
 from spqt_cli.measure import many_rows
@@ -150,7 +150,7 @@ class Student:
 
         by_input, by_norms = [], [mx.zeros_like(self.values[name]) for name in names]
         self._slopes = {}
-        with self._at(number), _gradient_errors():
+        with self._at(number), gradient_errors("training does", "use --fit gptq"):
             for texts in self.chunks(len(h)):
                 self._place = (number, texts.start)
                 primals = [h[texts], *(self.values[name] for name in names)]
@@ -338,15 +338,3 @@ def _put(norms: Mapping[str, nn.Module], values: Mapping[str, mx.array]) -> None
     for name, module in norms.items():
         if name in values:
             module["weight"] = values[name]
-
-
-@contextmanager
-def _gradient_errors() -> Iterator[None]:
-    """Turn what MLX says of an operation without gradient, or of memory, into ours."""
-    try:
-        yield
-    except (RuntimeError, ValueError, NotImplementedError) as error:  # MLX has no kind of its own for it
-        said = " ".join(str(error).split()).partition(". ")[0][:120]
-        if "alloc" in said:
-            raise ResourceError(f"training does not fit in memory: {said}", "use --fit gptq") from error
-        raise UnsupportedError(f"this model has no gradients: {said}", "use --fit gptq") from error

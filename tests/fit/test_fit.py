@@ -17,7 +17,7 @@ from spqt_cli.fit.options import FitOptions
 from spqt_cli.format.folder import Folder
 from spqt_cli.measure import probes, scoring
 from tests.conftest import tiny_checkpoint
-from tests.lib.converting import OPTIONS, config_of, contents, leftovers
+from tests.lib.converting import OPTIONS, Stop, config_of, contents, leftovers
 
 WISHES = FitOptions(own=8, window=64)
 TRAINED = FitOptions(method="full", own=48, window=64, steps=30)
@@ -99,9 +99,6 @@ def test_a_converted_folder_becomes_the_same(result, checkpoint, converted, tmp_
 
 
 def test_resumed_is_byte_equal(result, checkpoint, tmp_path):
-    class Stop(Exception):
-        pass
-
     for stage in ("writing text", "fitting blocks"):
         seen = []
 
@@ -122,9 +119,6 @@ def test_resumed_is_byte_equal(result, checkpoint, tmp_path):
 
 
 def test_resumed_training_is_byte_equal(trained, checkpoint, tmp_path):
-    class Stop(Exception):
-        pass
-
     def stop(done: float, total: float, what: str) -> None:
         if what == "training scales and norms" and done == 25:
             raise Stop
@@ -139,9 +133,6 @@ def test_resumed_training_is_byte_equal(trained, checkpoint, tmp_path):
 
 
 def test_a_block_that_was_torn_is_done_again(result, checkpoint, tmp_path):
-    class Stop(Exception):
-        pass
-
     def stop(done: float, total: float, what: str) -> None:
         if what == "fitting blocks" and done == 1:
             raise Stop
