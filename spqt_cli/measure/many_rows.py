@@ -221,11 +221,17 @@ def many_rows(heads: bool = True, *, gradients: bool = True) -> Iterator[None]:
         yield
 
 
+_uncompiled: list[None] = []  # one for each open block: the outermost lets MLX compile again
+
+
 @contextmanager
 def uncompiled() -> Iterator[None]:
-    """Compiled activations would not ask for ours: in this block they run uncompiled."""
+    """Compiled activations would not ask for ours: here, inner blocks included, they run uncompiled."""
+    _uncompiled.append(None)
     mx.disable_compile()
     try:
         yield
     finally:
-        mx.enable_compile()
+        _uncompiled.pop()
+        if not _uncompiled:
+            mx.enable_compile()

@@ -103,3 +103,13 @@ def test_held_weights_are_the_same_up_to_the_limit():
     for one, other in zip(first, again, strict=True):
         assert (one == other).all()
     assert many_rows.unpacked(layers[0]) is not first[0]
+
+
+def test_activations_stay_ours_after_an_inner_block(monkeypatch):
+    asked = []
+    monkeypatch.setattr(many_rows, "sigmoid", lambda a, stock=many_rows.sigmoid: asked.append(1) or stock(a))
+    with many_rows.many_rows():
+        with many_rows.many_rows():
+            pass
+        mx.eval(nn.silu(mx.ones(3)))
+    assert asked == [1]
