@@ -25,7 +25,7 @@ from spqt_cli.decode.layers import ZigzagLinear, zigzag_layers
 from spqt_cli.decode.session import Loaded
 from spqt_cli.fit import gptq, masks
 from spqt_cli.fit.hessian import Inputs
-from spqt_cli.fit.products import Gram, masked, times
+from spqt_cli.fit.products import Gram, gained, masked, times
 from spqt_cli.fit.source_blocks import SourceBlocks
 from spqt_cli.fit.store import Store
 from spqt_cli.fit.suspended import Suspended, tap
@@ -212,13 +212,11 @@ class Compression:
             # where tokens went other ways, as to other experts, there is nothing to compare with
             part.add(rows, source if source is not None and source.size == x.size else rows)
         self._store.drop(f"input-{number}-*-{path}")
-        inputs, moving = Inputs(sums.hessian()), self._moving(paths, sums)
-        columns = []
-        for one in paths:
-            solution = self._solve(one, inputs, moving, sums.rows)
+        solutions = self._solve(paths, sums)
+        for one, solution in zip(paths, solutions, strict=True):
             for part_name in PARTS:
                 output.write(f"{one}.{part_name}", getattr(solution, part_name))
-            columns.append(self._unpacked(one, solution))
+        columns = [self._unpacked(*each) for each in zip(paths, solutions, strict=True)]
         w = np.concatenate(columns, axis=1) if many_rows.on_cpu() else mx.concatenate(columns, axis=1)
         return _Site(paths, threshold, w)
 
@@ -240,34 +238,17 @@ class Compression:
         """The source's matrix (outputs, inputs), float32."""
         return np.array(self._source.weight(path).astype(mx.float32), copy=False)
 
-    def _moving(self, paths: list[str], sums: _Sums) -> Inputs | None:
-        """What moves targets towards the source's, if the moved one is nearer to it on the texts held out."""
-        if not (sums.fitted.rows and sums.held_out.rows):
-            return None
-        fitted = Inputs(*sums.fitted.host(), alpha=ALPHA)
-        if not fitted.are_finite:
-            return None
-        hessian, cross = sums.held_out.host()
-        w = self._weight(paths[0])
-        change = fitted.moved(w) - w
-        gained = ((2 * (w @ cross) - change @ hessian) * change).sum(dtype=np.float64)
-        return fitted if gained > 0 else None
-
-    def _solve(self, path: str, inputs: Inputs, moving: Inputs | None, rows: int) -> gptq.Solution:
-        layer, w = self.layers[path], self._weight(path)
-        form: dict[str, Any] = {
-            "bits": layer.bits,
-            "group_size": layer.group_size,
-            "band": layer.band,
-            "dtype": layer["scales"].dtype,
-        }
-        if rows < FEWEST * layer.inputs:
-            self.notes[path] = f"plainly rounded: the text gave it {rows} rows"
-            return gptq.plain(w, **form)
-        solution = gptq.solve_shared(moving.moved(w) if moving else w, inputs, **form)
-        if solution.note:
-            self.notes[path] = solution.note
-        return solution
+    def _solve(self, paths: list[str], sums: _Sums) -> list[gptq.Solution]:
+        """The layers of an input, rounded."""
+        layers = [self.layers[path] for path in paths]
+        forms = [gptq.Form(one.bits, one.group_size, one.band, one["scales"].dtype) for one in layers]
+        matrices = [self._weight(path) for path in paths]
+        if sums.rows < FEWEST * layers[0].inputs:
+            self.notes |= dict.fromkeys(paths, f"plainly rounded: the text gave it {sums.rows} rows")
+            return [gptq.plain(*each) for each in zip(matrices, forms, strict=True)]
+        solutions = gptq.solve(_targets(matrices, sums), forms, Inputs(sums.hessian()))
+        self.notes |= {path: one.note for path, one in zip(paths, solutions, strict=True) if one.note}
+        return solutions
 
     def _unpacked(self, path: str, solution: gptq.Solution) -> Any:
         """(inputs, outputs) float32, of numpy on the CPU."""
@@ -289,6 +270,20 @@ class Compression:
             found[path] = part if bias is None else part + bias.astype(y.dtype)
             start += layer.outputs
         return found
+
+
+def _targets(matrices: list[np.ndarray], sums: _Sums) -> list[np.ndarray]:
+    """Matrices (outputs, inputs) moved towards the source's outputs, if that is nearer on texts held out."""
+    if not (sums.fitted.rows and sums.held_out.rows):
+        return matrices
+    fitted = Inputs(*sums.fitted.host(), alpha=ALPHA)
+    if not fitted.are_finite:
+        return matrices
+    w = np.concatenate(matrices)
+    moved = fitted.moved(w)
+    if not gained(w, moved - w, *sums.held_out.host()) > 0:
+        return matrices
+    return np.split(moved, np.cumsum([len(one) for one in matrices])[:-1])
 
 
 def lines(notes: Mapping[str, str]) -> list[str]:

@@ -1,10 +1,10 @@
-"""Error-compensating rounding of one matrix in the Zigzag layout.
+"""Error-compensating rounding of matrices in the Zigzag layout.
 
 Arrays in, arrays out: it knows no model and no files. hessian.py says in which order channels are rounded and
 towards what, compensate.py rounds, `format.layout` packs.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -33,61 +33,65 @@ class Solution:
     note: str = ""
 
 
-def solve(  # noqa: PLR0913 - the format, and the three numbers of the method
-    w: np.ndarray,
-    hessian: np.ndarray,
-    *,
-    bits: int,
-    group_size: int,
-    band: int,
-    dtype: mx.Dtype,
-    cross: np.ndarray | None = None,
-    alpha: float = 0.0,
-    damping: float = 0.01,
-    ridge: float = 1.0,
-) -> Solution:
-    """The matrix rounded so that its products with the inputs change least.
-
-    w: (outputs, inputs) float32. hessian, cross, alpha, damping, ridge: as for `hessian.Inputs`.
-    dtype: of scales and biases. Raises NotFinite for w, SpqtError where scales do not fit dtype.
-    """
-    inputs = Inputs(hessian, cross, alpha=alpha, damping=damping, ridge=ridge)
-    return solve_shared(w, inputs, bits=bits, group_size=group_size, band=band, dtype=dtype)
-
-
-def solve_shared(
-    w: np.ndarray, inputs: Inputs, *, bits: int, group_size: int, band: int, dtype: mx.Dtype
-) -> Solution:
-    """As `solve`, for one of several matrices of the same inputs: what does not depend on w is done once."""
-    if not np.isfinite(w).all():
-        raise NotFinite
-    form = _Form(len(w), bits, group_size, band, dtype)
-    if not inputs.are_finite:
-        return _plain(w, form, "plainly rounded: its inputs are not finite")
-    if inputs.factor is None:
-        return _plain(w, form, f"plainly rounded: {inputs.note}")
-    order = inputs.order
-    target = _columns(inputs.moved(w), order, group_size)
-    codes, scales, biases = _rounder()(target, inputs.factor, bits, group_size, dtype)
-    if not (np.isfinite(scales).all() and np.isfinite(biases).all()):
-        return _plain(w, form, "plainly rounded: errors that were made up for grew beyond its dtype")
-    back = np.empty_like(order)
-    back[order] = np.arange(len(order))
-    return _stored(codes[back], scales[back], biases[back], form, inputs.note)
-
-
-def plain(w: np.ndarray, *, bits: int, group_size: int, band: int, dtype: mx.Dtype) -> Solution:
-    """The matrix, (outputs, inputs), rounded weight by weight. Raises SpqtError as `solve`."""
-    return _plain(w, _Form(len(w), bits, group_size, band, dtype), "")
-
-
 @dataclass(frozen=True)
-class _Form:
-    outputs: int
+class Form:
+    """How a matrix is stored. dtype: of scales and biases."""
+
     bits: int
     group_size: int
     band: int
     dtype: mx.Dtype
+
+
+def solve(matrices: Sequence[np.ndarray], forms: Sequence[Form], inputs: Inputs) -> list[Solution]:
+    """Matrices of the same inputs, rounded so that their products with them change least.
+
+    matrices: (outputs, inputs) float32 each. What does not depend on them is done once, and those of the same
+    bits, group size and dtype are rounded together. Raises NotFinite for a matrix, SpqtError where scales
+    do not fit the dtype.
+    """
+    if not all(np.isfinite(w).all() for w in matrices):
+        raise NotFinite
+    if not inputs.are_finite or inputs.factor is None:
+        unfit = inputs.note if inputs.are_finite else "its inputs are not finite"
+        return [plain(w, form, f"plainly rounded: {unfit}") for w, form in zip(matrices, forms, strict=True)]
+    found: dict[int, Solution] = {}
+    for alike in _alike(forms):
+        solutions = _rounded([matrices[i] for i in alike], [forms[i] for i in alike], inputs, inputs.factor)
+        found |= zip(alike, solutions, strict=True)
+    return [found[i] for i in range(len(forms))]
+
+
+def _alike(forms: Sequence[Form]) -> list[list[int]]:
+    """The numbers of forms that differ in their bands alone."""
+    found: dict[tuple[int, int, mx.Dtype], list[int]] = {}
+    for i, form in enumerate(forms):
+        found.setdefault((form.bits, form.group_size, form.dtype), []).append(i)
+    return list(found.values())
+
+
+def _rounded(
+    matrices: list[np.ndarray], forms: list[Form], inputs: Inputs, factor: np.ndarray
+) -> list[Solution]:
+    order, one = inputs.order, forms[0]
+    columns = [_columns(w, order, one.group_size) for w in matrices]
+    ends = np.cumsum([part.shape[1] for part in columns])[:-1]
+    target = columns[0] if len(columns) == 1 else np.concatenate(columns, axis=1)
+    del columns
+    parts = _rounder()(target, factor, one.bits, one.group_size, one.dtype)
+    back = np.empty_like(order)
+    back[order] = np.arange(len(order))
+    codes = np.split(parts[0], ends, axis=1)
+    grids = [np.split(part, ends // one.group_size, axis=1) for part in parts[1:]]
+    found = []
+    for w, form, own, scales, biases in zip(matrices, forms, codes, *grids, strict=True):
+        if np.isfinite(scales).all() and np.isfinite(biases).all():
+            found.append(_stored(own[back], scales[back], biases[back], len(w), form, inputs.note))
+        else:
+            found.append(
+                plain(w, form, "plainly rounded: errors that were made up for grew beyond its dtype")
+            )
+    return found
 
 
 def _columns(w: np.ndarray, order: np.ndarray, group_size: int) -> np.ndarray:
@@ -110,9 +114,11 @@ def _rounder() -> Rounder:
     return backend().compensate or compensate.compensate
 
 
-def _stored(codes: np.ndarray, scales: np.ndarray, biases: np.ndarray, form: _Form, note: str) -> Solution:
+def _stored(
+    codes: np.ndarray, scales: np.ndarray, biases: np.ndarray, outputs: int, form: Form, note: str
+) -> Solution:
     """Bands packed; rows that fill the last one repeat the last output."""
-    outputs, size = form.outputs, form.group_size
+    size = form.group_size
     bands = -(-outputs // form.band)
     column = np.minimum(np.arange(bands * form.band), outputs - 1)
     group = np.minimum(np.arange(bands * form.band // size), codes.shape[1] // size - 1)
@@ -126,7 +132,8 @@ def _banded(rows: np.ndarray, bands: int) -> np.ndarray:
     return np.ascontiguousarray(rows.reshape(len(rows), bands, -1).swapaxes(0, 1))
 
 
-def _plain(w: np.ndarray, form: _Form, note: str) -> Solution:
+def plain(w: np.ndarray, form: Form, note: str = "") -> Solution:
+    """The matrix, (outputs, inputs), rounded weight by weight. Raises SpqtError as `solve`."""
     narrow = mx.array(w).astype(form.dtype)
     weight, scales, biases = layout.quantize(narrow, form.bits, form.group_size, form.band)
     if not mx.isfinite(mx.stack([scales, biases])).all().item():

@@ -8,6 +8,8 @@ from functools import cached_property
 
 import numpy as np
 
+from spqt_cli.fit.products import product
+
 BLOCK = 256  # rows of the factorization
 TRIES = 4  # of the factorization, each with ten times the damping
 FLAT = 0.1  # a ridge from which float32 is exact enough: it bounds the condition by inputs / ridge
@@ -73,7 +75,7 @@ class Inputs:
         """
         if self.cross is None or self._ridged is None:
             return w
-        change = np.ascontiguousarray((w @ self.cross).T, dtype=self._ridged.dtype)
+        change = np.ascontiguousarray(product(w, self.cross).T, dtype=self._ridged.dtype)
         substitute(self._ridged, change)
         return w + np.float32(self.alpha) * change.T.astype(np.float32)
 
@@ -101,7 +103,7 @@ def cholesky(a: np.ndarray) -> bool:
         a[start:, start:end] -= a[start:, :start] @ a[start:end, :start].T
         try:
             corner = np.linalg.cholesky(a[start:end, start:end])
-            a[end:, start:end] = np.linalg.solve(corner, a[end:, start:end].T).T
+            a[end:, start:end] = a[end:, start:end] @ np.linalg.inv(corner).T
         except np.linalg.LinAlgError:
             return False
         a[start:end, start:end] = corner
@@ -110,11 +112,10 @@ def cholesky(a: np.ndarray) -> bool:
 
 
 def substitute(lower: np.ndarray, b: np.ndarray) -> None:
-    """Put the solution x of L L^T x = b into b: (inputs, columns)."""
-    starts = range(0, len(b), BLOCK)
-    for start in starts:
-        here = slice(start, start + BLOCK)
-        b[here] = np.linalg.solve(lower[here, here], b[here] - lower[here, :start] @ b[:start])
-    for start in reversed(starts):
-        here, after = slice(start, start + BLOCK), slice(start + BLOCK, None)
-        b[here] = np.linalg.solve(lower[here, here].T, b[here] - lower[after, here].T @ b[after])
+    """Put the solution x of L L^T x = b into b: (inputs, columns); numpy has no triangular solve."""
+    corners = [slice(start, start + BLOCK) for start in range(0, len(b), BLOCK)]
+    inverses = [np.linalg.inv(lower[here, here]) for here in corners]
+    for here, inverse in zip(corners, inverses, strict=True):
+        b[here] = inverse @ (b[here] - lower[here, : here.start] @ b[: here.start])
+    for here, inverse in zip(reversed(corners), reversed(inverses), strict=True):
+        b[here] = inverse.T @ (b[here] - lower[here.stop :, here].T @ b[here.stop :])

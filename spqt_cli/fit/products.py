@@ -41,6 +41,20 @@ class Gram:
         return np.array(self._hessian, copy=False), np.array(self._cross, copy=False)
 
 
+def product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """a @ b of two large float32 matrices."""
+    return a @ b if many_rows.on_cpu() else np.array(mx.array(a) @ mx.array(b), copy=False)
+
+
+def gained(w: np.ndarray, change: np.ndarray, hessian: np.ndarray, cross: np.ndarray) -> float:
+    """By how much ||(S - X) W^T||^2 falls where X gets W + change; w, change: (outputs, inputs).
+
+    hessian, cross: the sums of `Gram` over rows of X and S.
+    """
+    found = 2 * product(w, cross) - product(change, hessian)
+    return float((found * change).sum(dtype=np.float64))
+
+
 def masked(x: mx.array, steps: slice, threshold: float) -> mx.array:
     """x (texts, window, inputs) with what is below a threshold at zero in the steps along axis 1."""
     if not many_rows.on_cpu():

@@ -28,9 +28,11 @@ def matrix(outputs, inputs, seed=1, size=0.05):
     return (np.random.default_rng(seed).normal(size=(outputs, inputs)) * size).astype(np.float32)
 
 
-def solve(w, hessian, bits=4, group_size=64, dtype=mx.float16, **more):
-    band = layout.band_of(len(w), group_size)
-    return gptq.solve(w, hessian, bits=bits, group_size=group_size, band=band, dtype=dtype, **more)
+def solve(w, hessian, bits=4, group_size=64, dtype=mx.float16, band=None, **more):
+    form = gptq.Form(bits, group_size, band or layout.band_of(len(w), group_size), dtype)
+    inputs = Inputs(hessian, **more)
+    target = inputs.moved(w) if inputs.are_finite else w
+    return gptq.solve([target], [form], inputs)[0]
 
 
 def plain(w, bits=4, group_size=64, dtype=mx.float16):
@@ -204,7 +206,7 @@ def test_constant_groups(value):
 def test_rows_that_fill_up_change_nothing(outputs):
     """Whole groups are what they are beside others, and the last output is repeated."""
     x, w = inputs_of(50, 200), matrix(192, 50)
-    solution = gptq.solve(w[:outputs], x.T @ x, bits=4, group_size=64, band=128, dtype=mx.float16)
+    solution = solve(w[:outputs], x.T @ x, band=128)
     bands = -(-outputs // 128)
     assert solution.weight.shape == (bands, 50, 16)
     everything = decoded(solution, bands * 128)
@@ -235,13 +237,31 @@ def test_same_bits_again():
 
 
 def test_matrices_of_the_same_inputs_share_what_is_computed():
-    x, more = inputs_of(80, 300), inputs_of(80, 300, seed=9)
-    cross = (more - x).T @ x
-    inputs = Inputs(x.T @ x, cross, alpha=0.2)
-    for seed in (1, 2):
-        w = matrix(64, 80, seed)
-        shared = gptq.solve_shared(w, inputs, bits=4, group_size=64, band=64, dtype=mx.float16)
-        assert same(shared, solve(w, x.T @ x, cross=cross, alpha=0.2))
+    """They come out as they would alone, whatever bits, group sizes, bands and dtypes are beside them."""
+    x = inputs_of(80, 300)
+    forms = [
+        gptq.Form(4, 64, 64, mx.float16),
+        gptq.Form(4, 64, 128, mx.float16),
+        gptq.Form(5, 64, 64, mx.float16),
+        gptq.Form(4, 32, 64, mx.float16),
+        gptq.Form(4, 64, 64, mx.bfloat16),
+        gptq.Form(4, 64, 64, mx.float16),
+    ]
+    matrices = [matrix(rows, 80, rows) for rows in (64, 100, 64, 96, 128, 30)]
+    found = gptq.solve(matrices, forms, Inputs(x.T @ x))
+    for w, form, one in zip(matrices, forms, found, strict=True):
+        alone = gptq.solve([w], [form], Inputs(x.T @ x))[0]
+        decode = {"outputs": len(w), "bits": form.bits, "group_size": form.group_size}
+        assert (decoded(one, **decode) == decoded(alone, **decode)).mean() > 0.99
+
+
+def test_a_matrix_whose_scales_overflow_leaves_others_alone():
+    x, w = inputs_of(80, 300), matrix(64, 80)
+    form = gptq.Form(4, 64, 64, mx.float16)
+    large = np.where(np.arange(80) == 7, 65000, 0).astype(np.float32) * np.sign(matrix(64, 80, 2))
+    both = gptq.solve([large + w, w], [form, form], Inputs(x.T @ x))
+    assert not both[1].note
+    assert same(both[1], gptq.solve([w], [form], Inputs(x.T @ x))[0])
 
 
 @pytest.mark.parametrize("size", [1, 256, 600])
