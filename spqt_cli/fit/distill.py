@@ -44,7 +44,7 @@ class Options:
     save_every: steps between two states that a killed run goes on from.
     """
 
-    steps: int = 100
+    steps: int = 90
     batch: int = 2
     rate: float = 1e-3
     sparsities: tuple[float, ...] = (masks.SPARSITY,)

@@ -6,8 +6,8 @@ from pathlib import Path
 from spqt_cli.errors import UsageError
 
 METHODS = ("gptq", "full")
-OWN = {"gptq": 24, "full": 72}  # texts that the source writes, where none are asked for
-ROUNDED_ON = 32  # texts at most; more of them improve the training alone
+OWN = {"gptq": 32, "full": 72}  # texts that the source writes, where none are asked for
+ROUNDED_ON = 64  # texts at most; more of them improve the training alone
 MIN_WINDOW = 32
 
 
@@ -23,7 +23,7 @@ class FitOptions:
     data: Path | None = None
     window: int = 512
     seed: int = 0
-    steps: int = 100
+    steps: int = 90
 
     @property
     def own_texts(self) -> int:

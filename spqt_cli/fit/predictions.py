@@ -14,7 +14,7 @@ from spqt_cli.measure import many_rows
 PIECE_BYTES = 24 << 20  # of logits in float32, of which a few arrays are there at once
 LEAST = np.float32(-1e30)  # of logits, which may be -inf
 FIRST_SCORED = 8  # the first positions predict from nearly nothing
-PROMPT_WEIGHT = 0.5  # of a prompt's positions, all together, where decode steps have 1
+PROMPT_WEIGHT = 0.25  # of a prompt's positions, all together, where decode steps have 1
 
 # Hidden states (1, rows, width) and other arrays of the model -> logits (1, rows, vocab).
 Head = Callable[..., mx.array]
