@@ -36,6 +36,7 @@ from spqt_cli.bench import models, shapes
 from spqt_cli.decode import hooks_cpu, layers
 from spqt_cli.decode.hooks_cpu import STOCK
 from spqt_cli.decode.layers import ZigzagLinear
+from spqt_cli.decode.only_mlx import only_mlx
 from spqt_cli.format import layout
 
 SHAPES = ((4096, 4096), (4096, 14336), (14336, 4096), (11008, 4096), (576, 576), (1536, 576), (576, 1536))
@@ -227,7 +228,7 @@ def decode_rows(peer: Peer | None, shape: str, counts: list[int], repetitions: i
                     layer.set_threshold(thresholds.get(path))
                 samples.setdefault(name, []).append(decode_rate(zigzag, _cache(zigzag), 64 if small else 16))
             if stock is not None:
-                with models.only_mlx():
+                with only_mlx():
                     samples.setdefault("stock", []).append(decode_rate(stock, _cache(stock), 12))
             if peer and small:
                 samples.setdefault("llama.cpp", []).append(peer.ask(f"decode 64 1 {threads}"))

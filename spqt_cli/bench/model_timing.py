@@ -22,6 +22,7 @@ from spqt_cli.bench.models import Subject
 from spqt_cli.bench.results import ModelRow, Stat
 from spqt_cli.decode import active_counts, profile, relayout
 from spqt_cli.decode.layers import zigzag_layers
+from spqt_cli.decode.only_mlx import check_unpatched, only_mlx
 from spqt_cli.decode.session import weight_bytes
 
 WARM_TOKENS = 2  # decoded before the clock starts: kernels are built, the pipeline is full
@@ -183,8 +184,8 @@ class Runs:
         if variant.side != "stock":
             yield
             return
-        with models.only_mlx():
-            models.check_unpatched(model)
+        with only_mlx():
+            check_unpatched(model)
             yield
 
     def sample(self, test: Test, variant: Variant, cache: list[Any], trial: Trial) -> None:

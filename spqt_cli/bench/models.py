@@ -4,8 +4,7 @@ It builds them, brings caches to a depth and sets thresholds; it times nothing.
 """
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +14,8 @@ import psutil
 from mlx import nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from spqt_cli.backends import select
 from spqt_cli.convert import plan
-from spqt_cli.decode import architecture, exact, hooks, hooks_cpu
+from spqt_cli.decode import architecture, exact, hooks
 from spqt_cli.decode.layers import ZigzagLinear, zigzag_layers
 from spqt_cli.errors import ResourceError, SpqtError
 from spqt_cli.format import layout, locate
@@ -178,31 +176,6 @@ def _row_grouped(path: str, layer: ZigzagLinear, dtype: mx.Dtype) -> dict[str, m
     if "bias" in layer:
         packed["bias"] = layer.bias
     return {f"{path}.{key}": array for key, array in packed.items()}
-
-
-@contextmanager
-def only_mlx() -> Iterator[None]:
-    """In this block MLX's own functions run, also where the CPU backend stands behind their names."""
-    native = select.backend().native_float32
-    if native:
-        hooks_cpu.remove()
-    try:
-        yield
-    finally:
-        if native:
-            hooks_cpu.install()
-
-
-def check_unpatched(model: nn.Module) -> None:
-    """Raise RuntimeError where code of ours would run in a stock model: it would be no baseline."""
-    owners: list[tuple[Any, str]]
-    owners = [(type(module), name) for module in model.modules() for name in ("__call__", "as_linear")]
-    owners += [(mx.fast, name) for name in ("rms_norm", "rope", "scaled_dot_product_attention")]
-    owners += [(mx, "quantized_matmul")]
-    for owner, name in owners:
-        found = getattr(owner, name, None)
-        if (getattr(found, "__module__", None) or "").startswith("spqt_cli"):
-            raise RuntimeError(f"{owner.__name__}.{name} is spqt's, so the stock model is not stock")
 
 
 def evaluate(model: nn.Module) -> None:

@@ -1,5 +1,6 @@
 """`spqt compare`: its flags."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -19,12 +20,22 @@ def compare(
         str, typer.Option(help="Sparsities to compare, comma-separated; 0 is dense.")
     ] = "0,0.25,0.4",
     max_tokens: Annotated[int, typer.Option("--max-tokens", "-m", help="Tokens of each text.")] = 96,
+    baseline: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SOURCE", help="The unquantized source: adds stock MLX's rounding of it, and KL to it."
+        ),
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="UTF-8 text for the KL; default: the text that ships with spqt.")
+    ] = None,
+    windows: Annotated[int, typer.Option(help="Windows of that text.")] = 4,
     quiet: Quiet = False,
     json_output: Json = False,
 ) -> None:
     """Answer one prompt at several sparsities: text, speed and cost side by side."""
     model = flags.needed(model, model_option, 'spqt compare MODEL --prompt "Hello"')
-    text = prompt_text(prompt, None)
+    asked = prompt_text(prompt, None)
     try:
         sparsities = [float(part) for part in sparsity.split(",")]
     except ValueError:
@@ -38,5 +49,8 @@ def compare(
         if not (quiet or json_output):
             typer.echo(f"{what} ...", err=True)
 
-    rows = comparer.compare(model, Prompt(text), sparsities, max_tokens, announce)
+    reference = None if baseline is None else comparer.Reference(baseline, text, windows)
+    if text is not None and reference is None:
+        raise UsageError("KL on a text is KL to the source", "name it: --baseline SOURCE")
+    rows = comparer.compare(model, Prompt(asked), sparsities, max_tokens, announce, reference)
     typer.echo(as_json([comparer.as_dict(row) for row in rows]) if json_output else comparer.report(rows))

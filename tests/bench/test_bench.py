@@ -15,6 +15,7 @@ from spqt_cli.bench.results import ModelRow
 from spqt_cli.cli.main import app
 from spqt_cli.decode import active_counts, hooks_cpu, phase, profile
 from spqt_cli.decode.layers import ZigzagLinear, zigzag_layers
+from spqt_cli.decode.only_mlx import check_unpatched, only_mlx
 from spqt_cli.errors import ResourceError, SpqtError, UsageError
 from tests.conftest import tiny_config
 
@@ -45,7 +46,7 @@ def rows(subject: models.Subject, test: model_timing.Test, repetitions: int = 2)
 
 
 def test_stock_layers_are_mlx_s_own(subject):
-    with models.only_mlx():
+    with only_mlx():
         for module in subject.stock.modules():
             assert not isinstance(module, ZigzagLinear)
             for method in ("__call__", "as_linear"):
@@ -60,11 +61,11 @@ def test_a_patched_stock_layer_is_refused(subject, monkeypatch):
         return x
 
     fast.__module__ = "spqt_cli.somewhere"
-    with models.only_mlx(), monkeypatch.context() as patched:
-        models.check_unpatched(subject.stock)
+    with only_mlx(), monkeypatch.context() as patched:
+        check_unpatched(subject.stock)
         patched.setattr(nn.QuantizedEmbedding, "as_linear", fast)
         with pytest.raises(RuntimeError, match="as_linear"):
-            models.check_unpatched(subject.stock)
+            check_unpatched(subject.stock)
 
 
 def test_the_cpu_backend_is_out_of_the_way_while_stock_runs(subject, monkeypatch):
