@@ -14,12 +14,12 @@ STAMP := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 
 MODELS := models
 GGUF := $(MODELS)/SmolLM2-135M-Instruct.Q4_1.gguf
-CONVERTED := $(MODELS)/SmolLM2-135M-Instruct-spqt-4bit
+CONVERTED := $(MODELS)/SmolLM2-135M-Instruct-spqt-fitted
 PROMPT ?= Explain in a few sentences why the sky is blue.
 
 .PHONY: help run test test-newest unit lint format architectures bench-cpu sanitize isa torture fuzz-configs clean
 help:
-	@echo "make run     convert, calibrate and run a real small model (BACKEND=cpu|cuda12|cuda13)"
+	@echo "make run     fit, calibrate and run a real small model beside stock MLX (BACKEND=cpu|cuda12|cuda13)"
 	@echo "make test    lint, types and all tests (JOBS=n at a time, else 2)"
 	@echo "make lint    ruff and mypy alone;  make format  fixes what ruff can"
 	@echo "make bench-cpu   the CPU kernels against stock MLX (and llama.cpp);  make sanitize  its sanitizers"
@@ -45,11 +45,12 @@ $(GGUF): | $(STAMP)
 	rm -rf $(MODELS)/.package
 
 $(CONVERTED): $(GGUF)
-	$(BIN)/spqt convert $(GGUF) -o $@ --preset small
+	$(BIN)/spqt convert $(GGUF) -o $@ --fit gptq --own-text 16
 
 run: $(CONVERTED)
-	$(BIN)/spqt calibrate $(CONVERTED) --preset small
-	$(BIN)/spqt compare --model $(CONVERTED) --prompt "$(PROMPT)" --sparsity 0,0.25,0.4
+	$(BIN)/spqt calibrate $(CONVERTED) --sparsity 0.4 --tokens 4096
+	$(BIN)/spqt compare --model $(CONVERTED) --prompt "$(PROMPT)" --sparsity 0,0.4,0.5 \
+	  --baseline $(GGUF) --text README.md
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

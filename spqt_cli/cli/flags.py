@@ -20,7 +20,7 @@ Preset = Annotated[
 ]
 OwnText = Annotated[
     int | None,
-    typer.Option(min=0, help="To fit: texts of 512 tokens that the source writes [24; for full 72]."),
+    typer.Option(min=0, help="To fit: texts of 512 tokens that the source writes [40; for full 72]."),
 ]
 FitData = Annotated[
     Path | None,

@@ -6,7 +6,7 @@ from pathlib import Path
 from spqt_cli.errors import UsageError
 
 METHODS = ("gptq", "full")
-OWN = {"gptq": 32, "full": 72}  # texts that the source writes, where none are asked for
+OWN = {"gptq": 40, "full": 72}  # texts that the source writes, where none are asked for
 ROUNDED_ON = 64  # texts at most; more of them improve the training alone
 MIN_WINDOW = 32
 
