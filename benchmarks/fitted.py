@@ -88,14 +88,15 @@ def prepared(method: str, options: argparse.Namespace, work: Path) -> Path:
     """The folder of a method, converted and calibrated; what that took is in a file beside it."""
     folder, record = work / method, work / f"{method}.json"
     if not record.exists():
-        started = time.monotonic()
+        minutes = None  # of a folder that was there
         wishes = convert.ConvertOptions(allow_requantize=True)
         if not folder.exists():
+            started = time.monotonic()
             if method == NONE:
                 convert.convert(options.source, folder, wishes, quality.progress)
             else:
                 fit.convert_fitted(options.source, folder, wishes, FitOptions(method), quality.progress)
-        minutes = (time.monotonic() - started) / 60
+            minutes = (time.monotonic() - started) / 60
         settings = calibrate.CalibrateOptions(sparsity=0.4, data=options.calibration, tokens=options.tokens)
         calibrate.calibrate(folder, settings, quality.progress)
         record.write_text(json.dumps({"convert_minutes": minutes, "machine": facts()}))
