@@ -1,13 +1,15 @@
-"""Peak memory of `spqt convert` and `spqt calibrate` on synthetic models of several depths and one width.
+"""Peak memory of `spqt convert`, `calibrate` and `fit` on synthetic models of several depths and one width.
 
     python -m benchmarks.memory convert [--hidden 4352] [--layers 2 4 8 16] [--folder DIR] [--keep]
     python -m benchmarks.memory calibrate [--hidden 1024] [--layers 4 16] [--method M] [--folder DIR]
+    python -m benchmarks.memory fit [--hidden 768] [--layers 2 16] [--method gptq|full] [--folder DIR]
 
 Each run is a process of its own; the figure is that process's peak resident set size. The rule of `convert`:
 at most 300 MiB + 3 x the largest tensor, and less than 5 % growth from the first to the last number of
 layers. `calibrate` runs once block by block (`--stream`) and once with the model in memory. Its rule: block
-by block, the peak grows by less than a quarter of what the weights grow by. The last line of stdout is one
-JSON document; the exit code is 1 if the rule is broken.
+by block, the peak grows by less than a quarter of what the weights grow by. `fit` is given 40 texts, so that
+no source writes any. Its rule: at most 1 GB + 4 x the largest block. The last line of stdout is one JSON
+document; the exit code is 1 if the rule is broken.
 """
 
 import argparse
@@ -27,6 +29,7 @@ from benchmarks import machine
 BASE_BYTES = 300 << 20
 CHILD = "import sys; from benchmarks import memory; getattr(memory, sys.argv[1])(*sys.argv[2:])"
 TOKENS, WINDOW = 256, 64  # of a calibration
+FIT_BYTES, FIT_TEXTS, FIT_STEPS = 10**9, 40, 3  # beside four blocks; of 512 tokens; of training
 ROWS_AT_ONCE = 1024  # of a synthetic tensor, so that writing it takes little memory
 
 
@@ -167,6 +170,37 @@ def calibrate_row(folder: Path, hidden: int, layers: int, method: str) -> dict[s
     return row
 
 
+def fit_here(source: str, output: str, text: str, method: str) -> None:
+    """Fit, and print the peak resident set size in bytes and the seconds taken."""
+    from spqt_cli.convert import convert
+    from spqt_cli.fit import fit
+    from spqt_cli.fit.options import FitOptions
+
+    start = time.perf_counter()
+    options = FitOptions(method, own=0, data=Path(text), steps=FIT_STEPS)
+    fit.convert_fitted(source, Path(output), convert.ConvertOptions(), options, lambda *_: None)
+    print(json.dumps({"peak_bytes": peak_bytes(), "seconds": time.perf_counter() - start}))
+
+
+def fit_row(folder: Path, hidden: int, layers: int, method: str) -> dict[str, object]:
+    """One row: a synthetic checkpoint, converted and fitted in its own process."""
+    source, text = folder / f"llama-{hidden}-{layers}", folder / "texts.txt"
+    write_checkpoint(source, hidden, layers)
+    text.write_text("a" * (512 * FIT_TEXTS + 1))
+    block = sum(2 * int(np.prod(s)) for name, s in shapes(hidden, 1).items() if ".layers." in name)
+    row = in_process("fit_here", source, folder / f"fitted-{hidden}-{layers}", text, method)
+    row |= {"layers": layers, "block_bytes": block, "limit_bytes": FIT_BYTES + 4 * block}
+    print(f"{layers:>3} layers: {row}", file=sys.stderr)
+    return row
+
+
+def measure_fit(options: argparse.Namespace, folder: Path) -> dict[str, object]:
+    hidden, depths = options.hidden or 768, options.layers or [2, 16]
+    method = "full" if options.method == "full" else "gptq"
+    rows = [fit_row(folder, hidden, layers, method) for layers in depths]
+    return {"method": method, "rows": rows, "holds": all(r["peak_bytes"] <= r["limit_bytes"] for r in rows)}
+
+
 def measure_convert(options: argparse.Namespace, folder: Path) -> dict[str, object]:
     hidden, depths = options.hidden or 4352, options.layers or [2, 4, 8, 16]
     rows = [convert_row(folder, hidden, layers, options.keep) for layers in depths]
@@ -183,7 +217,7 @@ def measure_calibrate(options: argparse.Namespace, folder: Path) -> dict[str, ob
     return {"rows": rows, "grown_bytes": grown, "holds": holds}
 
 
-COMMANDS = {"convert": measure_convert, "calibrate": measure_calibrate}
+COMMANDS = {"convert": measure_convert, "calibrate": measure_calibrate, "fit": measure_fit}
 
 
 def main() -> int:
@@ -195,7 +229,9 @@ def main() -> int:
     parser.add_argument("what", choices=COMMANDS)
     parser.add_argument("--hidden", type=int, help="width; a multiple of 256")
     parser.add_argument("--layers", type=int, nargs="+")
-    parser.add_argument("--method", default="uniform", help="of `calibrate`: uniform, paper or fast")
+    parser.add_argument(
+        "--method", default="uniform", help="of `calibrate`: uniform, paper or fast; of `fit`"
+    )
     parser.add_argument("--folder", type=Path, help="where the models go; default: a temporary folder")
     parser.add_argument("--output", type=Path, help="a .json file for the result")
     parser.add_argument("--keep", action="store_true", help="of `convert`: leave the checkpoints in --folder")
