@@ -10,10 +10,10 @@ from spqt_cli.decode.layers import ZigzagLinear
 from spqt_cli.measure import many_rows
 
 # How much longer than at the timed product's speed, on SmolLM2-135M and two CPU cores
-PASSES = 2.4  # two models over the text, with all that is no product
+PASSES = 3.5  # two models over the text, with all that is no product
 WRITING = 5.0  # one token of every text at a time
 SOLVING = 6.0  # factors, and rounding channel by channel
-TRAINING = 1.7  # steps of the training
+TRAINING = 3.0  # steps of the training
 TIMED = 0.2  # seconds
 
 
