@@ -99,7 +99,7 @@ def main() -> None:
     )
     for bits in arguments.bits:
         for decode, name in counting.DECODES.items():
-            made = ptx(nvrtc, counting.cuda_text(bits, decode, HEADERS), options)
+            made = ptx(nvrtc, counting.cuda_text(*counting.cuda_problem(bits, decode), HEADERS), options)
             print(counting.row(f"{bits} bits, {name}", counting.ptx_counts(made)), flush=True)
             if arguments.ptx_folder:
                 arguments.ptx_folder.mkdir(parents=True, exist_ok=True)

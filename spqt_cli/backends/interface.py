@@ -153,7 +153,7 @@ class Backend:
     attention are traced into few launches, so that a fused block pays. native_float32: it also replaces
     MLX's CPU norms, rotary positions and attention, in float32, and reads 16-bit scales as they are.
     sums_in_half: float16 products are added up in float16, so that only float32 can be judged.
-    compensate: its kernel for error-compensating rounding (`cpu.compensate`), if it has one.
+    compensate: its kernel for error-compensating rounding, if it has one.
     """
 
     name: str

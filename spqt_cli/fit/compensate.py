@@ -1,6 +1,6 @@
 """Input channels rounded one after another, each error made up for by those that follow: the definition.
 
-cpu/compensate.h is the same, bit for bit within a span, compensate_gpu.py within rounding.
+cpu/compensate.h is the same, bit for bit within a span, metal/compensate.metal within rounding.
 
 Source: GPTQ (arXiv 2210.17323), in the form of LDLQ (QuIP, arXiv 2307.13304), which needs no inverse: with
 H = R R^T, R upper triangular, the target of channel k is w_k plus the sum over earlier channels j of

@@ -6,18 +6,22 @@ towards what, compensate.py rounds, `format.layout` packs.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import mlx.core as mx
 import numpy as np
 
 from spqt_cli.backends.select import backend
 from spqt_cli.convert.encode import NotFinite
-from spqt_cli.errors import SpqtError
-from spqt_cli.fit import compensate, compensate_gpu
+from spqt_cli.errors import BackendError, SpqtError
+from spqt_cli.fit import compensate
 from spqt_cli.fit.hessian import Inputs
 from spqt_cli.format import layout
 
 Rounder = Callable[[np.ndarray, np.ndarray, int, int, mx.Dtype], tuple[np.ndarray, np.ndarray, np.ndarray]]
+
+CHECKED = 100  # channels of the problem that a kernel is checked by
+AGREE, TIPPED = 1e-3, 0.1  # relative difference of a value, and the part of values that may be beyond it
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ def _rounded(
     ends = np.cumsum([part.shape[1] for part in columns])[:-1]
     target = columns[0] if len(columns) == 1 else np.concatenate(columns, axis=1)
     del columns
-    parts = _rounder()(target, factor, one.bits, one.group_size, one.dtype)
+    parts = _rounder(one.bits, one.group_size, one.dtype)(target, factor, one.bits, one.group_size, one.dtype)
     back = np.empty_like(order)
     back[order] = np.arange(len(order))
     codes = np.split(parts[0], ends, axis=1)
@@ -107,11 +111,33 @@ def _columns(w: np.ndarray, order: np.ndarray, group_size: int) -> np.ndarray:
     return np.ascontiguousarray(rows.T[order], dtype=np.float32)
 
 
-def _rounder() -> Rounder:
-    """A GPU's own version, the kernel of the CPU extension where that computes, else the definition."""
-    if mx.default_device().type == mx.DeviceType.gpu:
-        return compensate_gpu.compensate
-    return backend().compensate or compensate.compensate
+def _rounder(bits: int, group_size: int, dtype: mx.Dtype) -> Rounder:
+    """The backend's kernel, if it has one, else the definition. Raises BackendError where they differ."""
+    kernel = backend().compensate
+    if kernel is None:
+        return compensate.compensate
+    if not _agrees(kernel, bits, group_size, dtype):
+        where = f"{bits} bits, groups of {group_size}"
+        raise BackendError(
+            f"this device rounds otherwise than defined ({where})", "SPQT_BACKEND=stock does without it"
+        )
+    return kernel
+
+
+@cache
+def _agrees(kernel: Rounder, bits: int, group_size: int, dtype: mx.Dtype) -> bool:
+    """Whether a kernel gives nearly the definition's values on a small problem of two spans."""
+    random = np.random.default_rng(0)
+    factor = np.triu(random.normal(size=(CHECKED, CHECKED)) / CHECKED, 1).astype(np.float32)
+    np.fill_diagonal(factor, 1)
+    target = random.normal(size=(CHECKED, 2 * group_size)).astype(np.float32)
+    values = []
+    for version in (kernel, compensate.compensate):
+        codes, *grid_of = version(target, factor, bits, group_size, dtype)
+        scales, biases = (np.repeat(part, group_size, axis=1) for part in grid_of)
+        values.append(codes * scales + biases)
+    off = np.abs(values[0] - values[1])
+    return bool((off <= AGREE * np.abs(values[1])).mean() > 1 - TIPPED)
 
 
 def _stored(

@@ -29,7 +29,13 @@ from tests.metal.emulator import clang_text, metal_text
 SHIMS = Path(__file__).parent / "emulator"
 CLANGS = ("clang-14", "clang-15", "clang-16", "clang-17", "clang-18", "clang-19", "clang")
 DECODES = {0: "exponent and subtract", 1: "convert", 2: "subnormal"}
-CUDA_TYPES = {mx.float16: "__half", mx.bfloat16: "__nv_bfloat16", mx.float32: "float", mx.uint32: "uint32_t"}
+CUDA_TYPES = {
+    mx.float16: "__half",
+    mx.bfloat16: "__nv_bfloat16",
+    mx.float32: "float",
+    mx.uint32: "uint32_t",
+    mx.uint8: "uint8_t",
+}
 # What an instruction is for; the first pattern that fits names it. Apple's arithmetic takes half operands,
 # so that fpext is a move there; CUDA's does not.
 IR_CLASSES = {
@@ -88,13 +94,11 @@ def ir(bits: int, decode: int, clang: str) -> str:
     return compiled(clang, [*flags, "-fno-vectorize", "-fno-slp-vectorize"], text, "cpp")
 
 
-def cuda_text(bits: int, decode: int, headers: str) -> str:
-    """The kernel as `mx.fast.cuda_kernel` has it compiled, without its namespace, by CUDA's rule.
+def cuda_text(launch: launching.Launch, inputs: Sequence[mx.array], headers: str) -> str:
+    """A kernel as `mx.fast.cuda_kernel` has it compiled, without its namespace.
 
     headers: what stands for CUDA's own. MLX writes a head of plain pointers, checked with its 0.32.4.
     """
-    cut = geometry.choose("cuda", [(4096, 1)], 4096)._replace(decode=decode)
-    launch, inputs = problem(cut, bits)
     kernel = launch.kernel
     parameters = [
         f"const {CUDA_TYPES[one.dtype]}* {name}" for name, one in zip(kernel.inputs, inputs, strict=True)
@@ -107,13 +111,23 @@ def cuda_text(bits: int, decode: int, headers: str) -> str:
     return f"{headers}\n{header}\n{head} {{\n{body}\n}}\n"
 
 
-def ptx(bits: int, decode: int, clang: str) -> str:
-    """The kernel's PTX by clang, for compute capability 8.6, the newest that clang 14 knows."""
+def ptx(launch: launching.Launch, inputs: Sequence[mx.array], clang: str) -> str:
+    """A kernel's PTX by clang, for compute capability 8.6, the newest that clang 14 knows."""
     every = "#pragma clang force_cuda_host_device"  # helpers are for the device, as MLX's NVRTC flag says
-    text = cuda_text(bits, decode, f'#include "{SHIMS / "shim_clang_cuda.h"}"\n{every} begin')
+    text = cuda_text(launch, inputs, f'#include "{SHIMS / "shim_clang_cuda.h"}"\n{every} begin')
     flags = ["-x", "cuda", "--cuda-device-only", "--cuda-gpu-arch=sm_86", "-nocudainc", "-nocudalib"]
     flags += ["-Xclang", "-target-feature", "-Xclang", "+ptx71", "-std=c++17"]
     return compiled(clang, flags, f"{text}{every} end\n", "cu")
+
+
+def cuda_problem(bits: int, decode: int) -> tuple[launching.Launch, list[mx.array]]:
+    """A launch of the sparse product by CUDA's rule of geometry."""
+    return problem(geometry.choose("cuda", [(4096, 1)], 4096)._replace(decode=decode), bits)
+
+
+def gemv_ptx(bits: int, decode: int, clang: str) -> str:
+    """The sparse product's PTX."""
+    return ptx(*cuda_problem(bits, decode), clang)
 
 
 def ir_counts(text: str) -> Counts:
@@ -227,7 +241,7 @@ def main() -> None:
     for bits in layout.BITS:
         for decode, name in DECODES.items():
             print(row(f"{bits} bits, {name}, LLVM IR", ir_counts(ir(bits, decode, clang))))
-            print(row(f"{bits} bits, {name}, PTX", ptx_counts(ptx(bits, decode, clang))))
+            print(row(f"{bits} bits, {name}, PTX", ptx_counts(gemv_ptx(bits, decode, clang))))
 
 
 if __name__ == "__main__":

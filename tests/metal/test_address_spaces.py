@@ -16,7 +16,7 @@ import pytest
 
 from spqt_cli.backends import problems
 from spqt_cli.backends.gpu import backend as gpu
-from spqt_cli.backends.gpu import first_use, geometry, kernel_text
+from spqt_cli.backends.gpu import compensate, first_use, geometry, kernel_text
 from spqt_cli.backends.gpu import launch as launching
 from tests.metal.emulator import clang_text, metal_text
 
@@ -103,7 +103,17 @@ def kernels():
     """One kernel of each file of metal/, with what MLX is given for it."""
     case = case_of(2, 4)
     plan = launching.make_plan((1, 1, 100), mx.float16, problems.matrices(case), WIDE, launching.Form())
-    return {one.kernel.files[-1]: one.kernel for one in (plan.gemv, plan.reduce, plan.counts)}
+    spans = compensate.spans(4, 64, mx.float16, 1)
+    launches = (plan.gemv, plan.reduce, plan.counts, spans)
+    return {one.kernel.files[-1]: one.kernel for one in launches}
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32])
+@pytest.mark.parametrize("size", [32, 128])
+def test_rounding_keeps_to_its_address_spaces(clang, tmp_path, size, dtype):
+    launch = compensate.spans(3, size, dtype, 2)
+    whole, corner = mx.zeros((2, compensate.SPAN, size)), mx.zeros((compensate.SPAN, compensate.SPAN))
+    assert refusals(clang, metal_text(launch, [whole, whole, corner]), tmp_path) == ""
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in METAL.glob("*.metal")))

@@ -6,8 +6,10 @@ Contract: at 4 bits at most three, and a planted one more is counted. Three is t
 
 import os
 
+import mlx.core as mx
 import pytest
 
+from spqt_cli.backends.gpu import compensate
 from tests.metal import count_instructions
 from tests.metal.count_instructions import arithmetic, everything, ir_counts, ptx_counts
 
@@ -55,14 +57,17 @@ def test_three_instructions_a_weight_in_llvm_ir(clang, decode):
 
 
 def test_three_instructions_a_weight_in_ptx_addresses_included(clang):
-    counts = ptx_counts(count_instructions.ptx(4, 2, clang))
+    counts = ptx_counts(count_instructions.gemv_ptx(4, 2, clang))
     assert count_instructions.weights(counts) == 128  # four channels
     assert everything(counts) <= 3.0
     assert counts["others"] == 0
 
 
 def test_planted_instruction_is_counted(clang, monkeypatch):
-    before = ir_counts(count_instructions.ir(4, 1, clang)), ptx_counts(count_instructions.ptx(4, 2, clang))
+    before = (
+        ir_counts(count_instructions.ir(4, 1, clang)),
+        ptx_counts(count_instructions.gemv_ptx(4, 2, clang)),
+    )
     body = count_instructions.kernel_text.body("sparse_gemv.metal")
     line = "sums[c] = fma(code,"
     assert line in body
@@ -74,7 +79,10 @@ def test_planted_instruction_is_counted(clang, monkeypatch):
             name,
             lambda file: planted if file == "sparse_gemv.metal" else real(file),
         )
-    after = ir_counts(count_instructions.ir(4, 1, clang)), ptx_counts(count_instructions.ptx(4, 2, clang))
+    after = (
+        ir_counts(count_instructions.ir(4, 1, clang)),
+        ptx_counts(count_instructions.gemv_ptx(4, 2, clang)),
+    )
     for one, other in zip(before, after, strict=True):
         assert arithmetic(other) == pytest.approx(arithmetic(one) + 1.0)
 
@@ -87,3 +95,14 @@ def test_every_block_of_the_inner_loop_and_none_of_the_outer():
     assert counts["memory"] == 1
     assert counts["control"] == 2  # not those of the loop around it
     assert counts["others"] == 0
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32])
+@pytest.mark.parametrize("size", [32, 64, 128])
+def test_rounding_compiles_for_cuda(clang, size, dtype):
+    """Its error sums stay in shared memory and registers: nothing is spilled to local memory."""
+    launch = compensate.spans(4, size, dtype, 2)
+    whole, corner = mx.zeros((2, compensate.SPAN, size)), mx.zeros((compensate.SPAN, compensate.SPAN))
+    text = count_instructions.ptx(launch, [whole, whole, corner], clang)
+    assert "shfl.sync.bfly" in text
+    assert ".local" not in text

@@ -14,7 +14,7 @@ from typing import cast
 import mlx.core as mx
 
 from spqt_cli.backends import stock
-from spqt_cli.backends.gpu import first_use, geometry, weights
+from spqt_cli.backends.gpu import compensate, first_use, geometry, weights
 from spqt_cli.backends.gpu import launch as launching
 from spqt_cli.backends.gpu.launch import Form, Plan, launch
 from spqt_cli.backends.interface import (
@@ -49,7 +49,8 @@ def find() -> Backend | str | None:
             # Counts are handed from step to step by the host, which is the slower of the two here.
             reason, this = f"MLX has a {kind} GPU", sys.modules[__name__]
             calls, fused = cast(Calls, this), cast(FusedCalls, this)
-            return Backend(name, reason, calls, fused=fused, count_every=8, traces=True)
+            rounder = compensate.compensate
+            return Backend(name, reason, calls, fused=fused, count_every=8, traces=True, compensate=rounder)
     return "MLX has no GPU here"
 
 

@@ -183,6 +183,9 @@ def _bytes(array: mx.array) -> bytes:
 
 
 def _array(data: bytes, shape: Sequence[int], dtype: mx.Dtype) -> mx.array:
-    kinds = {mx.bfloat16: np.uint16, mx.float16: np.float16, mx.float32: np.float32, mx.uint32: np.uint32}
+    kinds = {
+        mx.bfloat16: np.uint16, mx.float16: np.float16, mx.float32: np.float32, mx.uint32: np.uint32,
+        mx.uint8: np.uint8,
+    }  # fmt: skip
     array = mx.array(np.frombuffer(data, dtype=kinds[dtype]).reshape(shape).copy())
     return array.view(mx.bfloat16) if dtype == mx.bfloat16 else array

@@ -40,6 +40,8 @@ __attribute__((const)) float exp(float);
 __attribute__((const)) half exp(half);
 __attribute__((const)) float rsqrt(float);
 __attribute__((const)) half rsqrt(half);
+__attribute__((const)) float rint(float);
+__attribute__((const)) half rint(half);
 __attribute__((const)) float fabs(float);
 __attribute__((const)) uint min(uint, uint);
 __attribute__((const)) int min(int, int);

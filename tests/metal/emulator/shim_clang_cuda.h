@@ -8,6 +8,7 @@
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(threads, blocks) __attribute__((launch_bounds(threads, blocks)))
 
+typedef unsigned char uint8_t;
 typedef unsigned int uint32_t;
 typedef unsigned int uint2 __attribute__((ext_vector_type(2)));
 typedef unsigned int uint4 __attribute__((ext_vector_type(4)));
@@ -38,5 +39,6 @@ __device__ inline unsigned int __shfl_up_sync(unsigned int lanes, unsigned int v
 }
 __device__ inline float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 __device__ inline float rsqrt(float a) { return 1.0f / __builtin_sqrtf(a); }
+__device__ inline float rint(float a) { return __builtin_rintf(a); }
 __device__ inline float fabs(float a) { return __builtin_fabsf(a); }
 __device__ inline unsigned int min(unsigned int a, unsigned int b) { return a < b ? a : b; }

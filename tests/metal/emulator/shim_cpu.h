@@ -62,6 +62,7 @@ inline To as_type(From from) {
 inline float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 inline float exp(float a) { return __builtin_expf(a); }
 inline float rsqrt(float a) { return 1.0f / __builtin_sqrtf(a); }
+inline float rint(float a) { return __builtin_rintf(a); }
 inline float fabs(float a) { return __builtin_fabsf(a); }
 inline uint min(uint a, uint b) { return a < b ? a : b; }
 
