@@ -48,7 +48,7 @@ $(CONVERTED): $(GGUF)
 	$(BIN)/spqt convert $(GGUF) -o $@ --fit gptq --own-text 16
 
 run: $(CONVERTED)
-	$(BIN)/spqt calibrate $(CONVERTED) --sparsity 0.4 --tokens 4096
+	$(BIN)/spqt calibrate $(CONVERTED) --sparsity 0.4 --tokens 4096 --method fast
 	$(BIN)/spqt compare --model $(CONVERTED) --prompt "$(PROMPT)" --sparsity 0,0.4,0.5 \
 	  --baseline $(GGUF) --text README.md
 
