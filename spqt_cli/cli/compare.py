@@ -27,7 +27,8 @@ def compare(
         ),
     ] = None,
     text: Annotated[
-        Path | None, typer.Option(help="UTF-8 text for the KL; default: the text that ships with spqt.")
+        Path | None,
+        typer.Option(help="UTF-8 text for the KL; default: the text that ships with spqt.", readable=False),
     ] = None,
     windows: Annotated[int, typer.Option(help="Windows of that text.")] = 4,
     quiet: Quiet = False,
