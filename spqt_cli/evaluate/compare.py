@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from spqt_cli.convert import source_model
-from spqt_cli.decode import generate, session
+from spqt_cli.decode import context, generate, session
 from spqt_cli.decode.only_mlx import check_unpatched, only_mlx
 from spqt_cli.decode.options import Options, Prompt, Sampling
 from spqt_cli.evaluate import several, variants
+from spqt_cli.evaluate.perplexity import windows
 from spqt_cli.evaluate.report import DENSE, ROWS, SOURCE, shown
 from spqt_cli.format import locate, thresholds
 from spqt_cli.format.folder import Folder
+from spqt_cli.measure import texts
 from spqt_cli.system.terminal import harmless
 
 
@@ -78,7 +80,7 @@ def compare(
 
     max_tokens: of each text. on_row: called with the name of what runs next. reference: adds the stock row,
     first, and the KL of all. Raises UsageError for values out of range and SpqtError where a sparsity needs
-    thresholds and there are none, or for a source that is not the model's, all before a weight is read.
+    thresholds and there are none, or for a source or text that won't do, all before a weight is read.
     """
     for sparsity in sparsities:
         thresholds.check_sparsity(sparsity)
@@ -86,7 +88,7 @@ def compare(
     folder.thresholds(max(sparsities))
     rows, answers = [], []
     if reference is not None:
-        variants.check_source(reference.source, session.load_lazily(folder))
+        _check(folder, reference)
         on_row("stock")
         row, answer = _stock(folder, reference.source, prompt, max_tokens)
         rows.append(row)
@@ -109,6 +111,15 @@ def compare(
         on_row("divergence from the source")
         _hold_against(rows, path, reference)
     return rows
+
+
+def _check(folder: Folder, reference: Reference) -> None:
+    """Refuse a source, a text or a number of windows that can't work; no weight is read."""
+    variants.check(variants.EvaluateOptions(windows=reference.windows))
+    lazily = session.load_lazily(folder)
+    variants.check_source(reference.source, lazily)
+    size, _ = context.window(context.tokens(lazily.config), None, variants.WINDOW)
+    windows(lazily, texts.read(reference.text), reference.windows, size)
 
 
 def _stock(folder: Folder, source: str, prompt: Prompt, max_tokens: int) -> tuple[Row, list[int]]:

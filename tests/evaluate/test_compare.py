@@ -53,3 +53,21 @@ def test_a_foreign_source_is_refused_before_any_run(calibrated, tmp_path, monkey
     other = with_swapped_tokens(tmp_path / "other", 100)
     with pytest.raises(SpqtError, match="another tokenizer"):
         compare.compare(str(calibrated), Prompt("fox"), [0.0], reference=compare.Reference(str(other)))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [("missing", 2, "missing"), ("fox", 2, "window"), ("fox " * 2000, 0, "0 windows")],
+)
+def test_a_text_that_wont_do_is_refused_before_any_run(calibrated, checkpoint, tmp_path, monkeypatch, case):
+    text, count, cause = case
+    monkeypatch.setattr(session, "load", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(compare, "_stock", lambda *_: pytest.fail("stock ran"))
+    path = tmp_path / "missing"
+    if text != "missing":
+        path = tmp_path / "text.txt"
+        path.write_text(text)
+    with pytest.raises(SpqtError, match=cause):
+        compare.compare(
+            str(calibrated), Prompt("fox"), [0.0], reference=compare.Reference(str(checkpoint), path, count)
+        )
