@@ -172,7 +172,7 @@ def _row_grouped(path: str, layer: ZigzagLinear, dtype: mx.Dtype) -> dict[str, m
     packed = {"weight": w}
     if layer.inputs % group_size == 0:
         names = ("weight", "scales", "biases")
-        packed = dict(zip(names, mx.quantize(w, group_size=group_size, bits=bits), strict=True))
+        packed = dict(zip(names, layout.quantize_rows(w, bits, group_size), strict=True))
     if "bias" in layer:
         packed["bias"] = layer.bias
     return {f"{path}.{key}": array for key, array in packed.items()}

@@ -104,7 +104,7 @@ def _first_copy(work: Work) -> Copy:
         mx.eval(layer.weight, layer.scales, layer.biases)
         back = layer.dequantized().astype(work.dtype)
         whole = work.inputs % work.group_size == 0  # else stock MLX can't quantize the matrix
-        rows.append(mx.quantize(back, work.group_size, work.bits) if whole else (back,))
+        rows.append(layout.quantize_rows(back, work.bits, work.group_size) if whole else (back,))
         mx.eval(rows[-1])
         layers.append(layer)
     mx.clear_cache()

@@ -9,9 +9,11 @@ import mlx.core as mx
 import numpy as np
 
 from spqt_cli.convert.plan import PLAIN, ROWS, Unit
-from spqt_cli.errors import AGAIN, ResourceError, SpqtError
+from spqt_cli.errors import AGAIN, BackendError, ResourceError, SpqtError
 from spqt_cli.format import layout
 
+CORNER = 64  # rows or channels of a tensor that are held against what was made of them
+NARROW = 2**-7  # what rounding scales and biases to bfloat16 may add, as a part of a weight
 CHECKED_AT_ONCE = 1 << 18  # elements per step of the search for NaN and Inf
 EXPONENTS = {  # dtype -> integer of its width, all bits but the sign, the exponent's bits
     mx.float16: (mx.uint16, 0x7FFF, 0x7C00),
@@ -40,8 +42,10 @@ def encode(unit: Unit, array: mx.array) -> Iterator[tuple[int, memoryview]]:
             raise SpqtError(
                 f"tensor {unit.source or unit.name} does not fit {_name(unit)}", "--dtype bfloat16"
             )
-    for pieces in _pieces(unit, array):
+    for number, pieces in enumerate(_pieces(unit, array)):
         _evaluate(unit, *pieces)
+        if unit.kind != PLAIN and number == 0:
+            _check(unit, array, pieces)
         if unit.kind != PLAIN and not all(is_finite(piece) for piece in pieces[1:]):
             raise SpqtError(f"tensor {unit.name}: its scales do not fit {_name(unit)}", "--dtype float32")
         for index, piece in enumerate(pieces):
@@ -50,12 +54,38 @@ def encode(unit: Unit, array: mx.array) -> Iterator[tuple[int, memoryview]]:
 
 def _pieces(unit: Unit, array: mx.array) -> Iterator[tuple[mx.array, ...]]:
     if unit.kind == ROWS:
-        yield tuple(mx.quantize(array, group_size=unit.group_size, bits=unit.bits))
+        yield layout.quantize_rows(array, unit.bits, unit.group_size)
     elif unit.kind == PLAIN:
         yield (array,)
     else:
         for start in range(0, array.shape[0], unit.band):  # band by band takes less memory
             yield layout.quantize(array[start : start + unit.band], unit.bits, unit.group_size, unit.band)
+
+
+def _check(unit: Unit, array: mx.array, pieces: tuple[mx.array, ...]) -> None:
+    """Raise BackendError if the first piece stands for something else than its part of the tensor.
+
+    A corner of it is looked at.
+    """
+    if unit.kind == ROWS:
+        corner, (codes, *grid) = _corner(array), [_corner(piece) for piece in pieces]
+    else:
+        corner, (codes, *grid) = array[: unit.band, :CORNER], [piece[:, :CORNER] for piece in pieces]
+    corner, scales, biases = (mx.contiguous(each.astype(mx.float32)) for each in (corner, *grid))
+    packed = mx.contiguous(codes), scales, biases
+    if unit.kind == ROWS:
+        found = mx.dequantize(*packed, unit.group_size, unit.bits)
+    else:
+        found = layout.dequantize(
+            *packed, outputs=corner.shape[0], bits=unit.bits, group_size=unit.group_size
+        )
+    off, step, size = (mx.abs(each).mean() for each in (found - corner, scales, corner))
+    if not (off <= step / 2 + NARROW * size).item():
+        raise BackendError(f"this device quantizes {unit.name} to something else", "report it: spqt doctor")
+
+
+def _corner(array: mx.array) -> mx.array:
+    return array.reshape(-1, array.shape[-1])[:CORNER]
 
 
 def _name(unit: Unit) -> str:

@@ -48,7 +48,7 @@ def row_grouped(layer: ZigzagLinear) -> tuple[nn.QuantizedLinear, float]:
         dtype = mx.float32
     w = layer.dequantized().astype(dtype)
     stock = nn.QuantizedLinear(layer.group_size, layer.group_size, False, layer.group_size, layer.bits)
-    stock.weight, stock.scales, stock.biases = mx.quantize(w, layer.group_size, layer.bits)
+    stock.weight, stock.scales, stock.biases = layout.quantize_rows(w, layer.bits, layer.group_size)
     if "bias" in layer:
         stock.bias = layer.bias
     mx.eval(stock.parameters())

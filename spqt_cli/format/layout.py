@@ -65,8 +65,16 @@ def quantize(w: mx.array, bits: int, group_size: int, band: int) -> tuple[mx.arr
     bands = -(-outputs // band)
     if missing := bands * band - outputs:
         w = mx.concatenate([w, mx.broadcast_to(w[-1:], (missing, inputs))])
-    channels_first = w.reshape(bands, band, inputs).swapaxes(1, 2)
-    weight, scales, biases = mx.quantize(channels_first, group_size=group_size, bits=bits)
+    return quantize_rows(w.reshape(bands, band, inputs).swapaxes(1, 2), bits, group_size)
+
+
+def quantize_rows(w: mx.array, bits: int, group_size: int) -> tuple[mx.array, mx.array, mx.array]:
+    """What `mx.quantize` gives for w, (..., columns), whose columns form the groups; lazy.
+
+    MLX's CUDA build (seen in 0.32.4) takes a transposed matrix for one that lies in rows, and its codes
+    are of nothing then.
+    """
+    weight, scales, biases = mx.quantize(mx.contiguous(w), group_size=group_size, bits=bits)
     return weight, scales, biases
 
 
