@@ -185,17 +185,19 @@ def takes_token(x: mx.array, keys: mx.array, values: mx.array) -> bool:
 
 
 def compensate(
-    target: np.ndarray, factor: np.ndarray, bits: int, group_size: int, dtype: mx.Dtype
+    target: Any, factor: np.ndarray, bits: int, group_size: int, dtype: mx.Dtype
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Error-compensating rounding as `fit.compensate` defines it; the same bits for all instruction sets.
 
-    target: (inputs, columns), columns in whole groups; factor: (inputs, inputs), unit upper triangular;
-    float32. Returns codes (inputs, columns) uint8, and scales and biases (inputs, groups) float32 that are
-    exact in dtype, NaN where none is finite.
+    target: (inputs, columns), of numpy or MLX, columns in whole groups; factor: (inputs, inputs), unit
+    upper triangular; float32. Returns codes (inputs, columns) uint8, and scales and biases (inputs, groups)
+    float32 that are exact in dtype, NaN where none is finite.
     """
     inputs, columns = target.shape
     groups = columns // group_size
-    errors = target.reshape(inputs, groups, group_size).swapaxes(0, 1).copy()  # it is written over
+    errors = (
+        np.asarray(target).reshape(inputs, groups, group_size).swapaxes(0, 1).copy()
+    )  # it is written over
     codes = np.empty(errors.shape, np.uint8)
     scales, biases = np.empty((2, groups, inputs), np.float32)
     kind = (mx.float32, mx.float16, mx.bfloat16).index(dtype)

@@ -7,6 +7,8 @@ H = R R^T, R upper triangular, the target of channel k is w_k plus the sum over 
 (w_j - q_j) R[j, k] / R[k, k]. A group of outputs depends on no other.
 """
 
+from typing import Any
+
 import mlx.core as mx
 import numpy as np
 
@@ -16,12 +18,14 @@ SPAN = 64  # channels for which what was rounded before is one matrix product
 
 
 def compensate(
-    target: np.ndarray, factor: np.ndarray, bits: int, group_size: int, dtype: mx.Dtype
+    target: Any, factor: np.ndarray, bits: int, group_size: int, dtype: mx.Dtype
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """codes (inputs, columns) uint8; scales, biases (inputs, groups) float32. The definition of the method.
 
-    target: (inputs, columns); factor: (inputs, inputs), unit upper triangular; float32, in one order.
+    target: (inputs, columns), of numpy or MLX; factor: (inputs, inputs), unit upper triangular; float32, in
+    one order.
     """
+    target = np.asarray(target)
     to_stored, groups = grid.rounding(dtype), (-1, group_size)
     inputs, columns = target.shape
     codes = np.empty(target.shape, np.uint8)

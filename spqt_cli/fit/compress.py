@@ -24,8 +24,8 @@ from spqt_cli.convert.journal import Journal
 from spqt_cli.decode.layers import ZigzagLinear, zigzag_layers
 from spqt_cli.decode.session import Loaded
 from spqt_cli.fit import gptq, masks
-from spqt_cli.fit.hessian import Inputs
-from spqt_cli.fit.products import Gram, gained, masked, times
+from spqt_cli.fit.hessian_gpu import inputs_of, on_device
+from spqt_cli.fit.products import Gram, gained, joined, masked, times
 from spqt_cli.fit.source_blocks import SourceBlocks
 from spqt_cli.fit.store import Store
 from spqt_cli.fit.suspended import Suspended, tap
@@ -65,9 +65,9 @@ class _Sums:
     def rows(self) -> int:
         return self.fitted.rows + self.held_out.rows
 
-    def hessian(self) -> np.ndarray:
+    def hessian(self) -> Any:
         """X^T X over all texts."""
-        seen = [part.host()[0] for part in (self.fitted, self.held_out) if part.rows]
+        seen = [part.sums(on_device())[0] for part in (self.fitted, self.held_out) if part.rows]
         return seen[0] if len(seen) == 1 else seen[0] + seen[1]
 
 
@@ -234,9 +234,10 @@ class Compression:
         steps = masks.decode_rows(x, self._windows.shape[1])
         return x if steps is None or not threshold else masked(x, steps, threshold)
 
-    def _weight(self, path: str) -> np.ndarray:
+    def _weight(self, path: str) -> Any:
         """The source's matrix (outputs, inputs), float32."""
-        return np.array(self._source.weight(path).astype(mx.float32), copy=False)
+        w = self._source.weight(path).astype(mx.float32)
+        return w if on_device() else np.array(w, copy=False)
 
     def _solve(self, paths: list[str], sums: _Sums) -> list[gptq.Solution]:
         """The layers of an input, rounded."""
@@ -246,7 +247,7 @@ class Compression:
         if sums.rows < FEWEST * layers[0].inputs:
             self.notes |= dict.fromkeys(paths, f"plainly rounded: the text gave it {sums.rows} rows")
             return [gptq.plain(*each) for each in zip(matrices, forms, strict=True)]
-        solutions = gptq.solve(_targets(matrices, sums), forms, Inputs(sums.hessian()))
+        solutions = gptq.solve(_targets(matrices, sums), forms, inputs_of(sums.hessian()))
         self.notes |= {path: one.note for path, one in zip(paths, solutions, strict=True) if one.note}
         return solutions
 
@@ -272,18 +273,19 @@ class Compression:
         return found
 
 
-def _targets(matrices: list[np.ndarray], sums: _Sums) -> list[np.ndarray]:
+def _targets(matrices: list[Any], sums: _Sums) -> list[Any]:
     """Matrices (outputs, inputs) moved towards the source's outputs, if that is nearer on texts held out."""
     if not (sums.fitted.rows and sums.held_out.rows):
         return matrices
-    fitted = Inputs(*sums.fitted.host(), alpha=ALPHA)
+    fitted = inputs_of(*sums.fitted.sums(on_device()), alpha=ALPHA)
     if not fitted.are_finite:
         return matrices
-    w = np.concatenate(matrices)
+    w = joined(matrices, 0)
     moved = fitted.moved(w)
-    if not gained(w, moved - w, *sums.held_out.host()) > 0:
+    if not gained(w, moved - w, *sums.held_out.sums(on_device())) > 0:
         return matrices
-    return np.split(moved, np.cumsum([len(one) for one in matrices])[:-1])
+    ends = itertools.accumulate(len(one) for one in matrices)
+    return [moved[end - len(one) : end] for one, end in zip(matrices, ends, strict=True)]
 
 
 def lines(notes: Mapping[str, str]) -> list[str]:

@@ -29,6 +29,7 @@ from spqt_cli.decode.layers import zigzag_layers
 from spqt_cli.errors import ResourceError, SpqtError, UnsupportedError
 from spqt_cli.fit import cost, distill, own_text, text
 from spqt_cli.fit.compress import Compression, lines
+from spqt_cli.fit.hessian_gpu import ask_for_float32
 from spqt_cli.fit.options import ROUNDED_ON, FitOptions
 from spqt_cli.fit.source_blocks import SourceBlocks
 from spqt_cli.fit.store import Store
@@ -134,6 +135,7 @@ class _Fit:
         job: dict[str, Any],
         on_progress: OnProgress,
     ) -> None:
+        ask_for_float32()
         self._output, self._checkpoint, self._options = output, checkpoint, options
         self._on_progress, self._started = on_progress, time.monotonic()
         data = None if options.data is None else texts.read(options.data).sha256

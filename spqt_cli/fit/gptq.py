@@ -7,6 +7,7 @@ towards what, compensate.py rounds, `format.layout` packs.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -16,9 +17,10 @@ from spqt_cli.convert.encode import NotFinite
 from spqt_cli.errors import BackendError, SpqtError
 from spqt_cli.fit import compensate
 from spqt_cli.fit.hessian import Inputs
+from spqt_cli.fit.products import joined
 from spqt_cli.format import layout
 
-Rounder = Callable[[np.ndarray, np.ndarray, int, int, mx.Dtype], tuple[np.ndarray, np.ndarray, np.ndarray]]
+Rounder = Callable[[Any, np.ndarray, int, int, mx.Dtype], tuple[np.ndarray, np.ndarray, np.ndarray]]
 
 CHECKED = 100  # channels of the problem that a kernel is checked by
 AGREE, TIPPED = 1e-3, 0.1  # relative difference of a value, and the part of values that may be beyond it
@@ -47,14 +49,14 @@ class Form:
     dtype: mx.Dtype
 
 
-def solve(matrices: Sequence[np.ndarray], forms: Sequence[Form], inputs: Inputs) -> list[Solution]:
+def solve(matrices: Sequence[Any], forms: Sequence[Form], inputs: Inputs) -> list[Solution]:
     """Matrices of the same inputs, rounded so that their products with them change least.
 
-    matrices: (outputs, inputs) float32 each. What does not depend on them is done once, and those of the same
-    bits, group size and dtype are rounded together. Raises NotFinite for a matrix, SpqtError where scales
-    do not fit the dtype.
+    matrices: (outputs, inputs) float32 each, of numpy or of MLX. What does not depend on them is done once,
+    and those of the same bits, group size and dtype are rounded together. Raises NotFinite for a matrix,
+    SpqtError where scales do not fit the dtype.
     """
-    if not all(np.isfinite(w).all() for w in matrices):
+    if not all(mx.isfinite(w).all() if isinstance(w, mx.array) else np.isfinite(w).all() for w in matrices):
         raise NotFinite
     if not inputs.are_finite or inputs.factor is None:
         unfit = inputs.note if inputs.are_finite else "its inputs are not finite"
@@ -74,13 +76,11 @@ def _alike(forms: Sequence[Form]) -> list[list[int]]:
     return list(found.values())
 
 
-def _rounded(
-    matrices: list[np.ndarray], forms: list[Form], inputs: Inputs, factor: np.ndarray
-) -> list[Solution]:
+def _rounded(matrices: list[Any], forms: list[Form], inputs: Inputs, factor: np.ndarray) -> list[Solution]:
     order, one = inputs.order, forms[0]
     columns = [_columns(w, order, one.group_size) for w in matrices]
     ends = np.cumsum([part.shape[1] for part in columns])[:-1]
-    target = columns[0] if len(columns) == 1 else np.concatenate(columns, axis=1)
+    target = joined(columns, 1)
     del columns
     parts = _rounder(one.bits, one.group_size, one.dtype)(target, factor, one.bits, one.group_size, one.dtype)
     back = np.empty_like(order)
@@ -98,7 +98,7 @@ def _rounded(
     return found
 
 
-def _columns(w: np.ndarray, order: np.ndarray, group_size: int) -> np.ndarray:
+def _columns(w: Any, order: np.ndarray, group_size: int) -> Any:
     """Channels first, in that order: (inputs, whole groups of outputs), float32.
 
     A last group that is not full is filled up with its outputs from the first on: they weigh about the same.
@@ -107,6 +107,9 @@ def _columns(w: np.ndarray, order: np.ndarray, group_size: int) -> np.ndarray:
     column = np.arange(-(-outputs // group_size) * group_size)
     first = column[-group_size]
     column[outputs:] = first + (column[outputs:] - first) % (outputs - first)
+    if isinstance(w, mx.array):
+        rows = w if len(column) == outputs else w[mx.array(column)]
+        return mx.contiguous(rows.T[mx.array(order)])
     rows = w if len(column) == outputs else w[column]
     return np.ascontiguousarray(rows.T[order], dtype=np.float32)
 
@@ -158,7 +161,7 @@ def _banded(rows: np.ndarray, bands: int) -> np.ndarray:
     return np.ascontiguousarray(rows.reshape(len(rows), bands, -1).swapaxes(0, 1))
 
 
-def plain(w: np.ndarray, form: Form, note: str = "") -> Solution:
+def plain(w: Any, form: Form, note: str = "") -> Solution:
     """The matrix, (outputs, inputs), rounded weight by weight. Raises SpqtError as `solve`."""
     narrow = mx.array(w).astype(form.dtype)
     weight, scales, biases = layout.quantize(narrow, form.bits, form.group_size, form.band)

@@ -5,6 +5,7 @@ layer's Hessian takes gigabytes.
 """
 
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -44,7 +45,12 @@ class Inputs:
     @cached_property
     def order(self) -> np.ndarray:
         """The channels, those with the largest inputs first: (inputs,) int64."""
-        return np.argsort(-np.diagonal(self.hessian), kind="stable")
+        return np.argsort(-self.diagonal, kind="stable")
+
+    @cached_property
+    def diagonal(self) -> np.ndarray:
+        """Of the Hessian: (inputs,)."""
+        return np.diagonal(self.hessian)
 
     @cached_property
     def factor(self) -> np.ndarray | None:
@@ -53,20 +59,26 @@ class Inputs:
         None where it is not positive definite even with far more damping. A channel that is always zero
         depends on no other.
         """
-        mean = self._mean or 1.0
-        backwards = self.order[::-1]
         for damping in (self.damping * 10**attempt for attempt in range(TRIES)):
-            lower = self.hessian[np.ix_(backwards, backwards)].astype(np.float64)
-            dead = np.diagonal(lower) == 0
-            lower[dead] = lower[:, dead] = 0
-            lower.flat[:: len(lower) + 1] += damping * mean + mean * dead
-            if cholesky(lower):
+            lower = self._unit_lower(self.order[::-1], damping)
+            if lower is not None:
                 if damping != self.damping:
                     self.note = f"damping {damping:g}: with less its Hessian is not positive definite"
-                lower /= np.diagonal(lower).copy()
                 return np.ascontiguousarray(lower[::-1, ::-1], dtype=np.float32)
         self.note = "its Hessian is not positive definite"
         return None
+
+    def _unit_lower(self, order: np.ndarray, damping: float) -> np.ndarray | None:
+        """The lower factor of the damped Hessian in an order, its diagonal at one; None without one."""
+        mean = self.mean or 1.0
+        lower = self.hessian[np.ix_(order, order)].astype(np.float64)
+        dead = np.diagonal(lower) == 0
+        lower[dead] = lower[:, dead] = 0
+        lower.flat[:: len(lower) + 1] += damping * mean + mean * dead
+        if not cholesky(lower):
+            return None
+        lower /= np.diagonal(lower).copy()
+        return lower
 
     def moved(self, w: np.ndarray) -> np.ndarray:
         """W + alpha W D (H + ridge mean I)^-1, the target for inputs X that were to be S; D is `cross`.
@@ -80,20 +92,21 @@ class Inputs:
         return w + np.float32(self.alpha) * change.T.astype(np.float32)
 
     @cached_property
-    def _ridged(self) -> np.ndarray | None:
+    def _ridged(self) -> Any:
         """The lower factor of H + ridge mean I; None where it has none or there are no inputs."""
-        if not self._mean > 0:
+        if not self.mean > 0:
             return None
         lower: np.ndarray = self.hessian.astype(np.float32 if self.ridge >= FLAT else np.float64)
-        lower.flat[:: len(lower) + 1] += self.ridge * self._mean
+        lower.flat[:: len(lower) + 1] += self.ridge * self.mean
         if cholesky(lower):
             return lower
         self.note = "target not moved: its Hessian is not positive definite"
         return None
 
     @cached_property
-    def _mean(self) -> float:
-        return float(np.diagonal(self.hessian).mean(dtype=np.float64))
+    def mean(self) -> float:
+        """Of the Hessian's diagonal."""
+        return float(self.diagonal.mean(dtype=np.float64))
 
 
 def cholesky(a: np.ndarray) -> bool:

@@ -1,5 +1,6 @@
 """Products of many rows and their sums: by numpy's BLAS on the CPU, by MLX on a GPU."""
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -36,8 +37,10 @@ class Gram:
         if not many_rows.on_cpu():
             mx.eval(self._hessian, self._cross)
 
-    def host(self) -> tuple[np.ndarray, np.ndarray]:
-        """Both sums."""
+    def sums(self, on_device: bool) -> tuple[Any, Any]:
+        """Both sums, of MLX where `on_device`, else of numpy."""
+        if on_device:
+            return self._hessian, self._cross
         return np.array(self._hessian, copy=False), np.array(self._cross, copy=False)
 
 
@@ -46,13 +49,23 @@ def product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return a @ b if many_rows.on_cpu() else np.array(mx.array(a) @ mx.array(b), copy=False)
 
 
-def gained(w: np.ndarray, change: np.ndarray, hessian: np.ndarray, cross: np.ndarray) -> float:
+def gained(w: Any, change: Any, hessian: Any, cross: Any) -> float:
     """By how much ||(S - X) W^T||^2 falls where X gets W + change; w, change: (outputs, inputs).
 
-    hessian, cross: the sums of `Gram` over rows of X and S.
+    hessian, cross: the sums of `Gram` over rows of X and S. All of numpy, or all of MLX.
     """
+    if isinstance(w, mx.array):
+        return float(((2 * (w @ cross) - change @ hessian) * change).sum().item())
     found = 2 * product(w, cross) - product(change, hessian)
     return float((found * change).sum(dtype=np.float64))
+
+
+def joined(matrices: Sequence[Any], axis: int) -> Any:
+    """Matrices of numpy, or of MLX, as one."""
+    if len(matrices) == 1:
+        return matrices[0]
+    whole = mx.concatenate if isinstance(matrices[0], mx.array) else np.concatenate
+    return whole(list(matrices), axis=axis)
 
 
 def masked(x: mx.array, steps: slice, threshold: float) -> mx.array:

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from spqt_cli.convert import source_model
-from spqt_cli.decode import session
+from spqt_cli.decode import hooks_cpu, session
 from spqt_cli.errors import BusyError, SpqtError, UsageError
 from spqt_cli.fit import compress, fit
 from spqt_cli.fit.options import FitOptions
 from spqt_cli.format.folder import Folder
-from spqt_cli.measure import probes, scoring
+from spqt_cli.measure import many_rows, probes, scoring
 from tests.conftest import tiny_checkpoint
 from tests.lib.converting import OPTIONS, Stop, config_of, contents, leftovers
 
@@ -55,6 +55,15 @@ def test_nearer_to_the_source_than_rounding(result, checkpoint, converted):
     assert result.conversion is not None
     assert result.layers == len(Folder(result.output).layers)
     assert "fitted (gptq) on 8 texts" in result.summary()
+
+
+def test_by_mlx_as_on_a_gpu(result, checkpoint, converted, tmp_path, monkeypatch):
+    monkeypatch.setattr(many_rows, "on_cpu", lambda: False)
+    for name in ("rms_norm", "rope"):
+        monkeypatch.setattr(mx.fast, name, hooks_cpu.STOCK[name])
+    there = fitted(checkpoint, tmp_path / "model").output
+    rounded, host, device = divergence(checkpoint, converted, result.output, there)
+    assert device < 1.1 * host < rounded  # the text that it draws is another
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,11 @@ import pytest
 from spqt_cli.backends import cpu
 from spqt_cli.convert.encode import NotFinite
 from spqt_cli.errors import SpqtError
-from spqt_cli.fit import gptq, grid
+from spqt_cli.fit import gptq, grid, hessian_gpu
 from spqt_cli.fit.hessian import Inputs, cholesky, substitute
+from spqt_cli.fit.hessian_gpu import DeviceInputs
 from spqt_cli.format import layout
+from spqt_cli.measure import many_rows
 
 DTYPES = (mx.float16, mx.bfloat16, mx.float32)
 
@@ -28,9 +30,17 @@ def matrix(outputs, inputs, seed=1, size=0.05):
     return (np.random.default_rng(seed).normal(size=(outputs, inputs)) * size).astype(np.float32)
 
 
-def solve(w, hessian, bits=4, group_size=64, dtype=mx.float16, band=None, **more):
+@pytest.fixture(params=[Inputs, DeviceInputs], ids=["host", "device"])
+def kind(request):
+    return request.param
+
+
+def solve(w, hessian, bits=4, group_size=64, dtype=mx.float16, *, band=None, kind=Inputs, **more):
     form = gptq.Form(bits, group_size, band or layout.band_of(len(w), group_size), dtype)
-    inputs = Inputs(hessian, **more)
+    if kind is DeviceInputs:
+        w, hessian = mx.array(w), mx.array(hessian.astype(np.float32))
+        more |= {"cross": mx.array(more["cross"])} if "cross" in more else {}
+    inputs = kind(hessian, **more)
     target = inputs.moved(w) if inputs.are_finite else w
     return gptq.solve([target], [form], inputs)[0]
 
@@ -97,28 +107,28 @@ def textbook(w, hessian, order):
 
 
 @pytest.mark.parametrize("inputs", [1, 63, 130])
-def test_equals_the_textbook_with_the_inverse(inputs):
+def test_equals_the_textbook_with_the_inverse(inputs, kind):
     x, w = inputs_of(inputs, 300), matrix(128, inputs)
     hessian = x.T @ x
     order = np.argsort(-np.diagonal(hessian), kind="stable")
     want = textbook(w, hessian, order)
-    got = decoded(solve(w, hessian), 128)
+    got = decoded(solve(w, hessian, kind=kind), 128)
     # float32 sums beside float64's tip a code over now and then, and what comes after goes another way
     assert (np.abs(want - got) < 1e-6).mean() > 0.98
     assert error(w, got, hessian) == pytest.approx(error(w, want, hessian), rel=0.01)
 
 
-def test_error_is_least_by_the_damped_hessian():
+def test_error_is_least_by_the_damped_hessian(kind):
     """It rounds for the damped Hessian: other dampings do worse by it."""
     x, w = inputs_of(96, 50), matrix(64, 96)
     hessian = (x.T @ x).astype(np.float64)
     damped = hessian + 0.01 * np.diagonal(hessian).mean() * np.eye(96)
-    best = error(w, decoded(solve(w, hessian), 64), damped)
+    best = error(w, decoded(solve(w, hessian, kind=kind), 64), damped)
     for other in (0.001, 0.1, 1.0):
-        assert best < 1.02 * error(w, decoded(solve(w, hessian, damping=other), 64), damped)
+        assert best < 1.02 * error(w, decoded(solve(w, hessian, damping=other, kind=kind), 64), damped)
 
 
-def test_target_moves_to_what_makes_up_for_other_inputs():
+def test_target_moves_to_what_makes_up_for_other_inputs(kind):
     """S = X + X A, and alpha 1: products with X come near those of S with the matrix before."""
     rng = np.random.default_rng(5)
     x, w = inputs_of(80, 2000), matrix(64, 80)
@@ -130,60 +140,60 @@ def test_target_moves_to_what_makes_up_for_other_inputs():
 
     cross = (source - x).T @ x
     still, half, all_of_it = (
-        off(solve(w, x.T @ x, 8, cross=cross, alpha=alpha, ridge=1e-6)) for alpha in (0, 0.5, 1)
+        off(solve(w, x.T @ x, 8, cross=cross, alpha=alpha, ridge=1e-6, kind=kind)) for alpha in (0, 0.5, 1)
     )
     assert still > 0.05
     assert half == pytest.approx(still / 2, rel=0.05)
     assert all_of_it < 0.1 * still
 
 
-def test_fewer_rows_than_inputs():
+def test_fewer_rows_than_inputs(kind):
     x, w = inputs_of(200, 20), matrix(64, 200)
-    assert ratio(w, solve(w, x.T @ x), x.T @ x) < 0.05
+    assert ratio(w, solve(w, x.T @ x, kind=kind), x.T @ x) < 0.05
 
 
-def test_channels_that_are_always_zero_are_rounded_by_themselves():
+def test_channels_that_are_always_zero_are_rounded_by_themselves(kind):
     x, w = inputs_of(70, 300), matrix(64, 70)
     x[:, [3, 50]] = 0
-    solution = solve(w, x.T @ x)
+    solution = solve(w, x.T @ x, kind=kind)
     assert not solution.note
     assert ratio(w, solution, x.T @ x) < 0.25
     got = decoded(solution, 64)[:, [3, 50]]
     alone = grid.search(w[:, [3, 50]].T.reshape(-1, 64), 4, grid.rounding(mx.float16)).values
     np.testing.assert_array_equal(got.T, alone)
-    dead = solve(w, np.zeros((70, 70), np.float32))
+    dead = solve(w, np.zeros((70, 70), np.float32), kind=kind)
     assert not dead.note
     assert np.abs(decoded(dead, 64) - w).max() < 0.05 * np.abs(w).max() * 2
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_inputs_that_are_not_finite(value):
+def test_inputs_that_are_not_finite(value, kind):
     w, hessian = matrix(64, 32), np.eye(32, dtype=np.float32)
     broken = hessian.copy()
     broken[3, 5] = value
-    for found in (solve(w, broken), solve(w, hessian, cross=broken, alpha=0.5)):
+    for found in (solve(w, broken, kind=kind), solve(w, hessian, cross=broken, alpha=0.5, kind=kind)):
         assert same(found, plain(w))
         assert "finite" in found.note
 
 
-def test_damping_grows_until_the_hessian_can_be_factored():
+def test_damping_grows_until_the_hessian_can_be_factored(kind):
     w, hessian = matrix(64, 32), np.eye(32, dtype=np.float32)
     hessian[0, 1] = hessian[1, 0] = 1.5  # eigenvalue -0.5: needs a damping of 0.5
-    found = solve(w, hessian)
+    found = solve(w, hessian, kind=kind)
     assert "damping 1:" in found.note
     assert not same(found, plain(w))
     hessian[0, 1] = hessian[1, 0] = 50
-    hopeless = solve(w, hessian)
+    hopeless = solve(w, hessian, kind=kind)
     assert "positive definite" in hopeless.note
     assert same(hopeless, plain(w))
 
 
 @pytest.mark.parametrize("value", [np.nan, -np.inf])
-def test_weights_that_are_not_finite(value):
+def test_weights_that_are_not_finite(value, kind):
     w = matrix(64, 32)
     w[1, 2] = value
     with pytest.raises(NotFinite):
-        solve(w, np.eye(32, dtype=np.float32))
+        solve(w, np.eye(32, dtype=np.float32), kind=kind)
 
 
 def test_scales_that_do_not_fit():
@@ -278,11 +288,37 @@ def test_factor_and_solution_of_a_large_matrix(size):
     np.testing.assert_allclose(a @ found, b, atol=1e-8)
 
 
+@pytest.mark.parametrize("size", [1, 512, 1300])
+def test_factor_and_solution_on_a_device(size):
+    """In float32, with a damping as in use: the factor is that of a matrix that is as good as the same."""
+    x = inputs_of(size, size // 3 + 1).astype(np.float64)
+    a = x.T @ x
+    a += 0.01 * np.diagonal(a).mean() * np.eye(size)
+    b = np.random.default_rng(0).normal(size=(size, 3))
+    lower, inverses = hessian_gpu.cholesky(mx.array(a.astype(np.float32)))
+    found = np.array(lower).astype(np.float64)
+    assert not np.triu(found, 1).any()
+    np.testing.assert_allclose(found @ found.T, a, atol=2e-6 * np.abs(a).max())
+    ridged = a + np.diagonal(a).mean() * np.eye(size)
+    lower, inverses = hessian_gpu.cholesky(mx.array(ridged.astype(np.float32)))
+    there = np.array(hessian_gpu.substitute(lower, inverses, mx.array(b.astype(np.float32))))
+    np.testing.assert_allclose(ridged @ there, b, atol=1e-3)
+    assert hessian_gpu.cholesky(mx.array((a - 2 * a[0, 0] * np.eye(size)).astype(np.float32))) is None
+
+
+def test_products_that_are_not_of_float32_keep_the_work_on_the_host(monkeypatch):
+    monkeypatch.setattr(many_rows, "on_cpu", lambda: False)
+    assert hessian_gpu.on_device()
+    monkeypatch.setattr(hessian_gpu, "are_exact", lambda: False)
+    assert not hessian_gpu.on_device()
+
+
 @pytest.mark.parametrize("ridge", [0.01, 0.1, 1.0])
-def test_moved_target_solves_its_equation(ridge):
+def test_moved_target_solves_its_equation(ridge, kind):
     x, more, w = inputs_of(300, 600), inputs_of(300, 600, seed=9), matrix(20, 300)
     hessian, cross = x.T @ x, (more - x).T @ x
-    moved = Inputs(hessian, cross, alpha=0.5, ridge=ridge).moved(w)
+    of = mx.array if kind is DeviceInputs else np.array
+    moved = np.array(kind(of(hessian), of(cross), alpha=0.5, ridge=ridge).moved(of(w)))
     ridged = hessian + ridge * np.diagonal(hessian).mean() * np.eye(300)
     want = w + 0.5 * np.linalg.solve(ridged, (w.astype(np.float64) @ cross).T).T
     np.testing.assert_allclose(moved, want, atol=1e-3 * np.abs(want).max())

@@ -4,6 +4,7 @@
 """
 
 from functools import cache
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -17,11 +18,12 @@ TYPES = {mx.float16: "float16_t", mx.bfloat16: "bfloat16_t", mx.float32: "float"
 
 
 def compensate(
-    target: np.ndarray, factor: np.ndarray, bits: int, group_size: int, dtype: mx.Dtype
+    target: Any, factor: np.ndarray, bits: int, group_size: int, dtype: mx.Dtype
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """codes (inputs, columns) uint8; scales, biases (inputs, groups) float32, rounded to dtype.
 
-    target: (inputs, columns); factor: (inputs, inputs), unit upper triangular; float32, in one order.
+    target: (inputs, columns), of numpy or MLX; factor: (inputs, inputs), unit upper triangular; float32, in
+    one order.
     """
     inputs, columns = target.shape
     groups = columns // group_size
