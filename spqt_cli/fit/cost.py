@@ -15,6 +15,11 @@ WRITING = 5.0  # one token of every text at a time
 SOLVING = 6.0  # factors, and rounding channel by channel
 TRAINING = 3.0  # steps of the training
 TIMED = 0.2  # seconds
+# What a GPU waits for its host, in seconds, on an H200: Gemma-3-270M, Qwen2.5-Coder-1.5B and 8B shapes
+HOST_ROUNDING = 1e-7  # each fitted weight
+HOST_WRITING = 2.5e-4  # each layer and step
+HOST_TRAINING = 1e-5  # each layer and trained token
+STEPS = 512  # of writing: all texts take them together
 
 
 def seconds(
@@ -33,7 +38,10 @@ def seconds(
     training = (8 * fitted + 6 * (weights - fitted)) * trained_on  # blocks run twice forwards, once backwards
     operations = PASSES * (passing + summing) + WRITING * 2 * weights * own + SOLVING * solving
     operations += TRAINING * training
-    return operations / speed()
+    waiting = 0.0
+    if not many_rows.on_cpu():
+        waiting = HOST_ROUNDING * fitted + len(shapes) * (HOST_TRAINING * trained_on + HOST_WRITING * STEPS)
+    return operations / speed() + waiting
 
 
 def speed() -> float:
