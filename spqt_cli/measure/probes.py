@@ -6,6 +6,7 @@ of a window runs dense, as in generation. It knows nothing of text, methods or f
 """
 
 import copy
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
@@ -263,10 +264,14 @@ def hooked(modules: Iterable[nn.Module], hook: Callable[..., Any]) -> Iterator[N
     kinds: set[Any] = {type(module) for module in known.values()}  # classes whose calls are replaced
 
     def through(call: Callable[..., Any]) -> Callable[..., Any]:
-        def ask(module: nn.Module, x: mx.array, *rest: Any, **named: Any) -> Any:
+        first = list(inspect.signature(call).parameters)[1]
+
+        def ask(module: nn.Module, *given: Any, **named: Any) -> Any:
             if id(module) not in known:
-                return call(module, x, *rest, **named)
-            return hook(module, call, x, *rest, **named)
+                return call(module, *given, **named)
+            if first in named:  # GPT-J's blocks get their input by name
+                given = (named.pop(first), *given)
+            return hook(module, call, *given, **named)
 
         return ask
 

@@ -23,6 +23,7 @@ from spqt_cli.calibrate import calibrate
 from spqt_cli.convert import convert
 from spqt_cli.decode import generate, hooks_cpu, layers, phase, session
 from spqt_cli.decode.options import Options, Prompt, Sampling
+from spqt_cli.fit import fit
 from spqt_cli.format import config_json, contract, layout
 from tests.conftest import write_tokenizer
 from tests.lib import architecture_configs
@@ -41,6 +42,7 @@ class Row:
     """What became of one architecture. zigzag: share of the written bytes, percent. gradients: whether layers
     were priced by them. unreached: layers that the text never reached. zeros: layers with exact zeros among
     their inputs. dense, sparse: the largest difference from the definition, relative to the largest logit.
+    fitted: layers that `--fit gptq` rounds for their inputs; at_once: with all blocks in memory.
     left_out: why it has no other figures; failed: what went wrong.
     """
 
@@ -52,21 +54,26 @@ class Row:
     zeros: int = 0
     dense: float = 0.0
     sparse: float = 0.0
+    fitted: int = 0
+    at_once: bool = False
     left_out: str = ""
     failed: str = ""
 
     def cells(self) -> list[str]:
         """The row as the page shows it: nothing that changes from machine to machine."""
         if why := self.failed or self.left_out:
-            return [self.name, "", "", "", "", "", "", "", why]
+            return [self.name, "", "", "", "", "", "", "", "", why]
         fits = ("yes" if found <= RELATIVE else "**no**" for found in (self.dense, self.sparse))
         method = "gradient, uniform" if self.gradients else "uniform: no gradients"
         counts = (str(count or "") for count in (self.unreached, self.zeros))
-        return [self.name, str(self.layers), f"{self.zigzag} %", method, *counts, *fits, ""]
+        fitted = f"{self.fitted}{', at once' * self.at_once}"
+        return [self.name, str(self.layers), f"{self.zigzag} %", method, *counts, *fits, fitted, ""]
 
     @property
     def right(self) -> bool:
-        return not self.failed and max(self.dense, self.sparse) <= RELATIVE
+        if self.failed:
+            return False
+        return bool(self.left_out) or (self.fitted > 0 and max(self.dense, self.sparse) <= RELATIVE)
 
 
 # Not to be had on every machine or not of this kind: reasons, and what they are told by.
@@ -113,7 +120,19 @@ def _measured(name: str, folder: Path, window: int) -> Row:
     }
     row.dense = _difference(converted, dict.fromkeys(thresholds))
     row.sparse = _difference(converted, thresholds)
+    row.fitted, row.at_once = _fitted(folder, window)
     return row
+
+
+def _fitted(folder: Path, window: int) -> tuple[int, bool]:
+    """Of a model that is fitted and runs: layers that were, and whether all blocks were in memory."""
+    output = folder / "fitted"
+    options = fit.FitOptions(own=4, window=window)
+    wishes = convert.ConvertOptions(group_size=32)
+    found = fit.convert_fitted(str(folder / "source"), output, wishes, options, lambda *_: None)
+    _generates(output)
+    plainly = sum(int(note.split()[0]) for note in found.notes if "plainly rounded" in note)
+    return found.layers - plainly, any("all were in memory" in note for note in found.notes)
 
 
 def _write_source(name: str, source: Path) -> None:
