@@ -66,9 +66,12 @@ class _Sums:
         return self.fitted.rows + self.held_out.rows
 
     def hessian(self) -> Any:
-        """X^T X over all texts."""
-        seen = [part.sums(on_device())[0] for part in (self.fitted, self.held_out) if part.rows]
-        return seen[0] if len(seen) == 1 else seen[0] + seen[1]
+        """X^T X over all texts. The sums are given up: the factorization takes their room."""
+        parts = [part for part in (self.fitted, self.held_out) if part.rows]
+        whole = parts[0].give_up(on_device())
+        for part in parts[1:]:
+            whole += part.give_up(on_device())
+        return whole
 
 
 class Compression:
@@ -247,7 +250,9 @@ class Compression:
         if sums.rows < FEWEST * layers[0].inputs:
             self.notes |= dict.fromkeys(paths, f"plainly rounded: the text gave it {sums.rows} rows")
             return [gptq.plain(*each) for each in zip(matrices, forms, strict=True)]
-        solutions = gptq.solve(_targets(matrices, sums), forms, inputs_of(sums.hessian()))
+        targets = _targets(matrices, sums)
+        del matrices
+        solutions = gptq.solve(targets, forms, inputs_of(sums.hessian()))
         self.notes |= {path: one.note for path, one in zip(paths, solutions, strict=True) if one.note}
         return solutions
 

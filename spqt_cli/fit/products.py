@@ -43,6 +43,12 @@ class Gram:
             return self._hessian, self._cross
         return np.array(self._hessian, copy=False), np.array(self._cross, copy=False)
 
+    def give_up(self, on_device: bool) -> Any:
+        """X^T X, which may be changed; nothing is kept."""
+        hessian, _ = self.sums(on_device)
+        self._hessian = self._cross = None
+        return hessian if on_device else np.require(hessian, requirements="W")
+
 
 def product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """a @ b of two large float32 matrices."""
