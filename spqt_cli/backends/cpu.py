@@ -195,9 +195,8 @@ def compensate(
     """
     inputs, columns = target.shape
     groups = columns // group_size
-    errors = (
-        np.asarray(target).reshape(inputs, groups, group_size).swapaxes(0, 1).copy()
-    )  # it is written over
+    # targets first, then written over by errors
+    errors = np.asarray(target).reshape(inputs, groups, group_size).swapaxes(0, 1).copy()
     codes = np.empty(errors.shape, np.uint8)
     scales, biases = np.empty((2, groups, inputs), np.float32)
     kind = (mx.float32, mx.float16, mx.bfloat16).index(dtype)

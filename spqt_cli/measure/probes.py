@@ -6,6 +6,7 @@ of a window runs dense, as in generation. It knows nothing of text, methods or f
 """
 
 import copy
+import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -266,6 +267,7 @@ def hooked(modules: Iterable[nn.Module], hook: Callable[..., Any]) -> Iterator[N
     def through(call: Callable[..., Any]) -> Callable[..., Any]:
         first = list(inspect.signature(call).parameters)[1]
 
+        @functools.wraps(call)  # a hook inside this block asks for the signature again
         def ask(module: nn.Module, *given: Any, **named: Any) -> Any:
             if id(module) not in known:
                 return call(module, *given, **named)

@@ -5,6 +5,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx import nn
 
 from spqt_cli.calibrate import calibrate
 from spqt_cli.convert import convert
@@ -71,3 +72,23 @@ def test_a_context_that_fails_leaves_nothing_set(folder):
         with harness.counting() as counts:
             mx.eval(loaded.model(tokens))
         assert counts["model.layers.0.mlp.up_proj"].sum() == tokens.size * seen  # of this pass alone
+
+
+class ByName(nn.Module):
+    def __call__(self, inputs, scale=1):
+        return inputs * scale
+
+
+def test_hooks_see_an_input_that_is_given_by_name():
+    """GPT-J calls its blocks so; a hook inside another's block sees it too."""
+    module, seen = ByName(), []
+
+    def hook(of, call, x, *rest, **named):
+        seen.append((x.item(), rest, named))
+        return call(of, x, *rest, **named)
+
+    with probes.hooked([module], hook), probes.hooked([module], hook):
+        assert module(inputs=mx.array(3), scale=2).item() == 6
+        assert module(mx.array(4), 5).item() == 20
+    assert seen == [(3, (), {"scale": 2})] * 2 + [(4, (5,), {})] * 2
+    assert module(inputs=mx.array(3)).item() == 3
