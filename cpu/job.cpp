@@ -12,23 +12,31 @@ namespace mx = mlx::core;
 namespace {
 
 constexpr int MAX_STRIPES = 8;
-constexpr size_t STRIPE_BYTES = 32 * 1024;  // of active weights; below it a task's own cost shows
+constexpr size_t STRIPE_BYTES = 32 * 1024;  // of weights; below it a task's own cost shows
 
 using Shape = ProjectionShape;
+
+// Rows that pass through the kernel together: `rows` of them, padded with zeros to what the kernel takes.
+struct List {
+  Input input;  // of the first row
+  int64_t row_stride;
+  int rows, padded;
+  int32_t* channel;
+  float* x;
+  float* row_x;  // room for one row's own list, where there are several
+  int32_t* row_channel;
+  uint32_t* active;  // of the first row, or nullptr
+  const uint32_t* before;
+  int count;
+};
 
 struct TileOf {
   Tile tile;
   Output out;
-  int projection;
-  float* partials;
+  int64_t y_stride;  // bytes from row to row
+  int list;
+  float* partials;  // of each row `stripes` results
   int stripes;
-};
-
-struct List {
-  Input input;
-  int32_t* channel;
-  float* x;
-  int count;
 };
 
 struct Task {
@@ -39,60 +47,91 @@ struct Task {
 
 struct Job {
   Scratch memory;
-  std::vector<List> lists;      // per projection
+  std::vector<List> lists;      // by projection, then by rows
   std::vector<TileOf> tiles;
   std::vector<std::atomic<int>> missing;  // by tile, stripes not yet summed: the last one finishes the tile
-  std::vector<Task> tasks;      // room for all stripes is reserved when the job is made
-  Counts counts;
+  std::vector<Task> tasks;
 };
 
 namespace {
+
+// Where the channels from a border on begin in a list: stripes are cut by channels, so that a row's sums are
+// the same whatever other rows need.
+int position(const List& list, int inputs, int stripe, int stripes) {
+  const int border = (int64_t)inputs * stripe / stripes;
+  return std::lower_bound(list.channel, list.channel + list.count, border) - list.channel;
+}
 
 void run_task(void* context, int index) {
   Job& job = *static_cast<Job*>(context);
   Task task = job.tasks[index];
   TileOf& t = job.tiles[task.tile];
-  const List& list = job.lists[t.projection];
-  int first = (int64_t)list.count * task.stripe / t.stripes;
-  int last = (int64_t)list.count * (task.stripe + 1) / t.stripes;
-  size_t size = partial_size(t.tile.groups, t.tile.group_size);
-  kernels().gemv(t.tile, {list.channel + first, list.x + first, last - first}, t.partials + task.stripe * size);
-  if (job.missing[task.tile].fetch_sub(1, std::memory_order_acq_rel) == 1)
-    kernels().finish(t.tile, t.partials, t.stripes, t.out);
+  const List& list = job.lists[t.list];
+  const int first = position(list, list.input.inputs, task.stripe, t.stripes);
+  const int last = position(list, list.input.inputs, task.stripe + 1, t.stripes);
+  const size_t size = partial_size(t.tile.groups, t.tile.group_size);
+  kernels().gemv(t.tile, {list.channel + first, list.x + (int64_t)first * list.padded, last - first, list.padded,
+                          t.stripes * size}, t.partials + task.stripe * size);
+  if (job.missing[task.tile].fetch_sub(1, std::memory_order_acq_rel) != 1) return;
+  Output out = t.out;
+  for (int r = 0; r < list.rows; ++r) {
+    kernels().finish(t.tile, t.partials + r * t.stripes * size, t.stripes, out);
+    out.y = static_cast<uint8_t*>(out.y) + t.y_stride;
+  }
+}
+
+// The channels that any row needs, and what each row has there.
+void collect(List& list) {
+  if (list.padded == 1) {
+    list.count = kernels().collect(list.input, list.channel, list.x);
+    if (list.active) *list.active = (list.before ? *list.before : 0) + list.count;
+    return;
+  }
+  const int inputs = list.input.inputs, padded = list.padded;
+  std::fill_n(list.x, (size_t)inputs * padded, 0.0f);
+  std::fill_n(list.channel, inputs, 0);
+  Input row = list.input;
+  for (int r = 0; r < list.rows; ++r) {
+    const int count = kernels().collect(row, list.row_channel, list.row_x);
+    for (int i = 0; i < count; ++i) {
+      const int k = list.row_channel[i];
+      list.x[(size_t)k * padded + r] = list.row_x[i];
+      list.channel[k] = 1;
+    }
+    if (list.active) list.active[r] = (list.before ? list.before[r] : 0) + count;
+    row.x = static_cast<const uint8_t*>(row.x) + list.row_stride;
+  }
+  list.count = 0;
+  for (int k = 0; k < inputs; ++k) {
+    const bool needed = list.channel[k];
+    list.channel[list.count] = k;
+    std::copy_n(list.x + (size_t)k * padded, padded, list.x + (size_t)list.count * padded);
+    list.count += needed;
+  }
 }
 
 }  // namespace
 
 void run_job(Job& job) {
   job.memory.start();
-  for (size_t p = 0; p < job.lists.size(); ++p) {
-    List& list = job.lists[p];
-    list.count = kernels().collect(list.input, list.channel, list.x);
-    job.counts.active[p] = (job.counts.before ? job.counts.before[p] : 0) + list.count;
-  }
-  for (size_t i = 0; i < job.tiles.size(); ++i) {
-    TileOf& t = job.tiles[i];
-    size_t chunk = (size_t)t.tile.groups * t.tile.group_size * t.tile.bits / 8;
-    t.stripes = std::clamp<size_t>(chunk * job.lists[t.projection].count / STRIPE_BYTES, 1, MAX_STRIPES);
-    job.missing[i] = t.stripes;
-    for (int s = 0; s < t.stripes; ++s) job.tasks.push_back({(int)i, s});
-  }
+  for (List& list : job.lists) collect(list);
+  for (size_t i = 0; i < job.tiles.size(); ++i) job.missing[i] = job.tiles[i].stripes;
   parallel(job.tasks.size(), run_task, &job);
 }
 
 namespace {
 
-// The tiles of one projection: whole groups of one band, at most TILE outputs, near-equal in width.
+// The tiles of one projection: whole groups of one band, at most `widest` outputs, near-equal in width.
 struct Cut {
   int band, first_group, groups, outputs;
 };
 
-std::vector<Cut> cut(int outputs, int band, int group_size) {
+std::vector<Cut> cut(int outputs, int band, int group_size, int widest) {
   constexpr int EVEN = 256;  // outputs: parts begin on a cache line and on a whole column
   std::vector<Cut> cuts;
   for (int b = 0; b * band < outputs; ++b) {
     int here = std::min(band, outputs - b * band);
-    int parts = (here + TILE - 1) / TILE;
+    int parts = (here + widest - 1) / widest;
     int width = parts == 1 ? here : ((here + parts - 1) / parts + EVEN - 1) / EVEN * EVEN;
     for (int first = 0; first < here; first += width) {
       int some = std::min(width, here - first);
@@ -102,14 +141,29 @@ std::vector<Cut> cut(int outputs, int band, int group_size) {
   return cuts;
 }
 
-List list_of(const Shape& s, const Row& x, const Arrays& in, size_t at) {
-  const mx::array* threshold = s.has_threshold ? &in[at + 3] : nullptr;
-  Input input{x.data, x.type, x.stride, in[at].shape(1), threshold ? threshold->data<float>() : nullptr,
-              threshold && threshold->size() > 1};
-  return {input, nullptr, nullptr, 0};
+// Of a tile, by the matrix alone and not by the rows: as one row wants them.
+int stripes_of(const Shape& s, const mx::array& weight, int band) {
+  const int width = weight.shape(2) * 32 / s.bits, here = std::min(width, s.outputs - band * width);
+  const int parts = (here + TILE - 1) / TILE;
+  return std::clamp<size_t>((size_t)here / parts * s.bits / 8 * weight.shape(1) / STRIPE_BYTES, 1, MAX_STRIPES);
 }
 
-TileOf tile_of(const Shape& s, const Cut& c, const Arrays& in, size_t at, const Place& y) {
+int padded_to(int rows) { return rows > 4 ? FEW_ROWS : rows > 2 ? 4 : rows; }
+
+List list_of(const Shape& s, const Row& x, int first, int padded, const Arrays& in, size_t at) {
+  const mx::array* threshold = s.has_threshold ? &in[at + 3] : nullptr;
+  const int inputs = in[at].shape(1);
+  const int64_t row_stride = (int64_t)inputs * (x.type == FLOAT32 ? 4 : 2);
+  List list{};
+  list.input = {static_cast<const uint8_t*>(x.data) + first * row_stride, x.type, x.stride, inputs,
+                threshold ? threshold->data<float>() : nullptr, threshold && threshold->size() > 1};
+  list.row_stride = row_stride;
+  list.rows = std::min(padded, x.rows - first);
+  list.padded = padded;
+  return list;
+}
+
+TileOf tile_of(const Shape& s, const Cut& c, const Arrays& in, size_t at, const Place& y, int y_row) {
   const mx::array &weight = in[at], &scales = in[at + 1], &biases = in[at + 2];
   const mx::array* bias = s.has_bias ? &in[at + 3 + s.has_threshold] : nullptr;
   const size_t code_stride = weight.shape(2) * 4, scale_stride = scales.shape(2);
@@ -117,11 +171,14 @@ TileOf tile_of(const Shape& s, const Cut& c, const Arrays& in, size_t at, const 
   const size_t codes = row * code_stride + (size_t)c.first_group * s.group_size * s.bits / 8;
   const size_t group = (row * scale_stride + c.first_group) * scales.itemsize();
   const int first = (c.band * (int)scale_stride + c.first_group) * s.group_size;
+  const int width = y.type == FLOAT32 ? 4 : 2;
   TileOf t;
   t.tile = {weight.data<uint8_t>() + codes, code_stride, scales.data<uint8_t>() + group,
             biases.data<uint8_t>() + group, scale_stride, type_of(scales), c.groups, s.group_size, s.bits};
-  t.out = {static_cast<uint8_t*>(y.data) + first * (y.type == FLOAT32 ? 4 : 2), y.type, c.outputs,
+  t.y_stride = (int64_t)s.outputs * width;
+  t.out = {static_cast<uint8_t*>(y.data) + y_row * t.y_stride + (int64_t)first * width, y.type, c.outputs,
            bias ? bias->data<uint8_t>() + first * bias->itemsize() : nullptr, bias ? type_of(*bias) : FLOAT32};
+  t.stripes = stripes_of(s, weight, c.band);
   return t;
 }
 
@@ -131,35 +188,49 @@ size_t after(const Shape& s, size_t at) { return at + 3 + s.has_threshold + s.ha
 
 Row row_of(const mx::array& x) { return {x.data<void>(), type_of(x), x.strides(-1)}; }
 
+Row rows_of(const mx::array& x) { return {x.data<void>(), type_of(x), 1, (int)(x.size() / x.shape(-1))}; }
+
 std::shared_ptr<Job> plan(const std::vector<Shape>& shapes, const Row& x, const Operands& operands,
                           const std::vector<Place>& y, const Counts& counts, mx::Stream stream) {
   const Arrays& in = operands.arrays;
+  const int padded = padded_to(x.rows), parts = (x.rows + padded - 1) / padded;
   const size_t room = ((size_t)in[operands.at].shape(1) + PADDING - 1) / PADDING * PADDING;  // sums on cache lines
+  const size_t list_room = (1 + padded + (padded > 1 ? 2 : 0)) * room;
   auto job = std::make_shared<Job>();
-  job->counts = counts;
   size_t used = 0;  // floats: lists first, then partial sums
   for (size_t p = 0, at = operands.at; p < shapes.size(); at = after(shapes[p++], at)) {
     const Shape& s = shapes[p];
-    job->lists.push_back(list_of(s, x, in, at));
-    used += 2 * room;
-    for (const Cut& c : cut(s.outputs, in[at + 1].shape(2) * s.group_size, s.group_size)) {
-      job->tiles.push_back(tile_of(s, c, in, at, y[p]));
-      job->tiles.back().projection = p;
-      used += MAX_STRIPES * partial_size(c.groups, s.group_size);
+    for (int part = 0; part < parts; ++part, used += list_room) {
+      List list = list_of(s, x, part * padded, padded, in, at);
+      const size_t place = p * x.rows + part * padded;
+      if (counts.active) list.active = counts.active + place;
+      if (counts.before) list.before = counts.before + place;
+      job->lists.push_back(list);
+    }
+    for (const Cut& c : cut(s.outputs, in[at + 1].shape(2) * s.group_size, s.group_size, tile_of_rows(padded))) {
+      const int first = job->tiles.size();
+      for (int part = 0; part < parts; ++part) {
+        job->tiles.push_back(tile_of(s, c, in, at, y[p], part * padded));
+        job->tiles.back().list = p * parts + part;
+      }
+      for (int stripe = 0; stripe < job->tiles.back().stripes; ++stripe)
+        for (int part = 0; part < parts; ++part) job->tasks.push_back({first + part, stripe});
     }
   }
+  for (const TileOf& t : job->tiles) used += t.stripes * padded * partial_size(t.tile.groups, t.tile.group_size);
   job->memory = scratch(stream.index, PARTIALS, used);
   float* free = job->memory.get();
   for (List& list : job->lists) {
     list.channel = reinterpret_cast<int32_t*>(free);
     list.x = free + room;
-    free += 2 * room;
+    list.row_x = list.x + padded * room;
+    list.row_channel = reinterpret_cast<int32_t*>(list.row_x + room);
+    free += list_room;
   }
   for (TileOf& t : job->tiles) {
     t.partials = free;
-    free += MAX_STRIPES * partial_size(t.tile.groups, t.tile.group_size);
+    free += t.stripes * padded * partial_size(t.tile.groups, t.tile.group_size);
   }
-  job->tasks.reserve(job->tiles.size() * MAX_STRIPES);
   job->missing = std::vector<std::atomic<int>>(job->tiles.size());
   return job;
 }

@@ -12,19 +12,23 @@ namespace spqt {
 
 using Arrays = std::vector<mlx::core::array>;
 
-// Active channels of each projection: `active` becomes `before`, or zero, and those of this product.
+// Active channels of each projection and row: `active` becomes `before`, or zero, and those of this product.
 struct Counts {
-  uint32_t* active;
+  uint32_t* active;  // (projections, rows), or nullptr: nobody asks
   const uint32_t* before;
 };
 
-// One token's values, `stride` elements apart.
+// The values of some tokens: a row's lie `stride` elements apart, one row after another where there are several.
 struct Row {
   const void* data;
   Type type;
   int64_t stride;
+  int rows = 1;
 };
 Row row_of(const mlx::core::array& x);
+Row rows_of(const mlx::core::array& x);  // x in order
+
+constexpr int MOST_ROWS = 32;  // for which this product is made; beyond, unpacked panels cost less
 
 // Arrays in order; from `at` on, of each projection weight, scales, biases and what it has of threshold and bias.
 struct Operands {
@@ -32,7 +36,7 @@ struct Operands {
   size_t at;
 };
 
-// Where the outputs of one projection go.
+// Where the outputs of one projection go, one row after another.
 struct Place {
   void* data;
   Type type;

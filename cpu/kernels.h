@@ -24,10 +24,15 @@ struct Tile {
 };
 
 struct Active {
-  const int32_t* channel;  // (count,), rising
-  const float* x;          // (count,)
+  const int32_t* channel;  // (count,), rising: what any of the rows needs
+  const float* x;          // (count, rows), 0 where a row skips the channel
   int count;
+  int rows = 1;            // of x: 1, 2, 4 or 8
+  size_t row_stride = 0;   // floats from one row's partial result to the next's
 };
+constexpr int FEW_ROWS = 8;
+// Outputs of one task: sums of all rows are near the core, and runs of a chunk are long.
+constexpr int tile_of_rows(int rows) { return rows == 1 ? TILE : TILE / rows * 2; }
 
 // x as it lies in memory, and what decides which channels are skipped.
 struct Input {
@@ -137,7 +142,7 @@ struct Kernels {
   const char* name;
   // Lists the active channels; returns their number. channel, x: room for `inputs`.
   int (*collect)(const Input&, int32_t* channel, float* x);
-  // partial: the sums over `Active`, in the kernel's own order.
+  // partial: the sums over `Active`, in the kernel's own order; the same bits for a row beside others as alone.
   void (*gemv)(const Tile&, const Active&, float* partial);
   // y from `stripes` partial results that lie partial_size apart; adds them up in the first.
   void (*finish)(const Tile&, float* partials, int stripes, const Output&);
@@ -161,7 +166,7 @@ struct Kernels {
   void (*compensate)(const Compensate&, float* work);
 };
 
-constexpr const char* ISAS[] = {"avx512", "avx2", "baseline"};  // widest first; the last is SSE2 or NEON
+constexpr const char* ISAS[] = {"avx512vnni", "avx512", "avx2", "baseline"};  // widest first; the last is SSE2 or NEON
 
 // The best table for this machine, or the one chosen by use_isa.
 const Kernels& kernels();

@@ -33,24 +33,25 @@ struct WordCodec {
   static constexpr int index(int pass, int v, int lane) { return lane * (32 / BITS) + pass * VECTORS + v; }
   static constexpr int shift(int, int v, int) { return v % PER_HALF * BITS; }
 
-  template <int PASS, class Use>
+  // use(v, codes) for vectors FIRST to FIRST + COUNT - 1
+  template <int PASS, int FIRST = 0, int COUNT = VECTORS, class Use>
   SPQT_INLINE void unpack(const uint8_t* p, Use use) {
-    unpack_words<PASS>(load<vu>(p), use);
+    unpack_words<PASS, FIRST, COUNT>(load<vu>(p), use);
   }
 
-  template <int PASS, class Use>
+  template <int PASS, int FIRST = 0, int COUNT = VECTORS, class Use>
   SPQT_INLINE void unpack_part(const uint8_t* p, int bytes, Use use) {
-    unpack_words<PASS>(load_words(p, bytes / 4), use);
+    unpack_words<PASS, FIRST, COUNT>(load_words(p, bytes / 4), use);
   }
 
-  template <int PASS, class Use>
+  template <int PASS, int FIRST, int COUNT, class Use>
   SPQT_INLINE void unpack_words(vu words, Use use) {
     const uint32_t* masks = word_masks<BITS>.lanes;
 #if defined(__AVX2__) && !defined(__AVX512F__)
     asm("" : "+r"(masks));  // from memory each time: in registers they push out the accumulators
 #endif
     vu high = words >> 16;  // bit 31 must not reach the signed conversion
-    for (int v = 0; v < VECTORS; ++v) {
+    for (int v = FIRST; v < FIRST + COUNT; ++v) {
       vu from = PASS == 1 || v >= PER_HALF ? high : words;
       use(v, to_float(from & load<vu>(masks + v % PER_HALF * LANES)));
     }
@@ -111,23 +112,24 @@ struct ByteCodec {
     return to_float(codes & (vu){(MASK << shift(0, V, LANE))...});
   }
 
-  template <class Use, int... V>
+  template <int FIRST, class Use, int... V>
   SPQT_INLINE void unpack_all(const uint8_t* p, Use use, std::integer_sequence<int, V...>) {
-    (use(V, unpack_vector<V>(p + V / PER_UNIT * 4 * BITS, std::make_integer_sequence<int, LANES * 4>(),
-                             std::make_integer_sequence<int, LANES>())),
+    (use(FIRST + V, unpack_vector<FIRST + V>(p + (FIRST + V) / PER_UNIT * 4 * BITS,
+                                             std::make_integer_sequence<int, LANES * 4>(),
+                                             std::make_integer_sequence<int, LANES>())),
      ...);
   }
 
-  template <int PASS, class Use>
+  template <int PASS, int FIRST = 0, int COUNT = VECTORS, class Use>
   SPQT_INLINE void unpack(const uint8_t* p, Use use) {
-    unpack_all(p, use, std::make_integer_sequence<int, VECTORS>());
+    unpack_all<FIRST>(p, use, std::make_integer_sequence<int, COUNT>());
   }
 
-  template <int PASS, class Use>
+  template <int PASS, int FIRST = 0, int COUNT = VECTORS, class Use>
   SPQT_INLINE void unpack_part(const uint8_t* p, int bytes, Use use) {
     alignas(64) uint8_t whole[COLUMN_BYTES] = {};
     for (int i = 0; i < bytes; i += 4) __builtin_memcpy(whole + i, p + i, 4);
-    unpack<PASS>(whole, use);
+    unpack<PASS, FIRST, COUNT>(whole, use);
   }
 
   template <int GROUP>

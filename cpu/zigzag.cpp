@@ -18,11 +18,12 @@ class SparseGemv : public OnCpu {
 
   // inputs: x, then of each projection weight, scales, biases and what it has of threshold and bias, then counts
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override {
-    const Arrays in = ready(inputs, outputs);
+    const bool one = inputs[0].size() == (size_t)inputs[0].shape(-1);
+    const Arrays in = ready(inputs, outputs, one);  // a row is read by its stride, rows lie in order
     const Counts counts{outputs.back().data<uint32_t>(), counted_ ? in.back().data<uint32_t>() : nullptr};
     std::vector<Place> y;
     for (size_t p = 0; p < shapes_.size(); ++p) y.push_back({outputs[p].data<void>(), type_of(outputs[p])});
-    auto job = plan(shapes_, row_of(in[0]), {in, 1}, y, counts, stream());
+    auto job = plan(shapes_, one ? row_of(in[0]) : rows_of(in[0]), {in, 1}, y, counts, stream());
     mx::cpu::get_command_encoder(stream()).dispatch([job]() { run_job(*job); });
   }
 
@@ -115,6 +116,13 @@ void require_row(const mx::array& x, int inputs) {
   require_inputs(x.shape(-1), inputs);
 }
 
+int require_rows(const mx::array& x, int inputs) {
+  require(x.ndim() > 0 && is_floating(x), "x must be float32, float16 or bfloat16.");
+  require(x.shape(-1) > 0 && x.size() > 0 && x.size() / x.shape(-1) <= MOST_ROWS, "x must be 1 to 32 rows.");
+  require_inputs(x.shape(-1), inputs);
+  return x.size() / x.shape(-1);
+}
+
 void require_float_row(const mx::array& x, int inputs) {
   require_row(x, inputs);
   require(x.dtype() == mx::float32, "x must be float32.");
@@ -131,10 +139,11 @@ SparseStep::SparseStep(const std::vector<Projection>& projections) : inputs_(inp
 }
 
 std::pair<Arrays, mx::array> SparseStep::operator()(const mx::array& x, const std::optional<mx::array>& counted) const {
-  require_row(x, inputs_);
-  std::vector<mx::Shape> shapes(shapes_.size(), x.shape());
-  for (size_t p = 0; p < shapes_.size(); ++p) shapes[p].back() = shapes_[p].outputs;
-  shapes.push_back({(int)shapes_.size()});
+  const int rows = require_rows(x, inputs_), projections = shapes_.size();
+  require(rows == 1 || !counted, "counts go on for one row alone.");
+  std::vector<mx::Shape> shapes(projections, x.shape());
+  for (int p = 0; p < projections; ++p) shapes[p].back() = shapes_[p].outputs;
+  shapes.push_back(rows == 1 ? mx::Shape{projections} : mx::Shape{projections, rows});
   std::vector<mx::Dtype> types(shapes_.size(), x.dtype());
   types.push_back(mx::uint32);
   Arrays in{x};

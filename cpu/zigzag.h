@@ -32,13 +32,14 @@ struct GatedShape {
   ProjectionShape down;
 };
 
-// One token through several projections of one input. What does not depend on x is done once.
+// One token, or a few, through several projections of one input. What does not depend on x is done once.
 class SparseStep {
  public:
   explicit SparseStep(const std::vector<Projection>& projections);
 
-  // x holds `inputs` values; counted (projections,) uint32 or none.
-  // Returns y per projection, with x's leading axes, and counted plus the active channels of each.
+  // x holds 1 to 32 rows of `inputs` values; counted (projections,) uint32 or none, and then one row.
+  // Returns y per projection, with x's leading axes, and counted plus the active channels of each, (projections,)
+  // for one row, else (projections, rows).
   std::pair<std::vector<mlx::core::array>, mlx::core::array> operator()(
       const mlx::core::array& x,
       const std::optional<mlx::core::array>& counted) const;
