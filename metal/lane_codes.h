@@ -13,6 +13,12 @@ struct LaneCodes {
   uint word[CODE_WORDS + 1];  // bits behind the codes are the next lane's; the last word is 0
 };
 
+// What lies `times` strides behind an element: one multiply-add of 64 bits, which indexing is not everywhere.
+template <typename Element>
+METAL_FUNC const device Element* strides_behind(const device Element* element, uint times, uint stride_bytes) {
+  return (const device Element*)((const device unsigned char*)element + ulong(times) * stride_bytes);
+}
+
 // first: the first of the codes in the chunk; words: of the chunk.
 METAL_FUNC LaneCodes lane_codes(const device uint32_t* chunk, uint first, uint words) {
   LaneCodes codes;

@@ -10,6 +10,7 @@
 //   TOKENS   rows of x in one threadgroup, a multiple of 8
 //   OUTPUTS  8, of one lane; a simdgroup has 64 side by side, a tile THREADS / 32 of these
 //   SPAN     channels of x in threadgroup memory at one time, a multiple of 64
+//   HALF, PAIRED  1 if T is float16_t; 1 if codes and scales are T's own: S is T, and T holds codes exactly
 //   UNROLL   steps of 16 channels whose weights a lane loads before it multiplies; divides SPAN / 16
 // Grid: (tiles * tiles of TOKENS rows, stripes) threadgroups of THREADS. Those that share weights lie side by side.
 //
@@ -31,6 +32,20 @@ struct MatrixMemory {
   uint simdgroup_count[THREADS / 32];
 };
 
+// Of one group of a channel.
+struct Grid {
+  S scale, bias;
+};
+
+// Two numbers of 16 bits in one word, the first low; of no use, and never used, for wider ones.
+METAL_FUNC uint halves(float, float) { return 0; }
+METAL_FUNC uint halves(float16_t low, float16_t high) {
+  return as_type<ushort>(low) | uint(as_type<ushort>(high)) << 16;
+}
+METAL_FUNC uint halves(bfloat16_t low, bfloat16_t high) {
+  return as_type<ushort>(low) | uint(as_type<ushort>(high)) << 16;
+}
+
 METAL_FUNC bool is_active(float value, const device float* thresholds, uint k) {
   return !(fabs(value) < thresholds[PER_CHANNEL ? k : 0]);
 }
@@ -41,13 +56,33 @@ METAL_FUNC float masked(const device T* row, const device float* thresholds, uin
   return k < last && is_active(value, thresholds, k) ? value : 0.0f;
 }
 
+// 16 bits or more of a lane's codes, from bit `start` on.
+METAL_FUNC uint bits_from(const LaneCodes codes, int start) {
+  const uint here = codes.word[start / 32] >> start % 32;
+  return start % 32 <= 16 ? here : here | codes.word[start / 32 + 1] << (start % 32 <= 16 ? 0 : 32 - start % 32);
+}
+
 METAL_FUNC float code_at(const LaneCodes codes, int c) {
+  const uint bits = masked_or(bits_from(codes, c * BITS), (1u << BITS) - 1u, 0x4B000000u);
+  return as_type<float>(bits) - 8388608.0f;  // 2^23 + code, less 2^23
+}
+
+// The weights of an output at two channels, as T: code * scale + bias, rounded once.
+METAL_FUNC uint weight_pair(const LaneCodes low, const LaneCodes high, int c, const Grid at_low, const Grid at_high) {
+  if (!PAIRED) {
+    const float first = fma(code_at(low, c), float(at_low.scale), float(at_low.bias));
+    return pack_pair<T>(first, fma(code_at(high, c), float(at_high.scale), float(at_high.bias)));
+  }
+  // Codes of both channels in the halves of a word, each with the exponent of 2^10 or 2^7: that of T's last bit.
   constexpr uint MASK = (1u << BITS) - 1u;
-  const int start = c * BITS % 32;
-  const uint here = codes.word[c * BITS / 32] >> start;
-  const bool within = start + BITS <= 32;
-  const uint next = within ? 0 : codes.word[c * BITS / 32 + 1] << (within ? 0 : 32 - start);
-  return as_type<float>((within ? here : here | next) & MASK | 0x4B000000u) - 8388608.0f;  // 2^23 + code, less 2^23
+  constexpr uint POWER = HALF ? 0x64006400u : 0x43004300u;
+  constexpr uint LESS_POWER = HALF ? 0xE400E400u : 0xC300C300u;
+  constexpr uint ONE = HALF ? 0x3C003C00u : 0x3F803F80u;
+  const int start = c * BITS;
+  const int window = start % 16 + BITS <= 16 ? start / 16 * 16 : start / 8 * 8;
+  const uint both = (bits_from(low, window) & 0xFFFFu) | bits_from(high, window) << 16;
+  const uint codes = pair_fma<T>(masked_or(both >> (start - window), MASK * 0x10001u, POWER), ONE, LESS_POWER);
+  return pair_fma<T>(codes, halves(at_low.scale, at_high.scale), halves(at_low.bias, at_high.bias));
 }
 
 template <bool PARTIAL, typename Y>
@@ -100,16 +135,16 @@ METAL_FUNC void multiply_matrix(const device T* x, const device uint32_t* settin
 
     for (uint first = 0; first < uint(SPAN); first += 16 * UNROLL) {
       LaneCodes word[UNROLL][4];
-      float scaled[UNROLL][4], least[UNROLL][4];
+      Grid grid[UNROLL][4];
 #pragma unroll
       for (int u = 0; u < UNROLL; ++u) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           // Past the end: the last channel again, times zero.
           const uint k = min(stage + first + 16 * u + 4 * quarter + i, stripe_last - 1);
-          word[u][i] = lane_codes(codes + ulong(k) * words, output, words);
-          scaled[u][i] = float(scale[k * groups]);
-          least[u][i] = float(offset[k * groups]);
+          word[u][i] = lane_codes(strides_behind(codes, k, words * 4), output, words);
+          grid[u][i].scale = *strides_behind(scale, k, groups * sizeof(S));
+          grid[u][i].bias = *strides_behind(offset, k, groups * sizeof(S));
         }
       }
 #pragma unroll
@@ -121,19 +156,12 @@ METAL_FUNC void multiply_matrix(const device T* x, const device uint32_t* settin
         }
 #pragma unroll
         for (int part = 0; part < PARTS; ++part) {
-          float weight[2][4];
-#pragma unroll
-          for (int c = 0; c < 2; ++c) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              weight[c][i] = fma(code_at(word[u][i], 2 * part + c), scaled[u][i], least[u][i]);
-            }
-          }
+          const int c = 2 * part;
           uint4 a;
-          a.x = pack_pair<T>(weight[0][0], weight[0][1]);
-          a.y = pack_pair<T>(weight[1][0], weight[1][1]);
-          a.z = pack_pair<T>(weight[0][2], weight[0][3]);
-          a.w = pack_pair<T>(weight[1][2], weight[1][3]);
+          a.x = weight_pair(word[u][0], word[u][1], c, grid[u][0], grid[u][1]);
+          a.y = weight_pair(word[u][0], word[u][1], c + 1, grid[u][0], grid[u][1]);
+          a.z = weight_pair(word[u][2], word[u][3], c, grid[u][2], grid[u][3]);
+          a.w = weight_pair(word[u][2], word[u][3], c + 1, grid[u][2], grid[u][3]);
 #pragma unroll
           for (int j = 0; j < COLUMNS; ++j) {
             sums[part][j] = multiply_tile<T>(a, columns[j], sums[part][j]);

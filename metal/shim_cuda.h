@@ -64,6 +64,29 @@ __device__ inline uint pack_pair<bfloat16_t>(float low, float high) {
   return pair;
 }
 
+// a * b + c of both halves, which are T.
+template <typename T>
+__device__ inline uint pair_fma(uint a, uint b, uint c);
+template <>
+__device__ inline uint pair_fma<float16_t>(uint a, uint b, uint c) {
+  uint sum;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(b), "r"(c));
+  return sum;
+}
+template <>
+__device__ inline uint pair_fma<bfloat16_t>(uint a, uint b, uint c) {
+  uint sum;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(b), "r"(c));
+  return sum;
+}
+
+// (word & mask) | bits, one instruction: the compiler makes two of it.
+__device__ inline uint masked_or(uint word, uint mask, uint bits) {
+  uint result;
+  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(result) : "r"(word), "r"(mask), "r"(bits));
+  return result;
+}
+
 #define SPQT_MULTIPLY_TILE(type)                                                                              \
   asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                                                  \
       ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                                  \

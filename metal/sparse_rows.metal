@@ -167,13 +167,14 @@ METAL_FUNC void multiply_rows(const device T* x, const device uint32_t* settings
           const uint here = list * SPAN + first + u;
           entry[u] = first + u < count ? here : uint(LIST);
           const uint k = pass + memory.channel_list[list * SPAN + min(first + u, count - 1)];
-          word[u] = lane_codes(codes + ulong(k) * words, output, words);
-          scaled[u] = float(scale[k * groups]);
-          least[u] = float(offset[k * groups]);
+          word[u] = lane_codes(strides_behind(codes, k, words * 4), output, words);
+          scaled[u] = float(*strides_behind(scale, k, groups * sizeof(S)));
+          least[u] = float(*strides_behind(offset, k, groups * sizeof(S)));
         }
 #pragma unroll
         for (int u = 0; u < UNROLL; ++u) {
           const float constant_weight = MIDDLE > 0 ? fma(float(MIDDLE), scaled[u], least[u]) : least[u];
+          const float scaled_code = scaled[u] * (DECODE == 2 ? LIFT : 1.0f);
           float step[TOKENS];
 #pragma unroll
           for (int p = 0; p < PIECES; ++p) {
@@ -182,7 +183,7 @@ METAL_FUNC void multiply_rows(const device T* x, const device uint32_t* settings
             for (int i = 0; i < WIDE; ++i) {
               const float value = entry_of(values, i);
               const int t = p * WIDE + i;
-              step[t] = scaled[u] * value * (DECODE == 2 ? LIFT : 1.0f);
+              step[t] = scaled_code * value;
               constant_part[t] = fma(constant_weight, value, constant_part[t]);
             }
           }

@@ -121,7 +121,10 @@ def _constants(dtype: mx.Dtype, layers: Sequence[Projection], cut: Cut, dense: b
         ("UNROLL", cut.unroll),
     )
     if isinstance(cut, geometry.MatrixGeometry):
-        return (*shared, ("OUTPUTS", 8), ("SPAN", cut.span))
+        exact = layers[0].bits < 8 or dtype == mx.float16  # bfloat16 has 8 bits, one of them not written
+        paired = exact and layers[0].scales.dtype == dtype
+        own = (("HALF", int(dtype == mx.float16)), ("PAIRED", int(paired)), ("SPAN", cut.span))
+        return (*shared, ("OUTPUTS", 8), *own)
     return (
         *shared,
         ("VALUES", "float2" if cut.tokens == 2 else "float4"),

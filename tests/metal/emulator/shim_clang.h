@@ -65,3 +65,6 @@ template <typename T>
 uint pack_pair(float, float);
 template <typename T>
 float4 multiply_tile(uint4, uint2, float4);
+template <typename T>
+uint pair_fma(uint, uint, uint);
+uint masked_or(uint, uint, uint);

@@ -98,6 +98,16 @@ inline uint pack_pair(float low, float high) {
   return as_type<ushort>(T(low)) | uint(as_type<ushort>(T(high))) << 16;
 }
 template <typename T>
+inline uint pair_fma(uint a, uint b, uint c) {
+  float sums[2];
+  for (int i = 0; i < 2; ++i) {
+    const ushort own[3] = {ushort(a >> 16 * i), ushort(b >> 16 * i), ushort(c >> 16 * i)};
+    sums[i] = float(double(float(as_type<T>(own[0]))) * float(as_type<T>(own[1])) + float(as_type<T>(own[2])));
+  }
+  return pack_pair<T>(sums[0], sums[1]);
+}
+inline uint masked_or(uint word, uint mask, uint bits) { return (word & mask) | bits; }
+template <typename T>
 inline float4 multiply_tile(uint4 a, uint2 b, float4 c) {
   const uint words[6] = {a.x, a.y, a.z, a.w, b.x, b.y};
   float apart[12];
