@@ -93,8 +93,9 @@ def _units(band: int) -> int:
     return -(-band // OUTPUTS)
 
 
-# For few rows: rows of x in one threadgroup -> outputs of one lane and channels loaded ahead. A lane holds outputs
-# times rows sums; 64 leave registers for two blocks of 256 threads on an SM, and fit an Apple GPU's 128.
+# For few rows: rows of x in one threadgroup -> outputs of one lane and channels loaded ahead. A lane holds
+# outputs times rows sums; 64 leave registers for two blocks of 256 threads on an SM, and fit an Apple GPU's
+# 128; with 128 sums and two blocks ptxas spills.
 FEW_ROWS = {
     "cuda": {2: (16, 4), 4: (16, 4), 8: (8, 4)},
     "metal": {2: (16, 2), 4: (16, 2), 8: (8, 2)},
@@ -106,8 +107,8 @@ LISTS = 8  # spans of a pass, as in sparse_rows.metal
 IDLE = 0.1  # of the lanes, at most: narrower tiles where the band leaves more without outputs
 FEW_BLOCKS = 2  # that an SM is to hold: 128 registers a lane
 
-# For many rows: rows of x in one threadgroup -> threads, channels of x in threadgroup memory, steps of 16 channels
-# loaded ahead, blocks that an SM is to hold.
+# For many rows: rows of x in one threadgroup -> threads, channels of x in threadgroup memory, steps of 16
+# channels loaded ahead, blocks that an SM is to hold.
 MANY_ROWS = {16: (128, 128, 2, 4), 32: (128, 128, 2, 4), 64: (128, 64, 2, 2)}
 MANY_STRIPE = 512  # channels at least: each stripe writes and reads all sums of all rows
 
@@ -183,7 +184,7 @@ def choose_rows(
 
 
 def _few_lanes(units: Sequence[int], most: int) -> int:
-    """The most lanes, a power of two, of which few idle; 4 at least, so that LISTS times them fill a simdgroup."""
+    """The most lanes, a power of two, of which few idle; LISTS times 4, the least, are a simdgroup."""
     lanes = most
     while lanes > 4 and sum(-one % lanes for one in units) > IDLE * sum(
         -(-one // lanes) * lanes for one in units

@@ -161,11 +161,12 @@ def rows_kernel(constants: Constants, threads: int, partial: bool) -> Kernel:
     constants = (*constants, ("THREADS", threads), ("COUNTS", COUNTS))
     ys = ("partials",) if partial else _names("y", int(dict(constants)["P"]))
     call = THREAD + PLACE + _projection("tile")
+    place = "tile, first_token, projection, memory, me"
     if partial:
-        call += "sparse_rows_stripe(x, settings, packed, rows[0], partials, tile, first_token, projection, memory, me);\n"
+        call += f"sparse_rows_stripe(x, settings, packed, rows[0], partials, {place});\n"
     else:
         call += f"device T* y = {_pick(ys)};\n"
-        call += "sparse_rows(x, settings, packed, rows[0], y, active, tile, first_token, projection, memory, me);\n"
+        call += f"sparse_rows(x, settings, packed, rows[0], y, active, {place});\n"
     outputs = ys if partial else (*ys, "active")
     files = (*HELPERS, "lane_codes.h", "sparse_rows.metal")
     name = _name("rows", constants, call)
@@ -175,7 +176,7 @@ def rows_kernel(constants: Constants, threads: int, partial: bool) -> Kernel:
 
 @cache
 def matrix_kernel(constants: Constants, threads: int, blocks: int, partial: bool) -> Kernel:
-    """matrix_rows.metal with its constants; partial as above. One projection, so that few kernels are compiled."""
+    """matrix_rows.metal with its constants; of one projection, so that few kernels are compiled."""
     constants = (*constants, ("THREADS", threads), ("COUNTS", COUNTS))
     call = THREAD + PLACE
     if partial:

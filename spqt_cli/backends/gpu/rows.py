@@ -1,7 +1,7 @@
 """Plans and launches of the kernels for more than one row: sparse_rows.metal and matrix_rows.metal.
 
-A plan holds what does not depend on the number of rows, since prompts come in every length. Which of the two runs
-is not decided here: see ways.py.
+A plan holds what does not depend on the number of rows, since prompts come in every length. Which of the two
+runs is not decided here: see ways.py.
 """
 
 from collections.abc import Sequence
