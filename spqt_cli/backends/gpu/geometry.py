@@ -93,19 +93,18 @@ def _units(band: int) -> int:
     return -(-band // OUTPUTS)
 
 
-# For few rows: rows of x in one threadgroup -> outputs of one lane and channels loaded ahead. A lane holds
-# outputs times rows sums; 64 leave registers for two blocks of 256 threads on an SM, and fit an Apple GPU's
-# 128; with 128 sums and two blocks ptxas spills.
+# For few rows: rows of x in one threadgroup -> outputs of one lane, channels loaded ahead, blocks that an SM
+# is to hold. A lane holds outputs times rows sums; 64 leave registers for two blocks of 256 threads on an SM,
+# and fit an Apple GPU's 128; with 128 sums and two blocks ptxas spills.
 FEW_ROWS = {
-    "cuda": {2: (16, 4), 4: (16, 4), 8: (8, 4)},
-    "metal": {2: (16, 2), 4: (16, 2), 8: (8, 2)},
+    "cuda": {2: (16, 4, 2), 4: (16, 4, 2), 8: (8, 4, 2)},
+    "metal": {2: (16, 2, 0), 4: (16, 2, 0), 8: (8, 2, 0)},
 }
 FEW_LANES = {"cuda": 128, "metal": 256}  # side by side at most: warps share the sectors of scales
 FEW_THREADS = 256
 FEW_LISTED = 4096  # channels times rows of x: 16 KB of values
 LISTS = 8  # spans of a pass, as in sparse_rows.metal
 IDLE = 0.1  # of the lanes, at most: narrower tiles where the band leaves more without outputs
-FEW_BLOCKS = 2  # that an SM is to hold: 128 registers a lane
 
 # For many rows: rows of x in one threadgroup -> threads, channels of x in threadgroup memory, steps of 16
 # channels loaded ahead, blocks that an SM is to hold.
@@ -125,6 +124,7 @@ class RowsGeometry(NamedTuple):
     slice: int
     decode: int
     stripe: int
+    blocks: int = 0  # that an SM is to hold; 0 leaves it to the rule for all kernels
 
     @property
     def threads(self) -> int:
@@ -168,7 +168,7 @@ def choose_rows(
     """The cut of sparse_rows.metal for so many rows of x; the rest as `choose`."""
     family = "cuda" if kind == "cuda" else "metal"
     tokens = next((few for few in FEW_ROWS[family] if rows <= few), max(FEW_ROWS[family]))
-    outputs, unroll = FEW_ROWS[family][tokens]
+    outputs, unroll, blocks = FEW_ROWS[family][tokens]
     lanes = _few_lanes([-(-band // outputs) for band, _ in bands], FEW_LANES[family])
     threads = min(FEW_THREADS, LISTS * lanes)
     tiles = sum(-(-band // (lanes * outputs)) * number for band, number in bands) * -(-rows // tokens)
@@ -179,7 +179,16 @@ def choose_rows(
     listed = min(-(-stripe // (SIMD * LISTS)) * SIMD * LISTS, FEW_LISTED // max(tokens, 4))
     decode = 0 if precise else 2 if kind == "cuda" else 1
     return RowsGeometry(
-        tokens, outputs, lanes, threads // lanes, unroll, listed, min(SLICE, outputs), decode, stripe
+        tokens=tokens,
+        outputs=outputs,
+        lanes=lanes,
+        rows=threads // lanes,
+        unroll=unroll,
+        list=listed,
+        slice=min(SLICE, outputs),
+        decode=decode,
+        stripe=stripe,
+        blocks=blocks,
     )
 
 

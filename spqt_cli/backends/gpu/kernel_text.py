@@ -156,7 +156,7 @@ def count_kernel() -> Kernel:
 
 
 @cache
-def rows_kernel(constants: Constants, threads: int, partial: bool) -> Kernel:
+def rows_kernel(constants: Constants, threads: int, blocks: int, partial: bool) -> Kernel:
     """sparse_rows.metal with its constants; partial: it writes the partial sums of stripes, not y."""
     constants = (*constants, ("THREADS", threads), ("COUNTS", COUNTS))
     ys = ("partials",) if partial else _names("y", int(dict(constants)["P"]))
@@ -171,7 +171,7 @@ def rows_kernel(constants: Constants, threads: int, partial: bool) -> Kernel:
     files = (*HELPERS, "lane_codes.h", "sparse_rows.metal")
     name = _name("rows", constants, call)
     inputs = ("x", "settings", "packed", "rows")
-    return Kernel(name, inputs, outputs, files, constants, "RowsMemory", call, threads, geometry.FEW_BLOCKS)
+    return Kernel(name, inputs, outputs, files, constants, "RowsMemory", call, threads, blocks)
 
 
 @cache

@@ -91,10 +91,8 @@ def make_plan(dtype: mx.Dtype, layers: Sequence[Projection], cut: Cut, dense: bo
     tiles = sum(cut.tiles(band) * number for band, number in launching.bands(layers))
     constants = _constants(dtype, layers, cut, dense)
     partial = stripes > 1
-    if isinstance(cut, geometry.RowsGeometry):
-        product = kernel_text.rows_kernel(constants, cut.threads, partial)
-    else:
-        product = kernel_text.matrix_kernel(constants, cut.threads, cut.blocks, partial)
+    few = isinstance(cut, geometry.RowsGeometry)
+    kernel = kernel_text.rows_kernel if few else kernel_text.matrix_kernel
     return RowsPlan(
         known=tuple((layer.weight, layer.threshold) for layer in layers),
         cut=cut,
@@ -102,7 +100,7 @@ def make_plan(dtype: mx.Dtype, layers: Sequence[Projection], cut: Cut, dense: bo
         outputs=tuple(layer.outputs for layer in layers),
         dtype=dtype,
         tiles=tiles,
-        product=product,
+        product=kernel(constants, cut.threads, cut.blocks, partial),
         reduce=kernel_text.reduce_rows_kernel(constants, cut.tile) if partial else None,
         stripes=stripes,
     )

@@ -26,6 +26,7 @@ from spqt_cli.system import files
 
 Call = Callable[[mx.array, Projection], mx.array]
 
+NAMES = ("few", "matrix", "quantized", "dequantized")
 COUNTS = (8, 16, 32, 64, 128, 256, 512)  # of rows, up to which a way is chosen
 MOST_FEW = 64  # rows: each further eight read the weights again
 # Rows: fewer keep the float32 sums that a row alone has, so that a batch says what each request says alone.
@@ -113,9 +114,10 @@ def known() -> dict[str, Choice]:
         found = {name: Choice(**fields) for name, fields in json.loads(_file().read_text()).items()}
     except (OSError, ValueError, TypeError, AttributeError):
         return {}
-    names = {way for way, _ in ORDER}
     return {
-        name: one for name, one in found.items() if len(one.ways) == len(COUNTS) and set(one.ways) <= names
+        name: one
+        for name, one in found.items()
+        if len(one.ways) == len(COUNTS) and set(one.ways) <= set(NAMES)
     }
 
 
