@@ -100,7 +100,9 @@ FEW_ROWS = {
     "cuda": {2: (16, 4, 2), 4: (16, 4, 2), 8: (8, 4, 2)},
     "metal": {2: (16, 2, 0), 4: (16, 2, 0), 8: (8, 2, 0)},
 }
-FEW_LANES = {"cuda": 128, "metal": 256}  # side by side at most: warps share the sectors of scales
+# Lanes side by side at most. CUDA: a warp on its own channel; wider tiles share sectors of scales, but leave
+# more stripes, whose sums, written and read back, grow with the rows.
+FEW_LANES = {"cuda": 32, "metal": 256}
 FEW_THREADS = 256
 FEW_LISTED = 4096  # channels times rows of x: 16 KB of values
 LISTS = 8  # spans of a pass, as in sparse_rows.metal
@@ -109,7 +111,7 @@ IDLE = 0.1  # of the lanes, at most: narrower tiles where the band leaves more w
 # For many rows: rows of x in one threadgroup -> threads, channels of x in threadgroup memory, steps of 16
 # channels loaded ahead, blocks that an SM is to hold.
 MANY_ROWS = {16: (128, 128, 2, 4), 32: (128, 128, 2, 4), 64: (128, 64, 2, 2)}
-MANY_STRIPE = 512  # channels at least: each stripe writes and reads all sums of all rows
+MANY_STRIPE = 16  # channels at least for each row: a stripe writes and reads all sums of all rows
 
 
 class RowsGeometry(NamedTuple):
@@ -170,10 +172,17 @@ def choose_rows(
     tokens = next((few for few in FEW_ROWS[family] if rows <= few), max(FEW_ROWS[family]))
     outputs, unroll, blocks = FEW_ROWS[family][tokens]
     lanes = _few_lanes([-(-band // outputs) for band, _ in bands], FEW_LANES[family])
+    most_stripes = max(1, inputs // (LEAST_STRIPE * tokens))  # a stripe writes and reads the sums of all rows
+    token_tiles = -(-rows // tokens)
+
+    def tiles() -> int:
+        return sum(-(-band // (lanes * outputs)) * number for band, number in bands) * token_tiles
+
+    while lanes > SIMD and tiles() * most_stripes < THREADGROUPS[kind]:
+        lanes //= 2
     threads = min(FEW_THREADS, LISTS * lanes)
-    tiles = sum(-(-band // (lanes * outputs)) * number for band, number in bands) * -(-rows // tokens)
-    stripes = max(1, min(inputs // LEAST_STRIPE, THREADGROUPS[kind] // tiles))
-    if tiles * lanes * outputs * inputs <= LEAST_WEIGHTS:
+    stripes = max(1, min(most_stripes, THREADGROUPS[kind] // tiles()))
+    if tiles() * lanes * outputs * inputs <= LEAST_WEIGHTS:
         stripes = 1
     stripe = -(-inputs // stripes)
     listed = min(-(-stripe // (SIMD * LISTS)) * SIMD * LISTS, FEW_LISTED // max(tokens, 4))
@@ -207,5 +216,5 @@ def choose_matrix(kind: str, bands: Sequence[tuple[int, int]], inputs: int, rows
     tokens = next((many for many in MANY_ROWS if rows <= many), max(MANY_ROWS))
     cut = MatrixGeometry(tokens, *MANY_ROWS[tokens], inputs)
     tiles = sum(cut.tiles(band) * number for band, number in bands) * -(-rows // tokens)
-    stripes = max(1, min(inputs // MANY_STRIPE, THREADGROUPS[kind] // tiles))
+    stripes = max(1, min(inputs // (MANY_STRIPE * tokens), THREADGROUPS[kind] // tiles))
     return cut._replace(stripe=-(-inputs // stripes))

@@ -126,7 +126,7 @@ def test_selftest_table_shows_a_kernel_that_was_given_up(monkeypatch, fresh_trus
     monkeypatch.setattr(launching, "run", run_emulated)
     monkeypatch.setattr(select, "backend", lambda: EMULATED)
     monkeypatch.setattr(selftest, "_cases", lambda: [("one launch", Case((128,), 96))])
-    for rows in ("_reduction_rows", "_dense_rows"):
+    for rows in ("_reduction_rows", "_more_rows", "_dense_rows"):
         monkeypatch.setattr(selftest, rows, list)
     use(monkeypatch, CUTS["narrow"])
     planted(monkeypatch, old, new)
@@ -206,3 +206,21 @@ def test_right_kernels_for_more_rows_are_checked_once_per_machine(monkeypatch, f
     first_use._passed.cache_clear()  # as a new process would
     gpu.sparse_rows(x, problems.matrices(case))
     assert len(launches) == 4
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_selftest_table_judges_kernels_for_more_rows(monkeypatch, fresh_trust, wrong):
+    if wrong:
+        real = kernel_text.body
+        monkeypatch.setattr(
+            kernel_text, "body", lambda name: real(name).replace("sum += here[stripe", "sum = here[stripe")
+        )
+    monkeypatch.setattr(launching, "run", run_emulated)
+    monkeypatch.setattr(select, "backend", lambda: EMULATED)
+    monkeypatch.setattr(ways, "is_possible", lambda way, count, dtype: count < 32 and dtype == mx.float16)
+    monkeypatch.setattr(gpu, "device_class", lambda: "g")
+    monkeypatch.setitem(geometry.MANY_ROWS, 16, (32, 64, 2, 4))
+    rows = selftest._more_rows()
+    assert [row["kernel"] for row in rows[:2]] == ["2 rows, few", "2 rows, stripes, few"]
+    assert len(rows) == 8
+    assert [row["pass"] for row in rows] == [not (wrong and "stripes" in row["kernel"]) for row in rows]
