@@ -49,6 +49,7 @@ COPIES = 2  # in turns, together larger than an H200's cache
 CALLS = 4  # in one evaluation
 REPEATS = 3
 LONG = 0.15  # seconds of an evaluation that is not repeated
+_chosen: dict["Kind", "Choice"] = {}  # by this process
 
 
 class Kind(NamedTuple):
@@ -89,12 +90,14 @@ def best(rows: int, layer: Projection, dtype: mx.Dtype, calls: Mapping[str, Call
 
 def choice_for(kind: Kind, calls: Mapping[str, Call]) -> Choice:
     """The choice for a kind of layer, remembered or timed now."""
-    key = f"{first_use.machine()}, {kind.words()}"
-    if key not in known():
-        known()[key] = measured(kind, calls)
-        if not first_use.broken():  # else MLX's own matmul stood in for our kernels
-            first_use.store(_file(), {name: choice._asdict() for name, choice in known().items()})
-    return known()[key]
+    if kind not in _chosen:
+        key = f"{first_use.machine()}, {kind.words()}"
+        if key not in known():
+            known()[key] = measured(kind, calls)
+            if not first_use.broken():  # else MLX's own matmul stood in for our kernels
+                first_use.store(_file(), {name: choice._asdict() for name, choice in known().items()})
+        _chosen[kind] = known()[key]
+    return _chosen[kind]
 
 
 def report() -> list[str]:

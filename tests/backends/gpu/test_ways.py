@@ -34,6 +34,7 @@ def device(monkeypatch, tmp_path):
     first_use.machine.cache_clear()
     ways.known.cache_clear()
     monkeypatch.setattr(ways, "_layer", lambda *_: None)
+    monkeypatch.setattr(ways, "_chosen", {})
     timed = []
 
     def microseconds(call, x, layers):
@@ -72,7 +73,8 @@ def test_rows_between_two_counts_go_as_the_larger(device):
 def test_a_choice_is_made_once_for_a_machine_and_kind(device):
     first = ways.choice_for(KIND, CALLS)
     timed = len(device)
-    ways.known.cache_clear()  # as a new process would
+    ways.known.cache_clear()
+    ways._chosen.clear()  # as a new process would
     assert ways.choice_for(KIND, CALLS) == first
     assert len(device) == timed
     ways.choice_for(KIND._replace(bits=8), CALLS)
