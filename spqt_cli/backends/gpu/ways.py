@@ -27,7 +27,7 @@ from spqt_cli.system import files
 Call = Callable[[mx.array, Projection], mx.array]
 
 NAMES = ("few", "matrix", "quantized", "dequantized")
-COUNTS = (8, 16, 32, 64, 128, 256, 512)  # of rows, up to which a way is chosen
+COUNTS = (8, 16, 32, 64, 128, 256, 512, 2048)  # of rows, up to which a way is chosen
 MOST_FEW = 64  # rows: each further eight read the weights again
 # Rows: fewer keep the float32 sums that a row alone has, so that a batch says what each request says alone.
 LEAST_MATRIX = 9
@@ -37,7 +37,7 @@ LEAST_MATRIX = 9
 ORDER = (
     *(("dequantized", count) for count in COUNTS),
     *(("few", count) for count in (8, 32)),
-    *(("matrix", count) for count in (64, 256, 512, 16, 32, 128)),
+    *(("matrix", count) for count in (64, 512, 16, 2048, 32, 256, 128)),
     *(("quantized", count) for count in COUNTS),
     ("few", 16),
     ("few", 64),
