@@ -3,6 +3,8 @@
     python -m benchmarks.gpu shapes              # the table of metal/README.md
     python -m benchmarks.gpu bands 28672 8192    # stored bands
     python -m benchmarks.gpu prefill             # 1 to 8,192 rows, with peak memory
+    python -m benchmarks.gpu rows                # 2 to 512 rows, each way of ours in turns with stock
+    python -m benchmarks.gpu rows-sweep          # cuts of the kernels for more than one row
     python -m benchmarks.gpu first-use           # the check of each kernel before it is used
     python -m benchmarks.gpu collector           # collecting in the kernel, and in one of its own
     python -m benchmarks.gpu sweep 14336 4096    # launch geometries
@@ -346,9 +348,22 @@ def peak(call: Callable[[], mx.array]) -> float:
     return round((mx.get_peak_memory() - before) / 1e6, 1)
 
 
+def rows(*shape: int) -> list[dict]:
+    """2 to 512 rows, each way of ours in turns with stock: benchmarks/gpu_rows.py."""
+    from benchmarks import gpu_rows
+
+    return gpu_rows.rows(*shape)
+
+
+def rows_sweep(*shape: int) -> list[dict]:
+    """Cuts of the kernels for more than one row: benchmarks/gpu_rows.py."""
+    from benchmarks import gpu_rows
+
+    return gpu_rows.rows_sweep(*shape)
+
+
 def dequantized(x: mx.array, layer: Packed) -> mx.array:
-    gpu.DEQUANTIZE_ROWS = 2
-    return gpu.matmul(x, layer)
+    return gpu.WAYS["dequantized"](x, layer)
 
 
 def use(cut: geometry.Geometry) -> None:
@@ -554,6 +569,8 @@ COMMANDS: dict[str, Callable[..., list[dict]]] = {
     "shapes": shapes,
     "bands": bands,
     "prefill": prefill,
+    "rows": rows,
+    "rows-sweep": rows_sweep,
     "sweep": sweep,
     "overhead": overhead,
     "first-use": first_use,

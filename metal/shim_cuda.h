@@ -45,3 +45,62 @@ __device__ inline uint simd_prefix_exclusive_sum(uint value) {
   }
   return sum - value;
 }
+
+__device__ inline uint simd_broadcast(uint value, ushort lane) { return __shfl_sync(0xFFFFFFFFu, value, lane); }
+
+// The words of matrix_rows.metal, from compute capability 8.0 on. Two numbers as T in one word, the first low.
+template <typename T>
+__device__ inline uint pack_pair(float low, float high);
+template <>
+__device__ inline uint pack_pair<float16_t>(float low, float high) {
+  uint pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+template <>
+__device__ inline uint pack_pair<bfloat16_t>(float low, float high) {
+  uint pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
+// a * b + c of both halves, which are T.
+template <typename T>
+__device__ inline uint pair_fma(uint a, uint b, uint c);
+template <>
+__device__ inline uint pair_fma<float16_t>(uint a, uint b, uint c) {
+  uint sum;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(b), "r"(c));
+  return sum;
+}
+template <>
+__device__ inline uint pair_fma<bfloat16_t>(uint a, uint b, uint c) {
+  uint sum;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(b), "r"(c));
+  return sum;
+}
+
+// (word & mask) | bits, one instruction: the compiler makes two of it.
+__device__ inline uint masked_or(uint word, uint mask, uint bits) {
+  uint result;
+  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(result) : "r"(word), "r"(mask), "r"(bits));
+  return result;
+}
+
+#define SPQT_MULTIPLY_TILE(type)                                                                              \
+  asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                                                  \
+      ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                                  \
+      : "+f"(c.x), "+f"(c.y), "+f"(c.z), "+f"(c.w)                                                            \
+      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b.x), "r"(b.y))
+template <typename T>
+__device__ inline float4 multiply_tile(uint4 a, uint2 b, float4 c);
+template <>
+__device__ inline float4 multiply_tile<float16_t>(uint4 a, uint2 b, float4 c) {
+  SPQT_MULTIPLY_TILE("f16");
+  return c;
+}
+template <>
+__device__ inline float4 multiply_tile<bfloat16_t>(uint4 a, uint2 b, float4 c) {
+  SPQT_MULTIPLY_TILE("bf16");
+  return c;
+}

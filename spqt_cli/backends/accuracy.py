@@ -58,6 +58,19 @@ def judge(
     return Judgement(max(errors), counts, repeated)
 
 
+def judge_rows(
+    x: mx.array, some: Sequence[Any], first: Result, second: Result, *, rounded: bool = False
+) -> Judgement:
+    """As `judge`, of all rows of x, (..., rows, inputs); counts are (layers, rows)."""
+    found = []
+    for r in range(first[1].shape[1]):
+        one, other = (([y[..., r : r + 1, :] for y in ys], counts[:, r]) for ys, counts in (first, second))
+        found.append(judge(x[..., r : r + 1, :], some, one, other, rounded=rounded))
+    return Judgement(
+        max(one.error for one in found), all(one.counts for one in found), all(one.repeated for one in found)
+    )
+
+
 def judge_gated(apart: Result, gated: Result) -> str:
     """What is wrong with silu(gate) * up, from gate and up as they stand alone; empty if nothing is.
 

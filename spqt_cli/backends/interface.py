@@ -153,7 +153,8 @@ class Backend:
     attention are traced into few launches, so that a fused block pays. native_float32: it also replaces
     MLX's CPU norms, rotary positions and attention, in float32, and reads 16-bit scales as they are.
     sums_in_half: float16 products are added up in float16, so that only float32 can be judged.
-    compensate: its kernel for error-compensating rounding, if it has one.
+    compensate: its kernel for error-compensating rounding, if it has one. many_rows: says how it multiplies
+    many rows, a line for each kind of layer; where that is measured, it measures.
     """
 
     name: str
@@ -165,3 +166,4 @@ class Backend:
     native_float32: bool = False
     sums_in_half: bool = False
     compensate: Callable[..., Any] | None = None
+    many_rows: Callable[[], list[str]] | None = None

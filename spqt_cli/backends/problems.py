@@ -81,6 +81,16 @@ def vector(case: Case, active: float | int | None = None) -> mx.array:
     return mx.array(signed.astype(np.float32)).astype(case.dtype).reshape(1, 1, case.inputs)
 
 
+def rows(case: Case, count: int) -> mx.array:
+    """An x of (1, count, inputs): rows as `vector` makes them, each with channels and a share of its own."""
+    random = np.random.default_rng(47)
+    some = []
+    for share in np.linspace(0.2, 0.8, count):
+        row = accuracy.wide(vector(case, float(share))).ravel()
+        some.append(row[random.permutation(case.inputs)])
+    return mx.array(np.stack(some).astype(np.float32)).astype(case.dtype)[None]
+
+
 def before_norm(case: Case) -> tuple[mx.array, Norm, mx.array]:
     """An x, a norm, and what that makes of x: much like `vector`, and the same however squares are added up.
 

@@ -12,8 +12,9 @@ import numpy as np
 
 from spqt_cli.backends import accuracy, select
 from spqt_cli.backends.gpu import backend as gpu
-from spqt_cli.backends.gpu import first_use
+from spqt_cli.backends.gpu import first_use, geometry, ways
 from spqt_cli.backends.gpu.launch import Form, tiny
+from spqt_cli.backends.gpu.launch import bands as bands_of
 from spqt_cli.backends.interface import Norm, Rotary
 from spqt_cli.backends.problems import Case, matrices, vector
 from spqt_cli.format import layout
@@ -25,7 +26,7 @@ def run() -> list[dict[str, Any]]:
     GPU kernels run here whatever an earlier check of them said.
     """
     with first_use.suspended():
-        return [*_sparse_rows(), *_reduction_rows(), *_dense_rows()]
+        return [*_sparse_rows(), *_reduction_rows(), *_more_rows(), *_dense_rows()]
 
 
 def _half_sums() -> bool:
@@ -69,6 +70,34 @@ def _reduction_rows() -> list[dict[str, Any]]:
             except RuntimeError as error:
                 fault = str(error).strip().splitlines()[0]
             rows.append(_row(name, case, fault[:60] or "equal", not fault))
+    return rows
+
+
+def _more_rows() -> list[dict[str, Any]]:
+    """A GPU's kernels for more than one row, each row over its own channels, in one launch and in stripes."""
+    if not select.backend().traces:
+        return []
+    rows = []
+    kind = gpu.device_class()
+    for dtype, count in itertools.product((mx.float16, mx.bfloat16, mx.float32), (2, 4, 8, 16, 32, 64)):
+        way = "few" if count <= 8 else "matrix"
+        if not ways.is_possible(way, count, dtype):
+            continue
+        case = Case((320,), first_use.INPUTS, bits=3 if count == 4 else 4, dtype=dtype, bias=True)
+        layers = matrices(case)
+        bands = bands_of(layers)
+        cut: geometry.RowsGeometry | geometry.MatrixGeometry
+        if way == "few":
+            cut = geometry.choose_rows(kind, bands, case.inputs, count, dtype == mx.float32)
+        else:
+            cut = geometry.choose_matrix(kind, bands, case.inputs, count)
+        for stripe in (case.inputs, case.inputs // 2):
+            try:
+                fault = first_use.rows_fault(dtype, layers, cut._replace(stripe=stripe), dense=False)
+            except RuntimeError as error:
+                fault = str(error).strip().splitlines()[0]
+            name = f"{count} rows{'' if stripe == case.inputs else ', stripes'}, {way}"
+            rows.append(_row(name, case, fault[:60] or "within", not fault))
     return rows
 
 

@@ -17,6 +17,21 @@ def sparse_gemv(x: mx.array, layers: Sequence[Projection]) -> tuple[list[mx.arra
     return outputs, mx.stack([_active(x, layer) for layer in layers])
 
 
+def sparse_rows(x: mx.array, layers: Sequence[Projection]) -> tuple[list[mx.array], mx.array]:
+    """As `sparse_gemv`, each row of x (..., inputs) by itself; the active channels are (layers, rows)."""
+    rows = x.reshape(-1, x.shape[-1])
+    masked = [x if layer.threshold is None else layout.mask(x, layer.threshold) for layer in layers]
+    outputs = [matmul(one, layer) for one, layer in zip(masked, layers, strict=True)]
+    return outputs, mx.stack([active_rows(rows, layer) for layer in layers])
+
+
+def active_rows(x: mx.array, layer: Projection) -> mx.array:
+    """The active channels of each row of x, (rows, inputs): (rows,) uint32."""
+    if layer.threshold is None:
+        return mx.full((len(x),), x.shape[1], mx.uint32)
+    return (x.shape[1] - layout.inactive(x, layer.threshold).sum(axis=1)).astype(mx.uint32)
+
+
 def _active(x: mx.array, layer: Projection) -> mx.array:
     if layer.threshold is None:
         return mx.array(x.size, mx.uint32)

@@ -27,18 +27,20 @@ def doctor(
 
 @dataclass
 class Report:
-    """The findings; `kernels` is empty unless the self-test ran."""
+    """The findings; `kernels` is empty unless the self-test ran, `many_rows` where nothing is measured."""
 
     machine: dict[str, str]
     backend: str
     reason: str
     healthy: bool = True
+    many_rows: list[str] = field(default_factory=list)
     kernels: list[dict[str, Any]] = field(default_factory=list)
 
     def text(self) -> str:
         """Ready to paste into an issue."""
         lines = [f"{name:<12} {value}" for name, value in self.machine.items()]
         lines.append(f"{'backend':<12} {self.backend} ({self.reason})")
+        lines += [f"{'many rows' if i == 0 else '':<12} {line}" for i, line in enumerate(self.many_rows)]
         if self.kernels:
             lines.append("")
             columns = list(self.kernels[0])
@@ -55,7 +57,8 @@ def examine(selftest: bool) -> Report:
     from spqt_cli.backends import select
 
     backend = select.backend()
-    report = Report(_machine(), backend.name, backend.reason)
+    many_rows = backend.many_rows() if backend.many_rows else []
+    report = Report(_machine(), backend.name, backend.reason, many_rows=many_rows)
     if selftest:
         from spqt_cli.backends import selftest as checks
 

@@ -5,6 +5,7 @@ import pytest
 from mlx_lm.generate import generate_step
 
 from spqt_cli.backends import select
+from spqt_cli.backends.gpu import ways
 from spqt_cli.calibrate import calibrate
 from spqt_cli.convert import convert
 from spqt_cli.decode import active_counts, session
@@ -25,8 +26,8 @@ def decoded(folder):
     return tokens, sorted(share for _, share in counter.densities())
 
 
-@pytest.mark.parametrize("arch", ["llama", "qwen2", "gemma3"])
-def test_tokens_and_counts_are_the_definition_s(arch, tmp_path, monkeypatch, request):
+@pytest.mark.parametrize(("arch", "way"), [("llama", "few"), ("qwen2", "quantized"), ("gemma3", "quantized")])
+def test_tokens_and_counts_are_the_definition_s(arch, way, tmp_path, monkeypatch, request):
     sizes = {"hidden_size": 128, "intermediate_size": 320, "head_dim": 32}  # two stripes and more
     source = tiny_checkpoint(tmp_path / "source", arch, **sizes)
     folder = tmp_path / "model"
@@ -37,5 +38,6 @@ def test_tokens_and_counts_are_the_definition_s(arch, tmp_path, monkeypatch, req
         definition.setattr(select, "backend", lambda: DEFINITION)
         expected = decoded(folder)
     launches = request.getfixturevalue("on_emulator")
+    monkeypatch.setattr(ways, "best", lambda *_: way)  # of the prompt
     assert decoded(folder) == expected
-    assert set(kinds(launches)) == {"gemv", "reduce", "count"}
+    assert set(kinds(launches)) == {"gemv", "reduce", "count"} | ({"rows"} if way == "few" else set())

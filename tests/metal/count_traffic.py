@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from spqt_cli.backends.gpu import geometry
+from spqt_cli.backends.gpu import geometry, rows
 from spqt_cli.backends.gpu import launch as launching
 from spqt_cli.decode.layers import ZigzagLinear
 from spqt_cli.format import layout
@@ -40,16 +40,22 @@ def activity(inputs: int, density: float, clustered: bool) -> np.ndarray:
     return np.repeat(random.random(inputs) < density, lengths)[:inputs]
 
 
-def count(shape: tuple[int, int], bits: int, band: int, active: np.ndarray, kind: str = "g") -> Count:
-    """The traffic of one call at 16-bit scales and group 64, with the rule's geometry for a device class."""
-    outputs, inputs = shape
+def _empty(outputs: int, inputs: int, bits: int, band: int) -> ZigzagLinear:
+    """A layer of zeros with a threshold of 1."""
     codes, scales = layout.packed_shapes(outputs, inputs, bits, 64, band)
     layer = ZigzagLinear(outputs, bits, 64, band)
     layer.weight = mx.zeros(codes, dtype=mx.uint32)
     layer.scales, layer.biases = mx.zeros(scales, dtype=mx.float16), mx.zeros(scales, dtype=mx.float16)
     layer.set_threshold(1.0)
+    return layer
+
+
+def count(shape: tuple[int, int], bits: int, band: int, active: np.ndarray, kind: str = "g") -> Count:
+    """The traffic of one call at 16-bit scales and group 64, with the rule's geometry for a device class."""
+    outputs, inputs = shape
+    layer = _empty(outputs, inputs, bits, band)
     x = mx.array(np.where(active, 2.0, 0.5).astype(np.float16)).reshape(1, 1, inputs)
-    cut = geometry.choose(kind, [(band, codes[0])], inputs)
+    cut = geometry.choose(kind, [(band, -(-outputs // band))], inputs)
     plan = launching.make_plan(x.shape, x.dtype, [layer], cut, launching.Form())
     assert plan.gemv is not None
     found = emulate(plan.gemv, plan.first_inputs(x))
@@ -62,6 +68,30 @@ def count(shape: tuple[int, int], bits: int, band: int, active: np.ndarray, kind
         distinct / size,
         read.lines_summed / max(distinct, 1),
         (found.traffic["x"].lines_summed + found.traffic["settings"].lines_summed) / size,
+        2 * written / size,
+        found.reports,
+    )
+
+
+def count_rows(shape: tuple[int, int], bits: int, active: np.ndarray, kind: str = "g") -> Count:
+    """As `count`, of a few rows. active: (rows, inputs) bool; density: of channels that any row needs."""
+    outputs, inputs = shape
+    band = layout.band_of(outputs, 64)
+    layer = _empty(outputs, inputs, bits, band)
+    x = mx.array(np.where(active, 2.0, 0.5).astype(np.float16))[None]
+    cut = geometry.choose_rows(kind, [(band, -(-outputs // band))], inputs, len(active))
+    plan = rows.make_plan(x.dtype, [layer], cut, dense=False)
+    product, _ = rows._launches(x.shape, len(active), plan)
+    found = emulate(product, [x, *plan.inputs, rows._count(len(active))])
+    read = found.traffic["packed"]
+    size = outputs * inputs * (bits / 8 + 4 / 64) / LINE
+    written = found.traffic["partials"].written_bytes / LINE if plan.reduce else 0.0
+    other = sum(found.traffic[name].lines_summed for name in ("x", "settings", "rows"))
+    return Count(
+        float(active.any(axis=0).mean()),
+        read.lines / size,
+        read.lines_summed / max(read.lines, 1),
+        other / size,
         2 * written / size,
         found.reports,
     )

@@ -16,7 +16,7 @@ import pytest
 
 from spqt_cli.backends import problems
 from spqt_cli.backends.gpu import backend as gpu
-from spqt_cli.backends.gpu import compensate, first_use, geometry, kernel_text
+from spqt_cli.backends.gpu import compensate, first_use, geometry, kernel_text, rows
 from spqt_cli.backends.gpu import launch as launching
 from tests.metal.emulator import clang_text, metal_text
 
@@ -99,13 +99,41 @@ def test_bodies_keep_to_their_address_spaces(clang, monkeypatch, tmp_path, kind,
         assert refusals(clang, text, tmp_path) == ""
 
 
+FEW = geometry.RowsGeometry(8, 8, 16, 8, 2, 256, 8, 1, 50)
+MATRIX = geometry.MatrixGeometry(16, 128, 64, 2, 4, 50)
+
+
+def rows_plan(cut, count, bits=4, dtype=mx.float16):
+    return rows.make_plan(dtype, problems.matrices(case_of(count, bits, dtype)), cut, dense=False)
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32])
+@pytest.mark.parametrize("stripe", [50, 1000])
+@pytest.mark.parametrize("kind", [(FEW, 3), (FEW._replace(tokens=2), 4), (MATRIX, 5), (MATRIX, 8)])
+def test_more_rows_keep_to_their_address_spaces(clang, monkeypatch, tmp_path, kind, stripe, dtype):
+    cut, bits = kind
+    plan = rows_plan(cut._replace(stripe=stripe), 1 if cut is MATRIX else 2, bits, dtype)
+    texts = []
+
+    def run(launch, inputs):
+        texts.append(metal_text(launch, inputs))
+        return [mx.zeros(shape, kind) for shape, kind in zip(launch.shapes, launch.dtypes, strict=True)]
+
+    monkeypatch.setattr(launching, "run", run)
+    rows.launch(mx.zeros((1, 3, 100), dtype), plan)
+    assert len(texts) == (2 if stripe == 50 else 1)
+    for text in texts:
+        assert refusals(clang, text, tmp_path) == ""
+
+
 def kernels():
     """One kernel of each file of metal/, with what MLX is given for it."""
     case = case_of(2, 4)
     plan = launching.make_plan((1, 1, 100), mx.float16, problems.matrices(case), WIDE, launching.Form())
     spans = compensate.spans(4, 64, mx.float16, 1)
     launches = (plan.gemv, plan.reduce, plan.counts, spans)
-    return {one.kernel.files[-1]: one.kernel for one in launches}
+    every = [one.kernel for one in launches] + rows_plan(FEW, 2).kernels + rows_plan(MATRIX, 1).kernels
+    return {one.files[-1]: one for one in every}
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32])

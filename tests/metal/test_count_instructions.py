@@ -9,7 +9,8 @@ import os
 import mlx.core as mx
 import pytest
 
-from spqt_cli.backends.gpu import compensate
+from spqt_cli.backends import problems
+from spqt_cli.backends.gpu import compensate, geometry, rows
 from tests.metal import count_instructions
 from tests.metal.count_instructions import arithmetic, everything, ir_counts, ptx_counts
 
@@ -106,3 +107,27 @@ def test_rounding_compiles_for_cuda(clang, size, dtype):
     text = count_instructions.ptx(launch, [whole, whole, corner], clang)
     assert "shfl.sync.bfly" in text
     assert ".local" not in text
+
+
+FEW = [geometry.choose_rows("cuda", [(8192, 1)], 8192, number) for number in (2, 4, 8)]
+MANY = [geometry.choose_matrix("cuda", [(8192, 1)], 8192, number) for number in (16, 64)]
+
+
+@pytest.mark.parametrize("cut", [*FEW, *MANY], ids=lambda cut: f"{type(cut).__name__}-{cut.tokens}")
+def test_more_rows_compile_for_cuda(clang, cut):
+    """Sums stay in registers, and codes are unpacked once for all rows."""
+    (matrix,) = problems.matrices(problems.Case((cut.tile,), 300, 4))
+    plan = rows.make_plan(mx.float16, [matrix], cut._replace(stripe=128), dense=False)
+    x = mx.zeros((1, cut.tokens, 300), mx.float16)
+    launch, _ = rows._launches(x.shape, cut.tokens, plan)
+    text = count_instructions.ptx(launch, [x, *plan.inputs, rows._count(cut.tokens)], clang)
+    assert ".local" not in text
+    if isinstance(cut, geometry.MatrixGeometry):
+        loop = count_instructions.inner_loop(text, "mma.sync", "bar.sync")
+        assert loop.count("mma.sync") == cut.unroll * 4 * cut.tokens // 8
+        return
+    counts = ptx_counts(text)
+    weights = cut.unroll * cut.outputs
+    products = weights * cut.tokens
+    assert products <= counts["multiply-adds"] <= 1.13 * products  # biases are the rest
+    assert counts["codes"] / weights <= 1.3

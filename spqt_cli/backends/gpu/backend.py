@@ -1,8 +1,8 @@
 """The GPU backend, Metal and CUDA: which launches a step takes.
 
-launch.py plans and launches, geometry.py cuts, kernel_text.py and settings.py hand constants and numbers to
-the kernels of metal/, weights.py keeps what belongs to a layer, first_use.py checks kernels. Layers are known
-only as `interface.Projection`s.
+launch.py and rows.py plan and launch, geometry.py cuts, kernel_text.py and settings.py hand constants and
+numbers to the kernels of metal/, weights.py keeps what belongs to a layer, first_use.py checks kernels,
+ways.py times the ways of many rows. Layers are known only as `interface.Projection`s.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from typing import cast
 import mlx.core as mx
 
 from spqt_cli.backends import stock
-from spqt_cli.backends.gpu import compensate, first_use, geometry, weights
+from spqt_cli.backends.gpu import compensate, first_use, geometry, rows, ways, weights
 from spqt_cli.backends.gpu import launch as launching
 from spqt_cli.backends.gpu.launch import Form, Plan, launch
 from spqt_cli.backends.interface import (
@@ -32,8 +32,8 @@ from spqt_cli.backends.interface import (
     Tail,
     TailStep,
 )
+from spqt_cli.format import layout
 
-DEQUANTIZE_ROWS = 16  # from here dequantizing once and a plain matmul is faster on CUDA (docs/log/kernels.md)
 MOST_UNFREED = 512 << 20  # bytes of dequantized matrices that wait to be freed
 _unfreed: list[int] = []  # bytes of those matrices
 
@@ -50,7 +50,16 @@ def find() -> Backend | str | None:
             reason, this = f"MLX has a {kind} GPU", sys.modules[__name__]
             calls, fused = cast(Calls, this), cast(FusedCalls, this)
             rounder = compensate.compensate
-            return Backend(name, reason, calls, fused=fused, count_every=8, traces=True, compensate=rounder)
+            return Backend(
+                name,
+                reason,
+                calls,
+                fused=fused,
+                count_every=8,
+                traces=True,
+                compensate=rounder,
+                many_rows=many_rows,
+            )
     return "MLX has no GPU here"
 
 
@@ -203,9 +212,91 @@ def matmul(x: mx.array, layer: Projection) -> mx.array:
     if rows == 1:
         plan = _usable(x, [layer], Form(dense=True))
         return stock.matmul(x, layer) if plan is None else launch(x, plan)[0][0]
-    if rows < DEQUANTIZE_ROWS or not mx.cuda.is_available():
-        return stock.matmul(x, layer)
-    return _dequantized_matmul(x, layer)
+    return WAYS[ways.best(rows, layer, x.dtype, WAYS)](x, layer)
+
+
+def sparse_rows(x: mx.array, layers: Sequence[Projection]) -> tuple[list[mx.array], mx.array]:
+    """A few rows through several projections of one input, each over its own active channels; lazy.
+
+    x: (..., inputs) of 2 to 64 rows, float16, bfloat16 or float32. A layer without threshold runs dense.
+    Returns y per layer, (..., outputs) in x's dtype, and the active channels, (layers, rows) uint32.
+    """
+    if not launching.one_launch(layers):
+        parts = [sparse_rows(x, [layer]) for layer in layers]
+        return [ys[0] for ys, _ in parts], mx.concatenate([active for _, active in parts])
+    count = x.size // x.shape[-1]
+    way = ways.best(count, layers[0], x.dtype, WAYS)
+    dense = all(layer.threshold is None for layer in layers)
+    if way == "few" and (plan := _rows_plan("few", x, layers, dense)):
+        return rows.launch(x, plan)
+    plans = [_rows_plan("matrix", x, [layer], dense) if way == "matrix" else None for layer in layers]
+    found = [
+        _masked_rows(x, layer, way) if plan is None else rows.launch(x, plan)
+        for layer, plan in zip(layers, plans, strict=True)
+    ]
+    return [ys[0] for ys, _ in found], mx.concatenate([active for _, active in found])
+
+
+def _masked_rows(x: mx.array, layer: Projection, way: str) -> tuple[list[mx.array], mx.array]:
+    """As `sparse_rows`, of one projection: x masked first, then all weights."""
+    masked = x if layer.threshold is None else layout.mask(x, layer.threshold)
+    return [WAYS[way](masked, layer)], stock.active_rows(x.reshape(-1, x.shape[-1]), layer)[None]
+
+
+def many_rows() -> list[str]:
+    """How many rows are multiplied on this device, a line for each kind of layer; timed now if nobody did."""
+    if not ways.report() and not first_use.broken():
+        ways.choice_for(ways.Kind(mx.bfloat16, 4, 64), WAYS)
+    return ways.report()
+
+
+def _few(x: mx.array, layer: Projection) -> mx.array:
+    plan = _rows_plan("few", x, [layer], dense=True)
+    return stock.matmul(x, layer) if plan is None else rows.launch(x, plan)[0][0]
+
+
+def _matrix(x: mx.array, layer: Projection) -> mx.array:
+    plan = _rows_plan("matrix", x, [layer], dense=True)
+    return _dequantized_matmul(x, layer) if plan is None else rows.launch(x, plan)[0][0]
+
+
+def _rows_plan(way: str, x: mx.array, layers: Sequence[Projection], dense: bool) -> rows.RowsPlan | None:
+    """The plan for so many rows, made once; None if the kernels can't."""
+    count = x.size // x.shape[-1]
+    alike = count if count <= 64 else -(-count // 64) * 64  # rows that are cut alike
+    plans = weights.kept(layers[0]).plans
+    key = (way, alike, x.dtype, dense, *map(id, layers))
+    if key in plans:
+        known: rows.RowsPlan | None = plans[key]
+        if known is None or known.still_fits(layers):
+            return known
+    plan = _checked_rows(way, x, layers, alike, dense)
+    plans[key] = plan
+    return plan
+
+
+def _checked_rows(
+    way: str, x: mx.array, layers: Sequence[Projection], count: int, dense: bool
+) -> rows.RowsPlan | None:
+    """A plan whose kernels were checked, shared by counts that are cut alike; None where they failed."""
+    if launching.tiny(layers):
+        return None
+    bands, inputs = launching.bands(layers), x.shape[-1]
+    cut: rows.Cut
+    if way == "matrix":
+        cut = geometry.choose_matrix(device_class(), bands, inputs, count)
+    else:
+        cut = geometry.choose_rows(device_class(), bands, inputs, count, x.dtype == mx.float32)
+    plans = weights.kept(layers[0]).plans
+    key = (cut, x.dtype, dense, *map(id, layers))
+    known: rows.RowsPlan | None = plans.get(key)
+    if known is not None and known.still_fits(layers):
+        return known
+    plan = rows.make_plan(x.dtype, layers, cut, dense)  # joins arrays, after which older plans are gone
+    if first_use.rows_verdict(plan, layers, dense=dense):
+        return None
+    weights.kept(layers[0]).plans[key] = plan
+    return plan
 
 
 def _dequantized_matmul(x: mx.array, layer: Projection) -> mx.array:
@@ -261,3 +352,11 @@ def choose(layers: Sequence[Projection], dtype: mx.Dtype) -> geometry.Geometry:
     """The launch geometry of these projections on this device, for an x of this dtype."""
     inputs = layers[0].weight.shape[1]
     return geometry.choose(device_class(), launching.bands(layers), inputs, dtype == mx.float32)
+
+
+WAYS: dict[str, ways.Call] = {
+    "few": _few,
+    "matrix": _matrix,
+    "quantized": stock.matmul,
+    "dequantized": _dequantized_matmul,
+}

@@ -10,7 +10,7 @@ import json
 import math
 import platform
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 import mlx.core as mx
 
 from spqt_cli.backends import accuracy, interface, problems
-from spqt_cli.backends.gpu import geometry, kernel_text
+from spqt_cli.backends.gpu import geometry, kernel_text, rows
 from spqt_cli.backends.gpu.launch import Form, Plan, launch, make_plan, per_channel
 from spqt_cli.system import files
 from spqt_cli.version import __version__
@@ -49,15 +49,25 @@ def verdict(plan: Plan, dtype: mx.Dtype, layers: Sequence[Any], cut: geometry.Ge
 
     The first failure of a process is printed in one line; all later layers of the process use MLX's matmul.
     """
+    kernels = [one.kernel for one in (plan.gemv, plan.reduce, plan.counts) if one is not None]
+    return _verdict(kernels, lambda: fault(dtype, layers, cut, plan.form))
+
+
+def rows_verdict(plan: rows.RowsPlan, layers: Sequence[Any], *, dense: bool) -> str:
+    """As `verdict`, of the kernels for more than one row."""
+    return _verdict(plan.kernels, lambda: rows_fault(plan.dtype, layers, plan.cut, dense=dense))
+
+
+def _verdict(kernels: Sequence[kernel_text.Kernel], fault_of: Callable[[], str]) -> str:
     if _suspended:
         return ""
     if _broken:
         return _broken[0]
-    key = _key(plan)
+    key = _key(kernels)
     if key in _passed():
         return ""
     try:
-        reason = fault(dtype, layers, cut, plan.form)
+        reason = fault_of()
     except RuntimeError as error:  # MLX's word for a kernel that does not compile or start
         reason = f"a kernel does not run: {str(error).strip().splitlines()[0][:200]}"
     if reason:
@@ -106,6 +116,38 @@ def fault(dtype: mx.Dtype, layers: Sequence[Any], cut: geometry.Geometry, form: 
     return f"a GPU kernel is wrong on this machine ({words})" if words else ""
 
 
+def rows_fault(dtype: mx.Dtype, layers: Sequence[Any], cut: rows.Cut, *, dense: bool) -> str:
+    """What is wrong with the kernels of such a cut on a small random problem, run twice; empty if nothing is.
+
+    One row more than a threadgroup takes, each with channels of its own.
+    """
+    one_stripe = cut.stripes(layers[0].weight.shape[1]) == 1
+    small = cut._replace(stripe=INPUTS if one_stripe else INPUTS // 2)
+    group = layers[0].group_size
+    band = -(-cut.tile // group) * group
+    case = problems.Case(
+        tuple(band - 3 - p for p in range(len(layers))),
+        INPUTS,
+        layers[0].bits,
+        group,
+        dtype,
+        scales=layers[0].scales.dtype,
+        band=band,
+        bias=any(layer.get("bias") is not None for layer in layers),
+        per_channel=per_channel(layers, dense=dense),
+    )
+    matrices = problems.matrices(case)
+    if dense:
+        for matrix in matrices:
+            matrix.set_threshold(0.0)
+    x = problems.rows(case, cut.tokens + 1)
+    plan = rows.make_plan(dtype, matrices, small, dense)
+    first, second = rows.launch(x, plan), rows.launch(x, plan)
+    rounded = isinstance(cut, geometry.MatrixGeometry)
+    found = accuracy.judge_rows(x, matrices, first, second, rounded=rounded)
+    return "" if found.passed else f"a GPU kernel is wrong on this machine ({found.words()})"
+
+
 def _fault_of_reduction(x: mx.array, plan: Plan, apart: accuracy.Result, then: kernel_text.Then) -> str:
     """What is wrong with a reduction that does more than add up, from one that does not."""
     if then == "glu":
@@ -124,16 +166,15 @@ def _result(x: mx.array, plan: Plan, other: mx.array | None = None) -> accuracy.
     return outputs, active
 
 
-def _key(plan: Plan) -> str:
-    launches = (plan.gemv, plan.reduce, plan.counts)
-    kernels = [launch.kernel for launch in launches if launch is not None]
+def _key(kernels: Sequence[kernel_text.Kernel]) -> str:
     texts = [text for one in kernels for text in (one.name, *kernel_text.metal(one))]
-    words = [_machine(), kernel_text.body("shim_cuda.h"), *texts]
+    words = [machine(), kernel_text.body("shim_cuda.h"), *texts]
     return hashlib.sha256("\n".join(words).encode()).hexdigest()
 
 
 @cache
-def _machine() -> str:
+def machine() -> str:
+    """Chip, system, MLX and spqt: what a check or a measurement holds for."""
     device = mx.device_info()
     chip = f"{device.get('device_name')} {device.get('architecture')}"
     return f"{chip} {platform.platform()} {metadata.version('mlx')} {__version__}"
@@ -153,10 +194,13 @@ def _passed() -> set[str]:
 
 def _remember(key: str) -> None:
     _passed().add(key)
-    try:
-        _file().parent.mkdir(parents=True, exist_ok=True)
-        fresh = _file().with_suffix(".new")
-        fresh.write_text(json.dumps(sorted(_passed())[-1000:]))
-        fresh.replace(_file())
-    except OSError:
-        pass  # a folder that can't be written costs the next process a second, no more
+    store(_file(), sorted(_passed())[-1000:])
+
+
+def store(path: Path, document: Any) -> None:
+    """Keep a JSON document in the cache folder, if that can be written; else it costs time again, no more."""
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = path.with_suffix(".new")
+        fresh.write_text(json.dumps(document))
+        fresh.replace(path)

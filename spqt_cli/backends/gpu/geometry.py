@@ -4,7 +4,7 @@ It knows no arrays and no MLX. The rule and the sweeps behind it are in metal/RE
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 SIMD = 32  # lanes of a simdgroup (warp)
 OUTPUTS = 32  # of one lane: 64 were no faster, and halve the lanes that fit
@@ -22,6 +22,16 @@ MOST_LANES, MOST_THREADS = {"cuda": 32}, {"cuda": 256}
 # each of an H200's multiprocessors. One is enough while independent launches fill the rest, as in a
 # benchmark of one product; in a model each waits for the one before.
 THREADGROUPS = {"cuda": 264, "p": 32, "g": 64, "s": 96, "d": 192}
+
+
+class Cut(Protocol):
+    """How any of the products is cut into tiles of outputs and stripes of channels."""
+
+    @property
+    def stripe(self) -> int: ...  # pragma: no cover
+    @property
+    def tile(self) -> int: ...  # pragma: no cover
+    def tiles(self, band: int, /) -> int: ...  # pragma: no cover
 
 
 class Geometry(NamedTuple):
@@ -81,3 +91,130 @@ def choose(kind: str, bands: Sequence[tuple[int, int]], inputs: int, precise: bo
 
 def _units(band: int) -> int:
     return -(-band // OUTPUTS)
+
+
+# For few rows: rows of x in one threadgroup -> outputs of one lane, channels loaded ahead, blocks that an SM
+# is to hold. A lane holds outputs times rows sums; 64 leave registers for two blocks of 256 threads on an SM,
+# and fit an Apple GPU's 128; with 128 sums and two blocks ptxas spills.
+FEW_ROWS = {
+    "cuda": {2: (16, 4, 2), 4: (16, 4, 2), 8: (8, 4, 2)},
+    "metal": {2: (16, 2, 0), 4: (16, 2, 0), 8: (8, 2, 0)},
+}
+# Lanes side by side at most. CUDA: a warp on its own channel; wider tiles share sectors of scales, but leave
+# more stripes, whose sums, written and read back, grow with the rows.
+FEW_LANES = {"cuda": 32, "metal": 256}
+FEW_THREADS = 256
+FEW_LISTED = 4096  # channels times rows of x: 16 KB of values
+LISTS = 8  # spans of a pass, as in sparse_rows.metal
+IDLE = 0.1  # of the lanes, at most: narrower tiles where the band leaves more without outputs
+
+# For many rows: rows of x in one threadgroup -> threads, channels of x in threadgroup memory, steps of 16
+# channels loaded ahead, blocks that an SM is to hold.
+MANY_ROWS = {16: (128, 128, 2, 4), 32: (128, 128, 2, 4), 64: (128, 64, 2, 2)}
+MANY_STRIPE = 16  # channels at least for each row: a stripe writes and reads all sums of all rows
+
+
+class RowsGeometry(NamedTuple):
+    """One cut of sparse_rows.metal."""
+
+    tokens: int  # rows of x in one threadgroup
+    outputs: int  # of one lane
+    lanes: int  # side by side on one channel
+    rows: int  # channels in work at one time
+    unroll: int
+    list: int  # channels collected at one time
+    slice: int
+    decode: int
+    stripe: int
+    blocks: int = 0  # that an SM is to hold; 0 leaves it to the rule for all kernels
+
+    @property
+    def threads(self) -> int:
+        return self.lanes * self.rows
+
+    @property
+    def tile(self) -> int:
+        return self.lanes * self.outputs
+
+    def tiles(self, band: int) -> int:
+        return -(-band // self.tile)
+
+    def stripes(self, inputs: int) -> int:
+        return -(-inputs // self.stripe)
+
+
+class MatrixGeometry(NamedTuple):
+    """One cut of matrix_rows.metal."""
+
+    tokens: int  # rows of x in one threadgroup
+    threads: int
+    span: int  # channels of x in threadgroup memory at one time
+    unroll: int  # steps of 16 channels
+    blocks: int  # that an SM is to hold
+    stripe: int
+
+    @property
+    def tile(self) -> int:
+        return self.threads // SIMD * 64
+
+    def tiles(self, band: int) -> int:
+        return -(-band // self.tile)
+
+    def stripes(self, inputs: int) -> int:
+        return -(-inputs // self.stripe)
+
+
+def choose_rows(
+    kind: str, bands: Sequence[tuple[int, int]], inputs: int, rows: int, precise: bool = False
+) -> RowsGeometry:
+    """The cut of sparse_rows.metal for so many rows of x; the rest as `choose`."""
+    family = "cuda" if kind == "cuda" else "metal"
+    tokens = next((few for few in FEW_ROWS[family] if rows <= few), max(FEW_ROWS[family]))
+    outputs, unroll, blocks = FEW_ROWS[family][tokens]
+    lanes = _few_lanes([-(-band // outputs) for band, _ in bands], FEW_LANES[family])
+    most_stripes = max(1, inputs // (LEAST_STRIPE * tokens))  # a stripe writes and reads the sums of all rows
+    token_tiles = -(-rows // tokens)
+
+    def tiles() -> int:
+        return sum(-(-band // (lanes * outputs)) * number for band, number in bands) * token_tiles
+
+    while lanes > SIMD and tiles() * most_stripes < THREADGROUPS[kind]:
+        lanes //= 2
+    threads = min(FEW_THREADS, LISTS * lanes)
+    stripes = max(1, min(most_stripes, THREADGROUPS[kind] // tiles()))
+    if tiles() * lanes * outputs * inputs <= LEAST_WEIGHTS:
+        stripes = 1
+    stripe = -(-inputs // stripes)
+    listed = min(-(-stripe // (SIMD * LISTS)) * SIMD * LISTS, FEW_LISTED // max(tokens, 4))
+    decode = 0 if precise else 2 if kind == "cuda" else 1
+    return RowsGeometry(
+        tokens=tokens,
+        outputs=outputs,
+        lanes=lanes,
+        rows=threads // lanes,
+        unroll=unroll,
+        list=listed,
+        slice=min(SLICE, outputs),
+        decode=decode,
+        stripe=stripe,
+        blocks=blocks,
+    )
+
+
+def _few_lanes(units: Sequence[int], most: int) -> int:
+    """The most lanes, a power of two, of which few idle; LISTS times 4, the least, are a simdgroup."""
+    lanes = most
+    while lanes > 4 and sum(-one % lanes for one in units) > IDLE * sum(
+        -(-one // lanes) * lanes for one in units
+    ):
+        lanes //= 2
+    return lanes
+
+
+def choose_matrix(kind: str, bands: Sequence[tuple[int, int]], inputs: int, rows: int) -> MatrixGeometry:
+    """The cut of matrix_rows.metal for so many rows of x."""
+    tokens = next((many for many in MANY_ROWS if rows <= many), max(MANY_ROWS))
+    cut = MatrixGeometry(tokens, *MANY_ROWS[tokens], inputs)
+    tiles = sum(cut.tiles(band) * number for band, number in bands) * -(-rows // tokens)
+    stripes = max(1, min(inputs // (MANY_STRIPE * tokens), THREADGROUPS[kind] // tiles))
+    return cut._replace(stripe=-(-inputs // stripes))

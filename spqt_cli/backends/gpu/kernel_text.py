@@ -40,6 +40,7 @@ class Kernel(NamedTuple):
     memory: str
     call: str
     threads: int
+    blocks: int = 0  # that an SM is to hold at least; 0 for RESIDENT_THREADS
 
 
 def metal(kernel: Kernel) -> tuple[str, str]:
@@ -52,7 +53,7 @@ def cuda(kernel: Kernel) -> tuple[str, str]:
 
     MLX hashes both texts in every launch there; the files' 10 KB would be most of them.
     """
-    blocks = min(MOST_BLOCKS, max(1, RESIDENT_THREADS // kernel.threads))
+    blocks = kernel.blocks or min(MOST_BLOCKS, max(1, RESIDENT_THREADS // kernel.threads))
     numbers = f"#define SPQT_THREADS {kernel.threads}\n#define SPQT_BLOCKS {blocks}\n"
     head = f"{numbers}{_include('shim_cuda.h')}{declared(kernel)}"
     return _body(kernel, "__shared__"), head + "".join(map(_include, kernel.files))
@@ -94,6 +95,12 @@ THREAD = """const Thread me = {
 };
 """
 HELPERS = ("lane_order.h", "settings.h")
+# Which tile of outputs, and which rows of x: those that share weights are neighbours.
+PLACE = """const uint token_tiles = (rows[0] + TOKENS - 1) / TOKENS;
+const uint tile = threadgroup_position_in_grid.x / token_tiles;
+const uint first_token = threadgroup_position_in_grid.x % token_tiles * TOKENS;
+"""
+REDUCE_THREADS = 256
 
 
 @cache
@@ -146,6 +153,56 @@ def count_kernel() -> Kernel:
     call = f"{THREAD}count_active(partials, settings, {before}, active, me);\n"
     inputs, files = ("partials", "settings", "counted"), (*HELPERS, "count_active.metal")
     return Kernel("spqt_count", inputs, ("active",), files, (("COUNTS", COUNTS),), "", call, geometry.SIMD)
+
+
+@cache
+def rows_kernel(constants: Constants, threads: int, blocks: int, partial: bool) -> Kernel:
+    """sparse_rows.metal with its constants; partial: it writes the partial sums of stripes, not y."""
+    constants = (*constants, ("THREADS", threads), ("COUNTS", COUNTS))
+    ys = ("partials",) if partial else _names("y", int(dict(constants)["P"]))
+    call = THREAD + PLACE + _projection("tile")
+    place = "tile, first_token, projection, memory, me"
+    if partial:
+        call += f"sparse_rows_stripe(x, settings, packed, rows[0], partials, {place});\n"
+    else:
+        call += f"device T* y = {_pick(ys)};\n"
+        call += f"sparse_rows(x, settings, packed, rows[0], y, active, {place});\n"
+    outputs = ys if partial else (*ys, "active")
+    files = (*HELPERS, "lane_codes.h", "sparse_rows.metal")
+    name = _name("rows", constants, call)
+    inputs = ("x", "settings", "packed", "rows")
+    return Kernel(name, inputs, outputs, files, constants, "RowsMemory", call, threads, blocks)
+
+
+@cache
+def matrix_kernel(constants: Constants, threads: int, blocks: int, partial: bool) -> Kernel:
+    """matrix_rows.metal with its constants; of one projection, so that few kernels are compiled."""
+    constants = (*constants, ("THREADS", threads), ("COUNTS", COUNTS))
+    call = THREAD + PLACE
+    if partial:
+        call += "matrix_rows_stripe(x, settings, packed, rows[0], partials, tile, first_token, memory, me);\n"
+    else:
+        call += "matrix_rows(x, settings, packed, rows[0], y_0, active, tile, first_token, memory, me);\n"
+    outputs = ("partials",) if partial else ("y_0", "active")
+    files = (*HELPERS, "lane_codes.h", "matrix_rows.metal")
+    name = _name("matrix", constants, call)
+    inputs = ("x", "settings", "packed", "rows")
+    return Kernel(name, inputs, outputs, files, constants, "MatrixMemory", call, threads, blocks)
+
+
+@cache
+def reduce_rows_kernel(constants: Constants, tile: int) -> Kernel:
+    """reduce_rows.metal with its constants."""
+    named = {name: value for name, value in constants if name in ("T", "P", "PER_CHANNEL", "HAS_BIAS")}
+    named |= {"TILE": tile, "COUNTS": COUNTS, "THREADS": REDUCE_THREADS}
+    ys = _names("y", int(named["P"]))
+    call = THREAD + _projection(f"(me.threadgroup_x * {REDUCE_THREADS} + me.index) / {tile}")
+    call += f"device T* y = {_pick(ys)};\n"
+    call += "reduce_rows(partials, settings, rows[0], y, active, projection, me);\n"
+    constants, files = tuple(named.items()), (*HELPERS, "reduce_rows.metal")
+    name = _name("reduce_rows", constants, call)
+    inputs, outputs = ("partials", "settings", "rows"), (*ys, "active")
+    return Kernel(name, inputs, outputs, files, constants, "", call, REDUCE_THREADS)
 
 
 def _projection(tile: str) -> str:

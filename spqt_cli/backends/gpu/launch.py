@@ -146,7 +146,7 @@ def make_plan(
     joined = weights.join(layers)
     stripes = cut.stripes(shape[-1])
     tiles = sum(cut.tiles(band) * number for band, number in bands(layers))
-    settings = _settings(layers, joined, cut, form)
+    settings = settings_of(layers, joined, cut, form.dense, form.norm)
     constants = _constants(dtype, layers, cut, form)
     y_shapes = [_y_shape(shape, layer.outputs, form.then) for layer in layers]
     nothing = mx.zeros(len(layers), mx.uint32)
@@ -189,9 +189,14 @@ def bands(layers: Sequence[Projection]) -> list[tuple[int, int]]:
     return [(layer.weight.shape[2] * 32 // layer.bits, layer.weight.shape[0]) for layer in layers]
 
 
-def _settings(
-    layers: Sequence[Projection], joined: Sequence[weights.Joined], cut: geometry.Geometry, form: Form
+def settings_of(
+    layers: Sequence[Projection],
+    joined: Sequence[weights.Joined],
+    cut: geometry.Cut,
+    dense: bool,
+    norm: Norm | None = None,
 ) -> mx.array:
+    """The settings array of a launch: see metal/settings.h."""
     inputs = layers[0].weight.shape[1]
     projections: list[ProjectionSettings] = []
     tiles = 0
@@ -199,24 +204,25 @@ def _settings(
         own = ProjectionSettings(tiles, band, cut.tiles(band), layer.outputs, *one.starts)
         projections.append(own)
         tiles += own.tiles * number
-    eps = form.norm.eps if form.norm else 0.0
+    eps = norm.eps if norm else 0.0
     launch = LaunchSettings(inputs, cut.stripe, tiles * cut.tile + COUNTS, len(layers), eps)
-    given = [None if form.dense else layer.threshold for layer in layers]
+    given = [None if dense else layer.threshold for layer in layers]
     floats = [mx.zeros((1,)) if one is None else one.astype(mx.float32) for one in given]
-    if per_channel(layers, dense=form.dense):
+    if per_channel(layers, dense=dense):
         floats = [mx.broadcast_to(one, (inputs,)) for one in floats]
-    if _has_bias(layers):
+    if has_bias(layers):
         biases = [layer.get("bias") for layer in layers]
         floats += [
             mx.zeros((layer.outputs,)) if bias is None else bias.astype(mx.float32)
             for layer, bias in zip(layers, biases, strict=True)
         ]
-    if form.norm:
-        floats.append(form.norm.weight.astype(mx.float32))
+    if norm:
+        floats.append(norm.weight.astype(mx.float32))
     return pack(launch, projections, floats)
 
 
-def _has_bias(layers: Sequence[Projection]) -> bool:
+def has_bias(layers: Sequence[Projection]) -> bool:
+    """Whether any of these projections has a bias."""
     return any(layer.get("bias") is not None for layer in layers)
 
 
@@ -236,7 +242,7 @@ def _constants(
         ("GROUP", layers[0].group_size),
         ("P", len(layers)),
         ("PER_CHANNEL", int(per_channel(layers, dense=form.dense))),
-        ("HAS_BIAS", int(_has_bias(layers))),
+        ("HAS_BIAS", int(has_bias(layers))),
         ("NORMED", int(form.norm is not None)),
         ("OUTPUTS", cut.outputs),
         ("LANES", cut.lanes),

@@ -7,9 +7,9 @@ is checked once per machine. The bound is accuracy.py's, derived in metal/README
 import mlx.core as mx
 import pytest
 
-from spqt_cli.backends import interface, problems, select, selftest, stock
+from spqt_cli.backends import accuracy, interface, problems, select, selftest, stock
 from spqt_cli.backends.gpu import backend as gpu
-from spqt_cli.backends.gpu import first_use, kernel_text
+from spqt_cli.backends.gpu import first_use, geometry, kernel_text, ways
 from spqt_cli.backends.gpu import launch as launching
 from spqt_cli.backends.problems import Case
 from tests.backends.gpu.test_kernels import CUTS, use
@@ -126,7 +126,7 @@ def test_selftest_table_shows_a_kernel_that_was_given_up(monkeypatch, fresh_trus
     monkeypatch.setattr(launching, "run", run_emulated)
     monkeypatch.setattr(select, "backend", lambda: EMULATED)
     monkeypatch.setattr(selftest, "_cases", lambda: [("one launch", Case((128,), 96))])
-    for rows in ("_reduction_rows", "_dense_rows"):
+    for rows in ("_reduction_rows", "_more_rows", "_dense_rows"):
         monkeypatch.setattr(selftest, rows, list)
     use(monkeypatch, CUTS["narrow"])
     planted(monkeypatch, old, new)
@@ -146,3 +146,81 @@ def test_selftest_table_judges_what_reductions_do_besides(monkeypatch, fresh_tru
     rows = selftest._reduction_rows()
     assert len(rows) == 9
     assert [row["kernel"] for row in rows if not row["pass"]] == (["residual"] * 3 if wrong else [])
+
+
+ROWS_CUT = geometry.RowsGeometry(4, 16, 8, 8, 2, 256, 8, 0, 1000)
+MATRIX_CUT = geometry.MatrixGeometry(16, 32, 64, 2, 4, 1000)
+
+
+WRONG_ROWS = [
+    ("few", "sums[t][c] = fma(code,", "sums[t][c] = 2.0f * fma(code,", "error"),
+    ("few", "uint(t) < tokens)", "uint(t) < 1)", "error"),
+    ("few", "? 0 : 1;", "? 0 : 2;", "wrong number of active channels"),
+    ("matrix", "8 * j + group_lane) * STRIDE", "group_lane) * STRIDE", "error"),
+    ("matrix", "a.y = weight_pair(", "a.y = no_such_name(", "a kernel does not run"),
+]
+
+
+@pytest.mark.parametrize(("way", "old", "new", "reason"), WRONG_ROWS)
+def test_a_wrong_kernel_for_more_rows_is_never_used(
+    *, monkeypatch, fresh_trust, capfd, way, old, new, reason
+):
+    monkeypatch.setattr(launching, "run", run_emulated)
+    monkeypatch.setattr(ways, "best", lambda *_: way)
+    monkeypatch.setattr(geometry, "choose_rows", lambda *_: ROWS_CUT)
+    monkeypatch.setattr(geometry, "choose_matrix", lambda *_: MATRIX_CUT)
+    case = Case((128,), 96)
+    x = problems.rows(case, 3)
+
+    def told():
+        some = problems.matrices(case)
+        found = gpu.sparse_rows(x, some)
+        assert accuracy.judge_rows(x, some, found, found, rounded=True).passed
+        return capfd.readouterr().err
+
+    assert told() == ""
+    real = kernel_text.body
+    assert any(old in real(f"{name}_rows.metal") for name in ("sparse", "matrix"))
+    first_use._passed.cache_clear()
+    monkeypatch.setattr(kernel_text, "body", lambda file: real(file).replace(old, new))
+    words = told()
+    assert words.count("\n") == 1
+    assert reason in words
+    assert told() == ""  # once is enough
+
+
+def test_right_kernels_for_more_rows_are_checked_once_per_machine(monkeypatch, fresh_trust):
+    launches = []
+
+    def run(launch, inputs):
+        launches.append(launch)
+        return run_emulated(launch, inputs)
+
+    monkeypatch.setattr(launching, "run", run)
+    monkeypatch.setattr(ways, "best", lambda *_: "few")
+    monkeypatch.setattr(geometry, "choose_rows", lambda *_: ROWS_CUT)
+    case = Case((128,), 96)
+    x = problems.rows(case, 3)
+    gpu.sparse_rows(x, problems.matrices(case))
+    assert len(launches) == 3  # twice to check, once for the caller
+    first_use._passed.cache_clear()  # as a new process would
+    gpu.sparse_rows(x, problems.matrices(case))
+    assert len(launches) == 4
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_selftest_table_judges_kernels_for_more_rows(monkeypatch, fresh_trust, wrong):
+    if wrong:
+        real = kernel_text.body
+        monkeypatch.setattr(
+            kernel_text, "body", lambda name: real(name).replace("sum += here[stripe", "sum = here[stripe")
+        )
+    monkeypatch.setattr(launching, "run", run_emulated)
+    monkeypatch.setattr(select, "backend", lambda: EMULATED)
+    monkeypatch.setattr(ways, "is_possible", lambda way, count, dtype: count < 32 and dtype == mx.float16)
+    monkeypatch.setattr(gpu, "device_class", lambda: "g")
+    monkeypatch.setitem(geometry.MANY_ROWS, 16, (32, 64, 2, 4))
+    rows = selftest._more_rows()
+    assert [row["kernel"] for row in rows[:2]] == ["2 rows, few", "2 rows, stripes, few"]
+    assert len(rows) == 8
+    assert [row["pass"] for row in rows] == [not (wrong and "stripes" in row["kernel"]) for row in rows]

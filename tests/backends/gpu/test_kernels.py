@@ -14,7 +14,7 @@ import pytest
 
 from spqt_cli.backends import accuracy, problems, stock
 from spqt_cli.backends.gpu import backend as gpu
-from spqt_cli.backends.gpu import first_use, geometry, weights
+from spqt_cli.backends.gpu import first_use, geometry, ways, weights
 from spqt_cli.backends.gpu import launch as launching
 from spqt_cli.backends.problems import Case
 from spqt_cli.format import layout
@@ -34,6 +34,8 @@ def emulated(monkeypatch):
 
     monkeypatch.setattr(launching, "run", run)
     monkeypatch.setattr(first_use, "verdict", lambda *_, **__: "")
+    monkeypatch.setattr(first_use, "rows_verdict", lambda *_, **__: "")
+    monkeypatch.setattr(ways, "best", lambda *_: "quantized")  # of more rows; nothing is timed
     mx.disable_compile()  # a traced array has no bytes that an emulator could read
     yield launches
     mx.enable_compile()
@@ -238,8 +240,8 @@ def test_a_layer_without_threshold_runs_dense(emulated, monkeypatch):
 
 
 @pytest.mark.parametrize("outputs", [250, 256])
-def test_many_rows_on_cuda_are_dequantized_once(monkeypatch, outputs):
-    monkeypatch.setattr(gpu.mx.cuda, "is_available", lambda: True)
+def test_a_matrix_is_dequantized_as_mlx_multiplies_it(monkeypatch, outputs):
+    monkeypatch.setattr(ways, "best", lambda *_: "dequantized")
     (matrix,) = problems.matrices(Case((outputs,), 96, dtype=mx.float32, band=64, bias=True))
     x = mx.random.normal((2, 20, 96), key=mx.random.key(1))
     # Two float32 sums of 96 terms below 1 in size: 96 * 2^-24 * 96 < 1e-3.
@@ -248,7 +250,7 @@ def test_many_rows_on_cuda_are_dequantized_once(monkeypatch, outputs):
 
 def test_dequantized_matrices_do_not_pile_up(monkeypatch):
     """MLX keeps temporaries for a hundred operations; a prompt dequantizes every matrix of the model."""
-    monkeypatch.setattr(gpu.mx.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(ways, "best", lambda *_: "dequantized")
     (matrix,) = problems.matrices(Case((128,), 96, dtype=mx.float32))
     monkeypatch.setattr(gpu, "MOST_UNFREED", 3 * 128 * 96 * 4)
     gpu._unfreed.clear()

@@ -10,7 +10,7 @@ namespace {
 constexpr uint64_t STACK = 96 << 10;  // bytes of a lane
 constexpr uint SIMD = 32;
 
-enum State { READY, AT_BARRIER, AT_PREFIX, AT_SHUFFLE, FINISHED };
+enum State { READY, AT_BARRIER, AT_PREFIX, AT_SHUFFLE, AT_BROADCAST, AT_TILE, FINISHED };
 
 struct Fiber {
   jmp_buf point;
@@ -20,6 +20,7 @@ struct Fiber {
   void* site = nullptr;
   uint64_t value = 0;
   uint mask = 0;
+  float a[8], b[4], c[4];  // of a tile that is multiplied
   Lane lane;
 };
 
@@ -58,17 +59,36 @@ void resume(Fiber& fiber) {
   acting = nullptr;
 }
 
+// The tile that the lanes hold together, as PTX's mma.m16n8k16 has it: lane 4 g + q holds of a rows g and g + 8, of b
+// column g, of both channels 2 q, 2 q + 1, 2 q + 8, 2 q + 9; of c rows g, g + 8 and columns 2 q, 2 q + 1.
+void multiply_tile(Fiber* lanes) {
+  float a[16][16], b[16][8];
+  for (uint i = 0; i < SIMD; ++i) {
+    const uint g = i / 4, q = i % 4;
+    for (uint j = 0; j < 8; ++j) a[g + j / 2 % 2 * 8][2 * q + j % 2 + j / 4 * 8] = lanes[i].a[j];
+    for (uint j = 0; j < 4; ++j) b[2 * q + j % 2 + j / 2 * 8][g] = lanes[i].b[j];
+  }
+  for (uint i = 0; i < SIMD; ++i) {
+    for (uint j = 0; j < 4; ++j) {
+      float& sum = lanes[i].c[j];
+      for (uint k = 0; k < 16; ++k) sum += a[i / 4 + j / 2 * 8][k] * b[k][i % 4 * 2 + j % 2];
+    }
+  }
+}
+
 // All lanes of a simdgroup stand at one operation: give each its result. False where they don't.
 bool exchange(Fiber* lanes) {
   const State state = lanes[0].state;
-  if (state != AT_PREFIX && state != AT_SHUFFLE) return false;
+  if (state < AT_PREFIX || state > AT_TILE) return false;
   for (uint i = 1; i < SIMD; ++i) {
     if (lanes[i].state != state || lanes[i].site != lanes[0].site) return false;
   }
+  if (state == AT_TILE) multiply_tile(lanes);
   uint64_t results[SIMD];
   uint sum = 0;
   for (uint i = 0; i < SIMD; ++i) {
-    results[i] = state == AT_PREFIX ? sum : lanes[(i ^ lanes[i].mask) % SIMD].value;
+    const uint from = state == AT_BROADCAST ? lanes[i].mask : i ^ lanes[i].mask;
+    results[i] = state == AT_PREFIX ? sum : lanes[from % SIMD].value;
     sum += uint(lanes[i].value);
   }
   for (uint i = 0; i < SIMD; ++i) {
@@ -170,5 +190,20 @@ float emulator_shuffle_xor(float value, uint mask) {
   running->mask = mask;
   wait(AT_SHUFFLE, __builtin_return_address(0));
   return as_type<float>(uint(running->value));
+}
+
+uint emulator_broadcast(uint value, uint lane) {
+  running->value = value;
+  running->mask = lane;
+  wait(AT_BROADCAST, __builtin_return_address(0));
+  return uint(running->value);
+}
+
+void emulator_multiply_tile(const float* a, const float* b, float* c) {
+  memcpy(running->a, a, sizeof running->a);
+  memcpy(running->b, b, sizeof running->b);
+  memcpy(running->c, c, sizeof running->c);
+  wait(AT_TILE, __builtin_return_address(0));
+  memcpy(c, running->c, sizeof running->c);
 }
 }

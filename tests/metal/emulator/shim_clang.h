@@ -18,6 +18,8 @@ typedef unsigned long ulong;
 typedef uint uint2 __attribute__((ext_vector_type(2)));
 typedef uint uint3 __attribute__((ext_vector_type(3)));
 typedef uint uint4 __attribute__((ext_vector_type(4)));
+typedef float float2 __attribute__((ext_vector_type(2)));
+typedef float float4 __attribute__((ext_vector_type(4)));
 typedef _Float16 half;
 typedef _Float16 float16_t;
 // A type of its own that becomes float in arithmetic: clang 14's __bf16 converts to nothing.
@@ -31,6 +33,9 @@ void threadgroup_barrier(int);
 uint simd_prefix_exclusive_sum(uint);
 int simd_prefix_exclusive_sum(int);
 float simd_prefix_exclusive_sum(float);
+uint simd_broadcast(uint, ushort);
+int simd_broadcast(int, ushort);
+float simd_broadcast(float, ushort);
 float simd_shuffle_xor(float, ushort);
 uint simd_shuffle_xor(uint, ushort);
 int simd_shuffle_xor(int, ushort);
@@ -54,3 +59,12 @@ To as_type(From from) {
   static_assert(sizeof(To) == sizeof(From), "as_type keeps the bits");
   return __builtin_bit_cast(To, from);
 }
+
+// No words of Metal's: matrix_rows.metal, which runs on CUDA alone, is checked all the same.
+template <typename T>
+uint pack_pair(float, float);
+template <typename T>
+float4 multiply_tile(uint4, uint2, float4);
+template <typename T>
+uint pair_fma(uint, uint, uint);
+uint masked_or(uint, uint, uint);

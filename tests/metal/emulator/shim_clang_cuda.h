@@ -12,6 +12,8 @@ typedef unsigned char uint8_t;
 typedef unsigned int uint32_t;
 typedef unsigned int uint2 __attribute__((ext_vector_type(2)));
 typedef unsigned int uint4 __attribute__((ext_vector_type(4)));
+typedef float float2 __attribute__((ext_vector_type(2)));
+typedef float float4 __attribute__((ext_vector_type(4)));
 
 // Conversions by the instructions that compute capability 8 and later has.
 struct __half {
@@ -36,6 +38,9 @@ __device__ inline float __shfl_xor_sync(unsigned int lanes, float value, int dis
 }
 __device__ inline unsigned int __shfl_up_sync(unsigned int lanes, unsigned int value, int distance) {
   return __nvvm_shfl_sync_up_i32(lanes, value, distance, 0);
+}
+__device__ inline unsigned int __shfl_sync(unsigned int lanes, unsigned int value, int lane) {
+  return __nvvm_shfl_sync_idx_i32(lanes, value, lane, 31);
 }
 __device__ inline float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 __device__ inline float rsqrt(float a) { return 1.0f / __builtin_sqrtf(a); }

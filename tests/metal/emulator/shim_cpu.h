@@ -21,6 +21,12 @@ struct alignas(8) uint2 {
 struct alignas(16) uint4 {
   uint x, y, z, w;
 };
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
 
 // What a lane is, set by the runtime before the lane runs.
 struct Lane {
@@ -34,6 +40,10 @@ extern "C" {
 void emulator_barrier();
 uint emulator_prefix_sum(uint value);
 float emulator_shuffle_xor(float value, uint mask);
+uint emulator_broadcast(uint value, uint lane);
+// A lane's part of a 16 x 8 tile c += a b over 16 channels: eight of a, four of b, four of c, in the order of the
+// words that hold them.
+void emulator_multiply_tile(const float* a, const float* b, float* c);
 // Names a threadgroup array and checks one index; returns the index, or 0 after a report.
 uint64_t emulator_index(const void* array, uint64_t elements, uint64_t size, uint64_t index);
 }
@@ -51,6 +61,7 @@ enum { mem_none, mem_device, mem_threadgroup };
 inline void threadgroup_barrier(int) { emulator_barrier(); }
 inline uint simd_prefix_exclusive_sum(uint value) { return emulator_prefix_sum(value); }
 inline float simd_shuffle_xor(float value, ushort mask) { return emulator_shuffle_xor(value, mask); }
+inline uint simd_broadcast(uint value, ushort lane) { return emulator_broadcast(value, lane); }
 
 template <typename To, typename From>
 inline To as_type(From from) {
@@ -80,3 +91,35 @@ struct bfloat16_t {
   }
   operator float() const { return as_type<float>(uint(bits) << 16); }
 };
+
+// The words of matrix_rows.metal.
+template <typename T>
+inline uint pack_pair(float low, float high) {
+  return as_type<ushort>(T(low)) | uint(as_type<ushort>(T(high))) << 16;
+}
+template <typename T>
+inline uint pair_fma(uint a, uint b, uint c) {
+  float sums[2];
+  for (int i = 0; i < 2; ++i) {
+    const ushort own[3] = {ushort(a >> 16 * i), ushort(b >> 16 * i), ushort(c >> 16 * i)};
+    sums[i] = float(double(float(as_type<T>(own[0]))) * float(as_type<T>(own[1])) + float(as_type<T>(own[2])));
+  }
+  return pack_pair<T>(sums[0], sums[1]);
+}
+inline uint masked_or(uint word, uint mask, uint bits) { return (word & mask) | bits; }
+template <typename T>
+inline float4 multiply_tile(uint4 a, uint2 b, float4 c) {
+  const uint words[6] = {a.x, a.y, a.z, a.w, b.x, b.y};
+  float apart[12];
+  for (int i = 0; i < 6; ++i) {
+    apart[2 * i] = float(as_type<T>(ushort(words[i])));
+    apart[2 * i + 1] = float(as_type<T>(ushort(words[i] >> 16)));
+  }
+  float own[4] = {c.x, c.y, c.z, c.w};
+  emulator_multiply_tile(apart, apart + 8, own);
+  c.x = own[0];
+  c.y = own[1];
+  c.z = own[2];
+  c.w = own[3];
+  return c;
+}

@@ -1,0 +1,246 @@
+// y = x @ W.T for many rows of x by the GPU's matrix unit: weights become T in registers, as they are read. Inactive
+// channels of a row are zeros; all weights are read.
+// Used on CUDA for prompts, and for batches of many rows, below the size from which it pays to dequantize the whole
+// matrix. Metal has no use for it: its matrix instructions up to the M4 multiply no faster than its lanes do, and
+// the M5's are reached by MLX's own matmul alone. x of 16 bits only.
+//
+// Arrays: those of sparse_rows.metal, with P = 1.
+// Constants
+//   T, S, BITS, GROUP, PER_CHANNEL, HAS_BIAS, COUNTS  as there; P = 1
+//   TOKENS   rows of x in one threadgroup, a multiple of 8
+//   OUTPUTS  8, of one lane; a simdgroup has 64 side by side, a tile THREADS / 32 of these
+//   SPAN     channels of x in threadgroup memory at one time, a multiple of 64
+//   HALF, PAIRED  1 if T is float16_t; 1 if codes and scales are T's own: S is T, and T holds codes exactly
+//   UNROLL   steps of 16 channels whose weights a lane loads before it multiplies; divides SPAN / 16
+// Grid: (tiles * tiles of TOKENS rows, stripes) threadgroups of THREADS. Those that share weights lie side by side.
+//
+// multiply_tile(a, b, c) is a 16 x 8 tile c += a b over 16 channels, held by a simdgroup. Lane 4 g + q has of a rows g
+// and g + 8, of b column g, of both channels 2 q, 2 q + 1, 2 q + 8, 2 q + 9; of c rows g, g + 8 and columns 2 q,
+// 2 q + 1. Here rows of a are outputs, columns of b rows of x. Which ones is free: a lane's own eight outputs fill
+// rows g and g + 8 of four tiles, and its channels are the neighbours 4 q to 4 q + 3, so that nothing is moved
+// between lanes.
+
+enum : int {
+  TILE = THREADS / 32 * 64,
+  PARTS = OUTPUTS / 2,     // tiles of 16 outputs
+  COLUMNS = TOKENS / 8,    // tiles of 8 rows of x
+  STRIDE = SPAN / 4 + 4    // so that eight rows of x lie in banks of their own
+};
+
+struct MatrixMemory {
+  uint2 x_list[TOKENS * STRIDE];  // four channels of a row each
+  uint simdgroup_count[THREADS / 32];
+};
+
+// Of one group of a channel.
+struct Grid {
+  S scale, bias;
+};
+
+// Two numbers of 16 bits in one word, the first low; of no use, and never used, for wider ones.
+METAL_FUNC uint halves(float, float) { return 0; }
+METAL_FUNC uint halves(float16_t low, float16_t high) {
+  return as_type<ushort>(low) | uint(as_type<ushort>(high)) << 16;
+}
+METAL_FUNC uint halves(bfloat16_t low, bfloat16_t high) {
+  return as_type<ushort>(low) | uint(as_type<ushort>(high)) << 16;
+}
+
+METAL_FUNC bool is_active(float value, const device float* thresholds, uint k) {
+  return !(fabs(value) < thresholds[PER_CHANNEL ? k : 0]);
+}
+
+// x of channel k as it is multiplied.
+METAL_FUNC float masked(const device T* row, const device float* thresholds, uint k, uint last) {
+  const float value = k < last ? float(row[k]) : 0.0f;
+  return k < last && is_active(value, thresholds, k) ? value : 0.0f;
+}
+
+// 16 bits or more of a lane's codes, from bit `start` on.
+METAL_FUNC uint bits_from(const LaneCodes codes, int start) {
+  const uint here = codes.word[start / 32] >> start % 32;
+  return start % 32 <= 16 ? here : here | codes.word[start / 32 + 1] << (start % 32 <= 16 ? 0 : 32 - start % 32);
+}
+
+METAL_FUNC float code_at(const LaneCodes codes, int c) {
+  const uint bits = masked_or(bits_from(codes, c * BITS), (1u << BITS) - 1u, 0x4B000000u);
+  return as_type<float>(bits) - 8388608.0f;  // 2^23 + code, less 2^23
+}
+
+// The weights of an output at two channels, as T: code * scale + bias, rounded once.
+METAL_FUNC uint weight_pair(const LaneCodes low, const LaneCodes high, int c, const Grid at_low, const Grid at_high) {
+  if (!PAIRED) {
+    const float first = fma(code_at(low, c), float(at_low.scale), float(at_low.bias));
+    return pack_pair<T>(first, fma(code_at(high, c), float(at_high.scale), float(at_high.bias)));
+  }
+  // Codes of both channels in the halves of a word, each with the exponent of 2^10 or 2^7: that of T's last bit.
+  constexpr uint MASK = (1u << BITS) - 1u;
+  constexpr uint POWER = HALF ? 0x64006400u : 0x43004300u;
+  constexpr uint LESS_POWER = HALF ? 0xE400E400u : 0xC300C300u;
+  constexpr uint ONE = HALF ? 0x3C003C00u : 0x3F803F80u;
+  const int start = c * BITS;
+  const int window = start % 16 + BITS <= 16 ? start / 16 * 16 : start / 8 * 8;
+  const uint both = (bits_from(low, window) & 0xFFFFu) | bits_from(high, window) << 16;
+  const uint codes = pair_fma<T>(masked_or(both >> (start - window), MASK * 0x10001u, POWER), ONE, LESS_POWER);
+  return pair_fma<T>(codes, halves(at_low.scale, at_high.scale), halves(at_low.bias, at_high.bias));
+}
+
+template <bool PARTIAL, typename Y>
+METAL_FUNC void multiply_matrix(const device T* x, const device uint32_t* settings, const device uint32_t* packed,
+                                uint rows, device Y* y, device uint32_t* counts, uint first_token, uint tile,
+                                threadgroup MatrixMemory& memory, const Thread me) {
+  const device LaunchSettings& launch = launch_of(settings);
+  const device ProjectionSettings& own = *projection_settings(settings, 0);
+  const uint lane = me.index;
+  const uint inputs = launch.inputs;
+  const uint stripe_first = min(me.threadgroup_y * launch.stripe, inputs);
+  const uint stripe_last = min(stripe_first + launch.stripe, inputs);
+  const uint tokens = min(rows - first_token, uint(TOKENS));
+  const device T* mine = x + ulong(first_token) * inputs;
+
+  const uint band = own.band;
+  const uint band_index = tile / own.tiles;
+  const uint tile_first = (tile - band_index * own.tiles) * TILE;  // in the band
+  const uint group_lane = me.in_simdgroup / 4, quarter = me.in_simdgroup % 4;
+  const uint in_tile = me.simdgroup * 64 + group_lane * OUTPUTS;
+  const bool owns = tile_first + in_tile < band;
+  const uint output = owns ? tile_first + in_tile : 0;  // who owns nothing reads what is there, and stores nothing
+  const uint words = band / 32 * BITS;                  // of one chunk
+  const uint groups = band / GROUP;
+  const ulong chunks_before = ulong(band_index) * inputs;
+  const device uint32_t* codes = packed + own.weight + chunks_before * words;
+  const device S* scale = (const device S*)(packed + own.scales) + chunks_before * groups + output / GROUP;
+  const device S* offset = (const device S*)(packed + own.biases) + chunks_before * groups + output / GROUP;
+  const device float* thresholds = thresholds_of(settings, P);
+  const device float* bias = thresholds + (PER_CHANNEL ? P * inputs : P);
+
+  float4 sums[PARTS][COLUMNS] = {};
+  for (uint stage = stripe_first; stage < stripe_last; stage += SPAN) {
+    for (uint i = lane; i < uint(TOKENS * SPAN / 4); i += THREADS) {
+      const uint t = i / (SPAN / 4);
+      const uint four = i % (SPAN / 4);
+      const uint k = stage + 4 * four;
+      uint2 packed_x;
+      packed_x.x = packed_x.y = 0;
+      if (t < tokens) {
+        const device T* of_row = mine + ulong(t) * inputs;
+        packed_x.x = pack_pair<T>(masked(of_row, thresholds, k, stripe_last),
+                                  masked(of_row, thresholds, k + 1, stripe_last));
+        packed_x.y = pack_pair<T>(masked(of_row, thresholds, k + 2, stripe_last),
+                                  masked(of_row, thresholds, k + 3, stripe_last));
+      }
+      memory.x_list[t * STRIDE + four] = packed_x;
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+
+    for (uint first = 0; first < uint(SPAN); first += 16 * UNROLL) {
+      LaneCodes word[UNROLL][4];
+      Grid grid[UNROLL][4];
+#pragma unroll
+      for (int u = 0; u < UNROLL; ++u) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          // Past the end: the last channel again, times zero.
+          const uint k = min(stage + first + 16 * u + 4 * quarter + i, stripe_last - 1);
+          word[u][i] = lane_codes(strides_behind(codes, k, words * 4), output, words);
+          grid[u][i].scale = *strides_behind(scale, k, groups * sizeof(S));
+          grid[u][i].bias = *strides_behind(offset, k, groups * sizeof(S));
+        }
+      }
+#pragma unroll
+      for (int u = 0; u < UNROLL; ++u) {
+        uint2 columns[COLUMNS];
+#pragma unroll
+        for (int j = 0; j < COLUMNS; ++j) {
+          columns[j] = memory.x_list[(8 * j + group_lane) * STRIDE + (first / 4 + 4 * u) + quarter];
+        }
+#pragma unroll
+        for (int part = 0; part < PARTS; ++part) {
+          const int c = 2 * part;
+          uint4 a;
+          a.x = weight_pair(word[u][0], word[u][1], c, grid[u][0], grid[u][1]);
+          a.y = weight_pair(word[u][0], word[u][1], c + 1, grid[u][0], grid[u][1]);
+          a.z = weight_pair(word[u][2], word[u][3], c, grid[u][2], grid[u][3]);
+          a.w = weight_pair(word[u][2], word[u][3], c + 1, grid[u][2], grid[u][3]);
+#pragma unroll
+          for (int j = 0; j < COLUMNS; ++j) {
+            sums[part][j] = multiply_tile<T>(a, columns[j], sums[part][j]);
+          }
+        }
+      }
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);  // before the next stage is written
+  }
+
+#pragma unroll
+  for (int j = 0; j < COLUMNS; ++j) {
+#pragma unroll
+    for (int second = 0; second < 2; ++second) {
+      const uint t = 8 * j + 2 * quarter + second;
+      if (t < tokens) {
+#pragma unroll
+        for (int half_of = 0; half_of < 2; ++half_of) {
+          float4 four;
+          four.x = second == 0 ? sums[2 * half_of][j].x : sums[2 * half_of][j].y;
+          four.y = second == 0 ? sums[2 * half_of][j].z : sums[2 * half_of][j].w;
+          four.z = second == 0 ? sums[2 * half_of + 1][j].x : sums[2 * half_of + 1][j].y;
+          four.w = second == 0 ? sums[2 * half_of + 1][j].z : sums[2 * half_of + 1][j].w;
+          const uint c = in_tile + 4 * half_of;
+          if (PARTIAL) {
+            *(device float4*)(y + ulong(t) * launch.positions + c) = four;
+          } else if (owns) {
+            const uint at = band_index * band + tile_first + c;
+            device Y* to = y + ulong(first_token + t) * own.outputs + at;
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              const float sum = i < 2 ? (i == 0 ? four.x : four.y) : (i == 2 ? four.z : four.w);
+              if (at + i < own.outputs) {
+                to[i] = Y(HAS_BIAS ? sum + bias[at + i] : sum);
+              }
+            }
+          }
+        }
+      }
+    }
+  }
+
+  if (tile == 0) {  // the same for the whole threadgroup
+    for (uint t = 0; t < tokens; ++t) {
+      uint met = 0;
+      for (uint k = stripe_first + lane; k < stripe_last; k += THREADS) {
+        met += is_active(float(mine[ulong(t) * inputs + k]), thresholds, k) ? 1 : 0;
+      }
+      const uint before = simd_prefix_exclusive_sum(met);
+      if (me.in_simdgroup == 31) {
+        memory.simdgroup_count[me.simdgroup] = before + met;
+      }
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+      if (lane < uint(PARTIAL ? COUNTS : 1)) {
+        uint all = 0;
+        for (uint g = 0; g < uint(THREADS / 32); ++g) {
+          all += memory.simdgroup_count[g];
+        }
+        counts[PARTIAL ? t * launch.positions + lane : first_token + t] = all;
+      }
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+    }
+  }
+}
+
+// K in one stripe.
+METAL_FUNC void matrix_rows(const device T* x, const device uint32_t* settings, const device uint32_t* packed,
+                            uint rows, device T* y, device uint32_t* active, uint tile, uint first_token,
+                            threadgroup MatrixMemory& memory, const Thread me) {
+  multiply_matrix<false>(x, settings, packed, rows, y, active, first_token, tile, memory, me);
+}
+
+// K in several stripes.
+METAL_FUNC void matrix_rows_stripe(const device T* x, const device uint32_t* settings,
+                                   const device uint32_t* packed, uint rows, device float* partials, uint tile,
+                                   uint first_token, threadgroup MatrixMemory& memory, const Thread me) {
+  const uint positions = launch_of(settings).positions;
+  device float* sums = partials + (ulong(me.threadgroup_y) * rows + first_token) * positions;
+  device uint32_t* counts = (device uint32_t*)(sums + positions - COUNTS);
+  device float* at = sums + tile * TILE;
+  multiply_matrix<true>(x, settings, packed, rows, at, counts, first_token, tile, memory, me);
+}
