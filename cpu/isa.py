@@ -86,7 +86,10 @@ def main() -> None:
                      for isa in ("avx512", "avx512vnni") if isa not in here]  # fmt: skip
     if left_out:
         sys.exit("NOT RUN: " + "; ".join(left_out))
-    print("right with every instruction set" + (" of ARM" if IS_ARM else ": AVX-512 (with and without VNNI), AVX2, SSE2 and NEON"))
+    print(
+        "right with every instruction set"
+        + (" of ARM" if IS_ARM else ": AVX-512 (with and without VNNI), AVX2, SSE2 and NEON")
+    )
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import mlx.core as mx
 import numpy as np
 import psutil
 
+from spqt_cli.backends import stock
 from spqt_cli.backends.interface import (
     Backend,
     Calls,
@@ -33,6 +34,7 @@ from spqt_cli.errors import BackendError, UsageError
 
 _REINSTALL = "reinstall spqt (`pip install --force-reinstall --no-deps .`)"
 ISAS = ("avx512vnni", "avx512", "avx2", "baseline")  # as cpu/kernels.h names them
+FEW_ROWS = 32  # MOST_ROWS of cpu/job.h
 MOST_THREADS = 512  # a typing error of 100,000 would take all that the system has
 _CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
@@ -63,6 +65,13 @@ def sparse_gemv(x: mx.array, layers: Sequence[Any]) -> tuple[list[mx.array], mx.
     x: (..., inputs) with exactly one row; layers: as `interface.Projection`, threshold None for dense.
     Returns y per layer, (..., outputs) in x's dtype, and active, (len(layers),) uint32.
     """
+    return _native().sparse_gemv(x, [_packed(layer, layer.threshold) for layer in layers])
+
+
+def sparse_rows(x: mx.array, layers: Sequence[Any]) -> tuple[list[mx.array], mx.array]:
+    """As `select.sparse_rows`; a row has the same bits beside others as alone, up to FEW_ROWS of them."""
+    if x.size > FEW_ROWS * x.shape[-1]:
+        return stock.sparse_rows(x, layers, matmul)
     return _native().sparse_gemv(x, [_packed(layer, layer.threshold) for layer in layers])
 
 

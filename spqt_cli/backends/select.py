@@ -26,6 +26,8 @@ from spqt_cli.backends.interface import (
 )
 from spqt_cli.errors import UsageError
 
+MOST_ROWS = 64  # of `sparse_rows`
+
 # In this order: the first that runs on the default device is taken.
 BACKENDS: tuple[Calls, ...] = (
     gpu,
@@ -63,6 +65,15 @@ def sparse_gemv(x: mx.array, layers: Sequence[Projection]) -> tuple[list[mx.arra
     (len(layers),) uint32, which costs nothing unless somebody evaluates it.
     """
     return backend().calls.sparse_gemv(x, layers)
+
+
+def sparse_rows(x: mx.array, layers: Sequence[Projection]) -> tuple[list[mx.array], mx.array]:
+    """A few tokens through several projections of one input, each over its own active channels; lazy.
+
+    x: (..., inputs) of 2 to MOST_ROWS rows. A channel's weights are read once, if any row needs them.
+    Returns y per layer, (..., outputs) in x's dtype, and the active channels, (layers, rows) uint32.
+    """
+    return backend().calls.sparse_rows(x, layers)
 
 
 def arrange(layers: Sequence[Projection]) -> None:

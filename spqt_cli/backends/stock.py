@@ -1,7 +1,7 @@
 """The `stock` backend: MLX's own matmul on the masked input. Same mask, same numbers, no speed-up."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import mlx.core as mx
@@ -17,11 +17,13 @@ def sparse_gemv(x: mx.array, layers: Sequence[Projection]) -> tuple[list[mx.arra
     return outputs, mx.stack([_active(x, layer) for layer in layers])
 
 
-def sparse_rows(x: mx.array, layers: Sequence[Projection]) -> tuple[list[mx.array], mx.array]:
-    """As `sparse_gemv`, each row of x (..., inputs) by itself; the active channels are (layers, rows)."""
+def sparse_rows(
+    x: mx.array, layers: Sequence[Projection], product: Callable[..., mx.array] | None = None
+) -> tuple[list[mx.array], mx.array]:
+    """As `select.sparse_rows`: rows are masked, and all weights read, by `product`."""
     rows = x.reshape(-1, x.shape[-1])
     masked = [x if layer.threshold is None else layout.mask(x, layer.threshold) for layer in layers]
-    outputs = [matmul(one, layer) for one, layer in zip(masked, layers, strict=True)]
+    outputs = [(product or matmul)(one, layer) for one, layer in zip(masked, layers, strict=True)]
     return outputs, mx.stack([active_rows(rows, layer) for layer in layers])
 
 

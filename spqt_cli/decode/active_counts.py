@@ -65,7 +65,8 @@ class One(NamedTuple):
 
 class Share(NamedTuple):
     """What one layer did. active: fraction of its channels, the mean over rows; read: fraction of
-    its weights that was read, the mean over steps: those of one row read what is active, others all.
+    its weights that was read, the mean over steps: those of one row read what is active, and others, which
+    read what any row needs, are taken to read all.
     """
 
     layer: Any
@@ -89,14 +90,13 @@ class Counter:
             tally = self._tallies[id(groups)] = Tally(groups)
         return self._due(tally)
 
-    def count_rows(self, layer: Any, inactive: mx.array) -> None:
-        """Count a step of many rows through `layer`. inactive: (..., inputs) bool, the channels skipped."""
+    def count_rows(self, layer: Any, active: mx.array) -> None:
+        """Count a step of many rows through `layer`. active: (rows,), the active channels of each."""
         tally = self._many.get(id(layer))
         if tally is None:
             tally = self._many[id(layer)] = Tally([One([layer])])
         if self._due(tally) is not None:
-            active = (inactive.size - inactive.sum()).astype(mx.uint32)
-            tally.keep([tally.running[0] + active], inactive.size // inactive.shape[-1])
+            tally.keep([tally.running[0] + active.sum().astype(mx.uint32)], active.size)
 
     def _due(self, tally: Tally) -> Tally | None:
         tally.calls += 1

@@ -89,6 +89,8 @@ class ZigzagLinear(nn.QuantizedLinear):
         decodes = phase.decodes()
         if x.size == x.shape[-1] and (decodes or not self.shared_input.skips):
             return self.shared_input.product(x, self)
+        if decodes and self.shared_input.skips and 0 < x.size <= select.MOST_ROWS * x.shape[-1]:
+            return self.shared_input.product(x, self)
         if decodes and self._threshold is not None:
             return self._masked(x, self._threshold)
         return select.matmul(x, self)
@@ -96,7 +98,8 @@ class ZigzagLinear(nn.QuantizedLinear):
     def _masked(self, x: mx.array, threshold: mx.array) -> mx.array:
         """y for x (..., inputs) of many rows, each masked by itself; all weights are read."""
         if counter := active_counts.current():
-            counter.count_rows(self, layout.inactive(x, threshold))
+            rows = x.reshape(-1, x.shape[-1])
+            counter.count_rows(self, self.inputs - layout.inactive(rows, threshold).sum(axis=1))
         return select.matmul(layout.mask(x, threshold), self)
 
     def dequantized(self) -> mx.array:
@@ -149,9 +152,9 @@ class SharedInput:
         self._weights: list[tuple[ZigzagLinear, mx.array]] = []
 
     def product(self, x: mx.array, layer: ZigzagLinear) -> mx.array:
-        """layer's y for x, one row; computes those of the other layers as well."""
+        """layer's y for x, one row or a few; computes those of the other layers as well."""
         if x is not self._x or id(layer) not in self._outputs:
-            outputs = self._products(x)
+            outputs = self._products(x) if x.size == x.shape[-1] else self._rows(x)
             if len(outputs) == 1:
                 return outputs[0]
             self._x = x
@@ -174,6 +177,14 @@ class SharedInput:
             return step(x, None)[0]
         outputs, counted = step(x, tally.running[0])
         tally.keep([counted])
+        return outputs
+
+    def _rows(self, x: mx.array) -> list[mx.array]:
+        outputs, active = select.sparse_rows(x, self.layers)
+        if counter := active_counts.current():
+            for layer, counts in zip(self.layers, active, strict=True):
+                if layer.threshold is not None:
+                    counter.count_rows(layer, counts)
         return outputs
 
 
