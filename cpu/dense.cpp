@@ -14,6 +14,7 @@ namespace spqt {
 namespace mx = mlx::core;
 namespace {
 
+constexpr size_t FEW_DENSE_ROWS = 16;  // from there on unpacked panels cost less for most shapes
 constexpr size_t ROW_TASK_BYTES = 64 * 1024;  // of weights: small enough to share out evenly
 
 struct GemmJob {
@@ -54,7 +55,7 @@ class Dense : public Native {
     Arrays in;
     for (const mx::array& a : inputs) in.push_back(in_order(a, stream()));
     const size_t rows = in[0].size() / in[0].shape(-1);
-    if (!along_inputs_ && rows <= MOST_ROWS) {
+    if (!along_inputs_ && rows <= FEW_DENSE_ROWS) {
       const ProjectionShape shape{out.shape(-1), bits_, group_size_, false, in.size() > 4};
       auto job = plan({shape}, rows_of(in[0]), {in, 1}, {{out.data<void>(), type_of(out)}}, {}, stream());
       encoder.dispatch([job]() { run_job(*job); });

@@ -139,9 +139,10 @@ struct Sums {
 };
 
 // Whether y, rows of `width` that lie `stride` apart, holds the sums to 1e-5 and what rounding to its type costs.
-inline bool close(const char* what, const Array& y, const Sums& sums, size_t width, size_t stride) {
+inline bool close(const char* what, const Array& y, const Sums& sums, size_t width, size_t stride,
+                  double allowed = 1e-5) {
   const double unit = y.type == FLOAT32 ? 0 : y.type == FLOAT16 ? 0x1p-11 : 0x1p-8;
-  double error = 0, size = 1e-10 * sums.squares;
+  double error = 0, size = allowed * allowed * sums.squares;
   for (size_t i = 0; i < sums.want.size(); ++i) {
     const double off = y[i / width * stride + i % width] - sums.want[i];
     error += off * off;
@@ -163,6 +164,7 @@ __attribute__((noinline)) inline void spoil_stack() {
 
 // One random case each; false, with a line that says what was wrong.
 bool sparse_gemv(Random& random);
+bool few_rows(Random& random);
 bool many_rows(Random& random);
 bool one_row(Random& random);
 bool normalized(Random& random);

@@ -1,5 +1,6 @@
 // Random products with packed matrices: sparse, of many rows, and of one row in MLX's own layout.
 #include <algorithm>
+#include <cstring>
 #include <memory>
 
 #include "fuzz.h"
@@ -18,8 +19,10 @@ void run_stripe(void* context, int s) {
   const Stripes& job = *static_cast<Stripes*>(context);
   const int first = job.active.count * s / job.stripes, last = job.active.count * (s + 1) / job.stripes;
   float* partial = job.partials + s * partial_size(job.tile.groups, job.tile.group_size);
+  Active part = job.active;
+  part.channel += first, part.x += (size_t)first * part.rows, part.count = last - first;
   spoil_stack();
-  kernels().gemv(job.tile, {job.active.channel + first, job.active.x + first, last - first}, partial);
+  kernels().gemv(job.tile, part, partial);
 }
 
 bool say(bool right, const Packed& w) {
@@ -38,6 +41,11 @@ std::unique_ptr<Array> some_bias(Random& random, int n, Sums& want, int rows) {
 
 Output output(Array& y, int outputs, const std::unique_ptr<Array>& bias) {
   return {y.data(), y.type, outputs, bias ? bias->data() : nullptr, bias ? bias->type : FLOAT32};
+}
+
+// u of 16 bits where integers are multiplied (dot.h), else float32
+double allowed(const Packed& w) {
+  return w.bits == 4 && !std::strcmp(kernels().name, "avx512vnni") ? 5e-5 : 1e-5;
 }
 
 }  // namespace
@@ -65,9 +73,46 @@ bool sparse_gemv(Random& random) {
   for (int k = 0; k < inputs; ++k)
     if (!input.threshold || !((float)std::fabs(x[k * step]) < thresholds[each ? k : 0]))
       for (int j = 0; j < outputs; ++j) want.add(j, x[k * step] * w.value(k, j));
-  const bool right = close("gemv", y, want, outputs, outputs) && kept.intact(inputs, inputs) &&
+  const bool right = close("gemv", y, want, outputs, outputs, allowed(w)) && kept.intact(inputs, inputs) &&
       partials.intact(partials.n, partials.n);
   return say(right, w);
+}
+
+// 2, 4 or 8 rows, each of which needs some of the channels: also the same bits as each alone
+bool few_rows(Random& random) {
+  const int rows = one_of(random, {2, 4, 8}), widest = tile_of_rows(rows) / 128;
+  const Packed w(random, 1 + below(random, 150), 1 + below(random, below(random, 12) ? 12 : widest));
+  const int inputs = w.rows, outputs = w.width - below(random, w.group_size);
+  Array x = random_values(random, FLOAT32, (size_t)inputs * rows, 2);
+  for (int k = 0; k < inputs; ++k)
+    for (int r = 0; r < rows; ++r)
+      if (below(random, 3) == 0) x.floats()[k * rows + r] = 0;
+  std::vector<int32_t> channel(inputs);
+  for (int k = 0; k < inputs; ++k) channel[k] = k;
+  const size_t size = partial_size(w.width / w.group_size, w.group_size);
+  Array partials(FLOAT32, rows * size), y(FLOAT32, (size_t)rows * outputs), one(FLOAT32, size), alone(FLOAT32, outputs);
+  spoil_stack();
+  kernels().gemv(w.tile(), {channel.data(), x.floats(), inputs, rows, size}, partials.floats());
+  Sums want((size_t)rows * outputs);
+  bool same = true;
+  for (int r = 0; r < rows; ++r) {
+    spoil_stack();
+    kernels().finish(w.tile(), partials.floats() + r * size, 1, {y.floats() + r * outputs, FLOAT32, outputs, nullptr, FLOAT32});
+    std::vector<int32_t> own;
+    std::vector<float> of_own;
+    for (int k = 0; k < inputs; ++k) {
+      const float value = x[k * rows + r];
+      if (value != 0) own.push_back(k), of_own.push_back(value);
+      for (int j = 0; j < outputs; ++j) want.add((size_t)r * outputs + j, value * w.value(k, j));
+    }
+    spoil_stack();
+    kernels().gemv(w.tile(), {own.data(), of_own.data(), (int)own.size()}, one.floats());
+    kernels().finish(w.tile(), one.floats(), 1, {alone.floats(), FLOAT32, outputs, nullptr, FLOAT32});
+    for (int j = 0; j < outputs; ++j) same &= alone.floats()[j] == y.floats()[r * outputs + j];
+  }
+  if (!same) std::printf("few rows: a row beside %d others is not what it is alone;", rows - 1);
+  const bool right = close("few rows", y, want, outputs, outputs, allowed(w)) && partials.intact(partials.n, partials.n);
+  return say(right && same, w);
 }
 
 bool many_rows(Random& random) {

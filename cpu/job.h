@@ -28,7 +28,7 @@ struct Row {
 Row row_of(const mlx::core::array& x);
 Row rows_of(const mlx::core::array& x);  // x in order
 
-constexpr int MOST_ROWS = 32;  // for which this product is made; beyond, unpacked panels cost less
+constexpr int MOST_ROWS = 32;  // for which this product is made
 
 // Arrays in order; from `at` on, of each projection weight, scales, biases and what it has of threshold and bias.
 struct Operands {
