@@ -94,7 +94,11 @@ REPLACED = (
          "refuses tasks that have no prompt"),
     Hook("mlx_lm.server.ResponseGenerator", "__init__", ("self",), "cli/mlx_lm_server.py",
          "knows the generating thread, which must be told to end"),
+    Hook("mlx_lm.server", "_make_sampler", ("args", "tokenizer"), "serve/generator.py",
+         "its filters are compiled and kept for each value that requests send"),
 )  # fmt: skip
+
+_GENERATOR, _HANDLER = "mlx_lm.server.ResponseGenerator", "mlx_lm.server.APIHandler"
 
 CALLED = (
     Hook("mlx_lm.utils", "_get_classes", ("config",), "decode/architecture.py decode/hooks.py",
