@@ -45,8 +45,8 @@ def serve(
     min_p: Annotated[float, typer.Option(help="Least probability, likewise.")] = 0.0,
     chat_template_args: Annotated[str, typer.Option(help="JSON object for the chat template.")] = "{}",
     decode_concurrency: Annotated[
-        int, typer.Option(min=1, max=256, help="Requests that run at a time.")
-    ] = 32,
+        int, typer.Option(min=1, max=256, help="Requests decoded together; one alone is fastest.")
+    ] = 1,
     prompt_concurrency: Annotated[int, typer.Option(min=1, max=256, help="Prompts run at a time.")] = 8,
     prefill_step_size: Annotated[int, typer.Option(min=1, help="Prompt tokens run at a time.")] = 2048,
     prompt_cache_size: Annotated[int, typer.Option(min=0, help="Key-value caches kept of prompts.")] = 10,

@@ -183,6 +183,10 @@ class Generator(server.ResponseGenerator):
             raise ClientGone
         return request.prepared
 
+    def _is_batchable(self, args: Any) -> bool:
+        """A batch runs blocks in parts: one that can only be of one request would be slower for nothing."""
+        return self.cli_args.decode_concurrency > 1 and super()._is_batchable(args)
+
     def _serve_single(self, request: Any, stream: Any) -> None:
         request[0].alone = True
         super()._serve_single(request, stream)
