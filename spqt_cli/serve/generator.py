@@ -1,6 +1,6 @@
 """mlx-lm's ResponseGenerator with our loader: one thread generates for all requests, one step at a time.
 
-What can fail in a request (template, tokenizer, context, stop words) is done beforehand, in the thread of the
+What can fail in a request (template, tokenizer, context) is done beforehand, in the thread of the
 request; what reaches the generating thread can only be generated. If that thread ends all the same, `error`
 has the reason and nothing is healthy any more.
 """
@@ -18,7 +18,7 @@ from mlx_lm import server
 from mlx_lm.models.cache import LRUPromptCache, can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 
 from spqt_cli.backends import select
-from spqt_cli.decode import active_counts, context, foreign, generate, session
+from spqt_cli.decode import active_counts, context, foreign, generate, session, text_borders
 from spqt_cli.decode.options import Options, Sampling
 from spqt_cli.errors import BackendError, SpqtError
 from spqt_cli.serve.connection import Client
@@ -127,7 +127,9 @@ class Generator(server.ResponseGenerator):
             self._counting.close()
 
     def _generate(self) -> None:
-        self.model_provider.load_default()
+        _, tokenizer = self.model_provider.load_default()
+        if tokenizer._chat_template is None:  # transformers renders it: what messages say stays text
+            self.cli_args.chat_template_args["sanitize_control_tokens"] = True
         self.has_loaded.set()
         while not self._stop:
             with contextlib.suppress(queue.Empty):
@@ -196,13 +198,15 @@ class Generator(server.ResponseGenerator):
 
         request.client: who is looked after. Raises Refusal, SpqtError, ClientGone.
         """
+        stops, generation_args.stop_words = generation_args.stop_words, []
         request.prepared = self._prepare(request, generation_args)
         self.metrics.prompt(len(request.prepared[0]))
         client: Client = request.client
         responses = Responses(lambda: client.left or self._stop)
         self.requests.put((responses, request, generation_args))
         found = self._take(responses, client)
-        return found, self._each(responses, client, progress_callback)
+        text = _Text(self.model_provider.tokenizer, found.prompt, stops)
+        return found, self._each(responses, client, progress_callback, text)
 
     def _take(self, responses: Responses, client: Client) -> Any:
         while True:
@@ -218,7 +222,7 @@ class Generator(server.ResponseGenerator):
                 raise found
             return found
 
-    def _each(self, responses: Responses, client: Client, progress: Any) -> Iterator[Any]:
+    def _each(self, responses: Responses, client: Client, progress: Any, text: "_Text") -> Iterator[Any]:
         while (found := self._take(responses, client)) is not None:
             client.check()
             if isinstance(found, tuple):
@@ -227,4 +231,31 @@ class Generator(server.ResponseGenerator):
             self.metrics.token()
             if not math.isfinite(found.logprob):
                 raise BackendError("the model's output is not finite (NaN or infinity)")
+            found.text, is_over = text.push(found)
+            if is_over:  # mlx-lm would drop a text that comes with "stop", and takes an end for one
+                found.finish_reason = None
             yield found
+            if is_over:
+                return
+
+
+class _Text:
+    """The text of an answer as `spqt generate` has it: its first space, whole characters, stop strings.
+
+    mlx-lm's server is given no stop strings: it ends at one only where the tokens are those that the string
+    alone would have.
+    """
+
+    def __init__(self, tokenizer: Any, prompt: list[int], stops: list[str]) -> None:
+        self._ends = tokenizer.eos_token_ids
+        self._answer = text_borders.Answer(tokenizer, prompt)
+        self._gate = generate.StopStrings(stops)
+
+    def push(self, response: Any) -> tuple[str, bool]:
+        """(the text that a step adds, whether the answer ends here by a stop)."""
+        reason = response.finish_reason
+        text = "" if reason == "stop" and response.token in self._ends else self._answer.push(response.token)
+        text, is_met = self._gate.push(text + (self._answer.flush() if reason else ""))
+        if reason and not is_met:
+            text += self._gate.flush()
+        return text, is_met or reason == "stop"

@@ -17,7 +17,7 @@ from spqt_cli.serve.guard import Guard
 NAME = "tiny"
 ARGUMENTS = {
     "model": NAME, "draft_model": None, "num_draft_tokens": 3, "trust_remote_code": False, "temp": 0.0,
-    "top_p": 1.0, "top_k": 0, "min_p": 0.0, "max_tokens": 8, "chat_template_args": {},
+    "top_p": 1.0, "top_k": 0, "min_p": 0.0, "max_tokens": 8,
     "decode_concurrency": 1, "prompt_concurrency": 8, "prefill_step_size": 64, "prompt_cache_size": 4,
     "prompt_cache_bytes": None,
 }  # fmt: skip
@@ -44,7 +44,7 @@ def starting(
     return server.Service(
         server.Server("127.0.0.1", 0, guard or Guard(), limits or server.Limits()),
         lambda: session.load(found),
-        Namespace(**ARGUMENTS | server.UNUSED | arguments),
+        Namespace(**ARGUMENTS | server.UNUSED | {"chat_template_args": {}} | arguments),
         server.served(NAME, str(folder), found.size("vocab_size")),
     )
 

@@ -104,6 +104,17 @@ def test_it_answers_as_generate_does(alone, calibrated):
     assert found.choices[0].message.content == "".join(pieces)
 
 
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_an_answer_ends_before_a_stop_string_however_its_tokens_are_cut(service, stream):
+    api, ask = client(service), {"model": NAME, "prompt": "pack my box with", "max_tokens": 60}
+    whole = api.completions.create(**ask).choices[0].text
+    stop = whole[9:13]
+    found = api.completions.create(**ask, stop=[stop], stream=stream)
+    choices = [one.choices[0] for one in found] if stream else [found.choices[0]]
+    assert "".join(one.text for one in choices) == whole[: whole.index(stop)]
+    assert choices[-1].finish_reason == "stop"
+
+
 def test_a_prompt_that_is_in_the_cache_to_the_last_token_is_served(service):
     """What a request is answered with may be asked for as a prompt, again and again."""
     api = client(service)
@@ -328,7 +339,7 @@ def test_fault_76_health_fails_when_the_generating_thread_dies(calibrated, slow,
         with connect(port(one)) as connection:
             connection.sendall(request(LONG))
             wait_for(lambda: one.server.metrics.tokens > 1)
-            monkeypatch.setattr(generator.Generator, "_next_request", lambda *_: 1 / 0)
+            monkeypatch.setattr(one.generator, "_next_request", lambda *_, **__: 1 / 0)
             assert answer(connection)[0] == 503
         assert exchange(port(one), request(b"", "/health", "GET"))[0] == 503
         assert exchange(port(one), request(LONG))[0] == 503
