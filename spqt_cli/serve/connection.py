@@ -41,19 +41,24 @@ class Client:
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
-        self._poll = select.poll()
-        self._poll.register(connection, select.POLLIN)
         self.left = False
 
     def check(self) -> None:
         """Look, without waiting. Raises ClientGone. What is sent after the request is thrown away."""
-        if not self.left and self._poll.poll(0):
+        if not self.left and has_more(self._connection):
             try:
                 self.left = not self._connection.recv(4096)
             except OSError:
                 self.left = True
         if self.left:
             raise ClientGone
+
+
+def has_more(connection: socket.socket) -> bool:
+    """Whether something came that was not read: bytes, or the end."""
+    looking = select.poll()
+    looking.register(connection, select.POLLIN)
+    return bool(looking.poll(0))
 
 
 def linger(connection: socket.socket, seconds: float) -> None:

@@ -18,6 +18,7 @@ DEPTH = 32  # levels of nesting: what walks a body (templates, JSON) may recurse
 LONGEST_INTEGER = 1 << 64
 GREEDY_BELOW = 1e-4  # temperatures: float32 logits divided by less overflow; their limit is the likeliest
 TOP_K = 1000  # mlx-lm compiles its filter once for each value
+STOPS, STOP_LENGTH = 8, 200  # each piece of text is compared with every beginning of each
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 TOKEN_ID = re.compile(r"[0-9]{1,9}")
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
@@ -206,9 +207,9 @@ def _stop(value: Any) -> list[str]:
     words = [value] if isinstance(value, str) else value
     if not isinstance(words, list):
         raise ValueError("must be a string or a list of strings")
-    if len(words) > 16:
-        raise ValueError("has more than 16 entries")
-    return [text(500, 1)(word) for word in words]
+    if len(words) > STOPS:
+        raise ValueError(f"has more than {STOPS} entries")
+    return [text(STOP_LENGTH, 1)(word) for word in words]
 
 
 def _stream_options(value: Any) -> dict[str, bool]:

@@ -162,6 +162,8 @@ class Generator(server.ResponseGenerator):
     def _prepare(self, request: Any, arguments: Any) -> Any:
         """What mlx-lm's `_tokenize` gives for a request, which is sound then. Raises Refusal, SpqtError."""
         loaded = self.model_provider.loaded
+        if request.tools and not loaded.tokenizer.has_tool_calling:
+            raise Refusal(400, "the model's chat template takes no tools", "tools")
         with self._preparing:
             try:
                 found = super()._tokenize(loaded.tokenizer, request, arguments)

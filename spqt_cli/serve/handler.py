@@ -18,7 +18,7 @@ from mlx_lm.server import APIHandler
 
 from spqt_cli.errors import SpqtError
 from spqt_cli.serve import fields, refusal
-from spqt_cli.serve.connection import BoundedReader, Client, linger
+from spqt_cli.serve.connection import BoundedReader, Client, has_more, linger
 from spqt_cli.serve.metrics import CONTENT_TYPE
 from spqt_cli.serve.refusal import ClientGone, Refusal
 from spqt_cli.system.terminal import harmless
@@ -48,6 +48,11 @@ class Handler(APIHandler):
         self.request_version = self.default_request_version
         self.status: int | str = "closed"
         self.has_begun = self.was_read = False
+
+    def finish(self) -> None:
+        super().finish()
+        if not self.was_read or has_more(self.connection):
+            linger(self.connection, LINGER_SECONDS)
 
     def handle_one_request(self) -> None:
         """Answer, whatever happens; then count it."""
@@ -88,8 +93,6 @@ class Handler(APIHandler):
             self.request_version, self._headers_buffer = "HTTP/1.0", []
             self.connection.settimeout(WRITE_SECONDS)
             self._reply(refused.encoded(), status=refused.status, headers=refused.headers)
-            if not self.was_read:
-                linger(self.connection, LINGER_SECONDS)
         except OSError:
             self.status = "closed"
 
@@ -134,7 +137,8 @@ class Handler(APIHandler):
     def _set_cors_headers(self) -> None:
         """For pages that may ask: the others were refused."""
         if origin := self.headers.get("Origin"):
-            self.send_header("Access-Control-Allow-Origin", origin)
+            anyone = "*" in self.server.guard.origins
+            self.send_header("Access-Control-Allow-Origin", "*" if anyone else origin)
             self.send_header("Vary", "Origin")
             self.send_header("Access-Control-Allow-Methods", "GET, POST, OPTIONS")
             asked = self.headers.get("Access-Control-Request-Headers", "")
@@ -144,7 +148,7 @@ class Handler(APIHandler):
             self.send_header("Access-Control-Allow-Headers", allowed)
 
     def _has_read(self) -> None:
-        """The request is here: an answer needs no lingering, and the connection is not idle any more."""
+        """The request is here: the connection is not idle any more."""
         self.was_read = True
         self.server.reading.pop(self.connection, None)
 

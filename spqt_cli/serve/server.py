@@ -155,7 +155,8 @@ class Service:
         self, server: Server, open_model: Callable[[], session.Loaded], arguments: Namespace, served: Served
     ) -> None:
         self.server = server
-        cache = PromptCache(arguments.prompt_cache_size)
+        most = arguments.prompt_cache_bytes
+        cache = PromptCache(arguments.prompt_cache_size, 1 << 63 if most is None else most)
         self.generator = Generator(Provider(arguments, open_model), cache, server.metrics)
         server.open_to(self.generator, served, arguments.decode_concurrency, f"spqt-{__version__}")
         self.ending = threading.Event()

@@ -37,7 +37,7 @@ WRONG: dict[str, list[Any]] = {
     "logprobs": [1, "true", []],
     "top_logprobs": [-1, 12, 2.0, True],
     "seed": [1.5, "1", True, -(2**63) - 1],
-    "stop": ["", [""], [1], {}, 5, ["a"] * 17, "a" * 501],
+    "stop": ["", [""], [1], {}, 5, ["a"] * 9, "a" * 201],
     "stream": ["true", 1, []],
     "stream_options": [[], "x", {"include_usage": 1}],
     "logit_bias": [[], {"x": 1}, {"512": 1}, {"-1": 1}, {"5": 101}, {"5": "1"}, {"5": True}, {"1_0": 1}],

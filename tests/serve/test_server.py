@@ -146,6 +146,7 @@ def test_the_served_model_is_listed(service):
         ({"n": 2}, openai.BadRequestError, "n"),
         ({"messages": []}, openai.BadRequestError, "messages"),
         ({"extra_body": {"nonsense": 1}}, openai.BadRequestError, "nonsense"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, openai.BadRequestError, "tools"),
         ({"model": "other/model"}, openai.NotFoundError, "model"),
     ],
 )
