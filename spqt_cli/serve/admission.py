@@ -25,10 +25,10 @@ class Admission:
         return len(self._queue)
 
     @contextmanager
-    def slot(self, check: Callable[[], None]) -> Iterator[None]:
-        """One's turn, given back at the end. check: called while waiting; raises for who gives up.
+    def slot(self, check: Callable[[], None]) -> Iterator[Callable[[], None]]:
+        """One's turn, given back at the end, or before by the function that is yielded.
 
-        Raises Refusal (429) when the queue is full.
+        check: called while waiting; raises for who gives up. Raises Refusal (429) when the queue is full.
         """
         ticket = object()
         with self._turn:
@@ -43,9 +43,16 @@ class Admission:
             finally:
                 self._queue.remove(ticket)
                 self._turn.notify_all()
-        try:
-            yield
-        finally:
+        held = [ticket]
+
+        def give_back() -> None:
             with self._turn:
-                self.running -= 1
-                self._turn.notify_all()
+                if held:
+                    held.clear()
+                    self.running -= 1
+                    self._turn.notify_all()
+
+        try:
+            yield give_back
+        finally:
+            give_back()

@@ -72,19 +72,23 @@ class PromptCache(LRUPromptCache):
 
 
 class Responses(queue.Queue[Any]):
-    """What the generating thread says to one request. alone: nothing else runs, so that a request that is not
-    wanted any more ends by an exception of `put`, which mlx-lm catches there.
+    """What the generating thread says to one request.
+
+    alone: nothing else runs, so that a request that is not wanted any more ends by an exception of `put`,
+    which mlx-lm catches there. at_end: called once all is said, which a slow client may hear much later.
     """
 
-    def __init__(self, unwanted: Callable[[], bool]) -> None:
+    def __init__(self, unwanted: Callable[[], bool], at_end: Callable[[], None]) -> None:
         super().__init__()
-        self._unwanted = unwanted
+        self._unwanted, self._at_end = unwanted, at_end
         self.alone = False
 
     def put(self, item: Any, block: bool = True, timeout: float | None = None) -> None:
         if self.alone and isinstance(item, (tuple, server.Response)) and self._unwanted():
             raise ClientGone
         super().put(item, block, timeout)
+        if item is None or isinstance(item, Exception):
+            self._at_end()
 
 
 class Generator(server.ResponseGenerator):
@@ -198,13 +202,14 @@ class Generator(server.ResponseGenerator):
     def generate(self, request: Any, generation_args: Any, progress_callback: Any = None) -> tuple[Any, Any]:
         """The context of a request and an iterator of its Responses; called in the request's thread.
 
-        request.client: who is looked after. Raises Refusal, SpqtError, ClientGone.
+        request.client: who is looked after; request.is_generated: called at the end. Raises Refusal,
+        SpqtError, ClientGone.
         """
         stops, generation_args.stop_words = generation_args.stop_words, []
         request.prepared = self._prepare(request, generation_args)
         self.metrics.prompt(len(request.prepared[0]))
         client: Client = request.client
-        responses = Responses(lambda: client.left or self._stop)
+        responses = Responses(lambda: client.left or self._stop, request.is_generated)
         self.requests.put((responses, request, generation_args))
         found = self._take(responses, client)
         text = _Text(self.model_provider.tokenizer, found.prompt, stops)

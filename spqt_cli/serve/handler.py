@@ -218,7 +218,7 @@ class Handler(APIHandler):
             request.client.check()
             self._check_health()
 
-        with self.server.admission.slot(check):
+        with self.server.admission.slot(check) as request.is_generated:
             try:
                 super().handle_completion(request, stop_words)
             finally:

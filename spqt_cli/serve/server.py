@@ -55,7 +55,7 @@ class Server(ThreadingHTTPServer):
     """Connections, a thread each. When all are taken the one that has been silent longest gives way."""
 
     daemon_threads = True
-    request_queue_size = 128
+    request_queue_size = 1024
 
     def __init__(self, host: str, port: int, guard: Guard, limits: Limits) -> None:
         """Listen. Raises UsageError for a host that is none, BusyError for a port that is taken."""

@@ -322,6 +322,19 @@ def test_fault_75_a_full_queue_is_told(alone, slow):
         assert second.result().usage.completion_tokens == 2
 
 
+def test_fault_75_a_client_that_does_not_read_keeps_no_turn(alone):
+    with connect(port(alone)) as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+        more = {"stream": True, "logprobs": True, "top_logprobs": 11}
+        # More than what the buffers between them take, so that the handler waits with the rest.
+        alone.server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        connection.sendall(request({**LONG, **more}))
+        wait_for(lambda: alone.server.admission.running == 1)
+        wait_for(lambda: alone.server.admission.running == 0)
+        found = client(alone).completions.create(model=NAME, prompt="fox", max_tokens=2)
+        assert found.usage.completion_tokens == 2
+
+
 def test_fault_75_idle_connections_give_way(alone):
     idle = [connect(port(alone)) for _ in range(3 * LIMITS.connections)]
     try:
