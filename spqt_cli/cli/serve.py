@@ -52,7 +52,7 @@ def serve(
     prompt_cache_size: Annotated[int, typer.Option(min=0, help="Key-value caches kept of prompts.")] = 10,
     prompt_cache_bytes: Annotated[int | None, typer.Option(min=0, help="Most bytes of those caches.")] = None,
     draft_model: Annotated[
-        str | None, typer.Option(help="A smaller model for speculative decoding; one request at a time.")
+        str | None, typer.Option(help="A smaller model that proposes tokens; one request at a time.")
     ] = None,
     num_draft_tokens: Annotated[int, typer.Option(min=1, max=16, help="Tokens that it proposes.")] = 3,
     max_waiting: Annotated[

@@ -156,7 +156,10 @@ class Service:
     ) -> None:
         self.server = server
         most = arguments.prompt_cache_bytes
-        cache = PromptCache(arguments.prompt_cache_size, 1 << 63 if most is None else most)
+        # With drafts mlx-lm keeps caches that hold other tokens than it says: a repeated request was answered
+        # otherwise than the first.
+        count = 0 if arguments.draft_model else arguments.prompt_cache_size
+        cache = PromptCache(count, 1 << 63 if most is None else most)
         self.generator = Generator(Provider(arguments, open_model), cache, server.metrics)
         server.open_to(self.generator, served, arguments.decode_concurrency, f"spqt-{__version__}")
         self.ending = threading.Event()

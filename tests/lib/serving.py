@@ -43,7 +43,7 @@ def starting(
     found = Folder(folder)
     return server.Service(
         server.Server("127.0.0.1", 0, guard or Guard(), limits or server.Limits()),
-        lambda: session.load(found),
+        lambda: session.load(found, draft_model=arguments.get("draft_model")),
         Namespace(**ARGUMENTS | server.UNUSED | {"chat_template_args": {}} | arguments),
         server.served(NAME, str(folder), found.size("vocab_size")),
     )

@@ -130,6 +130,14 @@ def test_a_prompt_that_is_in_the_cache_to_the_last_token_is_served(service):
     assert service.generator.is_healthy
 
 
+def test_a_repeated_request_is_answered_alike_with_drafts(calibrated):
+    with serving.serving(calibrated, draft_model=str(calibrated)) as one:
+        assert one.generator.model_provider.draft_model is not None
+        ask = {"model": NAME, "prompt": "pack my box", "max_tokens": 12}
+        texts = {client(one).completions.create(**ask).choices[0].text for _ in range(3)}
+    assert len(texts) == 1
+
+
 def test_the_served_model_is_listed(service):
     api = client(service)
     assert [one.id for one in api.models.list()] == [NAME]
