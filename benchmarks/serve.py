@@ -127,6 +127,7 @@ def load(port: int, process: psutil.Process, clients: int, seconds: float) -> di
     return {
         "clients": clients, "seconds": seconds, "statuses": dict(group.statuses), "wrong": wrong,
         "tokens": group.tokens, "rss_bytes_first": first, "rss_bytes_last": last, "rss_growth": growth,
+        "rss_bytes": marks[:: max(len(marks) // 20, 1)],
         "holds": not wrong and growth < DRIFT and group.statuses["200"] > 0 and is_serving(port),
     }  # fmt: skip
 
