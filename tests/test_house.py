@@ -17,6 +17,7 @@ ORDER = (
     "backends",
     "decode",
     "patch",
+    "serve",
     "measure",
     "convert",
     "calibrate",

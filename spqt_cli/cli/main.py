@@ -26,6 +26,7 @@ from spqt_cli.cli import (
     generate,
     inspect,
     mlx_lm,
+    serve,
     verify,
     worker,
 )
@@ -86,6 +87,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "calibrate": calibrate.calibrate,
     "generate": generate.generate,
     "compare": compare.compare,
+    "serve": serve.serve,
     "eval": evaluate.evaluate,
     "bench": bench.bench,
     "inspect": inspect.inspect,

@@ -15,7 +15,7 @@ from typing import Any
 from spqt_cli.errors import BackendError, ResourceError, SpqtError
 
 MARK = "SPQT_WORKER"  # set in the child's environment
-COMMANDS = ("generate", "compare", "eval", "bench", "calibrate")
+COMMANDS = ("generate", "compare", "eval", "bench", "calibrate", "serve")
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -35,7 +35,8 @@ def run(arguments: Sequence[str]) -> int:
         child.send_signal(number)
 
     signal.signal(signal.SIGTERM, forward)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to the child as well
+    # The terminal sends SIGINT to the child as well; who looks after a server sends it to us alone.
+    signal.signal(signal.SIGINT, forward if "serve" in arguments else signal.SIG_IGN)
     code = child.wait()
     if code >= 0:
         return code

@@ -94,7 +94,11 @@ REPLACED = (
          "refuses tasks that have no prompt"),
     Hook("mlx_lm.server.ResponseGenerator", "__init__", ("self",), "cli/mlx_lm_server.py",
          "knows the generating thread, which must be told to end"),
+    Hook("mlx_lm.server", "_make_sampler", ("args", "tokenizer"), "serve/generator.py",
+         "its filters are compiled and kept for each value that requests send"),
 )  # fmt: skip
+
+_GENERATOR, _HANDLER = "mlx_lm.server.ResponseGenerator", "mlx_lm.server.APIHandler"
 
 CALLED = (
     Hook("mlx_lm.utils", "_get_classes", ("config",), "decode/architecture.py decode/hooks.py",
@@ -106,6 +110,18 @@ CALLED = (
          "the product that an attention's code is traced around: a copy of the code is given another one"),
     Hook("mlx_lm.models.base", "create_attention_mask", ("h", "cache", "window_size", "return_array"),
          "decode/exact.py", "a layer's own mask where the model makes one for all"),
+    # Overridden in the subclasses of `spqt serve`.
+    Hook(_GENERATOR, "_run_generate", ("self",), "serve/generator.py", "keeps what ended the thread"),
+    Hook(_GENERATOR, "_generate", ("self",), "serve/generator.py", "warms up before it serves"),
+    Hook(_GENERATOR, "_next_request", ("self", "timeout"), "serve/generator.py", "counts between steps"),
+    Hook(_GENERATOR, "_tokenize", ("self",), "serve/generator.py",
+         "is done in the request's thread, where it may fail"),
+    Hook(_GENERATOR, "_is_batchable", ("self", "args"), "serve/generator.py", "no batches that can't grow"),
+    Hook(_GENERATOR, "_serve_single", ("self", "request", "stream"), "serve/generator.py",
+         "ends when its client has left"),
+    Hook(_HANDLER, "_set_completion_headers", ("self", "status_code"), "serve/handler.py",
+         "its errors become ours"),
+    Hook(_HANDLER, "_set_cors_headers", ("self",), "serve/handler.py", "names the one page that asks"),
 )  # fmt: skip
 
 
