@@ -2,6 +2,7 @@
 
     python -m benchmarks.cpu speed [--llama-cpp SOURCES --gguf MODEL.gguf] [--only kernel,prefill,decode]
     python -m benchmarks.cpu ops [--threads 1]     # the operations other than the Zigzag product: a table
+    python -m benchmarks.cpu rows                  # products of 1 to 32 rows
     python -m benchmarks.cpu bands                 # CPU time by stored band, one thread
     python -m benchmarks.cpu table benchmarks/results/cpu.json    # the tables of docs/performance.md
 
@@ -466,6 +467,14 @@ def measure_speed(options: argparse.Namespace) -> None:
     finish(result, options)
 
 
+def measure_rows(options: argparse.Namespace) -> None:
+    from benchmarks import cpu_rows
+
+    result: dict[str, Any] = {"machine": facts(), "kernels": cpu.status()[1], "load_before": os.getloadavg()}
+    print(result["machine"], result["kernels"], sep="\n", flush=True)
+    finish(result | {"rows": cpu_rows.measure(options.repetitions)}, options)
+
+
 def finish(result: dict[str, Any], options: argparse.Namespace) -> None:
     document = json.dumps(result)
     if options.output:
@@ -473,7 +482,13 @@ def finish(result: dict[str, Any], options: argparse.Namespace) -> None:
     print(document)
 
 
-COMMANDS = {"speed": measure_speed, "ops": ops_table, "bands": measure_bands, "table": print_tables}
+COMMANDS = {
+    "speed": measure_speed,
+    "rows": measure_rows,
+    "ops": ops_table,
+    "bands": measure_bands,
+    "table": print_tables,
+}
 
 
 def arguments() -> argparse.Namespace:

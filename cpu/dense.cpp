@@ -4,7 +4,6 @@
 #include <vector>
 
 #include "check.h"
-#include "job.h"
 #include "mlx/backend/cpu/encoder.h"
 #include "native.h"
 #include "pool.h"
@@ -14,7 +13,6 @@ namespace spqt {
 namespace mx = mlx::core;
 namespace {
 
-constexpr size_t FEW_DENSE_ROWS = 16;  // from there on unpacked panels cost less for most shapes
 constexpr size_t ROW_TASK_BYTES = 64 * 1024;  // of weights: small enough to share out evenly
 
 struct GemmJob {
@@ -54,12 +52,7 @@ class Dense : public Native {
     if (out.size() == 0) return;
     Arrays in;
     for (const mx::array& a : inputs) in.push_back(in_order(a, stream()));
-    const size_t rows = in[0].size() / in[0].shape(-1);
-    if (!along_inputs_ && rows <= FEW_DENSE_ROWS) {
-      const ProjectionShape shape{out.shape(-1), bits_, group_size_, false, in.size() > 4};
-      auto job = plan({shape}, rows_of(in[0]), {in, 1}, {{out.data<void>(), type_of(out)}}, {}, stream());
-      encoder.dispatch([job]() { run_job(*job); });
-    } else if (along_inputs_ && rows == 1) {
+    if (along_inputs_ && in[0].size() == (size_t)in[0].shape(-1)) {
       encoder.dispatch([job = plan_rows(in, out)]() {
         job->memory.start();
         kernels().prepare(job->input, job->rows.weights.bits, job->rows.weights.group_size,

@@ -89,7 +89,7 @@ class ZigzagLinear(nn.QuantizedLinear):
         decodes = phase.decodes()
         if x.size == x.shape[-1] and (decodes or not self.shared_input.skips):
             return self.shared_input.product(x, self)
-        if decodes and self.shared_input.skips and 0 < x.size <= select.MOST_ROWS * x.shape[-1]:
+        if decodes and 0 < x.size <= select.MOST_ROWS * x.shape[-1]:
             return self.shared_input.product(x, self)
         if decodes and self._threshold is not None:
             return self._masked(x, self._threshold)
