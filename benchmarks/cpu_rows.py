@@ -1,7 +1,8 @@
 """Products of a few rows on the CPU: `python -m benchmarks.cpu rows`.
 
-Ours as a decode step multiplies (`select.sparse_rows`), dense and with half of each row skipped, against MLX's
-own product of the same rows, in turns; microseconds a product, and how many times one row of the same kind.
+Ours as a decode step multiplies (`select.sparse_rows`), dense and with half of each row skipped, against
+MLX's own product of the same rows, in turns; microseconds a product, and how many times one row of the same
+kind.
 """
 
 from typing import Any

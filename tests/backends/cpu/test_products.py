@@ -2,8 +2,9 @@
 
 Contract: `cpu.sparse_gemv` is matmul(mask(x, threshold), W) for one row, with exact counts, for every width
 of code, group, dtype and instruction set; results of two runs are equal bit for bit.
-The reference is NumPy in float64; errors are held as norms (tests/lib/rounding.py): float32 roundings of either
-sign over 4,000 terms come to about sqrt(4000) * 2^-24 = 4e-6. In 16 bits the result's own rounding is the larger.
+The reference is NumPy in float64; errors are held as norms (tests/lib/rounding.py): float32 roundings of
+either sign over 4,000 terms come to about sqrt(4000) * 2^-24 = 4e-6. In 16 bits the result's own rounding is
+the larger.
 """
 
 import threading
