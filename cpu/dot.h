@@ -1,13 +1,14 @@
 // The product of gemv.h with integer dot products (VNNI), 4 bits, 1 to 8 rows.
 //
-// u = x * scale of a row's channels is rounded to 16 bits by groups of outputs and by QUANT channels, so that
-// bytes of codes times bytes of u add up exactly, four channels an instruction; u is two bytes, so two of them.
-// What rounding takes from u is multiplied by the middle of the codes and goes to the groups' sums. Sums within
-// QUANT channels are integers, so a row's bits do not depend on which channels its companions need.
+// u = x * scale of a row's channels is rounded to 24 bits, as many as a float32 has, of the largest by group of
+// outputs and QUANT channels: bytes of codes times bytes of u add up exactly, four channels an instruction, and u
+// is three bytes. Sums within QUANT channels are integers, so a row's bits do not depend on which channels its
+// companions need.
 #pragma once
 
 constexpr int QUANT = 64;            // channels whose u share a scale by group and row
-constexpr float MOST_U = 127 * 256 + 127;
+constexpr float MOST_U = (127 * 256 + 127) * 256 + 127;
+constexpr int U_BYTES = 3;  // the highest first
 constexpr int QUADS = QUANT / 4;
 
 // Where unpack_quad leaves the codes of 128 outputs: vector v holds those of one group, even or odd ones.
@@ -31,7 +32,7 @@ struct DotBlock {
   const uint8_t* codes[QUANT];
   int count, stride;                        // stride: values from one row's groups to the next's
   alignas(64) float unit[ROWS * GROUPS];    // what 1 of the rounded u stands for
-  alignas(64) int32_t high[QUADS * ROWS * GROUPS], low[QUADS * ROWS * GROUPS];  // four channels each
+  alignas(64) int32_t u[U_BYTES][QUADS * ROWS * GROUPS];  // a word: a byte each of four channels
   alignas(64) uint8_t bytes[QUADS][8][64];  // codes of a column, one a byte, four channels a word
 };
 
@@ -42,18 +43,22 @@ SPQT_INLINE vi dot(vi sum, vi codes, vi u) {
   return (vi)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)codes, (__m512i)u);
 }
 
-// The upper bytes (of v + 128) and the lower ones of four channels; channel 2 comes before channel 1.
+// Bytes of u of four channels, channel 2 before channel 1. What is below a byte is signed, so 128 goes up.
 template <class B>
-SPQT_INLINE void put_bytes(vi v0, vi v1, vi v2, vi v3, B& block, int at) {
-  const __m512i even = _mm512_mask_blend_epi16(0xaaaaaaaa, (__m512i)v0, (__m512i)(v1 << 16));
-  const __m512i odd = _mm512_mask_blend_epi16(0xaaaaaaaa, (__m512i)v2, (__m512i)(v3 << 16));
+SPQT_INLINE void put_bytes(const vi (&v)[4], B& block, int at) {
+  auto pair = [](vi a, vi b) SPQT_LAMBDA { return _mm512_mask_blend_epi16(0xaaaaaaaa, (__m512i)a, (__m512i)(b << 16)); };
   const __m512i half = _mm512_set1_epi16(128), lower = _mm512_set1_epi16(255);
-  store(block.low + at, _mm512_or_si512(_mm512_and_si512(even, lower), _mm512_slli_epi16(odd, 8)));
-  store(block.high + at, _mm512_or_si512(_mm512_srli_epi16(_mm512_add_epi16(even, half), 8),
+  vi up[4];
+  for (int c = 0; c < 4; ++c) up[c] = (v[c] + 128) >> 8;
+  const __m512i even = pair(up[0], up[1]), odd = pair(up[2], up[3]);
+  store(block.u[0] + at, _mm512_or_si512(_mm512_srli_epi16(_mm512_add_epi16(even, half), 8),
                                          _mm512_andnot_si512(lower, _mm512_add_epi16(odd, half))));
+  store(block.u[1] + at, _mm512_or_si512(_mm512_and_si512(even, lower), _mm512_slli_epi16(odd, 8)));
+  store(block.u[2] + at, _mm512_or_si512(_mm512_and_si512(pair(v[0], v[1]), lower),
+                                         _mm512_slli_epi16(pair(v[2], v[3]), 8)));
 }
 
-// x * bias of all channels added to the sums; u in 16 bits by channel, row and group, and what that leaves of it.
+// x * bias of all channels added to the sums; u in 24 bits by channel, row and group.
 template <Type T, int ROWS>
 static void round_block(const Tile& tile, const Active& active, int first, DotBlock<ROWS>& block, float* bias_sums) {
   const int stride = block.stride;
@@ -64,39 +69,33 @@ static void round_block(const Tile& tile, const Active& active, int first, DotBl
       const int64_t at = active.channel[first + i] * (int64_t)tile.scale_stride + g;
       return some == LANES ? load_as_float<T>(of, at) : load_as_float<T>(of, at, some);
     };
-    vf top[ROWS] = {}, all[ROWS] = {}, sums[ROWS], unit[ROWS], inverse[ROWS];
-    vi kept[ROWS] = {};
+    vf top[ROWS] = {}, sums[ROWS], inverse[ROWS];
     for (int r = 0; r < ROWS; ++r) sums[r] = load<vf>(bias_sums + r * active.row_stride + g);
     for (int i = 0; i < block.count; ++i) {
       const vf scales = groups(tile.scales, i), biases = groups(tile.biases, i);
       for (int r = 0; r < ROWS; ++r) {
-        const vf one = splat(x[i * ROWS + r]), u = one * scales;
-        top[r] = largest(top[r], u);
-        all[r] += u;
+        const vf one = splat(x[i * ROWS + r]);
+        top[r] = largest(top[r], one * scales);
         sums[r] += one * biases;
       }
     }
     for (int r = 0; r < ROWS; ++r) {
-      unit[r] = top[r] * (1 / MOST_U);
-      store(block.unit + r * stride + g, unit[r]);
+      const vf unit = top[r] * (1 / MOST_U);
+      store(block.unit + r * stride + g, unit);
+      store(bias_sums + r * active.row_stride + g, sums[r]);
       // below the least 1 / unit overflows, and the product is nothing
-      inverse[r] = (vf)((vi)(splat(1.0f) / unit[r]) & (unit[r] > splat(0x1p-120f)));
+      inverse[r] = (vf)((vi)(splat(1.0f) / unit) & (unit > splat(0x1p-120f)));
     }
     for (int q = 0; q * 4 < block.count; ++q) {
       vf scales[4] = {};
       for (int c = 0; c < min_of(4, block.count - q * 4); ++c) scales[c] = groups(tile.scales, q * 4 + c);
       for (int r = 0; r < ROWS; ++r) {
         vi v[4];
-        for (int c = 0; c < 4; ++c) {
+        for (int c = 0; c < 4; ++c)
           v[c] = rounded(splat(x[min_of(q * 4 + c, block.count - 1) * ROWS + r]) * scales[c] * inverse[r]);
-          kept[r] += v[c];
-        }
-        put_bytes(v[0], v[1], v[2], v[3], block, (q * ROWS + r) * stride + g);
+        put_bytes(v, block, (q * ROWS + r) * stride + g);
       }
     }
-    for (int r = 0; r < ROWS; ++r)
-      store(bias_sums + r * active.row_stride + g,
-            sums[r] + (all[r] - __builtin_convertvector(kept[r], vf) * unit[r]) * 8.0f);
   }
 }
 
@@ -128,29 +127,39 @@ SPQT_INLINE void unpack_quad(const __m512i (&w)[4], uint8_t (&out)[8][64]) {
 template <int GROUP, int ROWS, int SOME_ROWS, int SOME, int FIRST = 0>
 SPQT_INLINE void dot_some(const DotBlock<ROWS>& block, int quads, int row, int group, float* sums, size_t stride) {
   constexpr auto quarter = DotOrder<GROUP>::quarter;
-  vi high[SOME_ROWS][SOME] = {}, low[SOME_ROWS][SOME] = {};
+  vi sum[U_BYTES][SOME_ROWS][SOME] = {};
   for (int q = 0; q < quads; ++q) {
+    const int64_t at = (int64_t)(q * ROWS + row) * block.stride + group;
+    if constexpr (ROWS == 1) {
+      vi u[U_BYTES][4];
+      for (int b = 0; b < U_BYTES; ++b)
+        for (int n = 0; n < 128 / GROUP; ++n) u[b][n] = vi{} + block.u[b][at + n];
+      for (int v = 0; v < SOME; ++v) {
+        const vi codes = load<vi>(block.bytes[q][FIRST + v]);
+        for (int b = 0; b < U_BYTES; ++b) sum[b][0][v] = dot(sum[b][0][v], codes, u[b][quarter(FIRST + v)]);
+      }
+      continue;
+    }
     vi codes[SOME];
     for (int v = 0; v < SOME; ++v) codes[v] = load<vi>(block.bytes[q][FIRST + v]);
-    const int64_t at = (int64_t)(q * ROWS + row) * block.stride + group;
-    for (int r = 0; r < SOME_ROWS; ++r) {
-      vi of_high, of_low;
-      for (int v = 0; v < SOME; ++v) {
-        if (v == 0 || quarter(FIRST + v) != quarter(FIRST + v - 1)) {
-          of_high = vi{} + block.high[at + r * block.stride + quarter(FIRST + v)];
-          of_low = vi{} + block.low[at + r * block.stride + quarter(FIRST + v)];
-          asm("" : "+v"(of_high), "+v"(of_low));  // loaded once, not for each product
+    for (int r = 0; r < SOME_ROWS; ++r)
+      for (int b = 0; b < U_BYTES; ++b) {
+        vi u;
+        for (int v = 0; v < SOME; ++v) {
+          if (v == 0 || quarter(FIRST + v) != quarter(FIRST + v - 1)) {
+            u = vi{} + block.u[b][at + r * block.stride + quarter(FIRST + v)];
+            asm("" : "+v"(u));  // loaded once, not for each product
+          }
+          sum[b][r][v] = dot(sum[b][r][v], codes[v], u);
         }
-        high[r][v] = dot(high[r][v], codes[v], of_high);
-        low[r][v] = dot(low[r][v], codes[v], of_low);
       }
-    }
   }
   for (int r = 0; r < SOME_ROWS; ++r)
     for (int v = 0; v < SOME; ++v) {
       float* to = sums + (row + r) * stride + (FIRST + v) * LANES;
       const vf unit = splat(block.unit[(row + r) * block.stride + group + quarter(FIRST + v)]);
-      store(to, load<vf>(to) + unit * __builtin_convertvector((high[r][v] << 8) + low[r][v], vf));
+      const vf high = __builtin_convertvector(sum[0][r][v], vf), low = __builtin_convertvector((sum[1][r][v] << 8) + sum[2][r][v], vf);
+      store(to, load<vf>(to) + unit * (high * 65536.0f + low));
     }
   if constexpr (FIRST + SOME < 8)
     dot_some<GROUP, ROWS, SOME_ROWS, SOME, FIRST + SOME>(block, quads, row, group, sums, stride);
@@ -159,7 +168,7 @@ SPQT_INLINE void dot_some(const DotBlock<ROWS>& block, int quads, int row, int g
 template <int GROUP, int ROWS>
 static void dot_block(const Tile& tile, DotBlock<ROWS>& block, float* sums, size_t row_stride,
                       const uint8_t* const* next, int next_count) {
-  constexpr int SOME_ROWS = min_of(ROWS, 4), SOME = 8 / SOME_ROWS;
+  constexpr int SOME_ROWS = min_of(ROWS, 4), SOME = ROWS == 1 ? 8 : ROWS == 2 ? 4 : 2;  // accumulators are registers
   const int bytes = tile.groups * GROUP / 2, columns = (bytes + 63) / 64, quads = (block.count + 3) / 4;
   int ahead = 0, line = 0;  // of the next channels' chunks, read from end to end
   for (int column = 0; column < columns; ++column, sums += DotOrder<GROUP>::COLUMN) {

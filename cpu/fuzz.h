@@ -139,10 +139,9 @@ struct Sums {
 };
 
 // Whether y, rows of `width` that lie `stride` apart, holds the sums to 1e-5 and what rounding to its type costs.
-inline bool close(const char* what, const Array& y, const Sums& sums, size_t width, size_t stride,
-                  double allowed = 1e-5) {
+inline bool close(const char* what, const Array& y, const Sums& sums, size_t width, size_t stride) {
   const double unit = y.type == FLOAT32 ? 0 : y.type == FLOAT16 ? 0x1p-11 : 0x1p-8;
-  double error = 0, size = allowed * allowed * sums.squares;
+  double error = 0, size = 1e-10 * sums.squares;
   for (size_t i = 0; i < sums.want.size(); ++i) {
     const double off = y[i / width * stride + i % width] - sums.want[i];
     error += off * off;
