@@ -123,9 +123,6 @@ static void gemv_tile(const Tile& tile, const Active& active, float* partial) {
 }
 
 #include "few_rows.h"
-#if defined(__AVX512VNNI__)
-#include "dot.h"
-#endif
 
 template <int BITS>
 static void gemv_bits(const Tile& tile, const Active& active, float* partial) {
@@ -138,14 +135,6 @@ static void gemv_bits(const Tile& tile, const Active& active, float* partial) {
 }
 
 static void gemv(const Tile& tile, const Active& active, float* partial) {
-#if defined(__AVX512VNNI__)
-  if (tile.bits == 4) {
-    if (active.rows == 1) return dot_tile<1>(tile, active, partial);
-    if (active.rows == 2) return dot_tile<2>(tile, active, partial);
-    if (active.rows == 4) return dot_tile<4>(tile, active, partial);
-    return dot_tile<8>(tile, active, partial);
-  }
-#endif
   switch (tile.bits) {
     case 2: return gemv_bits<2>(tile, active, partial);
     case 3: return gemv_bits<3>(tile, active, partial);
@@ -207,14 +196,7 @@ static void finish(const Tile& tile, float* partials, int stripes, const Output&
   switch (tile.bits) {
     case 2: return finish_order<Codec<2>>(tile, partials, stripes, out);
     case 3: return finish_order<Codec<3>>(tile, partials, stripes, out);
-#if defined(__AVX512VNNI__)
-    case 4:
-      if (tile.group_size == 32) return finish_order<DotOrder<32>>(tile, partials, stripes, out);
-      if (tile.group_size == 64) return finish_order<DotOrder<64>>(tile, partials, stripes, out);
-      return finish_order<DotOrder<128>>(tile, partials, stripes, out);
-#else
     case 4: return finish_order<Codec<4>>(tile, partials, stripes, out);
-#endif
     case 5: return finish_order<Codec<5>>(tile, partials, stripes, out);
     case 6: return finish_order<Codec<6>>(tile, partials, stripes, out);
     case 8: return finish_order<Codec<8>>(tile, partials, stripes, out);

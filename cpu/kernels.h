@@ -31,8 +31,8 @@ struct Active {
   size_t row_stride = 0;   // floats from one row's partial result to the next's
 };
 constexpr int FEW_ROWS = 8;
-// Outputs of one task: sums of all rows are near the core, and runs of a chunk are long.
-constexpr int tile_of_rows(int rows) { return rows == 1 ? TILE : TILE / rows * 2; }
+// Outputs of one task: sums of all rows are near the core.
+constexpr int tile_of_rows(int rows) { return TILE / rows; }
 
 // x as it lies in memory, and what decides which channels are skipped.
 struct Input {
@@ -166,7 +166,7 @@ struct Kernels {
   void (*compensate)(const Compensate&, float* work);
 };
 
-constexpr const char* ISAS[] = {"avx512vnni", "avx512", "avx2", "baseline"};  // widest first; the last is SSE2 or NEON
+constexpr const char* ISAS[] = {"avx512", "avx2", "baseline"};  // widest first; the last is SSE2 or NEON
 
 // The best table for this machine, or the one chosen by use_isa.
 const Kernels& kernels();

@@ -237,7 +237,10 @@ class Generator(server.ResponseGenerator):
                 continue
             self.metrics.token()
             if not math.isfinite(found.logprob):
-                raise BackendError("the model's output is not finite (NaN or infinity)")
+                raise BackendError(
+                    "the model's output is not finite (NaN or infinity)",
+                    "check its files: `spqt verify MODEL`",
+                )
             found.text, is_over = text.push(found)
             if is_over:  # mlx-lm would drop a text that comes with "stop", and takes an end for one
                 found.finish_reason = None
