@@ -80,9 +80,10 @@ test: lint $(GGUF)
 
 # On another Python what it could break: installing, loading, the command line, files, a model from end to end.
 # CI has no time for the rest there; `make unit VENV=.venv-newest PYTHON=python3.13` runs it.
-NEWEST = test_packaging.py cli/test_commands.py cli/test_worker.py convert/test_convert.py \
-  convert/gguf/test_convert.py decode/test_generate.py decode/test_hooks.py backends/cpu/test_build.py \
-  format/test_config_json.py system/test_files.py
+NEWEST = test_packaging.py cli/test_commands.py cli/test_presets.py cli/test_worker.py convert/test_convert.py \
+  convert/test_source.py convert/test_architectures.py convert/gguf/test_convert.py convert/gguf/test_file.py \
+  decode/test_generate.py decode/test_hooks.py decode/test_layers.py backends/cpu/test_build.py \
+  backends/cpu/test_block.py format/test_config_json.py system/test_files.py system/test_terminal.py
 test-newest:
 	$(MAKE) VENV=.venv-newest PYTHON=$(PYTHON) unit TESTS="$(NEWEST:%=tests/%)"
 

@@ -21,11 +21,10 @@ def test_malformed_requests_get_a_4xx_and_leave_it_serving(server):
 
 
 def test_many_clients_meet_no_server_error_and_memory_stays(server):
-    serve.load(*server, clients=24, seconds=2)  # until all that is made once is made
-    found = serve.load(*server, clients=24, seconds=3)
+    serve.load(*server, clients=24, seconds=3)  # until all that is made once is made
+    found = serve.load(*server, clients=24, seconds=4)
     assert found["wrong"] == {}
-    assert found["statuses"].keys() == {"200"}
-    assert found["rss_growth"] < 0.15  # of seconds in which not all is warm; the long form holds it to 5 %
+    assert found["holds"], found
     assert found["tokens"] > 100
 
 
