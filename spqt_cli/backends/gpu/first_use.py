@@ -78,6 +78,23 @@ def _verdict(kernels: Sequence[kernel_text.Kernel], fault_of: Callable[[], str])
     return reason
 
 
+def _small(
+    dtype: mx.Dtype, layers: Sequence[Any], band: int, missing: Sequence[int], *, dense: bool
+) -> problems.Case:
+    """A problem of one band for kernels of these layers. missing: outputs that each is short of the band."""
+    return problems.Case(
+        tuple(band - few for few in missing),
+        INPUTS,
+        layers[0].bits,
+        layers[0].group_size,
+        dtype,
+        scales=layers[0].scales.dtype,
+        band=band,
+        bias=any(layer.get("bias") is not None for layer in layers),
+        per_channel=per_channel(layers, dense=dense),
+    )
+
+
 def fault(dtype: mx.Dtype, layers: Sequence[Any], cut: geometry.Geometry, form: Form) -> str:
     """What is wrong with such kernels on a small random problem, run twice; empty if nothing is."""
     one_stripe = cut.stripes(layers[0].weight.shape[1]) == 1
@@ -87,17 +104,7 @@ def fault(dtype: mx.Dtype, layers: Sequence[Any], cut: geometry.Geometry, form: 
     step = math.lcm(group, head)
     band = -(-cut.tile // step) * step
     missing = [0 if head > 1 else 3 if then == "glu" else 3 + p for p in range(len(layers))]
-    case = problems.Case(
-        tuple(band - few for few in missing),
-        INPUTS,
-        layers[0].bits,
-        group,
-        dtype,
-        scales=layers[0].scales.dtype,
-        band=band,
-        bias=any(layer.get("bias") is not None for layer in layers),
-        per_channel=per_channel(layers, dense=form.dense),
-    )
+    case = _small(dtype, layers, band, missing, dense=form.dense)
     matrices = problems.matrices(case)
     x = multiplied = problems.vector(case)
     if form.norm is not None:
@@ -125,17 +132,7 @@ def rows_fault(dtype: mx.Dtype, layers: Sequence[Any], cut: rows.Cut, *, dense: 
     small = cut._replace(stripe=INPUTS if one_stripe else INPUTS // 2)
     group = layers[0].group_size
     band = -(-cut.tile // group) * group
-    case = problems.Case(
-        tuple(band - 3 - p for p in range(len(layers))),
-        INPUTS,
-        layers[0].bits,
-        group,
-        dtype,
-        scales=layers[0].scales.dtype,
-        band=band,
-        bias=any(layer.get("bias") is not None for layer in layers),
-        per_channel=per_channel(layers, dense=dense),
-    )
+    case = _small(dtype, layers, band, [3 + p for p in range(len(layers))], dense=dense)
     matrices = problems.matrices(case)
     if dense:
         for matrix in matrices:
