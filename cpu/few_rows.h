@@ -26,7 +26,6 @@ struct FewBlock {
   const uint8_t* codes[FEW_BLOCK];
   const uint8_t* next[FEW_BLOCK];  // as Block's
   alignas(64) float u[FEW_BLOCK][ROWS][tile_of_rows(ROWS) / 32 + PADDING];
-  int count;
 };
 
 // x * scale of each row by group, and x * bias added to the rows' sums by group, `stride` apart
@@ -55,11 +54,16 @@ SPQT_INLINE void scale_channel_rows(const Tile& tile, int64_t first, const float
 #endif
 }
 
+// A block short of channels is filled up with its first one, times zero: that changes no sum's bits.
 template <Type T, int ROWS>
 static void start_few_of(const Tile& tile, const Active& active, int first, FewBlock<ROWS>& block, float* bias_sums) {
   constexpr int BYTES = T == FLOAT32 ? 4 : 2;
-  block.count = min_of(FEW_BLOCK, active.count - first);
-  for (int i = 0; i < block.count; ++i) {
+  const int count = min_of(FEW_BLOCK, active.count - first);
+  for (int i = count; i < FEW_BLOCK; ++i) {
+    block.codes[i] = block.next[i] = tile.codes + active.channel[first] * tile.code_stride;
+    __builtin_memset(block.u[i], 0, sizeof block.u[i]);
+  }
+  for (int i = 0; i < count; ++i) {
     const int64_t channel = active.channel[first + i];
     block.codes[i] = tile.codes + channel * tile.code_stride;
     scale_channel_rows<T, ROWS>(tile, channel * tile.scale_stride, active.x + (int64_t)(first + i) * ROWS, block.u[i],
@@ -85,7 +89,7 @@ static void start_few(const Tile& tile, const Active& active, int first, FewBloc
 template <int BITS, int GROUP, int ROWS>
 static void lay_out_of(const FewBlock<ROWS>& block, int column, float* laid) {
   using C = Codec<BITS>;
-  for (int i = 0; i < block.count; ++i)
+  for (int i = 0; i < FEW_BLOCK; ++i)
     for (int r = 0; r < ROWS; ++r) {
       vf u[VECTORS];
       C::template expand<GROUP>(block.u[i][r], column, u);
@@ -100,24 +104,18 @@ SPQT_INLINE void lay_out(const FewBlock<ROWS>& block, int column, int group_size
   if (group_size == 128) lay_out_of<BITS, 128>(block, column, laid);
 }
 
-// COUNT: channels of a full block, else 0; part: bytes of an incomplete last column, else 0
-template <int BITS, int ROWS, int PASS, int COUNT, bool WHOLE, int FIRST = 0>
-SPQT_INLINE void add_rows(const FewBlock<ROWS>& block, int column, int part, const float* laid, float* sums,
-                          size_t stride) {
+template <int BITS, int ROWS, int PASS, int FIRST = 0>
+SPQT_INLINE void add_rows(const uint8_t* const* codes, size_t offset, const float* laid, float* sums, size_t stride) {
   using C = Codec<BITS>;
   constexpr int SOME = min_of(VECTORS, ACCUMULATORS / ROWS), KINDS = VECTORS / C::SHARED;
   vf sum[ROWS][SOME];
   for (int r = 0; r < ROWS; ++r)
     for (int v = 0; v < SOME; ++v) sum[r][v] = load<vf>(sums + r * stride + (FIRST + v) * LANES);
-  const size_t offset = (size_t)column * C::COLUMN_BYTES;
-  for (int i = 0; i < (COUNT ? COUNT : block.count); ++i) {
+  for (int i = 0; i < FEW_BLOCK; ++i) {
     const float* u = laid + i * ROWS * KINDS * LANES;
-    vf codes[SOME];
-    auto keep = [&](int v, vf code) SPQT_LAMBDA { codes[v - FIRST] = code; };
-    if constexpr (WHOLE)
-      C::template unpack<PASS, FIRST, SOME>(block.codes[i] + offset, keep);
-    else
-      C::template unpack_part<PASS, FIRST, SOME>(block.codes[i] + offset, part, keep);
+    vf unpacked[SOME];
+    auto keep = [&](int v, vf code) SPQT_LAMBDA { unpacked[v - FIRST] = code; };
+    C::template unpack<PASS, FIRST, SOME>(codes[i] + offset, keep);
     for (int r = 0; r < ROWS; ++r) {
       vf one;
       for (int v = 0; v < SOME; ++v) {
@@ -125,36 +123,38 @@ SPQT_INLINE void add_rows(const FewBlock<ROWS>& block, int column, int part, con
           one = load<vf>(u + (r * KINDS + (FIRST + v) / C::SHARED) * LANES);
           in_register(one);
         }
-        sum[r][v] += one * codes[v];
+        sum[r][v] += one * unpacked[v];
       }
     }
   }
   for (int r = 0; r < ROWS; ++r)
     for (int v = 0; v < SOME; ++v) store(sums + r * stride + (FIRST + v) * LANES, sum[r][v]);
   if constexpr (FIRST + SOME < VECTORS)
-    add_rows<BITS, ROWS, PASS, COUNT, WHOLE, FIRST + SOME>(block, column, part, laid, sums, stride);
+    add_rows<BITS, ROWS, PASS, FIRST + SOME>(codes, offset, laid, sums, stride);
 }
 
-template <int BITS, int ROWS, int COUNT>
+template <int BITS, int ROWS>
 static void add_few(const FewBlock<ROWS>& block, const Tile& tile, float* sums, size_t stride) {
   using C = Codec<BITS>;
   constexpr int SUMS = VECTORS * LANES;  // of one pass
   const int bytes = tile.groups * tile.group_size * BITS / 8;
-  const int columns = bytes / C::COLUMN_BYTES, part = bytes % C::COLUMN_BYTES;
   alignas(64) float laid[FEW_BLOCK * ROWS * (VECTORS / C::SHARED) * LANES];
-  for (int column = 0; column < columns; ++column, sums += C::PASSES * SUMS) {
-    for (size_t line = ((size_t)column * C::COLUMN_BYTES + 63) / 64 * 64; line < (size_t)(column + 1) * C::COLUMN_BYTES;
-         line += 64)
-      for (int i = 0; i < (COUNT ? COUNT : block.count); ++i) __builtin_prefetch(block.next[i] + line);
+  alignas(64) uint8_t last[FEW_BLOCK][C::COLUMN_BYTES];  // a column that chunks end in, filled up with zeros
+  const uint8_t* of_last[FEW_BLOCK];
+  for (int begin = 0, column = 0; begin < bytes; begin += C::COLUMN_BYTES, ++column, sums += C::PASSES * SUMS) {
+    for (int line = (begin + 63) / 64 * 64; line < min_of(begin + C::COLUMN_BYTES, bytes); line += 64)
+      for (int i = 0; i < FEW_BLOCK; ++i) __builtin_prefetch(block.next[i] + line);
     lay_out<BITS>(block, column, tile.group_size, laid);
-    add_rows<BITS, ROWS, 0, COUNT, true>(block, column, 0, laid, sums, stride);
-    if constexpr (C::PASSES == 2) add_rows<BITS, ROWS, 1, COUNT, true>(block, column, 0, laid, sums + SUMS, stride);
-  }
-  if (part) {
-    for (int i = 0; i < block.count; ++i) __builtin_prefetch(block.next[i] + (size_t)columns * C::COLUMN_BYTES);
-    lay_out<BITS>(block, columns, tile.group_size, laid);
-    add_rows<BITS, ROWS, 0, 0, false>(block, columns, part, laid, sums, stride);
-    if constexpr (C::PASSES == 2) add_rows<BITS, ROWS, 1, 0, false>(block, columns, part, laid, sums + SUMS, stride);
+    const bool whole = begin + C::COLUMN_BYTES <= bytes;
+    for (int i = 0; i < FEW_BLOCK && !whole; ++i) {
+      __builtin_memset(last[i], 0, C::COLUMN_BYTES);
+      for (int at = begin; at < bytes; at += 4) __builtin_memcpy(last[i] + at - begin, block.codes[i] + at, 4);
+      of_last[i] = last[i];
+    }
+    const uint8_t* const* codes = whole ? block.codes : of_last;
+    const size_t offset = whole ? begin : 0;
+    add_rows<BITS, ROWS, 0>(codes, offset, laid, sums, stride);
+    if constexpr (C::PASSES == 2) add_rows<BITS, ROWS, 1>(codes, offset, laid, sums + SUMS, stride);
   }
 }
 
@@ -167,9 +167,6 @@ static void few_rows_tile(const Tile& tile, const Active& active, float* partial
   FewBlock<ROWS> block;
   for (int first = 0; first < active.count; first += FEW_BLOCK) {
     start_few(tile, active, first, block, bias_sums);
-    if (block.count == FEW_BLOCK)
-      add_few<BITS, ROWS, FEW_BLOCK>(block, tile, partial, stride);
-    else
-      add_few<BITS, ROWS, 0>(block, tile, partial, stride);
+    add_few<BITS, ROWS>(block, tile, partial, stride);
   }
 }
