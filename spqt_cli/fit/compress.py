@@ -225,16 +225,20 @@ class Compression:
 
     def _threshold(self, paths: list[str], x: mx.array) -> float:
         """One for all layers of an input, from its first texts' decode steps."""
-        steps = masks.decode_rows(x, self._windows.shape[1])
+        steps = self._steps(x)
         if steps is None:
             return 0.0
         sizes = [self.layers[path].outputs for path in paths]
         share = np.average([masks.sparsity(path) for path in paths], weights=sizes)
         return masks.threshold(np.array(x[:, steps].astype(mx.float32), copy=False), float(share))
 
+    def _steps(self, x: mx.array) -> slice | None:
+        window = self._windows.shape[1]
+        return masks.decode_rows(x, window, window // 2)
+
     def _masked(self, x: mx.array, threshold: float) -> mx.array:
         """x (..., inputs) with the small inputs of decode steps at zero."""
-        steps = masks.decode_rows(x, self._windows.shape[1])
+        steps = self._steps(x)
         return x if steps is None or not threshold else masked(x, steps, threshold)
 
     def _weight(self, path: str) -> Any:

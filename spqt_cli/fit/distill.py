@@ -1,9 +1,9 @@
 """Training of a compressed model towards its source's predictions, with channels skipped at decode positions.
 
-Codes stay. Every group's scale and bias and the norms' weights are trained by Adam on the KL divergence from
-the source, block by block: forwards, what enters each block is kept; backwards, a block is run again and
-differentiated, and its step is taken at once. A few windows are held out: if the model is no nearer to the
-source on them at the end, it stays as it was.
+Which layer skips how much is allocated first. Codes stay. Every group's scale and bias and the norms' weights
+are trained by Adam on the KL divergence from the source, block by block: forwards, what enters each block is
+kept; backwards, a block is run again and differentiated, and its step is taken at once. Some are held out:
+if the model is no nearer to the source on them at the end, it stays as it was.
 
 Source: distillation of scales and biases as in mlx-lm's DWQ; masks and norms are our addition.
 """
@@ -21,15 +21,17 @@ from spqt_cli.convert.encode import is_finite
 from spqt_cli.convert.journal import Journal
 from spqt_cli.decode.session import Loaded
 from spqt_cli.errors import SpqtError
-from spqt_cli.fit import masks, predictions, targets
+from spqt_cli.fit import masks, predictions, shares, targets
 from spqt_cli.fit.affine import NORM_RATE, Trained
 from spqt_cli.fit.source_blocks import SourceBlocks
 from spqt_cli.fit.store import Store
 from spqt_cli.fit.student import FACTOR, Student
 from spqt_cli.fit.weights_file import WeightsFile
+from spqt_cli.format.thresholds import CURVE_SPARSITIES
 from spqt_cli.measure import many_rows
 
 HELD_OUT = 8  # one window of so many is not trained on
+PRICED = 6  # windows at most, for the shares of layers
 SETTLED_EVERY = 60  # steps
 SETTLING = 8  # windows for thresholds
 HEADS_BYTES = {"cpu": 256 << 20, "gpu": 16 << 30}  # of heads held unpacked
@@ -84,7 +86,8 @@ class Distillation:
         """fitted: loaded lazily. windows: (texts, window) tokens, window even, at least two texts; those
         that weights were rounded on first, in that order. source: its blocks are only read for windows
         whose states are not in the store, and then nobody may have read them before.
-        Raises UnsupportedError for a model whose blocks can't be walked, SpqtError for a single text.
+        Raises UnsupportedError for a model whose blocks can't be walked (here or in `run`), SpqtError for
+        a single text.
         """
         if len(windows) < 2:
             raise SpqtError("one text is too few to train on: some are held out", "give more text")
@@ -97,6 +100,7 @@ class Distillation:
         self._training = count - max(1, count // HELD_OUT)
         self._parts = [Trained(self._student.start(n)) for n in range(len(self._student.blocks))]
         self._parts.append(Trained(self._student.start_of_last_norms()))
+        self._shares: dict[float, dict[str, float]] = {}  # of each layer at a total sparsity
         self._thresholds: dict[float, dict[str, float]] = {}
         self._first = math.nan
 
@@ -108,6 +112,7 @@ class Distillation:
             return self._run(output, journal)
 
     def _run(self, output: WeightsFile, journal: Journal) -> DistillationResult:
+        self._shares = self._known_shares(journal)  # a model that can't be trained is refused here
         self._find_targets()
         start = self._resumed(journal)
         if not start:
@@ -141,6 +146,22 @@ class Distillation:
         if which := targets.missing(self._store, self._windows):
             self._on_progress(0, self._options.steps, "passing texts through the source")
             targets.make(self._source, self._windows, which, self._store)
+
+    # shares
+
+    def _known_shares(self, journal: Journal) -> dict[float, dict[str, float]]:
+        """The shares, found once: in the journal from then on."""
+        if "shares" not in journal.done:
+            totals = sorted({masks.SPARSITY, *self._options.sparsities})
+            windows = self._windows[: min(PRICED, self._training)]
+            seed = self._options.seed
+            curves = shares.of_layers(self._student, windows, self._adopt, seed, self._on_progress)
+            found = {
+                str(total): {path: float(np.interp(total, CURVE_SPARSITIES, c)) for path, c in curves.items()}
+                for total in totals
+            }
+            journal.note("shares", found)
+        return {float(total): found for total, found in journal.done["shares"].items()}
 
     # training
 
@@ -179,7 +200,7 @@ class Distillation:
         others = [self._student.values[name] for name in names]
         by_hidden, by_others = [], [mx.zeros_like(a) for a in others]
         for i, w in enumerate(which):
-            found = predictions.slopes(*self._heads(w), hidden[i : i + 1], others)
+            found = predictions.slopes(*self._heads(w), hidden[i : i + 1], others, self._student.prompt)
             _, one, rest = found
             by_hidden.append(one / len(which))
             by_others = [a + b / len(which) for a, b in zip(by_others, rest, strict=True)]
@@ -227,7 +248,7 @@ class Distillation:
         h = self._student.embedded(self._windows[: min(SETTLING, self._training)])
         for number in range(len(self._student.blocks)):
             self._adopt(number)
-            h = self._student.forward(number, h, settle=share)
+            h = self._student.forward(number, h, settle=self._shares[share])
         return self._student.thresholds
 
     def _held_out_loss(self) -> float:
@@ -241,7 +262,7 @@ class Distillation:
                 self._adopt(number)
                 h = self._student.forward(number, h)
             self._adopt(-1)
-            losses.append(predictions.loss(*self._heads(w), h))
+            losses.append(predictions.loss(*self._heads(w), h, self._student.prompt))
         return float(np.mean(losses))
 
     # the end

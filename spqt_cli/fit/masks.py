@@ -1,7 +1,8 @@
 """Which inputs are zero while weights are fitted: as in decode steps, the smallest ones of each layer.
 
-The second half of every window stands for decode steps; the first half is a prompt, and dense. Weights
-fitted so serve every sparsity, so the share that they are fitted at need not be the one to run at.
+A window begins with a prompt, which is dense; the rest stands for decode steps. Weights are rounded with
+half a window of prompt and trained with a quarter. What is fitted so serves every sparsity, so the share
+that it is fitted at need not be the one to run at.
 """
 
 import mlx.core as mx
@@ -31,6 +32,6 @@ def threshold(x: np.ndarray, share: float) -> float:
     return float(np.partition(flat, place)[place])
 
 
-def decode_rows(x: mx.array, window: int) -> slice | None:
+def decode_rows(x: mx.array, window: int, prompt: int) -> slice | None:
     """Where the decode steps are along axis 1 of an input (texts, window, inputs); None for another shape."""
-    return slice(window // 2, window) if x.ndim == 3 and x.shape[1] == window else None
+    return slice(prompt, window) if x.ndim == 3 and x.shape[1] == window else None

@@ -9,6 +9,7 @@ from typing import cast
 import mlx.core as mx
 import numpy as np
 
+from spqt_cli.calibrate.gradients import drawn_loss
 from spqt_cli.measure import many_rows
 
 PIECE_BYTES = 24 << 20  # of logits in float32, of which a few arrays are there at once
@@ -20,13 +21,12 @@ PROMPT_WEIGHT = 0.25  # of a prompt's positions, all together, where decode step
 Head = Callable[..., mx.array]
 
 
-def weights(window: int) -> np.ndarray:
+def weights(window: int, prompt: int) -> np.ndarray:
     """What each position's divergence counts in a window's loss: (window,) float32; their sum is 1."""
-    half = window // 2
-    first = min(FIRST_SCORED, half // 2)
+    first = min(FIRST_SCORED, prompt // 2)
     found = np.zeros(window, np.float32)
-    found[first:half] = PROMPT_WEIGHT / (half - first)
-    found[half:] = 1 / (window - half)
+    found[first:prompt] = PROMPT_WEIGHT / (prompt - first)
+    found[prompt:] = 1 / (window - prompt)
     return found / np.float32(1 + PROMPT_WEIGHT)
 
 
@@ -91,10 +91,10 @@ def _log_probabilities(logits: mx.array) -> mx.array:
     return z - mx.logsumexp(z, axis=-1, keepdims=True)
 
 
-def loss(head: Head, source: Head, target: mx.array, hidden: mx.array) -> float:
+def loss(head: Head, source: Head, target: mx.array, hidden: mx.array, prompt: int) -> float:
     """The loss of one window. head, source: logits of the model and of its source, given hidden states
-    (1, rows, width) and the slice of positions that these are of."""
-    weight = weights(hidden.shape[1])
+    (1, rows, width) and the slice of positions that these are of. prompt: positions before decode steps."""
+    weight = weights(hidden.shape[1], prompt)
     found = 0.0
     for rows in _cut(source, hidden):
         reference = Reference(source(target[:, rows], rows), weight[rows])
@@ -103,13 +103,13 @@ def loss(head: Head, source: Head, target: mx.array, hidden: mx.array) -> float:
 
 
 def slopes(
-    head: Head, source: Head, target: mx.array, hidden: mx.array, others: list[mx.array]
+    head: Head, source: Head, target: mx.array, hidden: mx.array, others: list[mx.array], prompt: int
 ) -> tuple[float, mx.array, list[mx.array]]:
     """The loss of one window, and its slopes by hidden (1, window, width) and by other arrays.
 
     head takes the others after its slice; else as in `loss`.
     """
-    weight = weights(hidden.shape[1])
+    weight = weights(hidden.shape[1], prompt)
     total, by_hidden, by_others = 0.0, [], [mx.zeros_like(a) for a in others]
     for rows in _cut(source, hidden):
         reference = Reference(source(target[:, rows], rows), weight[rows])
@@ -125,6 +125,18 @@ def slopes(
     return total, mx.concatenate(by_hidden, axis=1), by_others
 
 
-def _cut(source: Head, hidden: mx.array) -> list[slice]:
-    vocab = source(hidden[:, :1], slice(0, 1)).shape[-1]
-    return pieces(hidden.shape[1], vocab)
+def slopes_of_drawn(head: Head, hidden: mx.array, prompt: int, draw: np.random.Generator) -> mx.array:
+    """The slopes of -log p(y) by hidden (1, window, width), y drawn from each prediction in decode steps."""
+    found = [mx.zeros_like(hidden[:, :prompt])]
+    for rows in _cut(head, hidden, prompt):
+        _, (slope,) = mx.vjp(
+            lambda h, rows=rows: drawn_loss(head(h, rows), draw), [hidden[:, rows]], [mx.array(1.0)]
+        )
+        mx.eval(slope)
+        found.append(slope)
+    return mx.concatenate(found, axis=1)
+
+
+def _cut(head: Head, hidden: mx.array, first: int = 0) -> list[slice]:
+    vocab = head(hidden[:, :1], slice(0, 1)).shape[-1]
+    return [slice(first + rows.start, first + rows.stop) for rows in pieces(hidden.shape[1] - first, vocab)]

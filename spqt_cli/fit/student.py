@@ -4,7 +4,7 @@ One block's weights are unpacked at a time, for as long as it is worked on; pack
 where all of them are small. It knows no optimizer and no files but the model's.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -26,6 +26,9 @@ HELD_BYTES = {"cpu": 256 << 20, "gpu": 16 << 30}  # of packed weights: models ab
 CHUNK_BYTES = {"cpu": 16 << 20, "gpu": 1 << 30}  # of a layer's activations: texts that pass together
 
 KEPT_BYTES = {"cpu": 192 << 20, "gpu": 8 << 30}  # of products that need not be computed again
+PROMPTS = 4  # one token of so many is of a prompt
+NOTHING: Mapping[str, float] = {}
+Taking = Callable[[str, mx.array, mx.array], None]
 
 FACTOR, OFFSET = "factor", "offset"
 
@@ -44,24 +47,23 @@ class _Layer(nn.Module):
 class Student:
     """The model. values: name -> what is trained, of each block's layers and norms; set from outside.
 
-    thresholds: path -> on |x|, of layers that skip in decode steps; one left out is dense.
+    prompt: tokens of a text before decode steps. thresholds: path -> on |x|, of layers that skip in these;
+    one left out is dense.
     rounded_to: tensor -> dtype that scales and biases are rounded to; one left out is not.
     """
 
     def __init__(self, loaded: Loaded, window: int) -> None:
         """loaded: lazily. window: tokens of a text, even."""
-        self.window = window
+        self.window, self.prompt = window, window // PROMPTS
         self.layers: dict[str, ZigzagLinear] = zigzag_layers(loaded.model)
         loaded.model.update_modules(tree_unflatten([(path, _Layer(path, self)) for path in self.layers]))
         self.walk = Blocks(loaded.model, self.layers, loaded.folder.path)
-        self._looking: list[tuple[mx.array, list[str]]] | None = []
         self.blocks: list[Block] = self.walk.blocks(window)
         self.norms = [_norms(block.module, block.name) for block in self.blocks]
         inside = tuple(f"{block.name}." for block in self.blocks)
         self.last_norms = {
             name: module for name, module in _norms(loaded.model, "").items() if not name.startswith(inside)
         }
-        self.sites = self._sites()
         self._kind = "cpu" if many_rows.on_cpu() else "gpu"
         self._holds = weights_bytes(loaded.folder.path) <= HELD_BYTES[self._kind]
         self._groups: dict[str, Groups] = {}
@@ -70,20 +72,11 @@ class Student:
         self._keeping: frozenset[str] = frozenset()
         self._place = (0, 0)  # the block and the first text at hand
         self._slopes: dict[str, Any] | None = None
-        self._settling: float | None = None
-        self._seen: tuple[mx.array, mx.array] | None = None  # an input, and what layers see of it
+        self._settling: Mapping[str, float] = {}
+        self._taking: Taking | None = None
         self.thresholds: dict[str, float] = {}
         self.values: dict[str, mx.array] = {}
         self.rounded_to: Mapping[str, mx.Dtype] = {}
-
-    def _sites(self) -> dict[str, list[str]]:
-        """The first path of layers that share an input -> all of theirs."""
-        width = self.walk.embedded(np.zeros((2, 1), np.int32)).shape[-1]
-        for block in self.blocks:
-            block.run(mx.zeros((2, self.window, width)))
-        found = {paths[0]: paths for _, paths in cast(Any, self._looking)}
-        self._looking = None
-        return found
 
     def start(self, number: int) -> dict[str, mx.array]:
         """The values of a block that leave it as it is."""
@@ -110,18 +103,18 @@ class Student:
         return h
 
     def forward(
-        self, number: int, h: mx.array, *, settle: float | None = None, keep: bool = False
+        self, number: int, h: mx.array, *, settle: Mapping[str, float] = NOTHING, keep: bool = False
     ) -> mx.array:
         """States (texts, window, width) after a block.
 
-        settle: the share of inputs for which thresholds of its layers are set, from these texts, on the way.
+        settle: path -> the share of inputs for which a layer's threshold is set on the way, from these texts.
         keep: `backward` will be called for the same texts.
         """
         self._settling = settle
         self._keeping = self._worth_keeping(len(h)) if keep else frozenset()
         out = []
         with self._at(number):
-            for texts in self.chunks(len(h)) if settle is None else [slice(0, len(h))]:
+            for texts in [slice(0, len(h))] if settle else self.chunks(len(h)):
                 self._place = (number, texts.start)
                 out.append(self.blocks[number].run(h[texts]))
                 mx.eval(out)
@@ -145,7 +138,6 @@ class Student:
 
         def run(x: mx.array, *weights: mx.array) -> mx.array:
             _put(norms, dict(zip(names, weights, strict=True)))
-            self._seen = None
             return self.blocks[number].run(x)
 
         by_input, by_norms = [], [mx.zeros_like(self.values[name]) for name in names]
@@ -161,6 +153,20 @@ class Student:
         slopes = {name: mx.array(a) for name, a in self._slopes.items()}
         self._slopes = None
         return mx.concatenate(by_input), slopes | dict(zip(names, by_norms, strict=True))
+
+    def take_inputs(self, number: int, h: mx.array, slope: mx.array, take: Taking) -> mx.array:
+        """The slope by a block's input h (1, window, width); take: called with each layer's path, input and
+        the slope by it, (rows, inputs) both. slope: that by the block's output.
+        """
+        self._taking = take
+        try:
+            with self._at(number), gradient_errors("training does", "use --fit gptq"):
+                self._place = (number, 0)
+                _, (found,) = mx.vjp(self.blocks[number].run, [h], [slope])
+                mx.eval(found)
+        finally:
+            self._taking = None
+        return found
 
     def head(self, tokens: np.ndarray) -> Any:
         """A `predictions.Head` for tokens (1, window); the weights of `last_norms` come after its slice."""
@@ -182,7 +188,6 @@ class Student:
         finally:
             _put(self.norms[number], self.values)
             self._weights.clear()
-            self._seen = None
             if not self._holds:
                 self._groups.clear()
                 self.walk.drop(number)
@@ -194,27 +199,16 @@ class Student:
     def product(self, path: str, x: mx.array) -> mx.array:
         """What a layer makes of its input x (..., inputs)."""
         layer = self.layers[path]
-        if self._looking is not None:
-            if self._looking and self._looking[-1][0] is x:
-                self._looking[-1][1].append(path)
-            else:
-                self._looking.append((x, [path]))
-            return mx.zeros((*x.shape[:-1], layer.outputs), x.dtype)
-        if self._seen is None or self._seen[0] is not x:
-            self._seen = (x, self._masked(path, x))
-        x = self._seen[1]
+        x = self._masked(path, x)
         rows = self._multiplied(path, x.reshape(-1, x.shape[-1]))
         y = rows.reshape(*x.shape[:-1], layer.outputs).astype(x.dtype)
         bias = layer.get("bias")
         return y if bias is None else y + bias
 
     def _masked(self, path: str, x: mx.array) -> mx.array:
-        steps = masks.decode_rows(x, self.window)
-        if self._settling is not None and steps is not None:
-            paths = self.sites.get(path, [path])
-            sizes = [self.layers[one].outputs for one in paths]
-            share = np.average([masks.sparsity(one, self._settling) for one in paths], weights=sizes)
-            self.thresholds[path] = masks.threshold(host(x[:, steps]), float(share))
+        steps = masks.decode_rows(x, self.window, self.prompt)
+        if steps is not None and path in self._settling:
+            self.thresholds[path] = masks.threshold(host(x[:, steps]), self._settling[path])
         threshold = self.thresholds.get(path, 0.0)
         return x if steps is None or not threshold else _masked(x, steps, threshold)
 
@@ -245,17 +239,20 @@ class Student:
             for b in range(bands):
                 part = dy[:, b]
                 dx = part @ w[b].T if dx is None else dx + part @ w[b].T
+                if self._slopes is None:
+                    continue
                 slopes = (left @ part).reshape(inputs, -1, size)
                 dots = _dots(slopes, w[b].reshape(inputs, -1, size))
                 self._add(path, b, bands, slopes.sum(-1), dots)
+            if self._taking is not None:
+                self._taking(path, x, mx.array(dx))
             return mx.array(dx)
 
         return cast(mx.array, forward(rows))
 
     def _add(self, path: str, band: int, bands: int, sums: Any, dots: Any) -> None:
         """Note the slopes of a band's groups: sums of those by its values, and their products with these."""
-        if self._slopes is None:
-            return
+        assert self._slopes is not None
         factor, offset = (_native(self.values[f"{path}.{kind}"][band]) for kind in (FACTOR, OFFSET))
         by_offset = _native(self._moved_from(path).spread[band]) * sums
         by_factor = (dots - offset * by_offset) / (1 + factor)

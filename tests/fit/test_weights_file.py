@@ -78,10 +78,11 @@ def test_a_threshold_leaves_its_share_below():
     assert masks.threshold(x, 1.0) == np.abs(x).max()
 
 
-def test_decode_steps_are_the_second_half_of_windows():
-    assert masks.decode_rows(mx.zeros((2, 8, 4)), 8) == slice(4, 8)
-    assert masks.decode_rows(mx.zeros((2, 7, 4)), 8) is None
-    assert masks.decode_rows(mx.zeros((16, 4)), 8) is None
+def test_decode_steps_come_after_a_prompt():
+    assert masks.decode_rows(mx.zeros((2, 8, 4)), 8, 4) == slice(4, 8)
+    assert masks.decode_rows(mx.zeros((2, 8, 4)), 8, 2) == slice(2, 8)
+    assert masks.decode_rows(mx.zeros((2, 7, 4)), 8, 4) is None
+    assert masks.decode_rows(mx.zeros((16, 4)), 8, 4) is None
 
 
 @pytest.mark.parametrize(
