@@ -74,9 +74,11 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Threads of several jobs' BLAS wait for one another by spinning: with two jobs on two cores, three times the work.
 JOBS ?= 2
+PYTEST = OPENBLAS_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS)
 test: lint $(GGUF)
-	SPQT_REAL_GGUF=$(abspath $(GGUF)) $(BIN)/pytest -n $(JOBS)
+	SPQT_REAL_GGUF=$(abspath $(GGUF)) $(PYTEST)
 
 # On another Python what it could break: installing, loading, the command line, files, a model from end to end.
 # CI has no time for the rest there; `make unit VENV=.venv-newest PYTHON=python3.13` runs it.
@@ -88,7 +90,7 @@ test-newest:
 	$(MAKE) VENV=.venv-newest PYTHON=$(PYTHON) unit TESTS="$(NEWEST:%=tests/%)"
 
 unit: $(STAMP)
-	$(BIN)/pytest -n $(JOBS) -m "not real" $(TESTS)
+	$(PYTEST) -m "not real" $(TESTS)
 
 # LLAMA_CPP: a llama.cpp checkout or the source package of llama-cpp-python, to compare with; SMOL_GGUF: its model.
 bench-cpu: $(STAMP)
