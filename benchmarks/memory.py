@@ -177,7 +177,7 @@ def fit_here(source: str, output: str, text: str, method: str) -> None:
     from spqt_cli.fit.options import FitOptions
 
     start = time.perf_counter()
-    options = FitOptions(method, own=0, data=Path(text), steps=FIT_STEPS)
+    options = FitOptions(method, own=0, data=Path(text), steps=FIT_STEPS if method == "full" else None)
     fit.convert_fitted(source, Path(output), convert.ConvertOptions(), options, lambda *_: None)
     print(json.dumps({"peak_bytes": peak_bytes(), "seconds": time.perf_counter() - start}))
 

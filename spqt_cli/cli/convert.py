@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from spqt_cli.cli.flags import FitData, FitSeed, Json, OwnText, Preset, Quiet, Revision
+from spqt_cli.cli.flags import FitData, FitSeed, Json, OwnText, Preset, Quiet, Revision, TrainSteps
 from spqt_cli.cli.output import as_json, progress
 from spqt_cli.errors import UsageError
 from spqt_cli.system.terminal import harmless
@@ -53,6 +53,7 @@ def convert(
         ),
     ] = "none",
     own_text: OwnText = None,
+    train_steps: TrainSteps = None,
     data: FitData = None,
     seed: FitSeed = 0,
     dry_run: Annotated[
@@ -93,6 +94,11 @@ def convert(
         from spqt_cli.convert import card
 
         card.check_upload(upload_repo)
+    if fit == "none" and (own_text, train_steps, data) != (None, None, None):
+        raise UsageError(
+            "--own-text, --train-steps and --data say how to fit, and nothing is to be fitted",
+            "add --fit gptq or --fit full",
+        )
     result: Any
     with progress(quiet or json_output) as on_progress:
         if fit == "none" or dry_run:
@@ -101,7 +107,7 @@ def convert(
             from spqt_cli.fit import fit as fitter
             from spqt_cli.fit.options import FitOptions
 
-            wanted = FitOptions(method=fit, own=own_text, data=data, seed=seed)
+            wanted = FitOptions(method=fit, own=own_text, steps=train_steps, data=data, seed=seed)
             result = fitter.convert_fitted(source, target, options, wanted, on_progress)
     if upload_repo and not dry_run:
         card.upload(target, upload_repo)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from spqt_cli.cli.flags import FitData, FitSeed, Json, OwnText, Quiet
+from spqt_cli.cli.flags import FitData, FitSeed, Json, OwnText, Quiet, TrainSteps
 from spqt_cli.cli.output import as_json, progress
 from spqt_cli.system.terminal import harmless
 
@@ -20,6 +20,7 @@ def fit(
     ] = None,
     method: Annotated[str, typer.Option(help="gptq; full: trains scales and norms as well.")] = "gptq",
     own_text: OwnText = None,
+    train_steps: TrainSteps = None,
     data: FitData = None,
     seed: FitSeed = 0,
     quiet: Quiet = False,
@@ -33,7 +34,7 @@ def fit(
     from spqt_cli.fit.options import FitOptions
 
     target = output or model.with_name(f"{model.resolve().name}-fitted")
-    options = FitOptions(method=method, own=own_text, data=data, seed=seed)
+    options = FitOptions(method=method, own=own_text, steps=train_steps, data=data, seed=seed)
     with progress(quiet or json_output) as on_progress:
         result = fitter.fit(model, source, target, options, on_progress)
     if json_output:

@@ -20,7 +20,15 @@ Preset = Annotated[
 ]
 OwnText = Annotated[
     int | None,
-    typer.Option(min=0, help="To fit: texts of 512 tokens that the source writes [40; for full 72]."),
+    typer.Option(
+        min=0, help="To fit: texts of 512 tokens that the source writes [40; for full 72, on a GPU 448]."
+    ),
+]
+TrainSteps = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="To fit, full: steps of training [90 of 2 texts; on a GPU 400 of 8]. More is better."
+    ),
 ]
 FitData = Annotated[
     Path | None,

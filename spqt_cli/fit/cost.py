@@ -18,29 +18,31 @@ TIMED = 0.2  # seconds
 # What a GPU waits for its host, in seconds, on an H200: Gemma-3-270M, Qwen2.5-Coder-1.5B and 8B shapes
 HOST_ROUNDING = 1e-7  # each fitted weight
 HOST_WRITING = 2.5e-4  # each layer and step
-HOST_TRAINING = 1e-5  # each layer and trained token
-STEPS = 512  # of writing: all texts take them together
+HOST_TRAINING = 0.01  # each layer and step
+WRITTEN = 512  # steps of writing: all texts take them together
 
 
 def seconds(
-    layers: Iterable[ZigzagLinear], weights: int, own: int, rounded_on: int, trained_on: int
+    layers: Iterable[ZigzagLinear], weights: int, own: int, rounded_on: int, steps: int, batch: int
 ) -> float:
     """The expected time, give or take a half.
 
     weights: of the whole model. own: tokens that the source writes. rounded_on: tokens that both models
-    pass. trained_on: tokens of all steps of the training.
+    pass. steps: of the training, of `batch` tokens each.
     """
     shapes = [(layer.inputs, layer.outputs) for layer in layers]
     passing = sum(2 * 2 * i * o for i, o in shapes) * rounded_on
     summing = sum(3 * i * i for i, _ in shapes) * rounded_on / 2  # layers share inputs
     solving = sum(i * i * (i / 3 + o) for i, o in shapes)
     fitted = sum(i * o for i, o in shapes)
-    training = (8 * fitted + 6 * (weights - fitted)) * trained_on  # blocks run twice forwards, once backwards
+    training = (
+        (8 * fitted + 6 * (weights - fitted)) * steps * batch
+    )  # blocks run twice forwards, once backwards
     operations = PASSES * (passing + summing) + WRITING * 2 * weights * own + SOLVING * solving
     operations += TRAINING * training
     waiting = 0.0
     if not many_rows.on_cpu():
-        waiting = HOST_ROUNDING * fitted + len(shapes) * (HOST_TRAINING * trained_on + HOST_WRITING * STEPS)
+        waiting = HOST_ROUNDING * fitted + len(shapes) * (HOST_TRAINING * steps + HOST_WRITING * WRITTEN)
     return operations / speed() + waiting
 
 

@@ -46,7 +46,7 @@ class Options:
     save_every: steps between two states that a killed run goes on from.
     """
 
-    steps: int = 90
+    steps: int
     batch: int = 2
     rate: float = 1e-3
     sparsities: tuple[float, ...] = (masks.SPARSITY,)
@@ -81,7 +81,7 @@ class Distillation:
         windows: np.ndarray,
         store: Store,
         on_progress: OnProgress,
-        options: Options = Options(),
+        options: Options,
     ) -> None:
         """fitted: loaded lazily. windows: (texts, window) tokens, window even, at least two texts; those
         that weights were rounded on first, in that order. source: its blocks are only read for windows

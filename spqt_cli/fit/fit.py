@@ -136,6 +136,7 @@ class _Fit:
         on_progress: OnProgress,
     ) -> None:
         ask_for_float32()
+        options = options.settled()
         self._output, self._checkpoint, self._options = output, checkpoint, options
         self._on_progress, self._started = on_progress, time.monotonic()
         data = None if options.data is None else texts.read(options.data).sha256
@@ -238,7 +239,10 @@ class _Fit:
         """Train scales, biases and norms; what config.json says of it."""
         loaded = session.load_lazily(Folder(self._folder))
         source = SourceBlocks(self._checkpoint, list(zigzag_layers(loaded.model)), windows.shape[1])
-        options = distill.Options(steps=self._options.steps, seed=self._options.seed)
+        wishes = self._options
+        assert wishes.steps is not None
+        assert wishes.batch is not None
+        options = distill.Options(steps=wishes.steps, batch=wishes.batch, seed=wishes.seed)
         training = distill.Distillation(loaded, source, windows, store, self._on_progress, options)
         found = training.run(output, self._journal)
         return {"steps": found.steps, "loss": [found.first, found.last], "trained": found.kept}
@@ -248,14 +252,16 @@ class _Fit:
         from mlx_lm.utils import get_total_parameters
 
         options = self._options
-        texts_used = options.own_texts + (0 if options.data is None else text.TextOptions().most)
-        steps = options.steps if options.method == "full" else 0
+        own = options.own or 0
+        texts_used = own + (0 if options.data is None else text.TextOptions().most)
+        steps = (options.steps or 0) if options.method == "full" else 0
         expected = cost.seconds(
             zigzag_layers(loaded.model).values(),
             get_total_parameters(loaded.model),
-            own=options.own_texts * options.window,
+            own=own * options.window,
             rounded_on=min(texts_used, ROUNDED_ON) * options.window,
-            trained_on=steps * distill.Options().batch * options.window,
+            steps=steps,
+            batch=(options.batch or 0) * options.window,
         )
         note(f"fitting takes {cost.words(expected)} here; an interrupted run goes on where it stopped")
 
@@ -264,7 +270,7 @@ class _Fit:
         limit = context.tokens(loaded.config)
         window, note = context.window(limit, None if options.window == 512 else options.window, 512)
         wished = text.TextOptions(
-            own=options.own_texts, length=window // 2 * 2, seed=options.seed, data=options.data
+            own=options.own or 0, length=window // 2 * 2, seed=options.seed, data=options.data
         )
         found = text.prepare(
             self._work, self._checkpoint.identity(), wished, loaded.tokenizer, self._write, self._on_progress

@@ -38,6 +38,9 @@ def test_a_dry_run_fits_nothing(checkpoint, tmp_path):
         (["--fit", "best"], 2, ("no fit 'best'", "gptq")),
         (["--fit", "gptq", "--own-text", 0], 2, ("no text", "--data")),
         (["--fit", "gptq", "--data", "missing.txt"], 3, ("missing.txt",)),
+        (["--fit", "gptq", "--train-steps", 3], 2, ("--train-steps", "--fit full")),
+        (["--train-steps", 3], 2, ("--train-steps", "--fit full")),
+        (["--own-text", 3], 2, ("--own-text", "--fit gptq")),
     ],
 )
 def test_bad_wishes(checkpoint, tmp_path, arguments, code, words):
