@@ -35,11 +35,9 @@ def seconds(
     summing = sum(3 * i * i for i, _ in shapes) * rounded_on / 2  # layers share inputs
     solving = sum(i * i * (i / 3 + o) for i, o in shapes)
     fitted = sum(i * o for i, o in shapes)
-    training = (
-        (8 * fitted + 6 * (weights - fitted)) * steps * batch
-    )  # blocks run twice forwards, once backwards
+    each = 8 * fitted + 6 * (weights - fitted)  # blocks run twice forwards, once backwards
     operations = PASSES * (passing + summing) + WRITING * 2 * weights * own + SOLVING * solving
-    operations += TRAINING * training
+    operations += TRAINING * each * steps * batch
     waiting = 0.0
     if not many_rows.on_cpu():
         waiting = HOST_ROUNDING * fitted + len(shapes) * (HOST_TRAINING * steps + HOST_WRITING * WRITTEN)

@@ -174,9 +174,22 @@ def test_a_file_of_text_in_place_of_own(checkpoint, tmp_path):
     assert found.windows > 0
 
 
+def test_what_is_left_open_suits_method_and_device(monkeypatch):
+    asked = FitOptions(method="full", own=7, steps=5, batch=3)
+    assert asked.settled() == asked
+    assert FitOptions().settled().own == 40
+    for method, on_cpu in (("gptq", True), ("full", True), ("full", False)):
+        monkeypatch.setattr(many_rows, "on_cpu", lambda on_cpu=on_cpu: on_cpu)
+        found = FitOptions(method=method).settled()
+        want = TRAINING["cpu" if on_cpu else "gpu"]
+        assert (found.steps, found.batch) == (want.steps, want.batch)
+        assert found.own == (want.own if method == "full" else 40)
+
+
 def test_bad_options(checkpoint, converted, result, tmp_path):
     for options in (
         FitOptions(method="nice"), FitOptions(own=-1), FitOptions(own=0), FitOptions(window=31),
+        FitOptions(method="full", steps=0), FitOptions(method="full", batch=0), FitOptions(steps=3),
     ):  # fmt: skip
         with pytest.raises(UsageError):
             fitted(checkpoint, tmp_path / "model", options)
