@@ -13,7 +13,7 @@ from spqt_cli.convert import source_model
 from spqt_cli.decode import hooks_cpu, session
 from spqt_cli.errors import BusyError, SpqtError, UsageError
 from spqt_cli.fit import compress, fit
-from spqt_cli.fit.options import FitOptions
+from spqt_cli.fit.options import TRAINING, FitOptions
 from spqt_cli.format.folder import Folder
 from spqt_cli.measure import many_rows, probes, scoring
 from tests.conftest import tiny_checkpoint
