@@ -37,15 +37,6 @@ struct Grid {
   S scale, bias;
 };
 
-// Two numbers of 16 bits in one word, the first low; of no use, and never used, for wider ones.
-METAL_FUNC uint halves(float, float) { return 0; }
-METAL_FUNC uint halves(float16_t low, float16_t high) {
-  return as_type<ushort>(low) | uint(as_type<ushort>(high)) << 16;
-}
-METAL_FUNC uint halves(bfloat16_t low, bfloat16_t high) {
-  return as_type<ushort>(low) | uint(as_type<ushort>(high)) << 16;
-}
-
 METAL_FUNC bool is_active(float value, const device float* thresholds, uint k) {
   return !(fabs(value) < thresholds[PER_CHANNEL ? k : 0]);
 }
@@ -54,12 +45,6 @@ METAL_FUNC bool is_active(float value, const device float* thresholds, uint k) {
 METAL_FUNC float masked(const device T* row, const device float* thresholds, uint k, uint last) {
   const float value = k < last ? float(row[k]) : 0.0f;
   return k < last && is_active(value, thresholds, k) ? value : 0.0f;
-}
-
-// 16 bits or more of a lane's codes, from bit `start` on.
-METAL_FUNC uint bits_from(const LaneCodes codes, int start) {
-  const uint here = codes.word[start / 32] >> start % 32;
-  return start % 32 <= 16 ? here : here | codes.word[start / 32 + 1] << (start % 32 <= 16 ? 0 : 32 - start % 32);
 }
 
 METAL_FUNC float code_at(const LaneCodes codes, int c) {

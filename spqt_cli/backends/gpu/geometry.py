@@ -164,6 +164,24 @@ class MatrixGeometry(NamedTuple):
         return -(-inputs // self.stripe)
 
 
+class WholeGeometry(NamedTuple):
+    """The cut of dequantize.metal."""
+
+    outputs: int  # of one lane, a tile
+    threads: int
+    stripe: int  # channels of one lane
+
+    @property
+    def tile(self) -> int:
+        return self.outputs
+
+    def tiles(self, band: int) -> int:
+        return band // self.outputs
+
+
+WHOLE = WholeGeometry(8, 256, 4)
+
+
 def choose_rows(
     kind: str, bands: Sequence[tuple[int, int]], inputs: int, rows: int, precise: bool = False
 ) -> RowsGeometry:
