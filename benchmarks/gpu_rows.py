@@ -98,7 +98,7 @@ def in_turns(calls: dict[str, Calls]) -> dict[str, dict]:
 def rows_sweep(*shape: int) -> list[dict]:
     """Microseconds of other cuts of sparse_rows.metal and matrix_rows.metal, the best first, beside stock.
 
-    What pays goes into `geometry.FEW_ROWS`, `FEW_LANES` and `MANY_ROWS`. Ends after SWEEP_SECONDS.
+    What pays goes into `geometry.FEW_ROWS` and `MANY_ROWS`. Ends after SWEEP_SECONDS.
     """
     began = time.perf_counter()
     checks.rows_verdict = lambda *_, **__: ""

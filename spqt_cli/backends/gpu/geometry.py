@@ -93,16 +93,14 @@ def _units(band: int) -> int:
     return -(-band // OUTPUTS)
 
 
-# For few rows: rows of x in one threadgroup -> outputs of one lane, channels loaded ahead, blocks that an SM
-# is to hold. A lane holds outputs times rows sums; 64 leave registers for two blocks of 256 threads on an SM,
-# and fit an Apple GPU's 128; with 128 sums and two blocks ptxas spills.
+# For few rows: rows of x in one threadgroup -> outputs of one lane, lanes side by side at most, channels
+# loaded ahead, blocks that an SM is to hold. A lane holds outputs times rows sums; 64 leave registers for two
+# blocks of 256 threads on an SM, and fit an Apple GPU's 128; with 128 sums and two blocks ptxas spills. Swept
+# at 28672x8192 on an H200: 8 rows took 172 us, with 32 lanes 192, with four channels ahead 209.
 FEW_ROWS = {
-    "cuda": {2: (16, 4, 2), 4: (16, 4, 2), 8: (8, 4, 2)},
-    "metal": {2: (16, 2, 0), 4: (16, 2, 0), 8: (8, 2, 0)},
+    "cuda": {2: (16, 32, 4, 2), 4: (16, 128, 4, 2), 8: (8, 128, 8, 2)},
+    "metal": {2: (16, 256, 2, 0), 4: (16, 256, 2, 0), 8: (8, 256, 2, 0)},
 }
-# Lanes side by side at most. CUDA: a warp on its own channel; wider tiles share sectors of scales, but leave
-# more stripes, whose sums, written and read back, grow with the rows.
-FEW_LANES = {"cuda": 32, "metal": 256}
 FEW_THREADS = 256
 FEW_LISTED = 4096  # channels times rows of x: 16 KB of values
 LISTS = 8  # spans of a pass, as in sparse_rows.metal
@@ -188,8 +186,8 @@ def choose_rows(
     """The cut of sparse_rows.metal for so many rows of x; the rest as `choose`."""
     family = "cuda" if kind == "cuda" else "metal"
     tokens = next((few for few in FEW_ROWS[family] if rows <= few), max(FEW_ROWS[family]))
-    outputs, unroll, blocks = FEW_ROWS[family][tokens]
-    lanes = _few_lanes([-(-band // outputs) for band, _ in bands], FEW_LANES[family])
+    outputs, most_lanes, unroll, blocks = FEW_ROWS[family][tokens]
+    lanes = _few_lanes([-(-band // outputs) for band, _ in bands], most_lanes)
     most_stripes = max(1, inputs // (LEAST_STRIPE * tokens))  # a stripe writes and reads the sums of all rows
     token_tiles = -(-rows // tokens)
 
