@@ -119,7 +119,7 @@ def _more_rows_checks() -> Iterator[Check]:
                     yield partial(_more_rows, way, count, case, stripe)
 
 
-ROWS = {"few": (2, 4, 8), "matrix": (16, 32, 64)}  # one count for each kernel
+ROWS = {"few": (2, 4, 8), "matrix": (8, 16, 32, 64)}  # one count for each kernel
 
 
 def _more_rows(way: str, count: int, case: Case, stripe: int) -> Row:
@@ -129,7 +129,7 @@ def _more_rows(way: str, count: int, case: Case, stripe: int) -> Row:
     if way == "few":
         cut = geometry.choose_rows(kind, bands, case.inputs, count, case.dtype == mx.float32)
     else:
-        cut = geometry.choose_matrix(kind, bands, case.inputs, count)
+        cut = geometry.choose_matrix(kind, bands, case.inputs, count, case.bits)
     cut = cut._replace(stripe=stripe)
     name = f"{count} rows{'' if stripe == case.inputs else ', stripes'}, {way}"
     return _fault_row(

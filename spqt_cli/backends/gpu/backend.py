@@ -284,7 +284,7 @@ def _checked_rows(
     bands, inputs = launching.bands(layers), x.shape[-1]
     cut: rows.Cut
     if way == "matrix":
-        cut = geometry.choose_matrix(device_class(), bands, inputs, count)
+        cut = geometry.choose_matrix(device_class(), bands, inputs, count, layers[0].bits)
     else:
         cut = geometry.choose_rows(device_class(), bands, inputs, count, x.dtype == mx.float32)
     plans = weights.kept(layers[0]).plans

@@ -30,9 +30,8 @@ def whole(plan: WholePlan) -> mx.array:
     return w
 
 
-def make_plan(dtype: mx.Dtype, layer: Projection) -> WholePlan:
+def make_plan(dtype: mx.Dtype, layer: Projection, cut: geometry.WholeGeometry = geometry.WHOLE) -> WholePlan:
     """The plan of this layer for weights of this dtype."""
-    cut = geometry.WHOLE
     joined = weights.join([layer])
     ((band, number),) = launching.bands([layer])
     inputs = layer.weight.shape[1]

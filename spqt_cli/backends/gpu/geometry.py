@@ -106,9 +106,19 @@ FEW_LISTED = 4096  # channels times rows of x: 16 KB of values
 LISTS = 8  # spans of a pass, as in sparse_rows.metal
 IDLE = 0.1  # of the lanes, at most: narrower tiles where the band leaves more without outputs
 
-# For many rows: rows of x in one threadgroup -> threads, channels of x in threadgroup memory, steps of 16
-# channels loaded ahead, blocks that an SM is to hold.
-MANY_ROWS = {16: (128, 128, 2, 4), 32: (128, 128, 2, 4), 64: (128, 64, 2, 2)}
+# For many rows: rows of x in one threadgroup -> outputs of one lane, threads, simdgroups with the same
+# outputs, channels of x in threadgroup memory, steps of 16 channels loaded ahead, blocks that an SM is to
+# hold. Wide lanes load 16 bytes at once and few scales, where their sums, outputs times rows over 4, leave
+# room. No spills by ptxas (sm_90, 4 bits).
+MANY_ROWS = {
+    8: (32, 128, 2, 512, 1, 3),
+    16: (16, 128, 2, 256, 2, 3),
+    32: (16, 128, 2, 256, 1, 2),
+    64: (8, 128, 2, 256, 2, 2),
+}
+MOST_BITS = 128  # of a lane's codes of one channel: 16 bytes
+STEP = 16  # channels of one product of the matrix unit; stripes are whole steps
+MULTIPROCESSORS = 132  # of an H200
 MANY_STRIPE = 16  # channels at least for each row: a stripe writes and reads all sums of all rows
 
 
@@ -145,7 +155,9 @@ class MatrixGeometry(NamedTuple):
     """One cut of matrix_rows.metal."""
 
     tokens: int  # rows of x in one threadgroup
+    outputs: int  # of one lane
     threads: int
+    depth: int  # simdgroups with the same outputs
     span: int  # channels of x in threadgroup memory at one time
     unroll: int  # steps of 16 channels
     blocks: int  # that an SM is to hold
@@ -153,7 +165,7 @@ class MatrixGeometry(NamedTuple):
 
     @property
     def tile(self) -> int:
-        return self.threads // SIMD * 64
+        return self.threads // SIMD // self.depth * 8 * self.outputs
 
     def tiles(self, band: int) -> int:
         return -(-band // self.tile)
@@ -227,10 +239,14 @@ def _few_lanes(units: Sequence[int], most: int) -> int:
     return lanes
 
 
-def choose_matrix(kind: str, bands: Sequence[tuple[int, int]], inputs: int, rows: int) -> MatrixGeometry:
-    """The cut of matrix_rows.metal for so many rows of x."""
+def choose_matrix(
+    kind: str, bands: Sequence[tuple[int, int]], inputs: int, rows: int, bits: int
+) -> MatrixGeometry:
+    """The cut of matrix_rows.metal for so many rows of x and codes of so many bits."""
     tokens = next((many for many in MANY_ROWS if rows <= many), max(MANY_ROWS))
     cut = MatrixGeometry(tokens, *MANY_ROWS[tokens], inputs)
+    while cut.outputs * bits > MOST_BITS:
+        cut = cut._replace(outputs=cut.outputs // 2)
     tiles = sum(cut.tiles(band) * number for band, number in bands) * -(-rows // tokens)
-    stripes = max(1, min(inputs // (MANY_STRIPE * tokens), THREADGROUPS[kind] // tiles))
-    return cut._replace(stripe=-(-inputs // stripes))
+    stripes = max(1, min(inputs // (MANY_STRIPE * tokens), MULTIPROCESSORS * cut.blocks // tiles))
+    return cut._replace(stripe=-(-inputs // (stripes * STEP)) * STEP)

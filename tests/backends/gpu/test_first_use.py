@@ -157,7 +157,7 @@ def test_selftest_table_judges_what_reductions_do_besides(monkeypatch, fresh_tru
 
 
 ROWS_CUT = geometry.RowsGeometry(4, 16, 8, 8, 2, 256, 8, 0, 1000)
-MATRIX_CUT = geometry.MatrixGeometry(16, 32, 64, 2, 4, 1000)
+MATRIX_CUT = geometry.MatrixGeometry(16, 8, 32, 1, 64, 2, 4, 1000)
 
 
 WRONG_ROWS = [
@@ -227,8 +227,9 @@ def test_selftest_table_judges_kernels_for_more_rows(monkeypatch, fresh_trust, w
     monkeypatch.setattr(select, "backend", lambda: EMULATED)
     monkeypatch.setattr(ways, "is_possible", lambda way, count, dtype: count < 32 and dtype == mx.float16)
     monkeypatch.setattr(gpu, "device_class", lambda: "g")
-    monkeypatch.setitem(geometry.MANY_ROWS, 16, (32, 64, 2, 4))
+    monkeypatch.setitem(geometry.MANY_ROWS, 16, (8, 32, 1, 64, 2, 4))
     rows = [check() for check in selftest._more_rows_checks()]
     assert [row["kernel"] for row in rows[:2]] == ["2 rows, few", "2 rows, stripes, few"]
-    assert len(rows) == 8
+    assert [row["kernel"] for row in rows[6:8]] == ["8 rows, matrix", "8 rows, stripes, matrix"]
+    assert len(rows) == 10
     assert [row["pass"] for row in rows] == [not (wrong and "stripes" in row["kernel"]) for row in rows]
