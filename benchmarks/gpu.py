@@ -22,7 +22,7 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -348,14 +348,14 @@ def peak(call: Callable[[], mx.array]) -> float:
     return round((mx.get_peak_memory() - before) / 1e6, 1)
 
 
-def rows(*shape: int) -> list[dict]:
+def rows(*shape: int) -> Iterable[dict]:
     """2 to 512 rows, each way of ours in turns with stock: benchmarks/gpu_rows.py."""
     from benchmarks import gpu_rows
 
     return gpu_rows.rows(*shape)
 
 
-def rows_sweep(*shape: int) -> list[dict]:
+def rows_sweep(*shape: int) -> Iterable[dict]:
     """Cuts of the kernels for more than one row: benchmarks/gpu_rows.py."""
     from benchmarks import gpu_rows
 
@@ -565,7 +565,7 @@ def about() -> dict:
     }
 
 
-COMMANDS: dict[str, Callable[..., list[dict]]] = {
+COMMANDS: dict[str, Callable[..., Iterable[dict]]] = {
     "shapes": shapes,
     "bands": bands,
     "prefill": prefill,
@@ -589,9 +589,12 @@ def main() -> None:
     parser.add_argument("--output", "--out", type=Path, help="file for the JSON document")
     args = parser.parse_args()
     mx.random.seed(0)
-    document = {"about": about(), "rows": COMMANDS[args.what](*args.shape)}
-    if args.output:
-        args.output.write_text(json.dumps(document, indent=1) + "\n")
+    found: list[dict] = []
+    document = {"about": about(), "rows": found}
+    for row in COMMANDS[args.what](*args.shape):
+        found.append(row)
+        if args.output:  # now: a run that is cut off keeps what it has
+            args.output.write_text(json.dumps(document, indent=1) + "\n")
     print(json.dumps(document))
 
 

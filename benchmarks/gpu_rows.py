@@ -6,40 +6,80 @@
 benchmarks/gpu.py says what a measurement is, and makes the matrices.
 """
 
-import itertools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 
 from benchmarks.gpu import Packed, layers_of, row_grouped, set_density
 from spqt_cli.backends.gpu import backend as gpu
+from spqt_cli.backends.gpu import dequantize, geometry, ways
 from spqt_cli.backends.gpu import first_use as checks
-from spqt_cli.backends.gpu import geometry, launch, ways
 from spqt_cli.backends.gpu import rows as more_rows
 
-FEW_TO_MANY = (2, 3, 4, 5, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+FEW_TO_MANY = (2, 3, 4, 6, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 ROWS_SHAPES = [(14336, 4096), (4096, 14336), (28672, 8192)]
 ROWS_CALLS, ROWS_REPEATS = 24, 9
 LARGE_CALLS = 6  # where each call makes a whole matrix anew
 SPARSE_ROWS = 8  # up to which the masked product is timed as well
-SWEEP_SECONDS = 500.0
+SWEEP_SECONDS, SWEEP_REPEATS = 100.0, 5
+FILLS = (1.0, 2.0, 3.0)  # threadgroups for each that the multiprocessors hold at one time
+
+# Each compiles for a second or more; shapes and stripes cost none beside it.
+MATRIX_CUTS = {
+    8: [
+        (8, 32, 128, 2, 512, 1, 3),
+        (8, 32, 128, 4, 512, 1, 3),
+        (8, 32, 128, 1, 512, 1, 3),
+        (8, 16, 128, 2, 512, 2, 4),
+        (8, 32, 256, 4, 512, 1, 1),
+        (8, 32, 128, 2, 512, 2, 2),
+        (8, 32, 64, 1, 512, 1, 6),
+    ],
+    16: [
+        (16, 16, 128, 2, 256, 2, 3),
+        (16, 32, 128, 2, 256, 1, 2),
+        (16, 16, 128, 4, 256, 2, 3),
+        (16, 16, 256, 4, 256, 1, 2),
+        (16, 16, 64, 1, 256, 2, 6),
+    ],
+    32: [
+        (32, 16, 128, 2, 256, 1, 2),
+        (32, 16, 128, 4, 256, 1, 2),
+        (32, 8, 128, 2, 256, 2, 3),
+        (32, 8, 256, 2, 256, 1, 2),
+        (16, 16, 128, 2, 256, 2, 3),
+    ],
+    64: [
+        (64, 8, 128, 2, 256, 2, 2),
+        (64, 8, 128, 1, 256, 2, 2),
+        (64, 8, 128, 4, 256, 2, 2),
+        (64, 8, 128, 2, 128, 1, 2),
+        (64, 8, 256, 2, 256, 1, 1),
+        (32, 16, 128, 2, 256, 1, 2),
+    ],
+}
+FEW_CUTS = {  # outputs of a lane, lanes, channels loaded ahead, blocks
+    2: [(16, 32, 4, 2), (16, 128, 4, 2), (16, 128, 8, 1), (32, 32, 4, 1)],
+    4: [(16, 128, 4, 2), (16, 64, 4, 2), (16, 128, 8, 1)],
+}
+WHOLE_CUTS = [(8, 256, 4), (8, 256, 2), (8, 256, 8), (8, 128, 4), (8, 512, 4)]
 
 Calls = Callable[[int], mx.array]
 
 
-def rows(*shape: int) -> list[dict]:
+def rows(*shape: int) -> Iterator[dict]:
     """Microseconds of 2 to 512 rows: stock and each way of ours in turns, and `half`, each row half active.
 
     `chosen` is what spqt takes after its own timing, `ratio` stock's time through that one's.
     """
-    found: list[dict] = []
     kind = ways.Kind(mx.float16, 4, 64)
     choice = ways.choice_for(kind, gpu.WAYS)
     print(f"spqt's own timing: {choice.words()}")
-    found.append({"choice": choice._asdict()})
+    yield {"choice": choice._asdict()}
     for outputs, inputs in [shape] if shape else ROWS_SHAPES:
         layers = layers_of(outputs, inputs, 1.0)
         bases = [row_grouped(outputs, inputs) for _ in layers]
@@ -48,24 +88,18 @@ def rows(*shape: int) -> list[dict]:
             row = rows_at(count, layers, bases)
             row["chosen"] = choice.ways[next(i for i, most in enumerate(ways.COUNTS) if count <= most)]
             row["ratio"] = round(row["stock"]["us"] / row[row["chosen"]]["us"], 3)
-            found.append(row)
             times = " | ".join(f"{way} {row[way]['us']:8.1f}" for way in (*ways.NAMES, "half") if way in row)
             words = f"stock {row['stock']['us']:8.1f} | {times} | {row['chosen']} {row['ratio']:.2f}x"
             print(f"{outputs}x{inputs} rows {count:4} | {words}", flush=True)
-    return found
+            yield row
 
 
 def rows_at(count: int, layers: list[Packed], bases: list[tuple]) -> dict:
     """One row of the table of `rows`."""
     outputs, inputs = layers[0].outputs, layers[0].weight.shape[1]
-    xs = [mx.random.normal((1, count, inputs)).astype(mx.float16) for _ in range(4)]
-    mx.eval(xs)
+    xs = rows_of(count, inputs)
     number = len(layers)
-    calls: dict[str, Calls] = {
-        "stock": lambda i: mx.quantized_matmul(
-            xs[i % 4], *bases[i % number], transpose=True, group_size=64, bits=4
-        )
-    }
+    calls: dict[str, Calls] = {"stock": partial(stock_call, xs, bases)}
     for way in ways.NAMES:
         if ways.is_possible(way, count, mx.float16):
             calls[way] = lambda i, way=way: gpu.WAYS[way](xs[i % 4], layers[i % number])
@@ -77,98 +111,129 @@ def rows_at(count: int, layers: list[Packed], bases: list[tuple]) -> dict:
     return {"shape": [outputs, inputs], "rows": count, **times}
 
 
-def in_turns(calls: dict[str, Calls]) -> dict[str, dict]:
+def in_turns(
+    calls: dict[str, Calls], number: int = ROWS_CALLS, repeats: int = ROWS_REPEATS
+) -> dict[str, dict]:
     """Microseconds per call of each, evaluation alone: medians of repeats that take turns."""
     gpu.MOST_UNFREED = 1 << 40  # nothing is evaluated before its time
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for repeat in range(ROWS_REPEATS + 1):
+    for repeat in range(repeats + 1):
         for name, call in calls.items():
-            number = LARGE_CALLS if name == "dequantized" else ROWS_CALLS
-            results = [call(i) for i in range(number)]
+            some = LARGE_CALLS if name == "dequantized" else number
+            results = [call(i) for i in range(some)]
             mx.synchronize()
             start = time.perf_counter()
             mx.eval(results)
             mx.synchronize()
             if repeat > 0:
-                times[name].append((time.perf_counter() - start) / number * 1e6)
+                times[name].append((time.perf_counter() - start) / some * 1e6)
     kinds = {"us": statistics.median, "us_min": min, "us_max": max}
     return {name: {kind: round(of(some), 2) for kind, of in kinds.items()} for name, some in times.items()}
 
 
-def rows_sweep(*shape: int) -> list[dict]:
-    """Microseconds of other cuts of sparse_rows.metal and matrix_rows.metal, the best first, beside stock.
+def rows_sweep(*shape: int) -> Iterator[dict]:
+    """Microseconds of cuts of matrix_rows.metal, dequantize.metal and sparse_rows.metal, beside stock's.
 
-    What pays goes into `geometry.FEW_ROWS`, `FEW_LANES` and `MANY_ROWS`. Ends after SWEEP_SECONDS.
+    What pays goes into `geometry.FEW_ROWS`, `MANY_ROWS` and `WHOLE`. Ends after SWEEP_SECONDS.
     """
     began = time.perf_counter()
     checks.rows_verdict = lambda *_, **__: ""
-    found: list[dict] = []
-    for outputs, inputs in [shape] if shape else [(28672, 8192), (4096, 14336)]:
-        layers = layers_of(outputs, inputs, 1.0)
-        bases = [row_grouped(outputs, inputs) for _ in layers]
+    shapes = [(shape[0], shape[1])] if shape else ROWS_SHAPES
+    some = {(outputs, inputs): layers_of(outputs, inputs, 1.0) for outputs, inputs in shapes}
+    for what, of_kernel in sweeps(some):
+        found: list[dict] = []
+        for measure in of_kernel:
+            if time.perf_counter() - began < SWEEP_SECONDS:
+                measured = measure()
+                found += measured
+                yield from measured
+        for outputs, inputs in some:
+            print(f"{outputs}x{inputs}, {what}")
+            own = [row for row in found if row["shape"] == [outputs, inputs]]
+            for row in sorted(own, key=lambda one: one.get("us", 1e9))[:5]:
+                print(f"  {row.get('us', 0):8.1f} us  {row.get('cut', 'stock')}", flush=True)
+
+
+Measure = Callable[[], list[dict]]
+Matrices = dict[tuple[int, int], list[Packed]]
+
+
+def sweeps(some: Matrices) -> Iterator[tuple[str, list[Measure]]]:
+    """What is swept, and for each kernel a call that measures it at every shape."""
+    for count in (8, 64, 16, 32):
+        cuts: list[Any] = [geometry.MatrixGeometry(*cut, 0) for cut in MATRIX_CUTS[count]]
+        yield (
+            f"{count} rows",
+            [partial(stock, count, some), *(partial(swept, cut, count, some) for cut in cuts)],
+        )
+    yield "whole", [partial(unpacked, geometry.WholeGeometry(*cut), some) for cut in WHOLE_CUTS]
+    for count, few in FEW_CUTS.items():
+        cuts = [
+            geometry.RowsGeometry(
+                count, outputs, lanes, 256 // lanes, unroll, geometry.FEW_LISTED // 4, 8, 2, 0, blocks
+            )
+            for outputs, lanes, unroll, blocks in few
+        ]
+        yield f"{count} rows", [partial(swept, cut, count, some) for cut in cuts]
+
+
+def stock(count: int, some: Matrices) -> list[dict]:
+    """Stock's time at every shape."""
+    found = []
+    for shape, layers in some.items():
+        bases = [row_grouped(*shape) for _ in layers]
         mx.eval(bases)
-        for count in (8, 4, 2, 16, 64, 32, 256):
-            some = few_cuts(layers, count) if count <= SPARSE_ROWS else matrix_cuts(layers, count)
-            done = []
-            for cut in some:
-                if time.perf_counter() - began < SWEEP_SECONDS:
-                    done.append(swept(cut, count, layers, bases))
-            found += done
-            print(f"{outputs}x{inputs}, {count} rows")
-            for row in sorted(done, key=lambda one: one.get("us", 1e9))[:6]:
-                print(
-                    f"  {row.get('us', 0):8.1f} us, stock {row.get('stock', 0):8.1f}  {row['cut']}",
-                    flush=True,
-                )
+        xs = rows_of(count, shape[1])
+        call = partial(stock_call, xs, bases)
+        found.append({"shape": list(shape), "rows": count, **in_turns({"stock": call})["stock"]})
     return found
 
 
-def swept(cut: Any, count: int, layers: list[Packed], bases: list[tuple]) -> dict:
-    """The time of a cut, and of stock in turns with it."""
-    inputs = layers[0].weight.shape[1]
-    row: dict = {"shape": [layers[0].outputs, inputs], "rows": count, "cut": cut._asdict()}
+def stock_call(xs: list[mx.array], bases: list[tuple], i: int) -> mx.array:
+    """The i-th of calls that take turns at x and weights."""
+    base = bases[i % len(bases)]
+    return mx.quantized_matmul(xs[i % len(xs)], *base, transpose=True, group_size=64, bits=4)
+
+
+def rows_of(count: int, inputs: int) -> list[mx.array]:
     xs = [mx.random.normal((1, count, inputs)).astype(mx.float16) for _ in range(4)]
-    number = len(layers)
-    try:
-        plans = [more_rows.make_plan(mx.float16, [layer], cut, dense=True) for layer in layers]
-        calls: dict[str, Calls] = {
-            "us": lambda i: more_rows.launch(xs[i % 4], plans[i % number])[0][0],
-            "stock": lambda i: mx.quantized_matmul(
-                xs[i % 4], *bases[i % number], transpose=True, group_size=64, bits=4
-            ),
-        }
-        return row | {name: one["us"] for name, one in in_turns(calls).items()}
-    except RuntimeError as error:
-        return row | {"error": str(error)[:500]}
+    mx.eval(xs)
+    return xs
 
 
-def few_cuts(layers: list[Packed], count: int) -> list[Any]:
-    """Cuts of sparse_rows.metal around the rule's."""
-    bands, inputs = launch.bands(layers[:1]), layers[0].weight.shape[1]
-    rule = geometry.choose_rows(gpu.device_class(), bands, inputs, count)
-    cuts = [rule]
-    choices = [(8, 4), (8, 8), (16, 2), (16, 4), (32, 2)]
-    fills = [(1, 132), (2, 264)]  # blocks that an SM holds, threadgroups aimed at
-    for (wide, unroll), lanes, (blocks, groups) in itertools.product(choices, (32, 128), fills):
-        if wide * rule.tokens <= 128 and not (wide * rule.tokens == 128 and blocks > 1):
-            tiles = sum(-(-band // (lanes * wide)) * number for band, number in bands)
-            stripe = -(-inputs // max(1, groups // tiles))
-            cut = rule._replace(outputs=wide, unroll=unroll, lanes=lanes, rows=256 // lanes, blocks=blocks)
-            cuts.append(cut._replace(stripe=stripe, slice=min(8, wide)))
-    return cuts
+def swept(cut: Any, count: int, some: Matrices) -> list[dict]:
+    """The times of a cut at every shape, with stripes that fill the GPU once and more often."""
+    found = []
+    for shape, layers in some.items():
+        inputs = shape[1]
+        xs = rows_of(count, inputs)
+        band = layers[0].weight.shape[2] * 8
+        tiles = cut.tiles(band) * layers[0].weight.shape[0] * -(-count // cut.tokens)
+        held = geometry.MULTIPROCESSORS * cut.blocks
+        most = inputs // 64  # stripes
+        stripes = sorted({max(2, min(most, round(fill * held / tiles))) for fill in FILLS})
+        for number in stripes:
+            fitted = cut._replace(stripe=-(-inputs // (number * geometry.STEP)) * geometry.STEP)
+            row = {"shape": list(shape), "rows": count, "cut": fitted._asdict(), "stripes": number}
+            try:
+                plans = [more_rows.make_plan(mx.float16, [layer], fitted, dense=True) for layer in layers]
+                calls = {"us": partial(planned_call, xs, plans)}
+                found.append(row | in_turns(calls, repeats=SWEEP_REPEATS)["us"])
+            except RuntimeError as error:
+                found.append(row | {"error": str(error)[:500]})
+    return found
 
 
-def matrix_cuts(layers: list[Packed], count: int) -> list[Any]:
-    """Cuts of matrix_rows.metal around the rule's."""
-    bands, inputs = launch.bands(layers[:1]), layers[0].weight.shape[1]
-    rule = geometry.choose_matrix(gpu.device_class(), bands, inputs, count)
-    cuts = [rule]
-    for (threads, blocks), unroll, groups in itertools.product(
-        [(128, 2), (128, 3), (128, 4), (256, 1), (256, 2)], (1, 2), (132, 264)
-    ):
-        fits = blocks * threads * (96 + 2 * rule.tokens) <= 65536  # registers, roughly
-        if fits:
-            cut = rule._replace(threads=threads, unroll=unroll, blocks=blocks)
-            tiles = sum(cut.tiles(band) * number for band, number in bands) * -(-count // rule.tokens)
-            cuts.append(cut._replace(stripe=-(-inputs // max(1, min(groups // tiles, inputs // 256)))))
-    return list(dict.fromkeys(cuts))
+def planned_call(xs: list[mx.array], plans: list[more_rows.RowsPlan], i: int) -> mx.array:
+    return more_rows.launch(xs[i % len(xs)], plans[i % len(plans)])[0][0]
+
+
+def unpacked(cut: geometry.WholeGeometry, some: Matrices) -> list[dict]:
+    """The times of a cut of dequantize.metal alone at every shape."""
+    found = []
+    for shape, layers in some.items():
+        plans = [dequantize.make_plan(mx.float16, layer, cut) for layer in layers]
+        calls = {"us": lambda i, plans=plans: dequantize.whole(plans[i % len(plans)])}
+        times = in_turns(calls, LARGE_CALLS, SWEEP_REPEATS)["us"]
+        found.append({"shape": list(shape), "cut": cut._asdict(), **times})
+    return found

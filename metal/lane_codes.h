@@ -62,3 +62,18 @@ METAL_FUNC LaneCodes lane_codes(const device uint32_t* chunk, uint first, uint w
   codes.word[CODE_WORDS] = 0;
   return codes;
 }
+
+// 16 bits or more of a lane's codes, from bit `start` on.
+METAL_FUNC uint bits_from(const LaneCodes codes, int start) {
+  const uint here = codes.word[start / 32] >> start % 32;
+  return start % 32 <= 16 ? here : here | codes.word[start / 32 + 1] << (start % 32 <= 16 ? 0 : 32 - start % 32);
+}
+
+// Two numbers of 16 bits in one word, the first low; of no use, and never used, for wider ones.
+METAL_FUNC uint halves(float, float) { return 0; }
+METAL_FUNC uint halves(float16_t low, float16_t high) {
+  return as_type<ushort>(low) | uint(as_type<ushort>(high)) << 16;
+}
+METAL_FUNC uint halves(bfloat16_t low, bfloat16_t high) {
+  return as_type<ushort>(low) | uint(as_type<ushort>(high)) << 16;
+}

@@ -8,27 +8,34 @@
 // Constants
 //   T, S, BITS, GROUP, PER_CHANNEL, HAS_BIAS, COUNTS  as there; P = 1
 //   TOKENS   rows of x in one threadgroup, a multiple of 8
-//   OUTPUTS  8, of one lane; a simdgroup has 64 side by side, a tile THREADS / 32 of these
-//   SPAN     channels of x in threadgroup memory at one time, a multiple of 64
+//   OUTPUTS  8, 16 or 32, of one lane: of one group. A simdgroup has 8 * OUTPUTS side by side
+//   DEPTH    simdgroups with the same outputs, which take turns at the channels; a tile is THREADS / 32 / DEPTH
+//            simdgroups wide
+//   SPAN     channels of x in threadgroup memory at one time, a multiple of 64 and of 16 * UNROLL * DEPTH
 //   HALF, PAIRED  1 if T is float16_t; 1 if codes and scales are T's own: S is T, and T holds codes exactly
-//   UNROLL   steps of 16 channels whose weights a lane loads before it multiplies; divides SPAN / 16
+//   UNROLL   steps of 16 channels whose weights a lane loads while it multiplies those before
 // Grid: (tiles * tiles of TOKENS rows, stripes) threadgroups of THREADS. Those that share weights lie side by side.
 //
 // multiply_tile(a, b, c) is a 16 x 8 tile c += a b over 16 channels, held by a simdgroup. Lane 4 g + q has of a rows g
 // and g + 8, of b column g, of both channels 2 q, 2 q + 1, 2 q + 8, 2 q + 9; of c rows g, g + 8 and columns 2 q,
-// 2 q + 1. Here rows of a are outputs, columns of b rows of x. Which ones is free: a lane's own eight outputs fill
-// rows g and g + 8 of four tiles, and its channels are the neighbours 4 q to 4 q + 3, so that nothing is moved
+// 2 q + 1. Here rows of a are outputs, columns of b rows of x. Which ones is free: a lane's own outputs fill rows g
+// and g + 8 of OUTPUTS / 2 tiles, and its channels are the neighbours 4 q to 4 q + 3, so that nothing is moved
 // between lanes.
 
 enum : int {
-  TILE = THREADS / 32 * 64,
-  PARTS = OUTPUTS / 2,     // tiles of 16 outputs
-  COLUMNS = TOKENS / 8,    // tiles of 8 rows of x
-  STRIDE = SPAN / 4 + 4    // so that eight rows of x lie in banks of their own
+  WIDTH = THREADS / 32 / DEPTH,  // simdgroups side by side
+  TILE = WIDTH * 8 * OUTPUTS,
+  PARTS = OUTPUTS / 2,      // tiles of 16 outputs
+  COLUMNS = TOKENS / 8,     // tiles of 8 rows of x
+  STRIDE = SPAN / 4 + 4,    // so that eight rows of x lie in banks of their own
+  AHEAD = 16 * UNROLL,      // channels of one step
+  SLICE = 4,                // tiles of c that are added over DEPTH at one time
+  ADDED = DEPTH > 1 ? (DEPTH - 1) * WIDTH * 32 * SLICE : 1
 };
 
 struct MatrixMemory {
   uint2 x_list[TOKENS * STRIDE];  // four channels of a row each
+  float4 sum_list[ADDED];
   uint simdgroup_count[THREADS / 32];
 };
 
@@ -36,15 +43,6 @@ struct MatrixMemory {
 struct Grid {
   S scale, bias;
 };
-
-// Two numbers of 16 bits in one word, the first low; of no use, and never used, for wider ones.
-METAL_FUNC uint halves(float, float) { return 0; }
-METAL_FUNC uint halves(float16_t low, float16_t high) {
-  return as_type<ushort>(low) | uint(as_type<ushort>(high)) << 16;
-}
-METAL_FUNC uint halves(bfloat16_t low, bfloat16_t high) {
-  return as_type<ushort>(low) | uint(as_type<ushort>(high)) << 16;
-}
 
 METAL_FUNC bool is_active(float value, const device float* thresholds, uint k) {
   return !(fabs(value) < thresholds[PER_CHANNEL ? k : 0]);
@@ -54,12 +52,6 @@ METAL_FUNC bool is_active(float value, const device float* thresholds, uint k) {
 METAL_FUNC float masked(const device T* row, const device float* thresholds, uint k, uint last) {
   const float value = k < last ? float(row[k]) : 0.0f;
   return k < last && is_active(value, thresholds, k) ? value : 0.0f;
-}
-
-// 16 bits or more of a lane's codes, from bit `start` on.
-METAL_FUNC uint bits_from(const LaneCodes codes, int start) {
-  const uint here = codes.word[start / 32] >> start % 32;
-  return start % 32 <= 16 ? here : here | codes.word[start / 32 + 1] << (start % 32 <= 16 ? 0 : 32 - start % 32);
 }
 
 METAL_FUNC float code_at(const LaneCodes codes, int c) {
@@ -85,6 +77,29 @@ METAL_FUNC uint weight_pair(const LaneCodes low, const LaneCodes high, int c, co
   return pair_fma<T>(codes, halves(at_low.scale, at_high.scale), halves(at_low.bias, at_high.bias));
 }
 
+// What a lane reads for one step.
+struct Ahead {
+  LaneCodes word[UNROLL][4];
+  Grid grid[UNROLL][4];
+};
+
+// codes, scale, offset: of channel 0; k: the lane's first channel. Past the end: the last channel again.
+METAL_FUNC Ahead read_ahead(const device uint32_t* codes, const device S* scale, const device S* offset, uint output,
+                            uint words, uint groups, uint k, uint last) {
+  Ahead read;
+#pragma unroll
+  for (int u = 0; u < UNROLL; ++u) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint here = min(k + 16 * u + i, last);
+      read.word[u][i] = lane_codes(strides_behind(codes, here, words * 4), output, words);
+      read.grid[u][i].scale = *strides_behind(scale, here, groups * sizeof(S));
+      read.grid[u][i].bias = *strides_behind(offset, here, groups * sizeof(S));
+    }
+  }
+  return read;
+}
+
 template <bool PARTIAL, typename Y>
 METAL_FUNC void multiply_matrix(const device T* x, const device uint32_t* settings, const device uint32_t* packed,
                                 uint rows, device Y* y, device uint32_t* counts, uint first_token, uint tile,
@@ -102,7 +117,8 @@ METAL_FUNC void multiply_matrix(const device T* x, const device uint32_t* settin
   const uint band_index = tile / own.tiles;
   const uint tile_first = (tile - band_index * own.tiles) * TILE;  // in the band
   const uint group_lane = me.in_simdgroup / 4, quarter = me.in_simdgroup % 4;
-  const uint in_tile = me.simdgroup * 64 + group_lane * OUTPUTS;
+  const uint place = me.simdgroup % WIDTH, turn = me.simdgroup / WIDTH;
+  const uint in_tile = (place * 8 + group_lane) * OUTPUTS;
   const bool owns = tile_first + in_tile < band;
   const uint output = owns ? tile_first + in_tile : 0;  // who owns nothing reads what is there, and stores nothing
   const uint words = band / 32 * BITS;                  // of one chunk
@@ -115,6 +131,10 @@ METAL_FUNC void multiply_matrix(const device T* x, const device uint32_t* settin
   const device float* bias = thresholds + (PER_CHANNEL ? P * inputs : P);
 
   float4 sums[PARTS][COLUMNS] = {};
+  const uint first_k = stripe_first + turn * AHEAD + 4 * quarter;
+  Ahead next = read_ahead(codes, scale, offset, output, words, groups, first_k, stripe_last - 1);
+  // Nothing is below a threshold of zero, and whole words can be copied.
+  const bool copied = !PER_CHANNEL && !(thresholds[0] > 0.0f) && inputs % 4 == 0 && (ulong)x % 8 == 0;
   for (uint stage = stripe_first; stage < stripe_last; stage += SPAN) {
     for (uint i = lane; i < uint(TOKENS * SPAN / 4); i += THREADS) {
       const uint t = i / (SPAN / 4);
@@ -124,29 +144,24 @@ METAL_FUNC void multiply_matrix(const device T* x, const device uint32_t* settin
       packed_x.x = packed_x.y = 0;
       if (t < tokens) {
         const device T* of_row = mine + ulong(t) * inputs;
-        packed_x.x = pack_pair<T>(masked(of_row, thresholds, k, stripe_last),
-                                  masked(of_row, thresholds, k + 1, stripe_last));
-        packed_x.y = pack_pair<T>(masked(of_row, thresholds, k + 2, stripe_last),
-                                  masked(of_row, thresholds, k + 3, stripe_last));
+        if (copied && k % 4 == 0 && k + 4 <= stripe_last) {
+          packed_x = *(const device uint2*)(of_row + k);
+        } else {
+          packed_x.x = pack_pair<T>(masked(of_row, thresholds, k, stripe_last),
+                                    masked(of_row, thresholds, k + 1, stripe_last));
+          packed_x.y = pack_pair<T>(masked(of_row, thresholds, k + 2, stripe_last),
+                                    masked(of_row, thresholds, k + 3, stripe_last));
+        }
       }
       memory.x_list[t * STRIDE + four] = packed_x;
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
 
-    for (uint first = 0; first < uint(SPAN); first += 16 * UNROLL) {
-      LaneCodes word[UNROLL][4];
-      Grid grid[UNROLL][4];
-#pragma unroll
-      for (int u = 0; u < UNROLL; ++u) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          // Past the end: the last channel again, times zero.
-          const uint k = min(stage + first + 16 * u + 4 * quarter + i, stripe_last - 1);
-          word[u][i] = lane_codes(strides_behind(codes, k, words * 4), output, words);
-          grid[u][i].scale = *strides_behind(scale, k, groups * sizeof(S));
-          grid[u][i].bias = *strides_behind(offset, k, groups * sizeof(S));
-        }
-      }
+    const uint last = min(uint(SPAN), stripe_last - stage);
+    for (uint first = turn * AHEAD; first < last; first += AHEAD * DEPTH) {
+      const Ahead here = next;
+      const uint k = stage + first + AHEAD * DEPTH + 4 * quarter;
+      next = read_ahead(codes, scale, offset, output, words, groups, k, stripe_last - 1);
 #pragma unroll
       for (int u = 0; u < UNROLL; ++u) {
         uint2 columns[COLUMNS];
@@ -158,10 +173,10 @@ METAL_FUNC void multiply_matrix(const device T* x, const device uint32_t* settin
         for (int part = 0; part < PARTS; ++part) {
           const int c = 2 * part;
           uint4 a;
-          a.x = weight_pair(word[u][0], word[u][1], c, grid[u][0], grid[u][1]);
-          a.y = weight_pair(word[u][0], word[u][1], c + 1, grid[u][0], grid[u][1]);
-          a.z = weight_pair(word[u][2], word[u][3], c, grid[u][2], grid[u][3]);
-          a.w = weight_pair(word[u][2], word[u][3], c + 1, grid[u][2], grid[u][3]);
+          a.x = weight_pair(here.word[u][0], here.word[u][1], c, here.grid[u][0], here.grid[u][1]);
+          a.y = weight_pair(here.word[u][0], here.word[u][1], c + 1, here.grid[u][0], here.grid[u][1]);
+          a.z = weight_pair(here.word[u][2], here.word[u][3], c, here.grid[u][2], here.grid[u][3]);
+          a.w = weight_pair(here.word[u][2], here.word[u][3], c + 1, here.grid[u][2], here.grid[u][3]);
 #pragma unroll
           for (int j = 0; j < COLUMNS; ++j) {
             sums[part][j] = multiply_tile<T>(a, columns[j], sums[part][j]);
@@ -172,20 +187,51 @@ METAL_FUNC void multiply_matrix(const device T* x, const device uint32_t* settin
     threadgroup_barrier(mem_flags::mem_threadgroup);  // before the next stage is written
   }
 
+  // The first of the simdgroups with the same outputs adds the others' sums to its own.
+  if (DEPTH > 1) {
+#pragma unroll
+    for (int slice = 0; slice < PARTS * COLUMNS; slice += SLICE) {
+      if (turn > 0) {
+#pragma unroll
+        for (int i = 0; i < SLICE; ++i) {
+          const uint at = ((turn - 1) * WIDTH + place) * SLICE + i;
+          memory.sum_list[at * 32 + me.in_simdgroup] = sums[(slice + i) / COLUMNS][(slice + i) % COLUMNS];
+        }
+      }
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+      if (turn == 0) {
+#pragma unroll
+        for (int i = 0; i < SLICE; ++i) {
+          float4 sum = sums[(slice + i) / COLUMNS][(slice + i) % COLUMNS];
+#pragma unroll
+          for (int other = 0; other < DEPTH - 1; ++other) {
+            const float4 more = memory.sum_list[((other * WIDTH + place) * SLICE + i) * 32 + me.in_simdgroup];
+            sum.x += more.x;
+            sum.y += more.y;
+            sum.z += more.z;
+            sum.w += more.w;
+          }
+          sums[(slice + i) / COLUMNS][(slice + i) % COLUMNS] = sum;
+        }
+      }
+      threadgroup_barrier(mem_flags::mem_threadgroup);  // before the next slice is written
+    }
+  }
+
 #pragma unroll
   for (int j = 0; j < COLUMNS; ++j) {
 #pragma unroll
     for (int second = 0; second < 2; ++second) {
       const uint t = 8 * j + 2 * quarter + second;
-      if (t < tokens) {
+      if (t < tokens && turn == 0) {
 #pragma unroll
-        for (int half_of = 0; half_of < 2; ++half_of) {
+        for (int fourth = 0; fourth < OUTPUTS / 4; ++fourth) {
           float4 four;
-          four.x = second == 0 ? sums[2 * half_of][j].x : sums[2 * half_of][j].y;
-          four.y = second == 0 ? sums[2 * half_of][j].z : sums[2 * half_of][j].w;
-          four.z = second == 0 ? sums[2 * half_of + 1][j].x : sums[2 * half_of + 1][j].y;
-          four.w = second == 0 ? sums[2 * half_of + 1][j].z : sums[2 * half_of + 1][j].w;
-          const uint c = in_tile + 4 * half_of;
+          four.x = second == 0 ? sums[2 * fourth][j].x : sums[2 * fourth][j].y;
+          four.y = second == 0 ? sums[2 * fourth][j].z : sums[2 * fourth][j].w;
+          four.z = second == 0 ? sums[2 * fourth + 1][j].x : sums[2 * fourth + 1][j].y;
+          four.w = second == 0 ? sums[2 * fourth + 1][j].z : sums[2 * fourth + 1][j].w;
+          const uint c = in_tile + 4 * fourth;
           if (PARTIAL) {
             *(device float4*)(y + ulong(t) * launch.positions + c) = four;
           } else if (owns) {

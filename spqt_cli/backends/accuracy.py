@@ -119,6 +119,19 @@ def judge_rotary(apart: Result, turns: mx.array, turned: Result, form: Rotary) -
     return ""
 
 
+def judge_weights(matrix: Any, first: mx.array, second: mx.array) -> str:
+    """What is wrong with dequantized weights of two runs, (inputs, outputs or more); empty if nothing is.
+
+    A weight is computed with one rounding in float32, and rounded once more to the array's dtype.
+    """
+    w, sizes = reference(matrix)
+    bound = ROUNDING[first.dtype] * np.abs(w) + 2.0**-23 * sizes + SMALLEST[first.dtype] + 1e-37
+    share = np.abs(wide(first).T[: len(w)] - w) / bound
+    worst = float(np.max(np.where(np.isfinite(share), share, np.inf)))
+    found = Judgement(worst, counts=True, repeated=np.array_equal(_bits(first), _bits(second)))
+    return "" if found.passed else found.words()
+
+
 def _error(x: mx.array, matrix: Any, y: mx.array, rounded: bool) -> tuple[float, int]:
     """The largest error as a fraction of the bound, and the number of active channels."""
     kept = ~np.array(layout.inactive(x, matrix.threshold)).ravel()

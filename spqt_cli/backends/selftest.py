@@ -4,7 +4,12 @@ problems.py makes the problems, accuracy.py says how far results may lie from th
 """
 
 import itertools
-from collections.abc import Sequence
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -17,16 +22,47 @@ from spqt_cli.backends.gpu.launch import Form, tiny
 from spqt_cli.backends.gpu.launch import bands as bands_of
 from spqt_cli.backends.interface import Norm, Rotary
 from spqt_cli.backends.problems import Case, matrices, vector
+from spqt_cli.errors import BackendError
 from spqt_cli.format import layout
 
+Row = dict[str, Any]  # of the table
+Check = Callable[[], Row]
+MOST_WORKERS = 8
 
-def run() -> list[dict[str, Any]]:
-    """Rows of the table: kernel, shape, bits, group, dtype, worst error as a fraction of the bound, pass.
 
-    GPU kernels run here whatever an earlier check of them said.
+def run() -> Iterator[Row]:
+    """Rows of the table, each when it is done: kernel, shape, bits, group, dtype, worst error, pass.
+
+    worst error: as a fraction of the bound. GPU kernels run here whatever an earlier check of them said.
+    CUDA's compiler takes more than a second for each of more than a hundred kernels, nearly all of it for
+    MLX's headers, so several processes share them.
     """
+    checks = _checks()
+    workers = min(MOST_WORKERS, (os.cpu_count() or 1) // 2) if mx.cuda.is_available() else 1
+    if workers <= 1:
+        yield from map(_judged, checks)
+        return
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        try:
+            yield from pool.map(_numbered, range(len(checks)))
+        except BrokenProcessPool as error:
+            raise BackendError(
+                "a process of the self-test died on the GPU", "free the GPU and its memory, and try again"
+            ) from error
+
+
+def _checks() -> list[Check]:
+    return [*_sparse_checks(), *_reduction_checks(), *_more_rows_checks(), *_dense_checks()]
+
+
+def _numbered(number: int) -> Row:
+    """One of the checks, in a process of its own."""
+    return _judged(_checks()[number])
+
+
+def _judged(check: Check) -> Row:
     with first_use.suspended():
-        return [*_sparse_rows(), *_reduction_rows(), *_more_rows(), *_dense_rows()]
+        return check()
 
 
 def _half_sums() -> bool:
@@ -34,25 +70,24 @@ def _half_sums() -> bool:
     return select.backend().sums_in_half
 
 
-def _sparse_rows() -> list[dict[str, Any]]:
-    rows = []
+def _sparse_checks() -> Iterator[Check]:
     for name, case in _cases():
-        if _half_sums() and case.dtype != mx.float32:
-            continue
-        try:
-            worst = _worst(case, select.sparse_gemv)
-        except RuntimeError as fault:  # MLX's word for a kernel that does not compile or start
-            rows.append(_row(name, case, str(fault).strip().splitlines()[0][:60], False))
-            continue
-        rows.append(_row(name, case, f"{worst.error:.3f}" if worst.error < 1e3 else "inf", worst.passed))
-    return rows
+        if not _half_sums() or case.dtype == mx.float32:
+            yield partial(_sparse, name, case)
 
 
-def _reduction_rows() -> list[dict[str, Any]]:
+def _sparse(name: str, case: Case) -> Row:
+    try:
+        worst = _worst(case, select.sparse_gemv)
+    except RuntimeError as fault:  # MLX's word for a kernel that does not compile or start
+        return _row(name, case, _first_line(fault), False)
+    return _row(name, case, f"{worst.error:.3f}" if worst.error < 1e3 else "inf", worst.passed)
+
+
+def _reduction_checks() -> Iterator[Check]:
     """Launches of a GPU that do more: norms before the product, and reductions that do not just add up."""
     if not select.backend().traces:
-        return []
-    rows = []
+        return
     turned = Rotary(64, 48, traditional=False, rotated=2)
     for dtype in (mx.float16, mx.bfloat16, mx.float32):
         norm = Norm(mx.ones((first_use.INPUTS,), dtype), 1e-5)
@@ -62,61 +97,81 @@ def _reduction_rows() -> list[dict[str, Any]]:
             ("turned heads", Form(then=turned, norm=norm), (320, 64, 64)),
         ]
         for name, form, outputs in kinds:
-            case = Case(outputs, first_use.INPUTS, dtype=dtype)
-            layers = matrices(case)
-            cut = gpu.choose(layers, dtype)._replace(stripe=first_use.INPUTS // 2)
-            try:
-                fault = first_use.fault(dtype, layers, cut, form)
-            except RuntimeError as error:
-                fault = str(error).strip().splitlines()[0]
-            rows.append(_row(name, case, fault[:60] or "equal", not fault))
-    return rows
+            yield partial(_reduction, name, Case(outputs, first_use.INPUTS, dtype=dtype), form)
 
 
-def _more_rows() -> list[dict[str, Any]]:
+def _reduction(name: str, case: Case, form: Form) -> Row:
+    layers = matrices(case)
+    cut = gpu.choose(layers, case.dtype)._replace(stripe=first_use.INPUTS // 2)
+    return _fault_row(name, case, "equal", lambda: first_use.fault(case.dtype, layers, cut, form))
+
+
+def _more_rows_checks() -> Iterator[Check]:
     """A GPU's kernels for more than one row, each row over its own channels, in one launch and in stripes."""
     if not select.backend().traces:
-        return []
-    rows = []
-    kind = gpu.device_class()
-    for dtype, count in itertools.product((mx.float16, mx.bfloat16, mx.float32), (2, 4, 8, 16, 32, 64)):
-        way = "few" if count <= 8 else "matrix"
-        if not ways.is_possible(way, count, dtype):
-            continue
-        case = Case((320,), first_use.INPUTS, bits=3 if count == 4 else 4, dtype=dtype, bias=True)
-        layers = matrices(case)
-        bands = bands_of(layers)
-        cut: geometry.RowsGeometry | geometry.MatrixGeometry
-        if way == "few":
-            cut = geometry.choose_rows(kind, bands, case.inputs, count, dtype == mx.float32)
-        else:
-            cut = geometry.choose_matrix(kind, bands, case.inputs, count)
-        for stripe in (case.inputs, case.inputs // 2):
-            try:
-                fault = first_use.rows_fault(dtype, layers, cut._replace(stripe=stripe), dense=False)
-            except RuntimeError as error:
-                fault = str(error).strip().splitlines()[0]
-            name = f"{count} rows{'' if stripe == case.inputs else ', stripes'}, {way}"
-            rows.append(_row(name, case, fault[:60] or "within", not fault))
-    return rows
+        return
+    dtypes = (mx.float16, mx.bfloat16, mx.float32)
+    for dtype, (way, counts) in itertools.product(dtypes, ROWS.items()):
+        for count in counts:
+            case = Case((320,), first_use.INPUTS, bits=3 if count == 4 else 4, dtype=dtype, bias=True)
+            if ways.is_possible(way, count, dtype):
+                for stripe in (case.inputs, case.inputs // 2):
+                    yield partial(_more_rows, way, count, case, stripe)
 
 
-def _dense_rows() -> list[dict[str, Any]]:
+ROWS = {"few": (2, 4, 8), "matrix": (8, 16, 32, 64)}  # one count for each kernel
+
+
+def _more_rows(way: str, count: int, case: Case, stripe: int) -> Row:
+    layers = matrices(case)
+    bands, kind = bands_of(layers), gpu.device_class()
+    cut: geometry.RowsGeometry | geometry.MatrixGeometry
+    if way == "few":
+        cut = geometry.choose_rows(kind, bands, case.inputs, count, case.dtype == mx.float32)
+    else:
+        cut = geometry.choose_matrix(kind, bands, case.inputs, count, case.bits)
+    cut = cut._replace(stripe=stripe)
+    name = f"{count} rows{'' if stripe == case.inputs else ', stripes'}, {way}"
+    return _fault_row(
+        name, case, "within", lambda: first_use.rows_fault(case.dtype, layers, cut, dense=False)
+    )
+
+
+def _dense_checks() -> Iterator[Check]:
+    """All channels: one row; and more by each way that there is, or the backend's only one."""
     dtypes = (mx.float32,) if _half_sums() else (mx.float32, mx.float16, mx.bfloat16)
-    rows = []
     for count, dtype in itertools.product((1, 3, 40), dtypes):
         case = Case((1000,), 777, dtype=dtype, bias=True)
         name = f"{count} dense row{'s' * (count > 1)}"
-        try:
-            share = _many_rows(case, count)
-        except RuntimeError as fault:
-            rows.append(_row(name, case, str(fault).strip().splitlines()[0][:60], False))
+        if count == 1 or not select.backend().traces:
+            yield partial(_dense, name, case, count, select.matmul)
             continue
-        rows.append(_row(name, case, f"{share:.3f}", share <= 1.0))
-    return rows
+        for way, call in gpu.WAYS.items():
+            if ways.is_possible(way, count, dtype):
+                yield partial(_dense, f"{name}, {way}", case, count, call)
 
 
-def _row(name: str, case: Case, error: str, passed: bool) -> dict[str, Any]:
+def _dense(name: str, case: Case, count: int, call: ways.Call) -> Row:
+    try:
+        share = _many_rows(case, count, call)
+    except RuntimeError as fault:
+        return _row(name, case, _first_line(fault), False)
+    return _row(name, case, f"{share:.3f}", share <= 1.0)
+
+
+def _fault_row(name: str, case: Case, right: str, judge: Callable[[], str]) -> Row:
+    try:
+        fault = judge()
+    except RuntimeError as error:
+        fault = _first_line(error)
+    return _row(name, case, fault[:60] or right, not fault)
+
+
+def _first_line(error: RuntimeError) -> str:
+    return str(error).strip().splitlines()[0][:60]
+
+
+def _row(name: str, case: Case, error: str, passed: bool) -> Row:
     shape = f"{'+'.join(map(str, case.outputs))}x{case.inputs}"
     dtype = str(case.dtype).rsplit(".", maxsplit=1)[-1]
     return {
@@ -171,7 +226,7 @@ def _worst(case: Case, sparse_gemv: Any) -> accuracy.Judgement:
     )
 
 
-def _many_rows(case: Case, count: int) -> float:
+def _many_rows(case: Case, count: int, call: ways.Call) -> float:
     """The largest error of a matmul of many rows, as a fraction of its bound.
 
     Kernels for many rows may round weights to x's dtype, multiply as tensor units do (TF32: 10 bits of
@@ -183,4 +238,4 @@ def _many_rows(case: Case, count: int) -> float:
     exact = accuracy.wide(x)[0] @ w.T + accuracy.wide(matrix.bias)
     size = np.abs(accuracy.wide(x)[0]) @ sizes.T + np.abs(accuracy.wide(matrix.bias))
     bound = 4 * max(accuracy.ROUNDING[case.dtype], 2.0**-11) * size
-    return float(np.max(np.abs(accuracy.wide(select.matmul(x, matrix))[0] - exact) / bound))
+    return float(np.max(np.abs(accuracy.wide(call(x, matrix))[0] - exact) / bound))

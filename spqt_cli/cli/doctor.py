@@ -2,6 +2,7 @@
 
 import os
 import platform
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Annotated, Any
@@ -19,8 +20,19 @@ def doctor(
     json_output: Json = False,
 ) -> None:
     """Say what this machine has and which backend spqt uses; check its kernels."""
-    report = examine(selftest)
-    typer.echo(as_json(report) if json_output else report.text())
+    report = examine()
+    if not json_output:
+        typer.echo(report.text())
+    for row in judged() if selftest else ():
+        if not json_output:
+            head = [] if report.kernels else ["", line({name: name for name in row})]
+            typer.echo("\n".join([*head, line(row)]))
+        report.kernels.append(row)
+    report.healthy = all(row["pass"] for row in report.kernels)
+    if json_output:
+        typer.echo(as_json(report))
+    elif selftest:
+        typer.echo("all kernels agree with the definition" if report.healthy else "A KERNEL IS WRONG")
     if not report.healthy:
         raise typer.Exit(6)
 
@@ -37,34 +49,35 @@ class Report:
     kernels: list[dict[str, Any]] = field(default_factory=list)
 
     def text(self) -> str:
-        """Ready to paste into an issue."""
+        """Machine and backend, ready to paste into an issue."""
         lines = [f"{name:<12} {value}" for name, value in self.machine.items()]
         lines.append(f"{'backend':<12} {self.backend} ({self.reason})")
         lines += [f"{'many rows' if i == 0 else '':<12} {line}" for i, line in enumerate(self.many_rows)]
-        if self.kernels:
-            lines.append("")
-            columns = list(self.kernels[0])
-            rows = [columns, *([str(row[column]) for column in columns] for row in self.kernels)]
-            widths = [max(len(row[at]) for row in rows) for at in range(len(columns))]
-            for row in rows:
-                lines.append("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)))
-            lines.append("all kernels agree with the definition" if self.healthy else "A KERNEL IS WRONG")
         return "\n".join(lines)
 
 
-def examine(selftest: bool) -> Report:
-    """Look at the machine; with `selftest`, run every kernel of its backend against the definition."""
+WIDTHS = {"kernel": 26, "shape": 18, "bits": 4, "group": 5, "dtype": 8, "worst error": 11}
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row of the self-test's table; printed before the next is known, so that widths are fixed."""
+    return "  ".join(str(cell).ljust(WIDTHS.get(name, 0)) for name, cell in row.items())
+
+
+def examine() -> Report:
+    """Look at the machine."""
     from spqt_cli.backends import select
 
     backend = select.backend()
     many_rows = backend.many_rows() if backend.many_rows else []
-    report = Report(_machine(), backend.name, backend.reason, many_rows=many_rows)
-    if selftest:
-        from spqt_cli.backends import selftest as checks
+    return Report(_machine(), backend.name, backend.reason, many_rows=many_rows)
 
-        report.kernels = checks.run()
-        report.healthy = all(row["pass"] for row in report.kernels)
-    return report
+
+def judged() -> Iterator[dict[str, Any]]:
+    """The self-test's rows: every kernel of the backend against the definition."""
+    from spqt_cli.backends import selftest
+
+    return selftest.run()
 
 
 def _machine() -> dict[str, str]:

@@ -16,7 +16,7 @@ import pytest
 
 from spqt_cli.backends import problems
 from spqt_cli.backends.gpu import backend as gpu
-from spqt_cli.backends.gpu import compensate, first_use, geometry, kernel_text, rows
+from spqt_cli.backends.gpu import compensate, dequantize, first_use, geometry, kernel_text, rows
 from spqt_cli.backends.gpu import launch as launching
 from tests.metal.emulator import clang_text, metal_text
 
@@ -100,7 +100,7 @@ def test_bodies_keep_to_their_address_spaces(clang, monkeypatch, tmp_path, kind,
 
 
 FEW = geometry.RowsGeometry(8, 8, 16, 8, 2, 256, 8, 1, 50)
-MATRIX = geometry.MatrixGeometry(16, 128, 64, 2, 4, 50)
+MATRIX = geometry.MatrixGeometry(16, 8, 128, 2, 64, 2, 4, 50)
 
 
 def rows_plan(cut, count, bits=4, dtype=mx.float16):
@@ -126,12 +126,20 @@ def test_more_rows_keep_to_their_address_spaces(clang, monkeypatch, tmp_path, ki
         assert refusals(clang, text, tmp_path) == ""
 
 
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32])
+@pytest.mark.parametrize("bits", [3, 4])
+def test_dequantizing_keeps_to_its_address_spaces(clang, tmp_path, bits, dtype):
+    plan = dequantize.make_plan(dtype, problems.matrices(case_of(1, bits, dtype))[0])
+    assert refusals(clang, metal_text(plan.launch, plan.inputs), tmp_path) == ""
+
+
 def kernels():
     """One kernel of each file of metal/, with what MLX is given for it."""
     case = case_of(2, 4)
     plan = launching.make_plan((1, 1, 100), mx.float16, problems.matrices(case), WIDE, launching.Form())
     spans = compensate.spans(4, 64, mx.float16, 1)
-    launches = (plan.gemv, plan.reduce, plan.counts, spans)
+    whole = dequantize.make_plan(mx.float16, problems.matrices(case_of(1, 4))[0]).launch
+    launches = (plan.gemv, plan.reduce, plan.counts, spans, whole)
     every = [one.kernel for one in launches] + rows_plan(FEW, 2).kernels + rows_plan(MATRIX, 1).kernels
     return {one.files[-1]: one for one in every}
 

@@ -110,7 +110,7 @@ def test_rounding_compiles_for_cuda(clang, size, dtype):
 
 
 FEW = [geometry.choose_rows("cuda", [(8192, 1)], 8192, number) for number in (2, 4, 8)]
-MANY = [geometry.choose_matrix("cuda", [(8192, 1)], 8192, number) for number in (16, 64)]
+MANY = [geometry.choose_matrix("cuda", [(8192, 1)], 8192, number, 4) for number in geometry.MANY_ROWS]
 
 
 @pytest.mark.parametrize("cut", [*FEW, *MANY], ids=lambda cut: f"{type(cut).__name__}-{cut.tokens}")
@@ -124,7 +124,7 @@ def test_more_rows_compile_for_cuda(clang, cut):
     assert ".local" not in text
     if isinstance(cut, geometry.MatrixGeometry):
         loop = count_instructions.inner_loop(text, "mma.sync", "bar.sync")
-        assert loop.count("mma.sync") == cut.unroll * 4 * cut.tokens // 8
+        assert loop.count("mma.sync") == cut.unroll * cut.outputs // 2 * cut.tokens // 8
         return
     counts = ptx_counts(text)
     weights = cut.unroll * cut.outputs

@@ -1,8 +1,8 @@
 """The GPU backend, Metal and CUDA: which launches a step takes.
 
-launch.py and rows.py plan and launch, geometry.py cuts, kernel_text.py and settings.py hand constants and
-numbers to the kernels of metal/, weights.py keeps what belongs to a layer, first_use.py checks kernels,
-ways.py times the ways of many rows. Layers are known only as `interface.Projection`s.
+launch.py, rows.py and dequantize.py plan and launch, geometry.py cuts, kernel_text.py and settings.py hand
+constants and numbers to the kernels of metal/, weights.py keeps what belongs to a layer, first_use.py checks
+kernels, ways.py times the ways of many rows. Layers are known only as `interface.Projection`s.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from typing import cast
 import mlx.core as mx
 
 from spqt_cli.backends import stock
-from spqt_cli.backends.gpu import compensate, first_use, geometry, rows, ways, weights
+from spqt_cli.backends.gpu import compensate, dequantize, first_use, geometry, rows, ways, weights
 from spqt_cli.backends.gpu import launch as launching
 from spqt_cli.backends.gpu.launch import Form, Plan, launch
 from spqt_cli.backends.interface import (
@@ -284,7 +284,7 @@ def _checked_rows(
     bands, inputs = launching.bands(layers), x.shape[-1]
     cut: rows.Cut
     if way == "matrix":
-        cut = geometry.choose_matrix(device_class(), bands, inputs, count)
+        cut = geometry.choose_matrix(device_class(), bands, inputs, count, layers[0].bits)
     else:
         cut = geometry.choose_rows(device_class(), bands, inputs, count, x.dtype == mx.float32)
     plans = weights.kept(layers[0]).plans
@@ -301,14 +301,35 @@ def _checked_rows(
 
 def _dequantized_matmul(x: mx.array, layer: Projection) -> mx.array:
     """As `matmul`, the matrix dequantized once and multiplied as a dense one."""
-    rows = x.size // x.shape[-1]
-    packed = (layer.weight, layer.scales, layer.biases)
-    w = mx.dequantize(*packed, group_size=layer.group_size, bits=layer.bits)  # (bands, inputs, band)
-    y = (x.reshape(1, rows, -1) @ w.astype(x.dtype)).swapaxes(0, 1)  # (rows, bands, band)
-    y = y.reshape(rows, -1)[:, : layer.outputs].reshape(*x.shape[:-1], layer.outputs)
+    plan = _whole_plan(x.dtype, layer)
+    if plan is None:
+        w = mx.dequantize(
+            layer.weight, layer.scales, layer.biases, group_size=layer.group_size, bits=layer.bits
+        )
+        w = w.swapaxes(0, 1).reshape(x.shape[-1], -1).astype(x.dtype)
+    else:
+        w = dequantize.whole(plan)
+    y = x.reshape(-1, x.shape[-1]) @ w
+    y = y[:, : layer.outputs].reshape(*x.shape[:-1], layer.outputs)
     _free_in_time(y, w.nbytes)
     bias = layer.get("bias")
     return y if bias is None else y + bias
+
+
+def _whole_plan(dtype: mx.Dtype, layer: Projection) -> dequantize.WholePlan | None:
+    """The plan for the layer's weights in this dtype, made once; None if the kernel can't."""
+    key = ("whole", dtype)
+    plans = weights.kept(layer).plans
+    if key in plans:
+        known: dequantize.WholePlan | None = plans[key]
+        if known is None or known.still_fits(layer):
+            return known
+    plan = None
+    if not launching.tiny([layer]):
+        made = dequantize.make_plan(dtype, layer)  # may join arrays, after which older plans are gone
+        plan = None if first_use.whole_verdict(made, dtype, layer) else made
+    plans[key] = plan
+    return plan
 
 
 def _free_in_time(y: mx.array, size: int) -> None:

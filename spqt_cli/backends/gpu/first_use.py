@@ -5,6 +5,7 @@ Passes are remembered per chip, system, MLX and spqt version; failures are tried
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import math
@@ -19,7 +20,7 @@ from typing import Any
 import mlx.core as mx
 
 from spqt_cli.backends import accuracy, interface, problems
-from spqt_cli.backends.gpu import geometry, kernel_text, rows
+from spqt_cli.backends.gpu import dequantize, geometry, kernel_text, rows
 from spqt_cli.backends.gpu.launch import Form, Plan, launch, make_plan, per_channel
 from spqt_cli.system import files
 from spqt_cli.version import __version__
@@ -56,6 +57,11 @@ def verdict(plan: Plan, dtype: mx.Dtype, layers: Sequence[Any], cut: geometry.Ge
 def rows_verdict(plan: rows.RowsPlan, layers: Sequence[Any], *, dense: bool) -> str:
     """As `verdict`, of the kernels for more than one row."""
     return _verdict(plan.kernels, lambda: rows_fault(plan.dtype, layers, plan.cut, dense=dense))
+
+
+def whole_verdict(plan: dequantize.WholePlan, dtype: mx.Dtype, layer: Any) -> str:
+    """As `verdict`, of the kernel that dequantizes."""
+    return _verdict([plan.launch.kernel], lambda: whole_fault(dtype, layer))
 
 
 def _verdict(kernels: Sequence[kernel_text.Kernel], fault_of: Callable[[], str]) -> str:
@@ -143,6 +149,16 @@ def rows_fault(dtype: mx.Dtype, layers: Sequence[Any], cut: rows.Cut, *, dense: 
     rounded = isinstance(cut, geometry.MatrixGeometry)
     found = accuracy.judge_rows(x, matrices, first, second, rounded=rounded)
     return "" if found.passed else f"a GPU kernel is wrong on this machine ({found.words()})"
+
+
+def whole_fault(dtype: mx.Dtype, layer: Any) -> str:
+    """What is wrong with weights dequantized by such a kernel on two small bands; empty if nothing is."""
+    group = layer.group_size
+    case = dataclasses.replace(_small(dtype, [layer], 3 * group, [0], dense=True), outputs=(6 * group - 3,))
+    (matrix,) = problems.matrices(case)
+    plan = dequantize.make_plan(dtype, matrix)
+    words = accuracy.judge_weights(matrix, dequantize.whole(plan), dequantize.whole(plan))
+    return f"a GPU kernel is wrong on this machine ({words})" if words else ""
 
 
 def _fault_of_reduction(x: mx.array, plan: Plan, apart: accuracy.Result, then: kernel_text.Then) -> str:

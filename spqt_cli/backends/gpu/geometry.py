@@ -93,24 +93,32 @@ def _units(band: int) -> int:
     return -(-band // OUTPUTS)
 
 
-# For few rows: rows of x in one threadgroup -> outputs of one lane, channels loaded ahead, blocks that an SM
-# is to hold. A lane holds outputs times rows sums; 64 leave registers for two blocks of 256 threads on an SM,
-# and fit an Apple GPU's 128; with 128 sums and two blocks ptxas spills.
+# For few rows: rows of x in one threadgroup -> outputs of one lane, lanes side by side at most, channels
+# loaded ahead, blocks that an SM is to hold. A lane holds outputs times rows sums; 64 leave registers for two
+# blocks of 256 threads on an SM, and fit an Apple GPU's 128; with 128 sums and two blocks ptxas spills. Swept
+# at 28672x8192 on an H200: 8 rows took 172 us, with 32 lanes 192, with four channels ahead 209.
 FEW_ROWS = {
-    "cuda": {2: (16, 4, 2), 4: (16, 4, 2), 8: (8, 4, 2)},
-    "metal": {2: (16, 2, 0), 4: (16, 2, 0), 8: (8, 2, 0)},
+    "cuda": {2: (16, 32, 4, 2), 4: (16, 128, 4, 2), 8: (8, 128, 8, 2)},
+    "metal": {2: (16, 256, 2, 0), 4: (16, 256, 2, 0), 8: (8, 256, 2, 0)},
 }
-# Lanes side by side at most. CUDA: a warp on its own channel; wider tiles share sectors of scales, but leave
-# more stripes, whose sums, written and read back, grow with the rows.
-FEW_LANES = {"cuda": 32, "metal": 256}
 FEW_THREADS = 256
 FEW_LISTED = 4096  # channels times rows of x: 16 KB of values
 LISTS = 8  # spans of a pass, as in sparse_rows.metal
 IDLE = 0.1  # of the lanes, at most: narrower tiles where the band leaves more without outputs
 
-# For many rows: rows of x in one threadgroup -> threads, channels of x in threadgroup memory, steps of 16
-# channels loaded ahead, blocks that an SM is to hold.
-MANY_ROWS = {16: (128, 128, 2, 4), 32: (128, 128, 2, 4), 64: (128, 64, 2, 2)}
+# For many rows: rows of x in one threadgroup -> outputs of one lane, threads, simdgroups with the same
+# outputs, channels of x in threadgroup memory, steps of 16 channels loaded ahead, blocks that an SM is to
+# hold. Wide lanes load 16 bytes at once and few scales, where their sums, outputs times rows over 4, leave
+# room. No spills by ptxas (sm_90, 4 bits).
+MANY_ROWS = {
+    8: (32, 128, 2, 512, 1, 3),
+    16: (16, 128, 2, 256, 2, 3),
+    32: (16, 128, 2, 256, 1, 2),
+    64: (8, 128, 2, 256, 2, 2),
+}
+MOST_BITS = 128  # of a lane's codes of one channel: 16 bytes
+STEP = 16  # channels of one product of the matrix unit; stripes are whole steps
+MULTIPROCESSORS = 132  # of an H200
 MANY_STRIPE = 16  # channels at least for each row: a stripe writes and reads all sums of all rows
 
 
@@ -147,7 +155,9 @@ class MatrixGeometry(NamedTuple):
     """One cut of matrix_rows.metal."""
 
     tokens: int  # rows of x in one threadgroup
+    outputs: int  # of one lane
     threads: int
+    depth: int  # simdgroups with the same outputs
     span: int  # channels of x in threadgroup memory at one time
     unroll: int  # steps of 16 channels
     blocks: int  # that an SM is to hold
@@ -155,7 +165,7 @@ class MatrixGeometry(NamedTuple):
 
     @property
     def tile(self) -> int:
-        return self.threads // SIMD * 64
+        return self.threads // SIMD // self.depth * 8 * self.outputs
 
     def tiles(self, band: int) -> int:
         return -(-band // self.tile)
@@ -164,14 +174,32 @@ class MatrixGeometry(NamedTuple):
         return -(-inputs // self.stripe)
 
 
+class WholeGeometry(NamedTuple):
+    """The cut of dequantize.metal."""
+
+    outputs: int  # of one lane, a tile
+    threads: int
+    stripe: int  # channels of one lane
+
+    @property
+    def tile(self) -> int:
+        return self.outputs
+
+    def tiles(self, band: int) -> int:
+        return band // self.outputs
+
+
+WHOLE = WholeGeometry(8, 256, 4)
+
+
 def choose_rows(
     kind: str, bands: Sequence[tuple[int, int]], inputs: int, rows: int, precise: bool = False
 ) -> RowsGeometry:
     """The cut of sparse_rows.metal for so many rows of x; the rest as `choose`."""
     family = "cuda" if kind == "cuda" else "metal"
     tokens = next((few for few in FEW_ROWS[family] if rows <= few), max(FEW_ROWS[family]))
-    outputs, unroll, blocks = FEW_ROWS[family][tokens]
-    lanes = _few_lanes([-(-band // outputs) for band, _ in bands], FEW_LANES[family])
+    outputs, most_lanes, unroll, blocks = FEW_ROWS[family][tokens]
+    lanes = _few_lanes([-(-band // outputs) for band, _ in bands], most_lanes)
     most_stripes = max(1, inputs // (LEAST_STRIPE * tokens))  # a stripe writes and reads the sums of all rows
     token_tiles = -(-rows // tokens)
 
@@ -211,10 +239,14 @@ def _few_lanes(units: Sequence[int], most: int) -> int:
     return lanes
 
 
-def choose_matrix(kind: str, bands: Sequence[tuple[int, int]], inputs: int, rows: int) -> MatrixGeometry:
-    """The cut of matrix_rows.metal for so many rows of x."""
+def choose_matrix(
+    kind: str, bands: Sequence[tuple[int, int]], inputs: int, rows: int, bits: int
+) -> MatrixGeometry:
+    """The cut of matrix_rows.metal for so many rows of x and codes of so many bits."""
     tokens = next((many for many in MANY_ROWS if rows <= many), max(MANY_ROWS))
     cut = MatrixGeometry(tokens, *MANY_ROWS[tokens], inputs)
+    while cut.outputs * bits > MOST_BITS:
+        cut = cut._replace(outputs=cut.outputs // 2)
     tiles = sum(cut.tiles(band) * number for band, number in bands) * -(-rows // tokens)
-    stripes = max(1, min(inputs // (MANY_STRIPE * tokens), THREADGROUPS[kind] // tiles))
-    return cut._replace(stripe=-(-inputs // stripes))
+    stripes = max(1, min(inputs // (MANY_STRIPE * tokens), MULTIPROCESSORS * cut.blocks // tiles))
+    return cut._replace(stripe=-(-inputs // (stripes * STEP)) * STEP)

@@ -205,6 +205,16 @@ def reduce_rows_kernel(constants: Constants, tile: int) -> Kernel:
     return Kernel(name, inputs, outputs, files, constants, "", call, REDUCE_THREADS)
 
 
+@cache
+def dequantize_kernel(constants: Constants, threads: int) -> Kernel:
+    """dequantize.metal with its constants."""
+    constants = (*constants, ("THREADS", threads), ("COUNTS", COUNTS))
+    call = f"{THREAD}dequantize(settings, packed, w, me);\n"
+    files = (*HELPERS, "lane_codes.h", "dequantize.metal")
+    name = _name("dequantize", constants, call)
+    return Kernel(name, ("settings", "packed"), ("w",), files, constants, "", call, threads)
+
+
 def _projection(tile: str) -> str:
     return f"const uint projection = projection_of({tile}, settings, P);\n"
 

@@ -122,7 +122,7 @@ def _constants(dtype: mx.Dtype, layers: Sequence[Projection], cut: Cut, dense: b
         exact = layers[0].bits < 8 or dtype == mx.float16  # bfloat16 has 8 bits, one of them not written
         paired = exact and layers[0].scales.dtype == dtype
         own = (("HALF", int(dtype == mx.float16)), ("PAIRED", int(paired)), ("SPAN", cut.span))
-        return (*shared, ("OUTPUTS", 8), *own)
+        return (*shared, ("OUTPUTS", cut.outputs), ("DEPTH", cut.depth), *own)
     return (
         *shared,
         ("VALUES", "float2" if cut.tokens == 2 else "float4"),

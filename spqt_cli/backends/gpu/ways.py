@@ -8,6 +8,7 @@ dequantized the matrix dequantized, then MLX's plain matmul
 No name of a chip is looked at. What a way does is backend.py's; here are only names and times.
 """
 
+import itertools
 import json
 import sys
 import time
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import mlx.core as mx
+import numpy as np
 
 from spqt_cli.backends import problems
 from spqt_cli.backends.gpu import first_use
@@ -27,23 +29,22 @@ from spqt_cli.system import files
 Call = Callable[[mx.array, Projection], mx.array]
 
 NAMES = ("few", "matrix", "quantized", "dequantized")
-COUNTS = (8, 16, 32, 64, 128, 256, 512, 2048)  # of rows, up to which a way is chosen
+COUNTS = (4, 8, 16, 32, 64, 128, 256, 512, 2048)  # of rows, up to which a way is chosen
 MOST_FEW = 64  # rows: each further eight read the weights again
-# Rows: fewer keep the float32 sums that a row alone has, so that a batch says what each request says alone.
-LEAST_MATRIX = 9
+# Rows. The matrix unit takes weights rounded to x's dtype, as MLX's own matmuls do, which adds less to an
+# error than the result's own rounding. Two to four rows, as of decode steps and drafts, keep `few` and its
+# float32 sums of exact products. From five on decode steps and prompts alike may take the matrix unit: `few`
+# takes twice as long there on an H200, and half active as long as all, for products set its time, not reads.
+LEAST_MATRIX = 5
 
-# In this order, as time ends: what compiles nothing, then what covers most counts. A way that was not timed
-# at a count is reckoned from a smaller one.
-ORDER = (
-    *(("dequantized", count) for count in COUNTS),
-    *(("few", count) for count in (8, 32)),
-    *(("matrix", count) for count in (64, 512, 16, 2048, 32, 256, 128)),
-    *(("quantized", count) for count in COUNTS),
-    ("few", 16),
-    ("few", 64),
-)
-SECONDS = 5.0  # at most
-RESERVED = 1.5  # seconds of them for a kernel that is compiled and checked last
+# Where each way is timed, in this order, as time may end; between two counts its time is a straight line.
+TIMED = {
+    "few": (8, 4, 16, 64),
+    "matrix": (64, 8, 32, 16, 128, 256),
+    "dequantized": (512, 64, 2048, 128, 256),
+    "quantized": (64, 8, 512, 4, 32, 128, 2048),
+}
+SECONDS = 5.0  # of timing, at most; kernels are compiled and checked before, as their first use would
 SHAPE = (14336, 4096)  # outputs, inputs: an 8B model's
 COPIES = 2  # in turns, together larger than an H200's cache
 CALLS = 4  # in one evaluation
@@ -64,11 +65,15 @@ class Kind(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """ways: of each of COUNTS; us: what was timed, per way and count, microseconds; seconds: that it took."""
+    """ways: of each of COUNTS; us: what was timed, per way and count, microseconds.
+
+    seconds: that timing took; compiled: seconds before that for compiling and checking kernels.
+    """
 
     ways: list[str]
     us: dict[str, dict[str, float]]
     seconds: float
+    compiled: float
 
     def words(self) -> str:
         """As `few to 8 rows, matrix to 256, then dequantized`."""
@@ -79,7 +84,8 @@ class Choice(NamedTuple):
                 break
             if self.ways[i + 1] != way:
                 parts.append(f"{way} to {count}" + (" rows" if not parts else ""))
-        return f"{', '.join(parts)} (timed in {self.seconds:.1f} s)"
+        took = f"timed in {self.seconds:.1f} s, kernels compiled and checked in {self.compiled:.1f} s"
+        return f"{', '.join(parts)} ({took})"
 
 
 def best(rows: int, layer: Projection, dtype: mx.Dtype, calls: Mapping[str, Call]) -> str:
@@ -133,14 +139,32 @@ def measured(kind: Kind, calls: Mapping[str, Call]) -> Choice:
     began = time.perf_counter()
     print(f"spqt: timing how many rows are multiplied here ({kind.words()}), once", file=sys.stderr)
     layers = [_layer(kind, seed) for seed in range(COPIES)]
+    points = _points(kind.dtype, calls)
+    for way, count in points:
+        mx.eval(calls[way](_rows(kind, count), layers[0]))
+    compiled = time.perf_counter() - began
     us: dict[str, dict[str, float]] = {}
-    for way, count in ORDER:
-        late = time.perf_counter() - began > SECONDS - RESERVED
-        if not late and is_possible(way, count, kind.dtype) and way in calls:
-            x = mx.random.normal((1, count, SHAPE[1]), key=mx.random.key(count)).astype(kind.dtype)
-            us.setdefault(way, {})[str(count)] = _microseconds(calls[way], x, layers)
+    for way, count in points:
+        if time.perf_counter() - began - compiled < SECONDS:
+            us.setdefault(way, {})[str(count)] = _microseconds(calls[way], _rows(kind, count), layers)
     ways = [_fastest(count, kind.dtype, us) for count in COUNTS]
-    return Choice(ways, us, round(time.perf_counter() - began, 1))
+    seconds = time.perf_counter() - began - compiled
+    return Choice(ways, us, round(seconds, 1), round(compiled, 1))
+
+
+def _points(dtype: mx.Dtype, calls: Mapping[str, Call]) -> list[tuple[str, int]]:
+    """What is timed: each way's first count, then each way's second, and so on."""
+    turns = itertools.zip_longest(*([(way, count) for count in counts] for way, counts in TIMED.items()))
+    return [
+        point
+        for turn in turns
+        for point in turn
+        if point is not None and point[0] in calls and is_possible(point[0], point[1], dtype)
+    ]
+
+
+def _rows(kind: Kind, count: int) -> mx.array:
+    return mx.random.normal((1, count, SHAPE[1]), key=mx.random.key(count)).astype(kind.dtype)
 
 
 def is_possible(way: str, rows: int, dtype: mx.Dtype) -> bool:
@@ -160,15 +184,19 @@ def _fastest(rows: int, dtype: mx.Dtype, us: Mapping[str, Mapping[str, float]]) 
 
 
 def _expected(rows: int, times: Mapping[str, float]) -> float:
-    """Microseconds for so many rows: as timed, else in proportion to the next smaller count."""
+    """Microseconds for so many rows: a straight line between the timed counts around.
+
+    Below the smallest as for that; above the largest in proportion.
+    """
     counts = sorted(map(int, times))
-    nearest = max((count for count in counts if count <= rows), default=counts[0])
-    return times[str(nearest)] * max(1.0, rows / nearest)
+    if rows > counts[-1]:
+        return times[str(counts[-1])] * rows / counts[-1]
+    return float(np.interp(rows, counts, [times[str(count)] for count in counts]))
 
 
 def _microseconds(call: Call, x: mx.array, layers: list[problems.Matrix]) -> float:
-    """Of one call, the least of a few evaluations, after one that compiles."""
-    mx.eval(call(x, layers[0]))
+    """Of one call, the least of a few evaluations."""
+    mx.eval(x)
     times: list[float] = []
     while len(times) < REPEATS and (not times or times[-1] < LONG):
         start = time.perf_counter()

@@ -120,14 +120,22 @@ def test_selftest_table_sees_a_wrong_backend(monkeypatch):
     assert not any(row["pass"] for row in selftest.run() if "dense" not in row["kernel"])
 
 
+def test_selftest_is_shared_by_processes_where_kernels_compile_slowly(monkeypatch):
+    alone = [check() for check in selftest._checks()[:3]]
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(selftest.os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(selftest, "_checks", lambda: [None] * 3)  # those of the workers count
+    assert list(selftest.run()) == alone
+
+
 @pytest.mark.parametrize(("old", "new"), [(fault[0], fault[1]) for fault in WRONG_BODIES])
 def test_selftest_table_shows_a_kernel_that_was_given_up(monkeypatch, fresh_trust, old, new):
     monkeypatch.setattr(first_use, "_broken", ["found wrong before"])
     monkeypatch.setattr(launching, "run", run_emulated)
     monkeypatch.setattr(select, "backend", lambda: EMULATED)
     monkeypatch.setattr(selftest, "_cases", lambda: [("one launch", Case((128,), 96))])
-    for rows in ("_reduction_rows", "_more_rows", "_dense_rows"):
-        monkeypatch.setattr(selftest, rows, list)
+    for checks in ("_reduction_checks", "_more_rows_checks", "_dense_checks"):
+        monkeypatch.setattr(selftest, checks, list)
     use(monkeypatch, CUTS["narrow"])
     planted(monkeypatch, old, new)
     (row,) = selftest.run()
@@ -143,13 +151,13 @@ def test_selftest_table_judges_what_reductions_do_besides(monkeypatch, fresh_tru
         )
     monkeypatch.setattr(launching, "run", run_emulated)
     monkeypatch.setattr(select, "backend", lambda: EMULATED)
-    rows = selftest._reduction_rows()
+    rows = [check() for check in selftest._reduction_checks()]
     assert len(rows) == 9
     assert [row["kernel"] for row in rows if not row["pass"]] == (["residual"] * 3 if wrong else [])
 
 
 ROWS_CUT = geometry.RowsGeometry(4, 16, 8, 8, 2, 256, 8, 0, 1000)
-MATRIX_CUT = geometry.MatrixGeometry(16, 32, 64, 2, 4, 1000)
+MATRIX_CUT = geometry.MatrixGeometry(16, 8, 32, 1, 64, 2, 4, 1000)
 
 
 WRONG_ROWS = [
@@ -219,8 +227,9 @@ def test_selftest_table_judges_kernels_for_more_rows(monkeypatch, fresh_trust, w
     monkeypatch.setattr(select, "backend", lambda: EMULATED)
     monkeypatch.setattr(ways, "is_possible", lambda way, count, dtype: count < 32 and dtype == mx.float16)
     monkeypatch.setattr(gpu, "device_class", lambda: "g")
-    monkeypatch.setitem(geometry.MANY_ROWS, 16, (32, 64, 2, 4))
-    rows = selftest._more_rows()
+    monkeypatch.setitem(geometry.MANY_ROWS, 16, (8, 32, 1, 64, 2, 4))
+    rows = [check() for check in selftest._more_rows_checks()]
     assert [row["kernel"] for row in rows[:2]] == ["2 rows, few", "2 rows, stripes, few"]
-    assert len(rows) == 8
+    assert [row["kernel"] for row in rows[6:8]] == ["8 rows, matrix", "8 rows, stripes, matrix"]
+    assert len(rows) == 10
     assert [row["pass"] for row in rows] == [not (wrong and "stripes" in row["kernel"]) for row in rows]

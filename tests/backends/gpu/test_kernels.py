@@ -241,7 +241,9 @@ def test_a_layer_without_threshold_runs_dense(emulated, monkeypatch):
 
 @pytest.mark.parametrize("outputs", [250, 256])
 def test_a_matrix_is_dequantized_as_mlx_multiplies_it(monkeypatch, outputs):
+    """Where our own kernel can't: test_dequantize.py has that."""
     monkeypatch.setattr(ways, "best", lambda *_: "dequantized")
+    monkeypatch.setattr(gpu, "_whole_plan", lambda *_: None)
     (matrix,) = problems.matrices(Case((outputs,), 96, dtype=mx.float32, band=64, bias=True))
     x = mx.random.normal((2, 20, 96), key=mx.random.key(1))
     # Two float32 sums of 96 terms below 1 in size: 96 * 2^-24 * 96 < 1e-3.
@@ -252,6 +254,7 @@ def test_dequantized_matrices_do_not_pile_up(monkeypatch):
     """MLX keeps temporaries for a hundred operations; a prompt dequantizes every matrix of the model."""
     monkeypatch.setattr(ways, "best", lambda *_: "dequantized")
     (matrix,) = problems.matrices(Case((128,), 96, dtype=mx.float32))
+    monkeypatch.setattr(gpu, "_whole_plan", lambda *_: None)
     monkeypatch.setattr(gpu, "MOST_UNFREED", 3 * 128 * 96 * 4)
     gpu._unfreed.clear()
     evaluated = []

@@ -31,9 +31,10 @@ CUTS = {
     "widest": RowsGeometry(2, 32, 256, 1, 2, 256, 8, 0, 170),
 }
 MATRIX_CUTS = {
-    "sixteen": MatrixGeometry(16, 128, 64, 2, 4, 150),
-    "thirty-two": MatrixGeometry(32, 64, 128, 1, 2, 400),
-    "sixty-four": MatrixGeometry(64, 32, 64, 4, 2, 400),
+    "sixteen": MatrixGeometry(16, 8, 128, 1, 64, 2, 4, 150),
+    "thirty-two": MatrixGeometry(32, 16, 64, 2, 128, 1, 2, 400),
+    "eight": MatrixGeometry(8, 32, 128, 4, 256, 1, 2, 400),
+    "sixty-four": MatrixGeometry(64, 8, 32, 1, 64, 4, 2, 400),
 }
 
 
@@ -260,9 +261,15 @@ def test_rule_keeps_within_what_devices_offer(kind, outputs):
         assert memory <= 32768  # bytes of threadgroup memory
         assert cut.stripes(inputs) * cut.stripe >= inputs
         assert cut.tiles(band) * cut.tile >= band
-        many = geometry.choose_matrix(kind, bands, inputs, count)
-        assert many.span % (16 * many.unroll) == 0
-        assert 8 * many.tokens * (many.span // 4 + 4) <= 32768
+        many = geometry.choose_matrix(kind, bands, inputs, count, 4)
+        assert many.span % (16 * many.unroll * many.depth) == 0
+        assert many.stripe % geometry.STEP == 0
+        simdgroups = many.threads // 32
+        assert simdgroups % many.depth == 0
+        added = 4 * 16 * (simdgroups - simdgroups // many.depth) * 32  # four sums of four floats
+        memory = 8 * many.tokens * (many.span // 4 + 4) + added + 4 * simdgroups
+        assert memory * many.blocks <= 227 << 10  # of an SM
+        assert memory <= 48 << 10  # of a threadgroup, without asking CUDA for more
         assert many.stripes(inputs) * many.stripe >= inputs
         assert many.tiles(band) * many.tile >= band
 
