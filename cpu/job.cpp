@@ -27,6 +27,7 @@ struct List {
   int32_t* row_channel;
   uint32_t* active;  // of the first row, or nullptr
   const uint32_t* before;
+  uint32_t* read;  // of all lists of the projection, or nullptr
   int count;
 };
 
@@ -51,6 +52,7 @@ struct Job {
   std::vector<TileOf> tiles;
   std::vector<std::atomic<int>> missing;  // by tile, stripes not yet summed: the last one finishes the tile
   std::vector<Task> tasks;
+  std::vector<std::pair<uint32_t*, const uint32_t*>> read;  // counts of read channels, and what they go on from
 };
 
 namespace {
@@ -108,12 +110,14 @@ void collect(List& list) {
     std::copy_n(list.x + (size_t)k * padded, padded, list.x + (size_t)list.count * padded);
     list.count += needed;
   }
+  if (list.read) *list.read += list.count;
 }
 
 }  // namespace
 
 void run_job(Job& job) {
   job.memory.start();
+  for (auto [read, before] : job.read) *read = before ? *before : 0;
   for (List& list : job.lists) collect(list);
   for (size_t i = 0; i < job.tiles.size(); ++i) job.missing[i] = job.tiles[i].stripes;
   parallel(job.tasks.size(), run_task, &job);
@@ -202,10 +206,15 @@ std::shared_ptr<Job> plan(const std::vector<Shape>& shapes, const Row& x, const 
     const Shape& s = shapes[p];
     for (int part = 0; part < parts; ++part, used += list_room) {
       List list = list_of(s, x, part * padded, padded, in, at);
-      const size_t place = p * x.rows + part * padded;
+      const size_t first = p * counts_of(x.rows), place = first + part * padded;
       if (counts.active) list.active = counts.active + place;
       if (counts.before) list.before = counts.before + place;
+      if (counts.active && padded > 1) list.read = counts.active + first + x.rows;
       job->lists.push_back(list);
+    }
+    if (uint32_t* read = job->lists.back().read) {
+      const size_t place = read - counts.active;
+      job->read.push_back({read, counts.before ? counts.before + place : nullptr});
     }
     for (const Cut& c : cut(s.outputs, in[at + 1].shape(2) * s.group_size, s.group_size, tile_of_rows(padded))) {
       const int first = job->tiles.size();

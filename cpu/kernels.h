@@ -77,13 +77,16 @@ struct Gemm {
   int64_t y_stride;    // elements
 };
 
-// Some rows of a matrix in MLX's own layout, times one prepared x.
+// Some rows of a matrix in MLX's own layout, times some prepared rows of x.
 struct Rows {
   Tile weights;             // of row 0; strides are from row to row; `groups` is not read
   int inputs, first, count;
   const float* prepared;    // as `prepare` left it
   const float* group_sums;  // (inputs / group_size,)
   Output out;               // of row 0
+  int tokens = 1;           // rows of x: 1, 2 or 4
+  size_t stride = 0;        // floats from one's `prepared`, and group_sums, to the next's
+  int64_t y_stride = 0;     // elements
 };
 
 // Floats that `prepare` may fill.
@@ -119,6 +122,7 @@ struct Attend {
   float* y;         // (rows, width)
   int64_t y_stride;
   float *top, *sum;  // (rows,): the largest score, and the sum of exp(score - top)
+  const int32_t* places = nullptr;  // (keys,): which of k and v each key is; nullptr: as they lie. Few rows alone
 };
 constexpr int ATTEND_WIDTH = 256;
 constexpr int ATTEND_KEYS = 64;   // of one panel
@@ -150,7 +154,7 @@ struct Kernels {
   void (*gemm)(const Gemm&, float* work);
   // x in the order in which `rows` unpacks codes, and its sums by group.
   void (*prepare)(const Input&, int bits, int group_size, float* prepared, float* group_sums);
-  // scales: room for one row's, and PADDING more
+  // scales: room for one row's, and PADDING more; the same bits for a row of x beside others as alone
   void (*rows)(const Rows&, float* scales);
   void (*rms_norm)(const Norm&);
   void (*rope)(const Rope&);

@@ -37,7 +37,8 @@ class Step(Protocol):
     """One token through projections of one input: x (..., inputs), one row -> y of each, and counts.
 
     counts: (layers,) uint32, `counted` plus the channels active now. If `counted` is None nothing is counted,
-    and counts may be None too.
+    and counts may be None too. A backend with `fused_rows` takes as many rows, one token of each sequence:
+    (sequences, 1, inputs); counts are then (layers, rows + 1), the last being the channels that were read.
     """
 
     def __call__(
@@ -151,7 +152,8 @@ class Backend:
     """One way to multiply, as it runs here, and what it can: nobody compares its name.
 
     name: metal, cuda, cpu or stock, for reports. reason: why this one, in one line. calls: multiplies.
-    fused: its steps of more than one product, if it has some. count_every: of how many decode steps one is
+    fused: its steps of more than one product, if it has some. fused_rows: how many sequences' tokens its steps
+    take together. count_every: of how many decode steps one is
     counted; where the host is slower than the device, counting each costs speed. traces: steps around
     attention are traced into few launches, so that a fused block pays. native_float32: it also replaces
     MLX's CPU norms, rotary positions and attention, in float32, and reads 16-bit scales as they are.
@@ -164,6 +166,7 @@ class Backend:
     reason: str
     calls: Calls
     fused: FusedCalls | None = None
+    fused_rows: int = 1
     count_every: int = 1
     traces: bool = False
     native_float32: bool = False
