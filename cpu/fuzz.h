@@ -166,6 +166,7 @@ bool sparse_gemv(Random& random);
 bool few_rows(Random& random);
 bool many_rows(Random& random);
 bool one_row(Random& random);
+bool few_tokens(Random& random);
 bool normalized(Random& random);
 bool turned(Random& random);
 bool attention(Random& random);

@@ -133,6 +133,36 @@ bool many_rows(Random& random) {
   return say(right && work.intact(WORK, WORK), w);
 }
 
+// Two or four tokens beside each other, each with the bits that it has alone.
+bool few_tokens(Random& random) {
+  const Packed w(random, 1 + below(random, 40), 1 + below(random, 30));
+  const int tokens = one_of(random, {2, 4}), groups = w.width / w.group_size;
+  const size_t own = prepared_size(w.width), stride = own + groups + below(random, 3);
+  const Array x = random_values(random, any_type(random), (size_t)tokens * w.width, 2);
+  Array prepared(FLOAT32, tokens * stride), scales(FLOAT32, groups + PADDING);
+  for (int t = 0; t < tokens; ++t)
+    kernels().prepare({(const uint8_t*)x.data() + t * w.width * x.size(), x.type, 1, w.width, nullptr, 0}, w.bits,
+                      w.group_size, prepared.floats() + t * stride, prepared.floats() + t * stride + own);
+  const int64_t y_stride = w.rows + below(random, 3);
+  const Type type = any_type(random);
+  Array y(type, (tokens - 1) * y_stride + w.rows), alone(type, y.n);
+  Sums all(w.rows);
+  const auto bias = some_bias(random, w.rows, all, 1);
+  Rows rows{w.tile(), w.width, 0, w.rows, prepared.floats(), prepared.floats() + own, output(y, w.rows, bias), tokens,
+            stride, y_stride};
+  spoil_stack();
+  kernels().rows(rows, scales.floats());
+  rows.tokens = 1;
+  for (int t = 0; t < tokens; ++t) {
+    rows.out.y = (uint8_t*)alone.data() + t * y_stride * alone.size();
+    kernels().rows(rows, scales.floats());
+    rows.prepared += stride;
+    rows.group_sums += stride;
+  }
+  if (y.bytes == alone.bytes && y.intact(w.rows, y_stride) && scales.intact(scales.n, scales.n)) return true;
+  return std::printf("rows: a token's bits depend on others;"), say(false, w);
+}
+
 bool one_row(Random& random) {
   const Packed w(random, 1 + below(random, 40), 1 + below(random, 30));
   const int step = one_of(random, {1, 1, 3}), groups = w.width / w.group_size;

@@ -37,8 +37,8 @@ class Step(Protocol):
     """One token through projections of one input: x (..., inputs), one row -> y of each, and counts.
 
     counts: (layers,) uint32, `counted` plus the channels active now. If `counted` is None nothing is counted,
-    and counts may be None too. A backend with `fused_rows` takes as many rows, one token of each sequence:
-    (sequences, 1, inputs); counts are then (layers, rows + 1), the last being the channels that were read.
+    and counts may be None too. A backend whose `fused_rows` is more than 1 takes up to so many rows; counts are
+    then (layers, rows + 1), the last being the channels that were read.
     """
 
     def __call__(
@@ -152,11 +152,11 @@ class Backend:
     """One way to multiply, as it runs here, and what it can: nobody compares its name.
 
     name: metal, cuda, cpu or stock, for reports. reason: why this one, in one line. calls: multiplies.
-    fused: its steps of more than one product, if it has some. fused_rows: how many sequences' tokens its steps
-    take together. count_every: of how many decode steps one is
-    counted; where the host is slower than the device, counting each costs speed. traces: steps around
-    attention are traced into few launches, so that a fused block pays. native_float32: it also replaces
-    MLX's CPU norms, rotary positions and attention, in float32, and reads 16-bit scales as they are.
+    fused: its steps of more than one product, if it has some. fused_rows: how many rows a step takes.
+    count_every: of how many decode steps one is counted; where the host is slower than the device, counting
+    each costs speed. traces: steps around attention are traced into few launches, so that a fused block pays.
+    native_float32: it also replaces MLX's CPU norms, rotary positions and attention, in float32, and reads
+    16-bit scales as they are.
     sums_in_half: float16 products are added up in float16, so that only float32 can be judged.
     compensate: its kernel for error-compensating rounding, if it has one. many_rows: says how it multiplies
     many rows, a line for each kind of layer; where that is measured, it measures.
