@@ -37,8 +37,8 @@ class Step(Protocol):
     """One token through projections of one input: x (..., inputs), one row -> y of each, and counts.
 
     counts: (layers,) uint32, `counted` plus the channels active now. If `counted` is None nothing is counted,
-    and counts may be None too. A backend whose `fused_rows` is more than 1 takes up to so many rows; counts are
-    then (layers, rows + 1), the last being the channels that were read.
+    and counts may be None too. Where the backend's `fused_rows` is more than 1, a step takes up to so many
+    rows; counts of several are (layers, rows + 1), the last being the channels that were read.
     """
 
     def __call__(

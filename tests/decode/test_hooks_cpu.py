@@ -141,7 +141,7 @@ def test_other_cases_go_to_mlx(tmp_path):
         mx.fast.rms_norm(half, None, 1e-5),
         mx.fast.rms_norm(q, None, 1e-5, stream=mx.cpu),
         mx.fast.rope(half, 64, traditional=False, base=1e4, scale=1.0, offset=0),
-        mx.fast.rope(q, 64, traditional=False, base=1e4, scale=1.0, offset=mx.array([3.0])),
+        mx.fast.rope(q, 64, traditional=False, base=1e4, scale=1.0, offset=mx.array([3], mx.int64)),
         mx.fast.scaled_dot_product_attention(q, q, q, scale=1.0, mask=mx.zeros((3, 3))),
         mx.fast.scaled_dot_product_attention(q, q, q, scale=1.0, sinks=mx.zeros((2,))),
         mx.logsumexp(q, axis=1),
