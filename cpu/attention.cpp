@@ -196,7 +196,7 @@ class TokenAttention : public OnCpu {
   TokenAttention(mx::Stream stream, int heads, int key_heads, float scale, RopeForm form, int place)
       : OnCpu(stream), heads_(heads), key_heads_(key_heads), place_(place), scale_(scale), form_(std::move(form)) {}
 
-  // inputs: q, k, v, keys, values, then the table, or positions and mask; outputs: as q, keys, values
+  // inputs: q, k, v, keys, values, then the table, or padding and mask; outputs: as q, keys, values
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override {
     allocate(outputs[0]);
     // Each output holds the inputs, all but the first of these for nothing: dropped, or no cache could be reused.
@@ -220,11 +220,13 @@ class TokenAttention : public OnCpu {
     job.memory = scratch(stream().index, PARTIALS, (size_t)sequences * heads_ * job.splits * (width + 2));
     Token token{in[0].data<float>(), in[1].data<float>(), in[2].data<float>(), sequences, place_};
     if (inputs.size() == 6) token.table = in[3].data<float>();
-    else token.positions = in[3].data<int32_t>(), token.mask = {in[4].data<bool>(), place_ + 1, place_ + 1, 0};
+    else token.padding = in[3].data<int32_t>(), token.mask = {in[4].data<bool>(), place_ + 1, place_ + 1, 0};
     mx::cpu::get_command_encoder(stream()).dispatch([job, between, token, form = form_]() mutable {
       between.start();
       if (!token.table) {
-        token.table = rope_turns(form, token.positions, token.sequences, 1);
+        std::vector<int32_t> positions(token.sequences);
+        for (int s = 0; s < token.sequences; ++s) positions[s] = token.place - token.padding[s];
+        token.table = rope_turns(form, positions.data(), token.sequences, 1);
         see(job, token.mask, token.sequences);
       }
       join_cache(job, token, form);
@@ -239,7 +241,7 @@ class TokenAttention : public OnCpu {
     const float *q, *k, *v;  // (sequences, heads or key heads, width)
     int sequences, place;    // place: in the cache
     const float* table = nullptr;  // of each sequence
-    const int32_t* positions = nullptr;
+    const int32_t* padding = nullptr;  // of each sequence, before its first token
     Mask mask{};
   };
 
@@ -295,7 +297,7 @@ std::tuple<mx::array, mx::array, mx::array> TokenStep::operator()(
     const mx::array& keys,
     const mx::array& values,
     int place,
-    const std::optional<mx::array>& positions,
+    const std::optional<mx::array>& padding,
     const std::optional<mx::array>& mask) const {
   for (const mx::array& a : {q, k, v, keys, values}) require(a.dtype() == mx::float32, "all must be float32.");
   require(keys.ndim() == 4 && keys.shape() == values.shape() && keys.shape(1) == key_heads_,
@@ -309,15 +311,15 @@ std::tuple<mx::array, mx::array, mx::array> TokenStep::operator()(
   require(k.ndim() > 0 && k.shape(-1) == key_heads_ * width && k.size() == (size_t)sequences * k.shape(-1) &&
               v.shape() == k.shape(),
           "k and v must be of each sequence one row of all key heads.");
-  require(positions.has_value() == mask.has_value() && (positions || sequences == 1),
-          "positions and a mask must be given for several sequences.");
+  require(padding.has_value() == mask.has_value() && (padding || sequences == 1),
+          "padding and a mask must be given for several sequences.");
   Arrays in{q, k, v, keys, values};
-  if (positions) {
-    require(positions->dtype() == mx::int32 && positions->size() == (size_t)sequences,
-            "positions must be int32, one of each sequence.");
+  if (padding) {
+    require(padding->dtype() == mx::int32 && padding->size() == (size_t)sequences,
+            "padding must be int32, one of each sequence.");
     require(mask->dtype() == mx::bool_ && mask->size() == (size_t)sequences * (place + 1),
             "the mask must be bool, of each sequence up to the token.");
-    in.insert(in.end(), {*positions, *mask});
+    in.insert(in.end(), {*padding, *mask});
   } else {
     in.push_back(rope_table(form_, place, 1));
   }

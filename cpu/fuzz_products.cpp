@@ -73,6 +73,39 @@ bool sparse_gemv(Random& random) {
 }
 
 // 2, 4 or 8 rows, each of which needs some of the channels: also the same bits as each alone
+bool collected(Random& random) {
+  const int padded = one_of(random, {2, 4, 8}), rows = 1 + below(random, padded), inputs = 1 + below(random, 100);
+  const size_t stride = inputs + below(random, 5);
+  const Array x = random_values(random, any_type(random), (rows - 1) * stride + inputs, 2);
+  const bool each = below(random, 2), none = below(random, 4) == 0;
+  const Array threshold = random_values(random, FLOAT32, each ? inputs : 1, 2);
+  Array found(FLOAT32, (size_t)inputs * padded);
+  std::vector<int32_t> channel(inputs);
+  std::vector<uint32_t> counts(rows);
+  const Input in{x.data(), x.type, 1, inputs, none ? nullptr : threshold.floats(), each};
+  const int count = kernels().collect_rows(in, stride * x.size(), rows, padded, channel.data(), found.floats(), counts.data());
+  int at = 0;
+  bool right = true;
+  for (int k = 0; k < inputs; ++k) {
+    bool needed = false;
+    std::vector<double> kept(padded);
+    for (int r = 0; r < rows; ++r) {
+      const double value = x[r * stride + k];
+      if (!none && std::fabs(value) < threshold[each ? k : 0]) continue;
+      needed = true;
+      kept[r] = value;
+      --counts[r];
+    }
+    if (!needed) continue;
+    right = right && at < count && channel[at] == k;
+    for (int r = 0; r < padded && right; ++r) right = found[at * padded + r] == kept[r];
+    ++at;
+  }
+  for (uint32_t left : counts) right = right && left == 0;
+  if (right && at == count && found.intact(found.n, found.n)) return true;
+  return std::printf("%s collect_rows: %d rows of %d, %d inputs\n", kernels().name, rows, padded, inputs), false;
+}
+
 bool few_rows(Random& random) {
   const int rows = one_of(random, {2, 4, 8}), widest = tile_of_rows(rows) / 128;
   const Packed w(random, 1 + below(random, 150), 1 + below(random, below(random, 12) ? 12 : widest));

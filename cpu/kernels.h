@@ -146,6 +146,10 @@ struct Kernels {
   const char* name;
   // Lists the active channels; returns their number. channel, x: room for `inputs`.
   int (*collect)(const Input&, int32_t* channel, float* x);
+  // Those that any of some rows needs. in: the first row, in order, the others `row_stride` bytes apart. x: (inputs,
+  // padded), padded 2, 4 or 8: 0 where a row skips the channel or is none; counts: (rows,), what each keeps.
+  int (*collect_rows)(const Input& in, int64_t row_stride, int rows, int padded, int32_t* channel, float* x,
+                      uint32_t* counts);
   // partial: the sums over `Active`, in the kernel's own order; the same bits for a row beside others as alone.
   void (*gemv)(const Tile&, const Active&, float* partial);
   // y from `stripes` partial results that lie partial_size apart; adds them up in the first.

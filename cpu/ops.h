@@ -67,8 +67,9 @@ class TokenStep {
   TokenStep(int heads, int key_heads, float scale, RopeForm form);
 
   // q (..., heads * width), k and v (..., key heads * width), one row of each sequence; keys and values (sequences,
-  // key heads, room, width), of which `place` (below room) are taken; float32. positions (sequences,) int32 and
-  // mask (sequences, ..., place + 1) bool, or of one sequence neither: it began at 0 and sees all. Returns what
+  // key heads, room, width), of which `place` (below room) are taken; float32. padding (sequences,) int32 and
+  // mask (sequences, ..., place + 1) bool, or of one sequence neither: it began at 0 and sees all. The token's
+  // position is place - padding. Returns what
   // attention gives, as q, and the cache with k and v in their place: the same memory, where nobody else holds it.
   std::tuple<mlx::core::array, mlx::core::array, mlx::core::array> operator()(
       const mlx::core::array& q,
@@ -77,7 +78,7 @@ class TokenStep {
       const mlx::core::array& keys,
       const mlx::core::array& values,
       int place,
-      const std::optional<mlx::core::array>& positions,
+      const std::optional<mlx::core::array>& padding,
       const std::optional<mlx::core::array>& mask) const;
 
  private:

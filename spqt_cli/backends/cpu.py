@@ -211,10 +211,11 @@ def attention(  # noqa: PLR0913 - as mx.fast has it
 def prepare_token(heads: int, key_heads: int, scale: float, rope: dict[str, Any]) -> Any:
     """Attention of a token of each sequence to a cache it joins.
 
-    Called with q, k, v, keys, values, place, positions, mask; returns what is attended, keys and values.
+    Called with q, k, v, keys, values, place, padding, mask; returns what is attended, keys and values.
     rope: dims, traditional, base, scale and freqs as for `rope`. q: (..., heads * width); k, v: (...,
     key_heads * width); keys, values: (sequences, key_heads, room, width), `place` of it taken; float32.
-    positions: (sequences,) int32, mask: (sequences, 1, 1, place + 1) bool; neither for one sequence alone.
+    padding: (sequences,) int32, the places before a sequence's first token; mask: (sequences, 1, 1, place +
+    1) bool; neither for one sequence alone.
     """
     if rope["freqs"] is not None:
         mx.eval(rope["freqs"])

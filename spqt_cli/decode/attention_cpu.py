@@ -61,12 +61,13 @@ class CachedAttention:
 
     def attended(self, products: Any, mask: Any, cache: Any) -> mx.array:
         """What the module gives to `o_proj`; keys and values join the cache. products: q, k and v."""
-        offset = cache.offset
-        batched = () if mask is None else (offset, mask)
-        place = offset if mask is None else cache._idx
+        place = cache.offset if mask is None else cache._idx
+        batched = () if mask is None else (cache.left_padding, mask)
         found, cache.keys, cache.values = self._step(*products, cache.keys, cache.values, place, *batched)
-        cache.offset = offset + 1
-        if mask is not None:
+        if mask is None:
+            cache.offset = place + 1
+        else:
             cache._idx = place + 1
+            cache.offset = cache._idx - cache.left_padding  # as offset + 1, but of no step before
         attended: mx.array = found
         return attended
