@@ -82,7 +82,9 @@ def rope(  # noqa: PLR0913 - the settings of mx.fast.rope
 ) -> mx.array:
     """As `mx.fast.rope`; ours for 4-D input, and offsets that are a whole number or one of each sequence."""
     plain = stream is None and x.ndim == 4 and (freqs is None or freqs.dtype == mx.float32)
-    known = isinstance(offset, int) or (offset.dtype == mx.int32 and offset.size == x.shape[0])
+    known = isinstance(offset, int) or (
+        isinstance(offset, mx.array) and offset.dtype == mx.int32 and offset.size == x.shape[0]
+    )
     if plain and known and _ours(x):
         return cpu.rope(x, dims, traditional=traditional, base=base, scale=scale, offset=offset, freqs=freqs)
     form: dict[str, Any] = {"traditional": traditional, "base": base, "scale": scale, "offset": offset}
