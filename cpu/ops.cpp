@@ -53,9 +53,21 @@ class RmsNorm : public Native {
   float eps_;
 };
 
+// What sums over the last axis, or over all, leave of a shape.
+mx::Shape summed(const mx::Shape& shape, bool last, bool keepdims) {
+  mx::Shape left(last ? shape.begin() : shape.end(), last ? shape.end() - 1 : shape.end());
+  if (keepdims) left.resize(shape.size(), 1);
+  return left;
+}
+
 class LogSumExp : public Native {
  public:
-  using Native::Native;
+  LogSumExp(mx::Stream stream, Fallback fallback, bool last, bool keepdims)
+      : Native(stream, std::move(fallback)), last_(last), keepdims_(keepdims) {}
+
+  std::vector<mx::Shape> output_shapes(const Arrays& in) override {
+    return {summed(in[0].shape(), last_, keepdims_)};
+  }
 
   void eval_cpu(const Arrays& in, Arrays& out) override {
     const mx::array x = in_order(in[0], stream());
@@ -80,6 +92,8 @@ class LogSumExp : public Native {
     kernels().sum_exp(job.x + (int64_t)run * job.n, job.n, &largest, &sum);
     job.y[run] = std::isinf(largest) ? largest : largest + std::log(sum);
   }
+
+  bool last_, keepdims_;
 };
 
 struct RopeJob {
@@ -208,18 +222,15 @@ mx::array rms_norm(const mx::array& x, const std::optional<mx::array>& weight, f
   return mx::array(x.shape(), x.dtype(), std::make_shared<RmsNorm>(stream, fallback, eps), std::move(in));
 }
 
-mx::array log_sum_exp(const mx::array& x, const std::vector<int>& shape) {
-  require(x.size() > 0 && x.size() < (1u << 31) && x.dtype() == mx::float32, "x must be float32 and not empty.");
-  const mx::Shape wanted(shape.begin(), shape.end());
-  int64_t runs = 1;
-  for (int n : shape) runs *= n;
-  require(runs > 0 && x.size() % runs == 0, "x is not that many runs.");
+mx::array log_sum_exp(const mx::array& x, bool last, bool keepdims) {
+  require(x.ndim() > 0 && x.size() > 0 && x.size() < (1u << 31) && x.dtype() == mx::float32,
+          "x must be float32 and not empty.");
   auto stream = cpu_stream();
-  auto fallback = [wanted, runs, stream](const Native::Arrays& in) -> Native::Arrays {
-    auto rows = mx::reshape(in[0], {(int)runs, -1}, stream);
-    return {mx::reshape(mx::logsumexp(rows, std::vector<int>{1}, false, stream), wanted, stream)};
+  auto fallback = [last, keepdims, stream](const Native::Arrays& in) -> Native::Arrays {
+    return {last ? mx::logsumexp(in[0], -1, keepdims, stream) : mx::logsumexp(in[0], keepdims, stream)};
   };
-  return mx::array(wanted, mx::float32, std::make_shared<LogSumExp>(stream, fallback), {x});
+  return mx::array(summed(x.shape(), last, keepdims), mx::float32,
+                   std::make_shared<LogSumExp>(stream, fallback, last, keepdims), {x});
 }
 
 mx::array rope(

@@ -14,8 +14,8 @@ namespace spqt {
 // x (..., width) float32, weight (width,) float32 or none
 mlx::core::array rms_norm(const mlx::core::array& x, const std::optional<mlx::core::array>& weight, float eps);
 
-// log(sum(exp(x))), float32, of as many runs of x, in order and equally long, as `shape` has values
-mlx::core::array log_sum_exp(const mlx::core::array& x, const std::vector<int>& shape);
+// log(sum(exp(x))) over the last axis or over all, float32
+mlx::core::array log_sum_exp(const mlx::core::array& x, bool last, bool keepdims);
 
 // x (batch, heads, positions, width) float32; offset: of all, or (batch,) int32; freqs (dims / 2,) float32,
 // evaluated, or none

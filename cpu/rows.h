@@ -108,7 +108,11 @@ static void rows_tile(const Rows& r, float* scales) {
     if (w.type == FLOAT16) scale_row<FLOAT16>(r, first, groups, scales, y);
     if (w.type == BFLOAT16) scale_row<BFLOAT16>(r, first, groups, scales, y);
     dot_row<BITS, GROUP, TOKENS>(w.codes + m * (int64_t)w.code_stride, r.inputs, r.prepared, r.stride, scales, y);
-    for (int t = 0; t < TOKENS; ++t) put_row(r.out, m + t * r.y_stride, 1, y + t);
+    for (int t = 0; t < TOKENS; ++t) {
+      Output out = r.out;
+      out.y = (uint8_t*)r.out.y + t * r.y_stride * (r.out.type == FLOAT32 ? 4 : 2);
+      put_row(out, m, 1, y + t);
+    }
   }
 }
 

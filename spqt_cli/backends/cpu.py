@@ -155,9 +155,9 @@ def rms_norm(x: mx.array, weight: mx.array | None, eps: float) -> mx.array:
     return _native().rms_norm(x, weight, eps)
 
 
-def log_sum_exp(x: mx.array, shape: list[int]) -> mx.array:
-    """log(sum(exp(x))), float32, lazy, of as many runs of x as a result of this shape has values."""
-    return _native().log_sum_exp(x, shape)
+def log_sum_exp(x: mx.array, *, last: bool, keepdims: bool) -> mx.array:
+    """log(sum(exp(x))) over the last axis, or over all; float32, lazy."""
+    return _native().log_sum_exp(x, last, keepdims)
 
 
 def rope(  # noqa: PLR0913 - the settings of mx.fast.rope

@@ -57,6 +57,8 @@ class CachedAttention:
         values: Any = cache.values
         if not masked or keys is None or self.module.get("rope") is not self.rope:
             return False
+        if mask is None and keys.shape[0] != 1:
+            return False
         return place < keys.shape[2] and cpu.takes_token(x, keys, values)
 
     def attended(self, products: Any, mask: Any, cache: Any) -> mx.array:

@@ -118,8 +118,7 @@ def logsumexp(x: mx.array, *args: Any, **kw: Any) -> mx.array:
     others = args or kw.keys() - {"keepdims", "axis"} or axis not in (None, -1)
     if others or not isinstance(x, mx.array) or x.ndim == 0 or not _ours(x):
         return _logsumexp(x, *args, **kw)
-    kept = [1] * x.ndim if axis is None else [*x.shape[:-1], 1]
-    return cpu.log_sum_exp(x, kept if keepdims else kept[:-1] if axis else [])
+    return cpu.log_sum_exp(x, last=axis is not None, keepdims=bool(keepdims))
 
 
 def as_linear(self: nn.QuantizedEmbedding, x: mx.array) -> mx.array:

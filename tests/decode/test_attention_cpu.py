@@ -119,6 +119,15 @@ def test_other_caches_masks_and_rows_take_the_module_s_own_way():
         assert mx.array_equal(ours, theirs).item()
 
 
+def test_several_sequences_in_a_cache_of_one_kind_take_the_module_s_own_way():
+    made, plain, caches = installed(module()), module(), (KVCache(), KVCache())
+    for step in range(3):
+        ours, theirs = (
+            one(row(step, batch=2), None, cache) for one, cache in zip((made, plain), caches, strict=True)
+        )
+        assert mx.array_equal(ours, theirs).item()
+
+
 def test_a_rope_put_in_later_is_used():
     made, plain = installed(module()), module()
     _, kept = run(made, 1)
