@@ -15,6 +15,12 @@ namespace spqt {
 namespace mx = mlx::core;
 namespace {
 
+// The keys that a sequence's one row sees, in the order of their tokens.
+struct Seen {
+  int first = 0, count = 0;
+  std::vector<int32_t> places;  // empty where they lie side by side from `first` on
+};
+
 struct AttentionJob {
   Scratch memory;
   Attend first;  // of the first head
@@ -23,7 +29,29 @@ struct AttentionJob {
   bool causal;
   float* y;
   int tasks;
+  std::vector<Seen> seen;  // by sequence, of one row a head; empty: every key
 };
+
+// What a mask says of some sequences, which is known when the job runs.
+struct Mask {
+  const bool* data;  // (keys,) of each; nullptr: all are seen
+  int64_t stride;    // from one sequence's to the next; 0: one for all
+  int keys, oldest;  // oldest: where the keys' order begins, in a cache that goes round
+};
+
+Seen seen_of(const Mask& mask, int sequence) {
+  const bool* visible = mask.data ? mask.data + sequence * mask.stride : nullptr;
+  Seen seen;
+  for (int i = 0, key = mask.oldest; i < mask.keys; ++i, key = key + 1 == mask.keys ? 0 : key + 1)
+    if (!visible || visible[key]) seen.places.push_back(key);
+  seen.count = seen.places.size();
+  if (!seen.count) return seen;
+  seen.first = seen.places.front();
+  if (seen.places.back() - seen.first == seen.count - 1 &&
+      std::is_sorted(seen.places.begin(), seen.places.end()))
+    seen.places.clear();
+  return seen;
+}
 
 Attend head_of(const AttentionJob& job, int batch, int head) {
   const int key_head = head / (job.heads / job.key_heads);
@@ -57,12 +85,20 @@ void run_rows(void* context, int task) {
 void run_split(void* context, int task) {
   const AttentionJob& job = *static_cast<AttentionJob*>(context);
   const int split = task % job.splits, group = task / job.splits, shared = job.heads / job.key_heads;
-  const int first = split * SPLIT_KEYS;
-  Attend a = head_of(job, group / job.key_heads, group % job.key_heads * shared);
+  const int sequence = group / job.key_heads, first = split * SPLIT_KEYS;
+  Attend a = head_of(job, sequence, group % job.key_heads * shared);
   a.q_stride = job.q_head;
   a.rows = shared;
-  a.k += first * a.k_stride;
-  a.v += first * a.v_stride;
+  int64_t from = first;
+  if (!job.seen.empty()) {
+    const Seen& seen = job.seen[sequence];
+    if (first >= seen.count) return;
+    a.keys = seen.count;
+    a.places = seen.places.empty() ? nullptr : seen.places.data() + first;
+    from = a.places ? 0 : seen.first + first;
+  }
+  a.k += from * a.k_stride;
+  a.v += from * a.v_stride;
   a.visible = a.keys = std::min(SPLIT_KEYS, a.keys - first);
   float* part = job.memory.get() + (int64_t)task * shared * (a.width + 2);
   a.top = part;
@@ -72,16 +108,19 @@ void run_split(void* context, int task) {
   kernels().attend_few(a, thread_work());
 }
 
-// The stretches of one row together, in the order of the keys.
+// The stretches of one row together, in the order of the keys; zeros for a row that sees none.
 void join_splits(const AttentionJob& job, int row) {
   const int shared = job.heads / job.key_heads, width = job.first.width, lane = row % shared;
+  const int keys = job.seen.empty() ? job.first.keys : job.seen[row / job.heads].count;
+  const int splits = (keys + SPLIT_KEYS - 1) / SPLIT_KEYS;
   const float* parts = job.memory.get() + (int64_t)(row / shared) * job.splits * shared * (width + 2);
   const int64_t size = (int64_t)shared * (width + 2);
-  float top = parts[lane], sum = 0;
-  for (int s = 1; s < job.splits; ++s) top = std::max(top, parts[s * size + lane]);
   float* y = job.y + (int64_t)row * width;
   std::fill(y, y + width, 0.0f);
-  for (int s = 0; s < job.splits; ++s) {
+  if (!splits) return;
+  float top = parts[lane], sum = 0;
+  for (int s = 1; s < splits; ++s) top = std::max(top, parts[s * size + lane]);
+  for (int s = 0; s < splits; ++s) {
     const float* part = parts + s * size;
     const float factor = std::exp(part[lane] - top);
     sum += factor * part[shared + lane];
@@ -96,17 +135,29 @@ void run_token(AttentionJob& job) {
   for (int row = 0; row < job.tasks / job.splits * (job.heads / job.key_heads); ++row) join_splits(job, row);
 }
 
+void see(AttentionJob& job, const Mask& mask, int sequences) {
+  for (int i = 0; i < sequences; ++i) job.seen.push_back(seen_of(mask, i));
+}
+
 class Attention : public Native {
  public:
-  Attention(mx::Stream stream, Fallback fallback, float scale, bool causal)
-      : Native(stream, std::move(fallback)), scale_(scale), causal_(causal) {}
+  Attention(mx::Stream stream, Fallback fallback, float scale, bool causal, int oldest)
+      : Native(stream, std::move(fallback)), scale_(scale), causal_(causal), oldest_(oldest) {}
 
+  // inputs: q, k, v, and of one row a head maybe a mask
   void eval_cpu(const Arrays& in, Arrays& out) override {
     allocate(out[0]);
-    mx::cpu::get_command_encoder(stream()).dispatch([job = plan(in, out[0])]() {
-      auto* context = const_cast<AttentionJob*>(&job);
-      if (job.rows > 1) return parallel(job.tasks, run_rows, context);
-      run_token(*context);
+    const int sequences = in[0].shape(0), keys = in[1].shape(2);
+    std::optional<Mask> mask;
+    if (oldest_) mask = {nullptr, 0, keys, oldest_};
+    if (in.size() > 3) {
+      const mx::array visible = in_order(in[3], stream());
+      mask = {visible.data<bool>(), visible.size() == (size_t)keys ? 0 : keys, keys, oldest_};
+    }
+    mx::cpu::get_command_encoder(stream()).dispatch([job = plan(in, out[0]), mask, sequences]() mutable {
+      if (job.rows > 1) return parallel(job.tasks, run_rows, &job);
+      if (mask) see(job, *mask, sequences);
+      run_token(job);
     });
   }
 
@@ -136,16 +187,16 @@ class Attention : public Native {
 
   float scale_;
   bool causal_;
+  int oldest_;
 };
 
-// One token: rotary positions, its keys and values into the cache, then attention.
+// One token of each sequence: rotary positions, its keys and values into the cache, then attention.
 class TokenAttention : public OnCpu {
  public:
-  TokenAttention(mx::Stream stream, int heads, int key_heads, float scale, int offset, int half, bool traditional)
-      : OnCpu(stream), heads_(heads), key_heads_(key_heads), offset_(offset), half_(half), scale_(scale),
-        traditional_(traditional) {}
+  TokenAttention(mx::Stream stream, int heads, int key_heads, float scale, RopeForm form, int place)
+      : OnCpu(stream), heads_(heads), key_heads_(key_heads), place_(place), scale_(scale), form_(std::move(form)) {}
 
-  // inputs: q, k, v, keys, values, the table; outputs: as q, keys, values
+  // inputs: q, k, v, keys, values, then the table, or padding and mask; outputs: as q, keys, values
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override {
     allocate(outputs[0]);
     // Each output holds the inputs, all but the first of these for nothing: dropped, or no cache could be reused.
@@ -153,30 +204,47 @@ class TokenAttention : public OnCpu {
       if (&output.inputs() != &inputs && !output.is_tracer()) output.inputs().clear();
     for (int i = 1; i <= 2; ++i) take_over(inputs[2 + i], outputs[i]);
     Arrays in;
-    for (int i : {0, 1, 2, 5}) in.push_back(in_order(inputs[i], stream()));
-    const int width = outputs[1].shape(3), room = outputs[1].shape(2);
-    auto between = scratch(stream().index, BETWEEN, heads_ * width);
+    for (size_t i : {0, 1, 2, 5, 6})
+      if (i < inputs.size()) in.push_back(in_order(inputs[i], stream()));
+    const int sequences = outputs[1].shape(0), room = outputs[1].shape(2), width = outputs[1].shape(3);
+    auto between = scratch(stream().index, BETWEEN, (size_t)sequences * heads_ * width);
     float *turned = between.get(), *keys = outputs[1].data<float>(), *values = outputs[2].data<float>();
     AttentionJob job{};
-    job.first = {turned, keys, values, width, width, width, 0, offset_ + 1, width, scale_, 0, 0, nullptr, 0, nullptr, nullptr};
+    job.first = {turned, keys, values, width, width, width, 0, place_ + 1, width, scale_, 0, 0, nullptr, 0, nullptr, nullptr};
     job.q_head = width, job.k_head = job.v_head = (int64_t)room * width;
+    job.q_batch = heads_ * job.q_head, job.k_batch = job.v_batch = key_heads_ * job.k_head;
     job.heads = heads_, job.key_heads = key_heads_, job.rows = 1;
-    job.splits = (offset_ + SPLIT_KEYS) / SPLIT_KEYS;
-    job.tasks = key_heads_ * job.splits;
+    job.splits = (place_ + SPLIT_KEYS) / SPLIT_KEYS;
+    job.tasks = sequences * key_heads_ * job.splits;
     job.y = outputs[0].data<float>();
-    job.memory = scratch(stream().index, PARTIALS, (size_t)heads_ * job.splits * (width + 2));
-    const Rope rope{in[0].data<float>(), turned, 0, 0, in[3].data<float>(), 1, half_, width, traditional_};
-    mx::cpu::get_command_encoder(stream()).dispatch(
-        [job, between, rope, k = in[1].data<float>(), v = in[2].data<float>(), offset = offset_]() mutable {
-          between.start();
-          join_cache(job, rope, k, v, offset);
-          run_token(job);
-        });
+    job.memory = scratch(stream().index, PARTIALS, (size_t)sequences * heads_ * job.splits * (width + 2));
+    Token token{in[0].data<float>(), in[1].data<float>(), in[2].data<float>(), sequences, place_};
+    if (inputs.size() == 6) token.table = in[3].data<float>();
+    else token.padding = in[3].data<int32_t>(), token.mask = {in[4].data<bool>(), place_ + 1, place_ + 1, 0};
+    mx::cpu::get_command_encoder(stream()).dispatch([job, between, token, form = form_]() mutable {
+      between.start();
+      if (!token.table) {
+        std::vector<int32_t> positions(token.sequences);
+        for (int s = 0; s < token.sequences; ++s) positions[s] = token.place - token.padding[s];
+        token.table = rope_turns(form, positions.data(), token.sequences, 1);
+        see(job, token.mask, token.sequences);
+      }
+      join_cache(job, token, form);
+      run_token(job);
+    });
   }
 
   const char* name() const override { return "SpqtTokenAttention"; }
 
  private:
+  struct Token {
+    const float *q, *k, *v;  // (sequences, heads or key heads, width)
+    int sequences, place;    // place: in the cache
+    const float* table = nullptr;  // of each sequence
+    const int32_t* padding = nullptr;  // of each sequence, before its first token
+    Mask mask{};
+  };
+
   // `out` with the values of `in`: its memory where nobody else needs it
   void take_over(const mx::array& in, mx::array& out) {
     // The step before holds its cache until it has run, which it will have before this one does.
@@ -192,22 +260,27 @@ class TokenAttention : public OnCpu {
         [from = from.data<float>(), to = out.data<float>(), n = out.size()]() { std::copy(from, from + n, to); });
   }
 
-  // the token's queries, turned, and its keys, turned, and values in their places
-  static void join_cache(const AttentionJob& job, Rope rope, const float* k, const float* v, int offset) {
-    const int width = job.first.width;
-    for (int head = 0; head < job.heads; ++head, rope.x += width, rope.y += width) kernels().rope(rope);
-    const int64_t place = (int64_t)offset * width;
-    for (int head = 0; head < job.key_heads; ++head, k += width, v += width) {
-      rope.x = k;
-      rope.y = const_cast<float*>(job.first.k) + head * job.k_head + place;
-      kernels().rope(rope);
-      std::copy(v, v + width, const_cast<float*>(job.first.v) + head * job.v_head + place);
+  // the tokens' queries, turned, and their keys, turned, and values in their places
+  static void join_cache(const AttentionJob& job, const Token& t, const RopeForm& form) {
+    const int width = job.first.width, half = form.dims / 2;
+    for (int s = 0; s < t.sequences; ++s) {
+      Rope rope{t.q + s * job.q_batch, const_cast<float*>(job.first.q) + s * job.q_batch, 0, 0,
+                t.table + (int64_t)s * 2 * half, 1, half, width, form.traditional};
+      for (int head = 0; head < job.heads; ++head, rope.x += width, rope.y += width) kernels().rope(rope);
+      for (int head = 0; head < job.key_heads; ++head) {
+        const int64_t from = (int64_t)(s * job.key_heads + head) * width;
+        const int64_t to = s * job.k_batch + head * job.k_head + (int64_t)t.place * width;
+        rope.x = t.k + from;
+        rope.y = const_cast<float*>(job.first.k) + to;
+        kernels().rope(rope);
+        std::copy_n(t.v + from, width, const_cast<float*>(job.first.v) + to);
+      }
     }
   }
 
-  int heads_, key_heads_, offset_, half_;
+  int heads_, key_heads_, place_;
   float scale_;
-  bool traditional_;
+  RopeForm form_;
 };
 
 }  // namespace
@@ -223,21 +296,36 @@ std::tuple<mx::array, mx::array, mx::array> TokenStep::operator()(
     const mx::array& v,
     const mx::array& keys,
     const mx::array& values,
-    int offset) const {
+    int place,
+    const std::optional<mx::array>& padding,
+    const std::optional<mx::array>& mask) const {
   for (const mx::array& a : {q, k, v, keys, values}) require(a.dtype() == mx::float32, "all must be float32.");
-  require(keys.ndim() == 4 && keys.shape() == values.shape() && keys.shape(0) == 1 && keys.shape(1) == key_heads_,
-          "keys and values must be (1, key heads, room, width).");
-  const int width = keys.shape(3);
+  require(keys.ndim() == 4 && keys.shape() == values.shape() && keys.shape(1) == key_heads_,
+          "keys and values must be (sequences, key heads, room, width).");
+  const int sequences = keys.shape(0), width = keys.shape(3);
   require(width > 0 && width % 16 == 0 && width <= ATTEND_WIDTH && form_.dims <= width,
           "heads must be a multiple of 16, at most 256 and no narrower than the rotary positions.");
-  require(offset >= 0 && offset < keys.shape(2), "the cache has no room for the token.");
-  require(q.ndim() > 0 && q.size() == (size_t)heads_ * width && q.size() == (size_t)q.shape(-1),
-          "q must be one row of all heads.");
-  require(k.size() == (size_t)key_heads_ * width && v.size() == k.size(), "k and v must be one row of all key heads.");
-  auto native = std::make_shared<TokenAttention>(cpu_stream(), heads_, key_heads_, scale_, offset, form_.dims / 2,
-                                                 form_.traditional);
+  require(place >= 0 && place < keys.shape(2), "the cache has no room for the token.");
+  require(q.ndim() > 0 && q.shape(-1) == heads_ * width && q.size() == (size_t)sequences * q.shape(-1),
+          "q must be of each sequence one row of all heads.");
+  require(k.ndim() > 0 && k.shape(-1) == key_heads_ * width && k.size() == (size_t)sequences * k.shape(-1) &&
+              v.shape() == k.shape(),
+          "k and v must be of each sequence one row of all key heads.");
+  require(padding.has_value() == mask.has_value() && (padding || sequences == 1),
+          "padding and a mask must be given for several sequences.");
+  Arrays in{q, k, v, keys, values};
+  if (padding) {
+    require(padding->dtype() == mx::int32 && padding->size() == (size_t)sequences,
+            "padding must be int32, one of each sequence.");
+    require(mask->dtype() == mx::bool_ && mask->size() == (size_t)sequences * (place + 1),
+            "the mask must be bool, of each sequence up to the token.");
+    in.insert(in.end(), {*padding, *mask});
+  } else {
+    in.push_back(rope_table(form_, place, 1));
+  }
+  auto native = std::make_shared<TokenAttention>(cpu_stream(), heads_, key_heads_, scale_, form_, place);
   auto out = mx::array::make_arrays({q.shape(), keys.shape(), values.shape()}, {mx::float32, mx::float32, mx::float32},
-                                    std::move(native), {q, k, v, keys, values, rope_table(form_, offset, 1)});
+                                    std::move(native), std::move(in));
   return {out[0], out[1], out[2]};
 }
 
@@ -246,7 +334,9 @@ mx::array attention(
     const mx::array& k,
     const mx::array& v,
     float scale,
-    bool causal) {
+    bool causal,
+    const std::optional<mx::array>& mask,
+    int oldest) {
   for (const mx::array& a : {q, k, v})
     require(a.ndim() == 4 && a.size() > 0 && a.dtype() == mx::float32, "q, k, v must be 4-D and float32.");
   const int width = q.shape(3);
@@ -254,14 +344,22 @@ mx::array attention(
           "heads must be equally wide, a multiple of 16 and at most 256.");
   require(k.shape(0) == q.shape(0) && q.shape(1) % k.shape(1) == 0, "the heads of q and k do not fit.");
   require(!causal || k.shape(2) >= q.shape(2), "a causal q can't be longer than k.");
+  const int sequences = q.shape(0), keys = k.shape(2);
+  require(oldest >= 0 && oldest < keys, "the oldest key is not there.");
+  require(!mask || (mask->dtype() == mx::bool_ && q.shape(2) == 1 && !causal && mask->ndim() > 0 &&
+                    mask->shape(-1) == keys && mask->size() % keys == 0 &&
+                    (mask->size() == (size_t)keys || mask->size() == (size_t)sequences * keys)),
+          "a mask must be bool, (keys,) or of each sequence, for one row of each.");
   auto stream = cpu_stream();
   auto fallback = [=](const Native::Arrays& in) -> Native::Arrays {
-    return {mx::fast::scaled_dot_product_attention(in[0], in[1], in[2], scale, causal ? "causal" : "", {}, {}, false,
+    auto given = in.size() > 3 ? std::optional(in[3]) : std::nullopt;
+    return {mx::fast::scaled_dot_product_attention(in[0], in[1], in[2], scale, causal ? "causal" : "", given, {}, false,
                                                    stream)};
   };
-  auto native = std::make_shared<Attention>(stream, fallback, scale, causal && q.shape(2) > 1);
-  return mx::array(q.shape(), q.dtype(), std::move(native),
-                   {q, k, v});
+  auto native = std::make_shared<Attention>(stream, fallback, scale, causal && q.shape(2) > 1, oldest);
+  Native::Arrays in{q, k, v};
+  if (mask) in.push_back(*mask);
+  return mx::array(q.shape(), q.dtype(), std::move(native), std::move(in));
 }
 
 }  // namespace spqt

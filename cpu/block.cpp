@@ -25,8 +25,9 @@ class Head : public OnCpu {
     const Counts counts{outputs.back().data<uint32_t>(), counted_ ? in.back().data<uint32_t>() : nullptr};
     std::vector<Place> y;
     for (size_t p = 1; p <= shapes_.size(); ++p) y.push_back({outputs[p].data<void>(), FLOAT32});
-    const Norm norm{in[0].data<float>(), in[1].data<float>(), outputs[0].data<float>(), 1, in[0].shape(-1), eps_};
-    auto job = plan(shapes_, {norm.y, FLOAT32, 1}, {in, 2}, y, counts, stream());
+    const int rows = rows_of(in[0]).rows;
+    const Norm norm{in[0].data<float>(), in[1].data<float>(), outputs[0].data<float>(), rows, in[0].shape(-1), eps_};
+    auto job = plan(shapes_, {norm.y, FLOAT32, 1, rows}, {in, 2}, y, counts, stream());
     mx::cpu::get_command_encoder(stream()).dispatch([job, norm]() {
       kernels().rms_norm(norm);
       run_job(*job);
@@ -55,26 +56,26 @@ class Tail : public OnCpu {
   // inputs: x, the norm's weight, attended, arrays of out, gate, up and down as SparseGemv's, counts there are
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override {
     const Arrays in = ready(inputs, outputs, 0);
-    const int width = out_[0].outputs, middle = gated_.pair[0].outputs;
-    auto between = scratch(stream().index, BETWEEN, 2 * width + 2 * middle);
-    float *h = between.get(), *normed = h + width;
+    const int width = out_[0].outputs, rows = rows_of(in[0]).rows, size = rows * width;
+    auto between = scratch(stream().index, BETWEEN, 2 * ((size_t)size + (size_t)rows * gated_.pair[0].outputs));
+    float *h = between.get(), *normed = h + size;
     const float* x = in[0].data<float>();
     Counts counts[3];
     size_t at = in.size();
     for (int i = 2; i >= 0; --i)
       counts[i] = {outputs[i + 1].data<uint32_t>(), counted_[i] ? in[--at].data<uint32_t>() : nullptr};
     float* y = outputs[0].data<float>();
-    auto first = plan(out_, row_of(in[2]), {in, 3}, {{h, FLOAT32}}, counts[0], stream());
-    auto second = plan_gated(gated_, {normed, FLOAT32, 1}, {in, after(out_[0], 3)},
-                             {y, normed + width, counts[1], counts[2]}, stream());
-    const Norm norm{h, in[1].data<float>(), normed, 1, width, eps_};
+    auto first = plan(out_, rows_of(in[2]), {in, 3}, {{h, FLOAT32}}, counts[0], stream());
+    auto second = plan_gated(gated_, {normed, FLOAT32, 1, rows}, {in, after(out_[0], 3)},
+                             {y, normed + size, counts[1], counts[2]}, stream());
+    const Norm norm{h, in[1].data<float>(), normed, rows, width, eps_};
     mx::cpu::get_command_encoder(stream()).dispatch([=]() {
       between.start();
       run_job(*first);
-      add_to(h, x, width);
+      add_to(h, x, size);
       kernels().rms_norm(norm);
       run_gated(second);
-      add_to(y, h, width);
+      add_to(y, h, size);
     });
   }
 
@@ -100,15 +101,15 @@ HeadStep::HeadStep(const mx::array& weight, float eps, const std::vector<Project
 }
 
 std::tuple<mx::array, Arrays, mx::array> HeadStep::operator()(const mx::array& x, const Count& counted) const {
-  require_float_row(x, inputs_);
+  const int rows = require_float_rows(x, inputs_);
   std::vector<mx::Shape> shapes(shapes_.size() + 1, x.shape());
   for (size_t p = 0; p < shapes_.size(); ++p) shapes[p + 1].back() = shapes_[p].outputs;
-  shapes.push_back({(int)shapes_.size()});
+  shapes.push_back(counts_shape(shapes_.size(), rows));
   std::vector<mx::Dtype> types(shapes_.size() + 1, mx::float32);
   types.push_back(mx::uint32);
   Arrays in{x};
   in.insert(in.end(), arrays_.begin(), arrays_.end());
-  add_counts(in, counted, shapes_.size());
+  add_counts(in, counted, shapes_.size(), rows);
   auto head = std::make_shared<Head>(cpu_stream(), eps_, shapes_, counted.has_value());
   auto out = mx::array::make_arrays(std::move(shapes), types, std::move(head), std::move(in));
   return {out.front(), Arrays(out.begin() + 1, out.end() - 1), out.back()};
@@ -133,18 +134,18 @@ std::pair<mx::array, Arrays> TailStep::operator()(
     const mx::array& attended,
     const mx::array& x,
     const std::vector<Count>& counted) const {
-  require_float_row(attended, inputs_);
-  require_float_row(x, out_.outputs);
+  const int rows = require_float_rows(x, out_.outputs);
+  require(require_float_rows(attended, inputs_) == rows, "attended and x must have as many rows.");
   require(counted.size() == 3, "three counts must be given.");
   Arrays in{x, arrays_[0], attended};
   in.insert(in.end(), arrays_.begin() + 1, arrays_.end());
   std::vector<bool> given;
   for (int i = 0; i < 3; ++i) {
-    add_counts(in, counted[i], EACH[i]);
+    add_counts(in, counted[i], EACH[i], rows);
     given.push_back(counted[i].has_value());
   }
   auto tail = std::make_shared<Tail>(cpu_stream(), eps_, out_, gated_, std::move(given));
-  auto found = mx::array::make_arrays({x.shape(), {EACH[0]}, {EACH[1]}, {EACH[2]}},
+  auto found = mx::array::make_arrays({x.shape(), counts_shape(EACH[0], rows), counts_shape(EACH[1], rows), counts_shape(EACH[2], rows)},
                                       {mx::float32, mx::uint32, mx::uint32, mx::uint32}, std::move(tail), std::move(in));
   return {found[0], Arrays(found.begin() + 1, found.end())};
 }

@@ -1,4 +1,4 @@
-// A transformer block's two sides of attention, each as one operation, float32.
+// A transformer block's two sides of attention, each as one operation, float32, for 1 to 64 rows.
 #pragma once
 
 #include <optional>

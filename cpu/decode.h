@@ -126,25 +126,27 @@ SPQT_INLINE float top_of(const float* scores, int n) {
 
 constexpr float HIDDEN = -__builtin_inff();
 
+SPQT_INLINE int64_t place_of(const Attend& a, int key) { return a.places ? a.places[key] : key; }
+
 // y[d ...] = sum over keys of weight * value, for N vectors
 template <int N>
 SPQT_INLINE void weigh_values(const Attend& a, const float* weights, int d, float* y) {
   vf sums[N] = {};
   for (int j = 0; j < a.keys; ++j) {
     const vf weight = splat(weights[j]);
-    const float* v = a.v + j * a.v_stride + d;
+    const float* v = a.v + place_of(a, j) * a.v_stride + d;
     for (int i = 0; i < N; ++i) sums[i] += weight * load<vf>(v + i * LANES);
   }
   for (int i = 0; i < N; ++i) store(y + d + i * LANES, sums[i]);
 }
 
-// Few rows, all of which see every key: keys as they lie, one pass for the scores and one for the values.
+// Few rows, all of which see every key: one pass for the scores and one for the values.
 static void attend_few(const Attend& a, float* scores) {
   const int padded = (a.keys + LANES - 1) / LANES * LANES;
   for (int row = 0; row < a.rows; ++row) {
     const float* q = a.q + row * a.q_stride;
     for (int j = 0; j < a.keys; ++j) {
-      const float* k = a.k + j * a.k_stride;
+      const float* k = a.k + place_of(a, j) * a.k_stride;
       vf even = {}, odd = {};
       for (int d = 0; d < a.width; d += 2 * LANES) {
         even += load<vf>(q + d) * load<vf>(k + d);

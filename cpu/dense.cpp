@@ -21,8 +21,9 @@ struct GemmJob {
 
 struct RowJob {
   Scratch memory;
-  Input input;
-  Rows rows;  // of the whole matrix
+  Input input;  // of the first token
+  int64_t x_stride;  // bytes from one token to the next
+  Rows rows;  // of the whole matrix and all tokens
   int rows_per_task, tasks;
 };
 
@@ -36,7 +37,30 @@ void run_rows(void* context, int task) {
   Rows part = job.rows;
   part.first = task * job.rows_per_task;
   part.count = std::min(job.rows_per_task, job.rows.count - part.first);
-  kernels().rows(part, thread_work());
+  for (int left = job.rows.tokens; left > 0; left -= part.tokens) {  // each reads the task's weights, from a cache
+    part.tokens = left >= 4 ? 4 : left >= 2 ? 2 : 1;
+    kernels().rows(part, thread_work());
+    part.prepared += part.tokens * part.stride;
+    part.group_sums += part.tokens * part.stride;
+    part.out.y = static_cast<uint8_t*>(part.out.y) + part.tokens * part.y_stride * (part.out.type == FLOAT32 ? 4 : 2);
+  }
+}
+
+void run_all_rows(RowJob& job) {
+  job.memory.start();
+  Input token = job.input;
+  for (int t = 0; t < job.rows.tokens; ++t) {
+    const size_t at = t * job.rows.stride;
+    kernels().prepare(token, job.rows.weights.bits, job.rows.weights.group_size,
+                      const_cast<float*>(job.rows.prepared) + at, const_cast<float*>(job.rows.group_sums) + at);
+    token.x = static_cast<const uint8_t*>(token.x) + job.x_stride;
+  }
+  parallel(job.tasks, run_rows, &job);
+}
+
+// Whether x is one token, or one of each of some sequences: (sequences, 1, inputs).
+bool is_token_each(const mx::array& x) {
+  return x.size() == (size_t)x.shape(-1) || (x.ndim() == 3 && x.shape(1) == 1);
 }
 
 class Dense : public Native {
@@ -44,7 +68,7 @@ class Dense : public Native {
   Dense(mx::Stream stream, Fallback fallback, int bits, int group_size, bool along_inputs)
       : Native(stream, std::move(fallback)), bits_(bits), group_size_(group_size), along_inputs_(along_inputs) {}
 
-  // inputs: x (float32 unless it is one row and groups lie along it), weight, scales, biases, maybe bias
+  // inputs: x (float32 unless it is tokens by themselves and groups lie along it), weight, scales, biases, maybe bias
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override {
     auto& encoder = mx::cpu::get_command_encoder(stream());
     mx::array& out = outputs[0];
@@ -52,13 +76,8 @@ class Dense : public Native {
     if (out.size() == 0) return;
     Arrays in;
     for (const mx::array& a : inputs) in.push_back(in_order(a, stream()));
-    if (along_inputs_ && in[0].size() == (size_t)in[0].shape(-1)) {
-      encoder.dispatch([job = plan_rows(in, out)]() {
-        job->memory.start();
-        kernels().prepare(job->input, job->rows.weights.bits, job->rows.weights.group_size,
-                          const_cast<float*>(job->rows.prepared), const_cast<float*>(job->rows.group_sums));
-        parallel(job->tasks, run_rows, job.get());
-      });
+    if (along_inputs_ && is_token_each(in[0])) {
+      encoder.dispatch([job = plan_rows(in, out)]() { run_all_rows(*job); });
     } else {
       encoder.dispatch([job = plan_gemm(in, out)]() { parallel(job->tasks.size(), run_gemm, job.get()); });
     }
@@ -103,11 +122,14 @@ class Dense : public Native {
   std::shared_ptr<RowJob> plan_rows(const Arrays& in, mx::array& out) {
     const int inputs = in[0].shape(-1), outputs = out.shape(-1);
     auto job = std::make_shared<RowJob>();
-    job->memory = scratch(stream().index, PARTIALS, prepared_size(inputs) + inputs / group_size_);
+    const int tokens = in[0].size() / inputs;
+    const size_t stride = prepared_size(inputs) + (inputs / group_size_ + PADDING - 1) / PADDING * PADDING;
+    job->memory = scratch(stream().index, PARTIALS, tokens * stride);
     float* prepared = job->memory.get();
-    job->input = {in[0].data<void>(), type_of(in[0]), in[0].strides(-1), inputs, nullptr, 0};
+    job->input = {in[0].data<void>(), type_of(in[0]), 1, inputs, nullptr, 0};
+    job->x_stride = (int64_t)inputs * in[0].itemsize();
     job->rows = {weights(in, 0), inputs, 0, outputs, prepared, prepared + prepared_size(inputs),
-                 output(in, out, 0, 0, outputs)};
+                 output(in, out, 0, 0, outputs), tokens, stride, outputs};
     job->rows_per_task = std::max<int>(1, ROW_TASK_BYTES / job->rows.weights.code_stride);
     job->tasks = (outputs + job->rows_per_task - 1) / job->rows_per_task;
     return job;
@@ -177,8 +199,7 @@ mx::array row_matmul(
   shape.back() = weight.shape(0);
   auto stream = cpu_stream();
   auto dense = std::make_shared<Dense>(stream, row_fallback(bits, group_size, stream), bits, group_size, true);
-  const bool one_row = x.size() == (size_t)x.shape(-1);
-  Native::Arrays in{one_row ? x : mx::astype(x, mx::float32, stream), weight, scales, biases};
+  Native::Arrays in{is_token_each(x) ? x : mx::astype(x, mx::float32, stream), weight, scales, biases};
   if (bias) in.push_back(*bias);
   return mx::array(std::move(shape), x.dtype(), std::move(dense), std::move(in));
 }

@@ -15,8 +15,8 @@ int rounds(unsigned seed, int count) {
   Random random(seed);
   int wrong = 0;
   for (int i = 0; i < count; ++i)
-    for (auto one : {sparse_gemv, few_rows, many_rows, one_row, normalized, turned, attention, gated, sum_of_exponentials,
-                     compensated})
+    for (auto one : {sparse_gemv, collected, few_rows, many_rows, one_row, few_tokens, normalized, turned, attention, gated,
+                     sum_of_exponentials, compensated})
       wrong += !one(random);
   return wrong;
 }

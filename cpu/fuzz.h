@@ -163,9 +163,11 @@ __attribute__((noinline)) inline void spoil_stack() {
 
 // One random case each; false, with a line that says what was wrong.
 bool sparse_gemv(Random& random);
+bool collected(Random& random);
 bool few_rows(Random& random);
 bool many_rows(Random& random);
 bool one_row(Random& random);
+bool few_tokens(Random& random);
 bool normalized(Random& random);
 bool turned(Random& random);
 bool attention(Random& random);

@@ -83,9 +83,12 @@ bool attention(Random& random) {
   const Array k = random_values(random, FLOAT32, (keys - 1) * k_stride + width, 2);
   const Array v = random_values(random, FLOAT32, (keys - 1) * k_stride + width, 2);
   Array y(FLOAT32, (rows - 1) * y_stride + width), top(FLOAT32, rows), sum(FLOAT32, rows), work(FLOAT32, WORK);
+  std::vector<int32_t> places(keys);  // of few rows' keys, which may lie in any order
+  for (int j = 0; j < keys; ++j) std::swap(places[j] = j, places[below(random, j + 1)]);
+  const bool placed = !many && below(random, 2);
   const Attend a{q.floats(), k.floats(), v.floats(), q_stride, k_stride, k_stride, rows, keys, width,
                  1 / std::sqrt((float)width), causal ? keys - rows + 1 : keys, causal, y.floats(), y_stride,
-                 top.floats(), sum.floats()};
+                 top.floats(), sum.floats(), placed ? places.data() : nullptr};
   (many ? kernels().attend_many : kernels().attend_few)(a, work.floats());
   for (int r = 0; r < rows && !many; ++r)
     for (int d = 0; d < width; ++d) a.y[r * y_stride + d] /= a.sum[r];

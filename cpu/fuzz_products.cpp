@@ -73,6 +73,39 @@ bool sparse_gemv(Random& random) {
 }
 
 // 2, 4 or 8 rows, each of which needs some of the channels: also the same bits as each alone
+bool collected(Random& random) {
+  const int padded = one_of(random, {2, 4, 8}), rows = 1 + below(random, padded), inputs = 1 + below(random, 100);
+  const size_t stride = inputs + below(random, 5);
+  const Array x = random_values(random, any_type(random), (rows - 1) * stride + inputs, 2);
+  const bool each = below(random, 2), none = below(random, 4) == 0;
+  const Array threshold = random_values(random, FLOAT32, each ? inputs : 1, 2);
+  Array found(FLOAT32, (size_t)inputs * padded);
+  std::vector<int32_t> channel(inputs);
+  std::vector<uint32_t> counts(rows);
+  const Input in{x.data(), x.type, 1, inputs, none ? nullptr : threshold.floats(), each};
+  const int count = kernels().collect_rows(in, stride * x.size(), rows, padded, channel.data(), found.floats(), counts.data());
+  int at = 0;
+  bool right = true;
+  for (int k = 0; k < inputs; ++k) {
+    bool needed = false;
+    std::vector<double> kept(padded);
+    for (int r = 0; r < rows; ++r) {
+      const double value = x[r * stride + k];
+      if (!none && std::fabs(value) < threshold[each ? k : 0]) continue;
+      needed = true;
+      kept[r] = value;
+      --counts[r];
+    }
+    if (!needed) continue;
+    right = right && at < count && channel[at] == k;
+    for (int r = 0; r < padded && right; ++r) right = found[at * padded + r] == kept[r];
+    ++at;
+  }
+  for (uint32_t left : counts) right = right && left == 0;
+  if (right && at == count && found.intact(found.n, found.n)) return true;
+  return std::printf("%s collect_rows: %d rows of %d, %d inputs\n", kernels().name, rows, padded, inputs), false;
+}
+
 bool few_rows(Random& random) {
   const int rows = one_of(random, {2, 4, 8}), widest = tile_of_rows(rows) / 128;
   const Packed w(random, 1 + below(random, 150), 1 + below(random, below(random, 12) ? 12 : widest));
@@ -131,6 +164,36 @@ bool many_rows(Random& random) {
     }
   const bool right = close(along_inputs ? "gemm of rows" : "gemm", y, want, outputs, y_stride);
   return say(right && work.intact(WORK, WORK), w);
+}
+
+// Two or four tokens beside each other, each with the bits that it has alone.
+bool few_tokens(Random& random) {
+  const Packed w(random, 1 + below(random, 40), 1 + below(random, 30));
+  const int tokens = one_of(random, {2, 4}), groups = w.width / w.group_size;
+  const size_t own = prepared_size(w.width), stride = own + groups + below(random, 3);
+  const Array x = random_values(random, any_type(random), (size_t)tokens * w.width, 2);
+  Array prepared(FLOAT32, tokens * stride), scales(FLOAT32, groups + PADDING);
+  for (int t = 0; t < tokens; ++t)
+    kernels().prepare({(const uint8_t*)x.data() + t * w.width * x.size(), x.type, 1, w.width, nullptr, 0}, w.bits,
+                      w.group_size, prepared.floats() + t * stride, prepared.floats() + t * stride + own);
+  const int64_t y_stride = w.rows + below(random, 3);
+  const Type type = any_type(random);
+  Array y(type, (tokens - 1) * y_stride + w.rows), alone(type, y.n);
+  Sums all(w.rows);
+  const auto bias = some_bias(random, w.rows, all, 1);
+  Rows rows{w.tile(), w.width, 0, w.rows, prepared.floats(), prepared.floats() + own, output(y, w.rows, bias), tokens,
+            stride, y_stride};
+  spoil_stack();
+  kernels().rows(rows, scales.floats());
+  rows.tokens = 1;
+  for (int t = 0; t < tokens; ++t) {
+    rows.out.y = (uint8_t*)alone.data() + t * y_stride * alone.size();
+    kernels().rows(rows, scales.floats());
+    rows.prepared += stride;
+    rows.group_sums += stride;
+  }
+  if (y.bytes == alone.bytes && y.intact(w.rows, y_stride) && scales.intact(scales.n, scales.n)) return true;
+  return std::printf("rows: a token's bits depend on others;"), say(false, w);
 }
 
 bool one_row(Random& random) {

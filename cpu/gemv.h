@@ -280,3 +280,63 @@ static int collect(const Input& in, int32_t* channel, float* x) {
 #endif
   return collect_type<FLOAT32>(in, channel, x);
 }
+
+// A vector of channels at a time: what the rows keep of it, then the channels that any of them needs, one by one.
+template <Type T, int PADDED>
+static int collect_rows_of(const Input& in, int64_t row_stride, int rows, int32_t* channel, float* x,
+                           uint32_t* counts) {
+  const bool each = in.threshold && in.threshold_stride;
+  float kept[PADDED][LANES] = {};
+  int count = 0;
+  auto put = [&](int k, int lanes, const vi& needed) SPQT_LAMBDA {
+    for (int l = 0; l < lanes; ++l) {
+      for (int r = 0; r < PADDED; ++r) x[(int64_t)count * PADDED + r] = kept[r][l];
+      channel[count] = k + l;
+      count += needed[l] != 0;
+    }
+  };
+  vi sums[PADDED] = {};
+  vf limit = splat(in.threshold ? *in.threshold : 0);  // |x| < 0 is never true
+  int k = 0;
+  for (; k + LANES <= in.inputs; k += LANES) {
+    vi needed = {};
+    if (each) limit = load<vf>(in.threshold + k);
+    for (int r = 0; r < rows; ++r) {
+      const vf value = load_as_float<T>((const uint8_t*)in.x + r * row_stride, k);
+      const vi keeps = ~(vi)((vf)((vi)value & 0x7fffffff) < limit);
+      store(kept[r], (vf)((vi)value & keeps));
+      sums[r] -= keeps;
+      needed |= keeps;
+    }
+    put(k, LANES, needed);
+  }
+  vi needed = {};
+  for (int r = 0; r < rows; ++r) {
+    counts[r] = 0;
+    for (int l = 0; l < LANES; ++l) counts[r] += sums[r][l];
+    for (int i = k; i < in.inputs; ++i) {
+      const float value = scalar<T>((const uint8_t*)in.x + r * row_stride, i);
+      const bool keeps = !(__builtin_fabsf(value) < (each ? in.threshold[i] : limit[0]));
+      kept[r][i - k] = keeps ? value : 0;
+      counts[r] += keeps;
+      needed[i - k] |= keeps;
+    }
+  }
+  put(k, in.inputs - k, needed);
+  return count;
+}
+
+template <int PADDED>
+static int collect_padded(const Input& in, int64_t row_stride, int rows, int32_t* channel, float* x,
+                          uint32_t* counts) {
+  if (in.type == FLOAT16) return collect_rows_of<FLOAT16, PADDED>(in, row_stride, rows, channel, x, counts);
+  if (in.type == BFLOAT16) return collect_rows_of<BFLOAT16, PADDED>(in, row_stride, rows, channel, x, counts);
+  return collect_rows_of<FLOAT32, PADDED>(in, row_stride, rows, channel, x, counts);
+}
+
+static int collect_rows(const Input& in, int64_t row_stride, int rows, int padded, int32_t* channel, float* x,
+                        uint32_t* counts) {
+  if (padded == 8) return collect_padded<8>(in, row_stride, rows, channel, x, counts);
+  if (padded == 4) return collect_padded<4>(in, row_stride, rows, channel, x, counts);
+  return collect_padded<2>(in, row_stride, rows, channel, x, counts);
+}

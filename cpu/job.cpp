@@ -23,10 +23,9 @@ struct List {
   int rows, padded;
   int32_t* channel;
   float* x;
-  float* row_x;  // room for one row's own list, where there are several
-  int32_t* row_channel;
   uint32_t* active;  // of the first row, or nullptr
   const uint32_t* before;
+  uint32_t* read;  // of all lists of the projection, or nullptr
   int count;
 };
 
@@ -51,6 +50,7 @@ struct Job {
   std::vector<TileOf> tiles;
   std::vector<std::atomic<int>> missing;  // by tile, stripes not yet summed: the last one finishes the tile
   std::vector<Task> tasks;
+  std::vector<std::pair<uint32_t*, const uint32_t*>> read;  // counts of read channels, and what they go on from
 };
 
 namespace {
@@ -87,33 +87,18 @@ void collect(List& list) {
     if (list.active) *list.active = (list.before ? *list.before : 0) + list.count;
     return;
   }
-  const int inputs = list.input.inputs, padded = list.padded;
-  std::fill_n(list.x, (size_t)inputs * padded, 0.0f);
-  std::fill_n(list.channel, inputs, 0);
-  Input row = list.input;
-  for (int r = 0; r < list.rows; ++r) {
-    const int count = kernels().collect(row, list.row_channel, list.row_x);
-    for (int i = 0; i < count; ++i) {
-      const int k = list.row_channel[i];
-      list.x[(size_t)k * padded + r] = list.row_x[i];
-      list.channel[k] = 1;
-    }
-    if (list.active) list.active[r] = (list.before ? list.before[r] : 0) + count;
-    row.x = static_cast<const uint8_t*>(row.x) + list.row_stride;
-  }
-  list.count = 0;
-  for (int k = 0; k < inputs; ++k) {
-    const bool needed = list.channel[k];
-    list.channel[list.count] = k;
-    std::copy_n(list.x + (size_t)k * padded, padded, list.x + (size_t)list.count * padded);
-    list.count += needed;
-  }
+  uint32_t counts[FEW_ROWS];
+  list.count = kernels().collect_rows(list.input, list.row_stride, list.rows, list.padded, list.channel, list.x, counts);
+  for (int r = 0; r < list.rows && list.active; ++r)
+    list.active[r] = (list.before ? list.before[r] : 0) + counts[r];
+  if (list.read) *list.read += list.count;
 }
 
 }  // namespace
 
 void run_job(Job& job) {
   job.memory.start();
+  for (auto [read, before] : job.read) *read = before ? *before : 0;
   for (List& list : job.lists) collect(list);
   for (size_t i = 0; i < job.tiles.size(); ++i) job.missing[i] = job.tiles[i].stripes;
   parallel(job.tasks.size(), run_task, &job);
@@ -195,17 +180,22 @@ std::shared_ptr<Job> plan(const std::vector<Shape>& shapes, const Row& x, const 
   const Arrays& in = operands.arrays;
   const int padded = padded_to(x.rows), parts = (x.rows + padded - 1) / padded;
   const size_t room = ((size_t)in[operands.at].shape(1) + PADDING - 1) / PADDING * PADDING;  // sums on cache lines
-  const size_t list_room = (1 + padded + (padded > 1 ? 2 : 0)) * room;
+  const size_t list_room = (1 + padded) * room;
   auto job = std::make_shared<Job>();
   size_t used = 0;  // floats: lists first, then partial sums
   for (size_t p = 0, at = operands.at; p < shapes.size(); at = after(shapes[p++], at)) {
     const Shape& s = shapes[p];
     for (int part = 0; part < parts; ++part, used += list_room) {
       List list = list_of(s, x, part * padded, padded, in, at);
-      const size_t place = p * x.rows + part * padded;
+      const size_t first = p * counts_of(x.rows), place = first + part * padded;
       if (counts.active) list.active = counts.active + place;
       if (counts.before) list.before = counts.before + place;
+      if (counts.active && padded > 1) list.read = counts.active + first + x.rows;
       job->lists.push_back(list);
+    }
+    if (uint32_t* read = job->lists.back().read) {
+      const size_t place = read - counts.active;
+      job->read.push_back({read, counts.before ? counts.before + place : nullptr});
     }
     for (const Cut& c : cut(s.outputs, in[at + 1].shape(2) * s.group_size, s.group_size, tile_of_rows(padded))) {
       const int first = job->tiles.size();
@@ -223,8 +213,6 @@ std::shared_ptr<Job> plan(const std::vector<Shape>& shapes, const Row& x, const 
   for (List& list : job->lists) {
     list.channel = reinterpret_cast<int32_t*>(free);
     list.x = free + room;
-    list.row_x = list.x + padded * room;
-    list.row_channel = reinterpret_cast<int32_t*>(list.row_x + room);
     free += list_room;
   }
   for (TileOf& t : job->tiles) {

@@ -12,11 +12,13 @@ namespace spqt {
 
 using Arrays = std::vector<mlx::core::array>;
 
-// Active channels of each projection and row: `active` becomes `before`, or zero, and those of this product.
+// Active channels of each projection: `active` becomes `before`, or zero, and those of this product. Of several
+// rows: those of each, and last the channels whose weights were read, each as often as it was.
 struct Counts {
-  uint32_t* active;  // (projections, rows), or nullptr: nobody asks
+  uint32_t* active;  // counts_of(rows) for each projection, or nullptr: nobody asks
   const uint32_t* before;
 };
+constexpr int counts_of(int rows) { return rows > 1 ? rows + 1 : 1; }
 
 // The values of some tokens: a row's lie `stride` elements apart, one row after another where there are several.
 struct Row {
@@ -28,7 +30,7 @@ struct Row {
 Row row_of(const mlx::core::array& x);
 Row rows_of(const mlx::core::array& x);  // x in order
 
-constexpr int MOST_ROWS = 32;  // for which this product is made
+constexpr int MOST_ROWS = 64;  // for which this product is made
 
 // Arrays in order; from `at` on, of each projection weight, scales, biases and what it has of threshold and bias.
 struct Operands {

@@ -77,13 +77,16 @@ struct Gemm {
   int64_t y_stride;    // elements
 };
 
-// Some rows of a matrix in MLX's own layout, times one prepared x.
+// Some rows of a matrix in MLX's own layout, times some prepared rows of x.
 struct Rows {
   Tile weights;             // of row 0; strides are from row to row; `groups` is not read
   int inputs, first, count;
   const float* prepared;    // as `prepare` left it
   const float* group_sums;  // (inputs / group_size,)
   Output out;               // of row 0
+  int tokens = 1;           // rows of x: 1, 2 or 4
+  size_t stride = 0;        // floats from one's `prepared`, and group_sums, to the next's
+  int64_t y_stride = 0;     // elements
 };
 
 // Floats that `prepare` may fill.
@@ -119,6 +122,7 @@ struct Attend {
   float* y;         // (rows, width)
   int64_t y_stride;
   float *top, *sum;  // (rows,): the largest score, and the sum of exp(score - top)
+  const int32_t* places = nullptr;  // (keys,): which of k and v each key is; nullptr: as they lie. Few rows alone
 };
 constexpr int ATTEND_WIDTH = 256;
 constexpr int ATTEND_KEYS = 64;   // of one panel
@@ -142,6 +146,10 @@ struct Kernels {
   const char* name;
   // Lists the active channels; returns their number. channel, x: room for `inputs`.
   int (*collect)(const Input&, int32_t* channel, float* x);
+  // Those that any of some rows needs. in: the first row, in order, the others `row_stride` bytes apart. x: (inputs,
+  // padded), padded 2, 4 or 8: 0 where a row skips the channel or is none; counts: (rows,), what each keeps.
+  int (*collect_rows)(const Input& in, int64_t row_stride, int rows, int padded, int32_t* channel, float* x,
+                      uint32_t* counts);
   // partial: the sums over `Active`, in the kernel's own order; the same bits for a row beside others as alone.
   void (*gemv)(const Tile&, const Active&, float* partial);
   // y from `stripes` partial results that lie partial_size apart; adds them up in the first.
@@ -150,7 +158,7 @@ struct Kernels {
   void (*gemm)(const Gemm&, float* work);
   // x in the order in which `rows` unpacks codes, and its sums by group.
   void (*prepare)(const Input&, int bits, int group_size, float* prepared, float* group_sums);
-  // scales: room for one row's, and PADDING more
+  // scales: room for one row's, and PADDING more; the same bits for a row of x beside others as alone
   void (*rows)(const Rows&, float* scales);
   void (*rms_norm)(const Norm&);
   void (*rope)(const Rope&);

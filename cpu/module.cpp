@@ -4,6 +4,7 @@
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
+#include <nanobind/stl/variant.h>
 #include <nanobind/stl/vector.h>
 
 #include "block.h"
@@ -48,7 +49,7 @@ NB_MODULE(_cpu, m) {
   m.def("log_sum_exp", &spqt::log_sum_exp);
   m.def("rope", &spqt::rope, nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(),
         nb::arg().none());
-  m.def("attention", &spqt::attention);
+  m.def("attention", &spqt::attention, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg());
   m.def("compensate", &spqt::compensate);
   nb::class_<spqt::TokenStep>(m, "TokenStep")
       .def("__init__",
@@ -58,7 +59,8 @@ NB_MODULE(_cpu, m) {
                                         spqt::rope_form(dims, traditional, base, rope_scale, freqs));
            },
            nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg().none())
-      .def("__call__", &spqt::TokenStep::operator());
+      .def("__call__", &spqt::TokenStep::operator(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
+           nb::arg().none() = nb::none(), nb::arg().none() = nb::none());
   m.def("set_threads", &set_threads);
   m.def("threads", &threads);
   m.def("isas", [] {  // those that this machine can execute, widest first

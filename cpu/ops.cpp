@@ -53,28 +53,54 @@ class RmsNorm : public Native {
   float eps_;
 };
 
+// What sums over the last axis, or over all, leave of a shape.
+mx::Shape summed(const mx::Shape& shape, bool last, bool keepdims) {
+  mx::Shape left(last ? shape.begin() : shape.end(), last ? shape.end() - 1 : shape.end());
+  if (keepdims) left.resize(shape.size(), 1);
+  return left;
+}
+
 class LogSumExp : public Native {
  public:
-  using Native::Native;
+  LogSumExp(mx::Stream stream, Fallback fallback, bool last, bool keepdims)
+      : Native(stream, std::move(fallback)), last_(last), keepdims_(keepdims) {}
+
+  std::vector<mx::Shape> output_shapes(const Arrays& in) override {
+    return {summed(in[0].shape(), last_, keepdims_)};
+  }
 
   void eval_cpu(const Arrays& in, Arrays& out) override {
     const mx::array x = in_order(in[0], stream());
     allocate(out[0]);
     mx::cpu::get_command_encoder(stream()).dispatch(
-        [x = x.data<float>(), n = (int)x.size(), y = out[0].data<float>()]() {
-          float largest, sum;
-          kernels().sum_exp(x, n, &largest, &sum);
-          *y = std::isinf(largest) ? largest : largest + std::log(sum);
-        });
+        [job = Runs{x.data<float>(), out[0].data<float>(), (int)(x.size() / out[0].size())},
+         runs = (int)out[0].size()]() mutable { parallel(runs, run_one, &job); });
   }
 
   const char* name() const override { return "SpqtLogSumExp"; }
+
+ private:
+  struct Runs {
+    const float* x;
+    float* y;
+    int n;
+  };
+
+  static void run_one(void* context, int run) {
+    const Runs& job = *static_cast<Runs*>(context);
+    float largest, sum;
+    kernels().sum_exp(job.x + (int64_t)run * job.n, job.n, &largest, &sum);
+    job.y[run] = std::isinf(largest) ? largest : largest + std::log(sum);
+  }
+
+  bool last_, keepdims_;
 };
 
 struct RopeJob {
   Rope first;  // of the first head
   int64_t batch_stride, head_stride;
   int batch, heads;
+  int64_t table_stride;  // from one sequence's to the next
 };
 
 void run_rope(void* context, int task) {
@@ -82,22 +108,27 @@ void run_rope(void* context, int task) {
   Rope one = job.first;
   one.x += task / job.heads * job.batch_stride + task % job.heads * job.head_stride;
   one.y += (int64_t)task * one.positions * one.width;
+  one.table += task / job.heads * job.table_stride;
   kernels().rope(one);
 }
 
 class RotaryPositions : public Native {
  public:
-  RotaryPositions(mx::Stream stream, Fallback fallback, int half, bool traditional)
-      : Native(stream, std::move(fallback)), half_(half), traditional_(traditional) {}
+  RotaryPositions(mx::Stream stream, Fallback fallback, RopeForm form)
+      : Native(stream, std::move(fallback)), form_(std::move(form)) {}
 
-  // inputs: x with its last axis in order, the table
+  // inputs: x with its last axis in order, then the table, or the offset of each sequence
   void eval_cpu(const Arrays& in, Arrays& out) override {
     const mx::array x = in_order(in[0], stream(), 1);
     allocate(out[0]);
-    RopeJob job{{x.data<float>(), out[0].data<float>(), x.strides(2), x.shape(3), in[1].data<float>(),
-                 x.shape(2), half_, x.shape(3), traditional_},
-                x.strides(0), x.strides(1), x.shape(0), x.shape(1)};
-    mx::cpu::get_command_encoder(stream()).dispatch([job]() mutable {
+    const bool given = in[1].dtype() == mx::float32;
+    const mx::array second = in_order(in[1], stream());
+    RopeJob job{{x.data<float>(), out[0].data<float>(), x.strides(2), x.shape(3),
+                 given ? second.data<float>() : nullptr, x.shape(2), form_.dims / 2, x.shape(3), form_.traditional},
+                x.strides(0), x.strides(1), x.shape(0), x.shape(1), given ? 0 : (int64_t)x.shape(2) * form_.dims};
+    const int32_t* offsets = given ? nullptr : second.data<int32_t>();
+    mx::cpu::get_command_encoder(stream()).dispatch([job, offsets, form = form_]() mutable {
+      if (offsets) job.first.table = rope_turns(form, offsets, job.batch, job.first.positions);
       const int tasks = job.batch * job.heads;
       if ((int64_t)tasks * job.first.positions * job.first.width > TASK_FLOATS)
         return parallel(tasks, run_rope, &job);
@@ -108,9 +139,22 @@ class RotaryPositions : public Native {
   const char* name() const override { return "SpqtRope"; }
 
  private:
-  int half_;
-  bool traditional_;
+  RopeForm form_;
 };
+
+// Cosines and sines of some positions, as rope_table has them. In float32 as MLX computes them.
+void turn(const RopeForm& form, int offset, int positions, float* values) {
+  const int half = form.dims / 2;
+  for (int i = 0; i < half; ++i) {
+    const float frequency =
+        form.freqs.empty() ? (float)std::pow((double)form.base, -(double)i / half) : 1 / form.freqs[i];
+    for (int p = 0; p < positions; ++p) {
+      const float angle = (float)(offset + p) * form.scale * frequency;
+      values[(size_t)p * 2 * half + i] = std::cos(angle);
+      values[(size_t)p * 2 * half + half + i] = std::sin(angle);
+    }
+  }
+}
 
 }  // namespace
 
@@ -130,7 +174,7 @@ RopeForm rope_form(
   return form;
 }
 
-// In float32 as MLX computes them. All layers of a step ask for the same.
+// All layers of a step ask for the same, here and below.
 mx::array rope_table(const RopeForm& form, int offset, int positions) {
   struct Key {
     RopeForm form;
@@ -139,20 +183,29 @@ mx::array rope_table(const RopeForm& form, int offset, int positions) {
   static thread_local Key last{};
   static thread_local std::optional<mx::array> table;
   if (table && offset == last.offset && positions == last.positions && form == last.form) return *table;
-  const int half = form.dims / 2;
-  std::vector<float> values((size_t)positions * 2 * half);
-  for (int i = 0; i < half; ++i) {
-    const float frequency =
-        form.freqs.empty() ? (float)std::pow((double)form.base, -(double)i / half) : 1 / form.freqs[i];
-    for (int p = 0; p < positions; ++p) {
-      const float angle = (float)(offset + p) * form.scale * frequency;
-      values[(size_t)p * 2 * half + i] = std::cos(angle);
-      values[(size_t)p * 2 * half + half + i] = std::sin(angle);
-    }
-  }
-  table = mx::array(values.begin(), {positions, 2 * half}, mx::float32);
+  std::vector<float> values((size_t)positions * form.dims);
+  turn(form, offset, positions, values.data());
+  table = mx::array(values.begin(), {positions, form.dims}, mx::float32);
   last = {form, offset, positions};
   return *table;
+}
+
+const float* rope_turns(const RopeForm& form, const int32_t* offsets, int sequences, int positions) {
+  struct Key {
+    RopeForm form;
+    std::vector<int32_t> offsets;
+    int positions;
+    bool operator==(const Key&) const = default;
+  };
+  static thread_local Key last{};
+  static thread_local std::vector<float> values;
+  Key key{form, {offsets, offsets + sequences}, positions};
+  if (key == last) return values.data();
+  values.resize((size_t)sequences * positions * form.dims);
+  for (int i = 0; i < sequences; ++i)
+    turn(form, offsets[i], positions, values.data() + (size_t)i * positions * form.dims);
+  last = std::move(key);
+  return values.data();
 }
 
 mx::array rms_norm(const mx::array& x, const std::optional<mx::array>& weight, float eps) {
@@ -169,14 +222,15 @@ mx::array rms_norm(const mx::array& x, const std::optional<mx::array>& weight, f
   return mx::array(x.shape(), x.dtype(), std::make_shared<RmsNorm>(stream, fallback, eps), std::move(in));
 }
 
-mx::array log_sum_exp(const mx::array& x, int ndim) {
-  require(x.size() > 0 && x.size() < (1u << 31) && x.dtype() == mx::float32, "x must be float32 and not empty.");
+mx::array log_sum_exp(const mx::array& x, bool last, bool keepdims) {
+  require(x.ndim() > 0 && x.size() > 0 && x.size() < (1u << 31) && x.dtype() == mx::float32,
+          "x must be float32 and not empty.");
   auto stream = cpu_stream();
-  const mx::Shape shape(ndim, 1);
-  auto fallback = [shape, stream](const Native::Arrays& in) -> Native::Arrays {
-    return {mx::reshape(mx::logsumexp(in[0], false, stream), shape, stream)};
+  auto fallback = [last, keepdims, stream](const Native::Arrays& in) -> Native::Arrays {
+    return {last ? mx::logsumexp(in[0], -1, keepdims, stream) : mx::logsumexp(in[0], keepdims, stream)};
   };
-  return mx::array(shape, mx::float32, std::make_shared<LogSumExp>(stream, fallback), {x});
+  return mx::array(summed(x.shape(), last, keepdims), mx::float32,
+                   std::make_shared<LogSumExp>(stream, fallback, last, keepdims), {x});
 }
 
 mx::array rope(
@@ -185,17 +239,24 @@ mx::array rope(
     bool traditional,
     std::optional<float> base,
     float scale,
-    int offset,
+    const std::variant<int, mx::array>& offset,
     const std::optional<mx::array>& freqs) {
   require(x.ndim() == 4 && x.size() > 0 && x.dtype() == mx::float32, "x must be 4-D and float32.");
   const RopeForm form = rope_form(dims, traditional, base, scale, freqs);
   require(dims <= x.shape(3), "dims must be no wider than x.");
   auto stream = cpu_stream();
+  const auto* offsets = std::get_if<mx::array>(&offset);
+  require(!offsets || (offsets->dtype() == mx::int32 && offsets->size() == (size_t)x.shape(0)),
+          "offsets must be int32, one of each sequence.");
   auto fallback = [=](const Native::Arrays& in) -> Native::Arrays {
-    return {mx::fast::rope(in[0], dims, traditional, base, scale, offset, freqs, stream)};
+    auto turned = [&](const auto& from) {
+      return mx::fast::rope(in[0], dims, traditional, base, scale, from, freqs, stream);
+    };
+    return {offsets ? turned(in[1]) : turned(std::get<int>(offset))};
   };
-  auto native = std::make_shared<RotaryPositions>(stream, fallback, dims / 2, traditional);
-  return mx::array(x.shape(), x.dtype(), std::move(native), {x, rope_table(form, offset, x.shape(2))});
+  auto native = std::make_shared<RotaryPositions>(stream, fallback, form);
+  mx::array second = offsets ? *offsets : rope_table(form, std::get<int>(offset), x.shape(2));
+  return mx::array(x.shape(), x.dtype(), std::move(native), {x, std::move(second)});
 }
 
 }  // namespace spqt

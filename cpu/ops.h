@@ -4,6 +4,7 @@
 
 #include <optional>
 #include <tuple>
+#include <variant>
 #include <vector>
 
 #include "mlx/array.h"
@@ -13,17 +14,18 @@ namespace spqt {
 // x (..., width) float32, weight (width,) float32 or none
 mlx::core::array rms_norm(const mlx::core::array& x, const std::optional<mlx::core::array>& weight, float eps);
 
-// log(sum(exp(x))) over all of x, float32; the result has `ndim` axes of 1
-mlx::core::array log_sum_exp(const mlx::core::array& x, int ndim);
+// log(sum(exp(x))) over the last axis or over all, float32
+mlx::core::array log_sum_exp(const mlx::core::array& x, bool last, bool keepdims);
 
-// x (batch, heads, positions, width) float32; freqs (dims / 2,) float32, evaluated, or none
+// x (batch, heads, positions, width) float32; offset: of all, or (batch,) int32; freqs (dims / 2,) float32,
+// evaluated, or none
 mlx::core::array rope(
     const mlx::core::array& x,
     int dims,
     bool traditional,
     std::optional<float> base,
     float scale,
-    int offset,
+    const std::variant<int, mlx::core::array>& offset,
     const std::optional<mlx::core::array>& freqs);
 
 // Rotary positions of one model, as mx.fast.rope's settings. freqs: (dims / 2,) or empty where there is a base.
@@ -43,30 +45,41 @@ RopeForm rope_form(
     const std::optional<mlx::core::array>& freqs);
 // (positions, dims): of each position dims / 2 cosines, then as many sines
 mlx::core::array rope_table(const RopeForm& form, int offset, int positions);
+// The same for several sequences, from the offset of each on: (sequences, positions, dims), the calling thread's
+// until its next call.
+const float* rope_turns(const RopeForm& form, const int32_t* offsets, int sequences, int positions);
 
-// q (batch, heads, rows, width), k and v (batch, key heads, keys, width), float32. Causal, or everything visible.
+// q (batch, heads, rows, width), k and v (batch, key heads, keys, width), float32. Causal, or everything visible, or
+// for one row a head a mask: bool (..., keys), of each sequence or one for all; a row that sees nothing gets zeros.
+// One row takes the keys in their order from `oldest` on, round to the one before it.
 mlx::core::array attention(
     const mlx::core::array& q,
     const mlx::core::array& k,
     const mlx::core::array& v,
     float scale,
-    bool causal);
+    bool causal,
+    const std::optional<mlx::core::array>& mask,
+    int oldest);
 
-// Attention of one token to a cache that it joins, with rotary positions.
+// Attention of one token of each sequence to a cache that it joins, with rotary positions.
 class TokenStep {
  public:
   TokenStep(int heads, int key_heads, float scale, RopeForm form);
 
-  // q (..., heads * width), k and v (..., key heads * width), one row each; keys and values (1, key heads, room,
-  // width), of which `offset` (below room) are taken; float32. Returns what attention gives, as q, and the cache
-  // with k and v in place `offset`: the same memory, where nobody else holds it.
+  // q (..., heads * width), k and v (..., key heads * width), one row of each sequence; keys and values (sequences,
+  // key heads, room, width), of which `place` (below room) are taken; float32. padding (sequences,) int32 and
+  // mask (sequences, ..., place + 1) bool, or of one sequence neither: it began at 0 and sees all. The token's
+  // position is place - padding. Returns what
+  // attention gives, as q, and the cache with k and v in their place: the same memory, where nobody else holds it.
   std::tuple<mlx::core::array, mlx::core::array, mlx::core::array> operator()(
       const mlx::core::array& q,
       const mlx::core::array& k,
       const mlx::core::array& v,
       const mlx::core::array& keys,
       const mlx::core::array& values,
-      int offset) const;
+      int place,
+      const std::optional<mlx::core::array>& padding,
+      const std::optional<mlx::core::array>& mask) const;
 
  private:
   int heads_, key_heads_;

@@ -1,7 +1,8 @@
 // The dense GEMV of MLX's own layout, groups along the inputs: heads, tied embeddings, skipped layers.
 //
 // y[m] = sum over g of scale[m, g] * (codes . x) + bias[m, g] * (sum of x in g). x is laid out once per call
-// in the order in which codes unpack, divided by the lanes' shifts; each row is then one stream of codes.
+// in the order in which codes unpack, divided by the lanes' shifts; each row is then one stream of codes, which
+// serves up to four tokens.
 #pragma once
 
 template <int BITS>
@@ -34,59 +35,67 @@ static void prepare(const Input& in, int bits, int group_size, float* prepared, 
   }
 }
 
-template <int BITS, int GROUP, int PASS, bool WHOLE>
-SPQT_INLINE vf dot_column(const uint8_t* codes, int part, const float* x, const float* scales, int column) {
+// Codes are unpacked once for all tokens, whose x lie `stride` apart.
+template <int BITS, int GROUP, int PASS, bool WHOLE, int TOKENS>
+SPQT_INLINE void dot_column(const uint8_t* codes, int part, const float* x, size_t stride, const float* scales,
+                            int column, vf* totals) {
   using C = Codec<BITS>;
-  vf sums[VECTORS] = {}, scale[VECTORS];  // two sums in turn for lanes of the same groups: shorter chains
+  vf unpacked[VECTORS], scale[VECTORS];
   C::template expand<GROUP>(scales, column, scale);
-  auto add = [&](int v, vf code) SPQT_LAMBDA {
-    sums[v / C::SHARED * C::SHARED + v % 2] += code * load<vf>(x + v * LANES);
-  };
+  auto keep = [&](int v, vf code) SPQT_LAMBDA { unpacked[v] = code; };
   if constexpr (WHOLE)
-    C::template unpack<PASS>(codes, add);
+    C::template unpack<PASS>(codes, keep);
   else
-    C::template unpack_part<PASS>(codes, part, add);
-  vf total = (sums[0] + sums[1]) * scale[0];
-  for (int v = C::SHARED; v < VECTORS; v += C::SHARED) total += (sums[v] + sums[v + 1]) * scale[v];
-  return total;
+    C::template unpack_part<PASS>(codes, part, keep);
+  for (int t = 0; t < TOKENS; ++t) {
+    vf sums[VECTORS] = {};  // two sums in turn for lanes of the same groups: shorter chains
+    for (int v = 0; v < VECTORS; ++v)
+      sums[v / C::SHARED * C::SHARED + v % 2] += unpacked[v] * load<vf>(x + t * stride + v * LANES);
+    vf total = (sums[0] + sums[1]) * scale[0];
+    for (int v = C::SHARED; v < VECTORS; v += C::SHARED) total += (sums[v] + sums[v + 1]) * scale[v];
+    totals[t] += total;
+  }
 }
 
-template <int BITS, int GROUP>
-SPQT_INLINE float dot_row(const uint8_t* codes, int inputs, const float* x, const float* scales) {
+template <int BITS, int GROUP, int TOKENS>
+SPQT_INLINE void dot_row(const uint8_t* codes, int inputs, const float* x, size_t stride, const float* scales,
+                         float* y) {
   using C = Codec<BITS>;
   constexpr int SUMS = VECTORS * LANES;
   const int bytes = inputs / 8 * BITS, columns = bytes / C::COLUMN_BYTES, part = bytes % C::COLUMN_BYTES;
-  vf total = {};
+  vf totals[TOKENS] = {};
   int c = 0;
   for (; c < columns; ++c, codes += C::COLUMN_BYTES, x += C::PASSES * SUMS) {
-    total += dot_column<BITS, GROUP, 0, true>(codes, 0, x, scales, c);
-    if constexpr (C::PASSES == 2) total += dot_column<BITS, GROUP, 1, true>(codes, 0, x + SUMS, scales, c);
+    dot_column<BITS, GROUP, 0, true, TOKENS>(codes, 0, x, stride, scales, c, totals);
+    if constexpr (C::PASSES == 2)
+      dot_column<BITS, GROUP, 1, true, TOKENS>(codes, 0, x + SUMS, stride, scales, c, totals);
   }
   if (part) {
-    total += dot_column<BITS, GROUP, 0, false>(codes, part, x, scales, c);
-    if constexpr (C::PASSES == 2) total += dot_column<BITS, GROUP, 1, false>(codes, part, x + SUMS, scales, c);
+    dot_column<BITS, GROUP, 0, false, TOKENS>(codes, part, x, stride, scales, c, totals);
+    if constexpr (C::PASSES == 2)
+      dot_column<BITS, GROUP, 1, false, TOKENS>(codes, part, x + SUMS, stride, scales, c, totals);
   }
-  return add_lanes(total);
+  for (int t = 0; t < TOKENS; ++t) y[t] += add_lanes(totals[t]);
 }
 
-// sum of bias * group sum over a row, and the row's scales as float
+// sum of bias * group sum over a row, for each token, and the row's scales as float
 template <Type T>
-SPQT_INLINE float scale_row(const Tile& w, int64_t first, int groups, const float* group_sums, float* scales) {
-  vf sum = {};
-  int g = 0;
-  for (; g + LANES <= groups; g += LANES) {
-    store(scales + g, load_as_float<T>(w.scales, first + g));
-    sum += load_as_float<T>(w.biases, first + g) * load<vf>(group_sums + g);
+SPQT_INLINE void scale_row(const Rows& r, int64_t first, int groups, float* scales, float* y) {
+  const Tile& w = r.weights;
+  int whole = 0;
+  for (; whole + LANES <= groups; whole += LANES) store(scales + whole, load_as_float<T>(w.scales, first + whole));
+  for (int g = whole; g < groups; ++g) scales[g] = scalar<T>(w.scales, first + g);
+  for (int t = 0; t < r.tokens; ++t) {
+    const float* group_sums = r.group_sums + t * r.stride;
+    vf sum = {};
+    for (int g = 0; g < whole; g += LANES) sum += load_as_float<T>(w.biases, first + g) * load<vf>(group_sums + g);
+    float rest = 0;
+    for (int g = whole; g < groups; ++g) rest += scalar<T>(w.biases, first + g) * group_sums[g];
+    y[t] = add_lanes(sum) + rest;
   }
-  float rest = 0;
-  for (; g < groups; ++g) {
-    scales[g] = scalar<T>(w.scales, first + g);
-    rest += scalar<T>(w.biases, first + g) * group_sums[g];
-  }
-  return add_lanes(sum) + rest;
 }
 
-template <int BITS, int GROUP>
+template <int BITS, int GROUP, int TOKENS>
 static void rows_tile(const Rows& r, float* scales) {
   const Tile& w = r.weights;
   const int groups = r.inputs / GROUP;
@@ -94,20 +103,31 @@ static void rows_tile(const Rows& r, float* scales) {
   for (int g = groups; g < groups + PADDING; ++g) scales[g] = 0;
   for (int m = r.first; m < r.first + r.count; ++m) {
     const int64_t first = m * (int64_t)w.scale_stride;
-    float y = 0;
-    if (w.type == FLOAT32) y = scale_row<FLOAT32>(w, first, groups, r.group_sums, scales);
-    if (w.type == FLOAT16) y = scale_row<FLOAT16>(w, first, groups, r.group_sums, scales);
-    if (w.type == BFLOAT16) y = scale_row<BFLOAT16>(w, first, groups, r.group_sums, scales);
-    y += dot_row<BITS, GROUP>(w.codes + m * (int64_t)w.code_stride, r.inputs, r.prepared, scales);
-    put_row(r.out, m, 1, &y);
+    float y[TOKENS];
+    if (w.type == FLOAT32) scale_row<FLOAT32>(r, first, groups, scales, y);
+    if (w.type == FLOAT16) scale_row<FLOAT16>(r, first, groups, scales, y);
+    if (w.type == BFLOAT16) scale_row<BFLOAT16>(r, first, groups, scales, y);
+    dot_row<BITS, GROUP, TOKENS>(w.codes + m * (int64_t)w.code_stride, r.inputs, r.prepared, r.stride, scales, y);
+    for (int t = 0; t < TOKENS; ++t) {
+      Output out = r.out;
+      out.y = (uint8_t*)r.out.y + t * r.y_stride * (r.out.type == FLOAT32 ? 4 : 2);
+      put_row(out, m, 1, y + t);
+    }
   }
+}
+
+template <int BITS, int GROUP>
+static void rows_group(const Rows& r, float* scales) {
+  if (r.tokens == 1) rows_tile<BITS, GROUP, 1>(r, scales);
+  if (r.tokens == 2) rows_tile<BITS, GROUP, 2>(r, scales);
+  if (r.tokens == 4) rows_tile<BITS, GROUP, 4>(r, scales);
 }
 
 template <int BITS>
 static void rows_bits(const Rows& r, float* scales) {
-  if (r.weights.group_size == 32) rows_tile<BITS, 32>(r, scales);
-  if (r.weights.group_size == 64) rows_tile<BITS, 64>(r, scales);
-  if (r.weights.group_size == 128) rows_tile<BITS, 128>(r, scales);
+  if (r.weights.group_size == 32) rows_group<BITS, 32>(r, scales);
+  if (r.weights.group_size == 64) rows_group<BITS, 64>(r, scales);
+  if (r.weights.group_size == 128) rows_group<BITS, 128>(r, scales);
 }
 
 static void rows(const Rows& r, float* scales) {

@@ -29,22 +29,25 @@ using Count = std::optional<mlx::core::array>;
 // Checks projections and appends their arrays; returns their shapes.
 std::vector<ProjectionShape> taken(const std::vector<Projection>& projections, int inputs, Arrays& arrays);
 int inputs_of(const std::vector<Projection>& projections);
-void require_row(const mlx::core::array& x, int inputs);
-void require_float_row(const mlx::core::array& x, int inputs);
-// Appends counts of `count` projections, if there are any.
-void add_counts(Arrays& in, const Count& counted, size_t count);
+// Checks x and returns how many rows it has: 1 to MOST_ROWS.
+int require_rows(const mlx::core::array& x, int inputs);
+int require_float_rows(const mlx::core::array& x, int inputs);
+// The shape of the counts of some projections.
+mlx::core::Shape counts_shape(int projections, int rows);
+// Appends counts of that shape, if there are any.
+void add_counts(Arrays& in, const Count& counted, int projections, int rows);
 
-// down(silu(gate) * up) of one float32 row, as jobs that run one after another.
+// down(silu(gate) * up) of float32 rows, as jobs that run one after another.
 struct GatedJob {
   std::shared_ptr<Job> pair, down;
   float *gate, *up;
-  int middle;
+  int middle;  // of all rows
 };
 // As `taken`, of gate and up, then down.
 GatedShape taken_gated(const std::vector<Projection>& pair, const Projection& down, int inputs, Arrays& arrays);
 struct GatedPlaces {
   float* y;
-  float* between;  // 2 * middle floats
+  float* between;  // 2 * middle floats for each row
   Counts pair, down;
 };
 // in: from gate's arrays on

@@ -42,13 +42,14 @@ class GatedGemv : public OnCpu {
 
   // inputs: x, arrays of gate, up and down as SparseGemv's, then the counts there are
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override {
-    const Arrays in = ready(inputs, outputs);
-    auto between = scratch(stream().index, BETWEEN, 2 * shape_.pair[0].outputs);
+    const Arrays in = ready(inputs, outputs, 0);
+    const Row x = rows_of(in[0]);
+    auto between = scratch(stream().index, BETWEEN, (size_t)2 * x.rows * shape_.pair[0].outputs);
     const uint32_t* before = counted_ ? in[in.size() - 1 - counted_down_].data<uint32_t>() : nullptr;
     const uint32_t* before_down = counted_down_ ? in.back().data<uint32_t>() : nullptr;
     const GatedPlaces places{outputs[0].data<float>(), between.get(), {outputs[1].data<uint32_t>(), before},
                              {outputs[2].data<uint32_t>(), before_down}};
-    auto job = plan_gated(shape_, row_of(in[0]), {in, 1}, places, stream());
+    auto job = plan_gated(shape_, x, {in, 1}, places, stream());
     mx::cpu::get_command_encoder(stream()).dispatch([job, between]() {
       between.start();
       run_gated(job);
@@ -73,11 +74,11 @@ Arrays OnCpu::ready(const Arrays& inputs, Arrays& outputs, size_t first) {
 
 GatedJob plan_gated(const GatedShape& shape, const Row& x, const Operands& in, const GatedPlaces& places,
                     mx::Stream stream) {
-  const int middle = shape.pair[0].outputs;
+  const int middle = x.rows * shape.pair[0].outputs;
   float *gate = places.between, *up = gate + middle;
   const size_t of_down = after(shape.pair[1], after(shape.pair[0], in.at));
   auto pair = plan(shape.pair, x, in, {{gate, FLOAT32}, {up, FLOAT32}}, places.pair, stream);
-  auto down = plan({shape.down}, {gate, FLOAT32, 1}, {in.arrays, of_down}, {{places.y, FLOAT32}}, places.down, stream);
+  auto down = plan({shape.down}, {gate, FLOAT32, 1, x.rows}, {in.arrays, of_down}, {{places.y, FLOAT32}}, places.down, stream);
   return {pair, down, gate, up, middle};
 }
 
@@ -110,27 +111,27 @@ int inputs_of(const std::vector<Projection>& projections) {
   return weight.shape(1);
 }
 
-void require_row(const mx::array& x, int inputs) {
-  require(x.ndim() > 0 && is_floating(x), "x must be float32, float16 or bfloat16.");
-  require(x.shape(-1) > 0 && x.size() == (size_t)x.shape(-1), "x must be one row.");
-  require_inputs(x.shape(-1), inputs);
-}
-
 int require_rows(const mx::array& x, int inputs) {
   require(x.ndim() > 0 && is_floating(x), "x must be float32, float16 or bfloat16.");
-  require(x.shape(-1) > 0 && x.size() > 0 && x.size() / x.shape(-1) <= MOST_ROWS, "x must be 1 to 32 rows.");
+  require(x.shape(-1) > 0 && x.size() > 0 && x.size() / x.shape(-1) <= MOST_ROWS, "x must be 1 to 64 rows.");
   require_inputs(x.shape(-1), inputs);
   return x.size() / x.shape(-1);
 }
 
-void require_float_row(const mx::array& x, int inputs) {
-  require_row(x, inputs);
+int require_float_rows(const mx::array& x, int inputs) {
+  const int rows = require_rows(x, inputs);
   require(x.dtype() == mx::float32, "x must be float32.");
+  return rows;
 }
 
-void add_counts(Arrays& in, const Count& counted, size_t count) {
+mx::Shape counts_shape(int projections, int rows) {
+  return rows == 1 ? mx::Shape{projections} : mx::Shape{projections, counts_of(rows)};
+}
+
+void add_counts(Arrays& in, const Count& counted, int projections, int rows) {
   if (!counted) return;
-  require(counted->dtype() == mx::uint32 && counted->size() == count, "counts must be uint32, one a projection.");
+  require(counted->dtype() == mx::uint32 && counted->shape() == counts_shape(projections, rows),
+          "counts must be uint32, of each projection those of its rows.");
   in.push_back(*counted);
 }
 
@@ -140,15 +141,14 @@ SparseStep::SparseStep(const std::vector<Projection>& projections) : inputs_(inp
 
 std::pair<Arrays, mx::array> SparseStep::operator()(const mx::array& x, const std::optional<mx::array>& counted) const {
   const int rows = require_rows(x, inputs_), projections = shapes_.size();
-  require(rows == 1 || !counted, "counts go on for one row alone.");
   std::vector<mx::Shape> shapes(projections, x.shape());
   for (int p = 0; p < projections; ++p) shapes[p].back() = shapes_[p].outputs;
-  shapes.push_back(rows == 1 ? mx::Shape{projections} : mx::Shape{projections, rows});
+  shapes.push_back(counts_shape(projections, rows));
   std::vector<mx::Dtype> types(shapes_.size(), x.dtype());
   types.push_back(mx::uint32);
   Arrays in{x};
   in.insert(in.end(), arrays_.begin(), arrays_.end());
-  add_counts(in, counted, shapes_.size());
+  add_counts(in, counted, projections, rows);
   auto primitive = std::make_shared<SparseGemv>(cpu_stream(), shapes_, counted.has_value());
   auto out = mx::array::make_arrays(std::move(shapes), types, std::move(primitive), std::move(in));
   mx::array active = out.back();
@@ -171,15 +171,15 @@ std::tuple<mx::array, mx::array, mx::array> GatedStep::operator()(
     const mx::array& x,
     const std::optional<mx::array>& counted,
     const std::optional<mx::array>& counted_down) const {
-  require_float_row(x, inputs_);
+  const int rows = require_float_rows(x, inputs_);
   mx::Shape shape = x.shape();
   shape.back() = shape_.down.outputs;
   Arrays in{x};
   in.insert(in.end(), arrays_.begin(), arrays_.end());
-  add_counts(in, counted, 2);
-  add_counts(in, counted_down, 1);
+  add_counts(in, counted, 2, rows);
+  add_counts(in, counted_down, 1, rows);
   auto out = mx::array::make_arrays(
-      {shape, {2}, {1}}, {mx::float32, mx::uint32, mx::uint32},
+      {shape, counts_shape(2, rows), counts_shape(1, rows)}, {mx::float32, mx::uint32, mx::uint32},
       std::make_shared<GatedGemv>(cpu_stream(), shape_, counted.has_value(), counted_down.has_value()),
       std::move(in));
   return {out[0], out[1], out[2]};

@@ -37,9 +37,9 @@ class SparseStep {
  public:
   explicit SparseStep(const std::vector<Projection>& projections);
 
-  // x holds 1 to 32 rows of `inputs` values; counted (projections,) uint32 or none, and then one row.
-  // Returns y per projection, with x's leading axes, and counted plus the active channels of each, (projections,)
-  // for one row, else (projections, rows).
+  // x holds 1 to 64 rows of `inputs` values. Returns y per projection, with x's leading axes, and counted plus
+  // the active channels of each: uint32 (projections,) for one row, else (projections, rows + 1), the last being
+  // the channels whose weights were read. counted: of the same shape, or none.
   std::pair<std::vector<mlx::core::array>, mlx::core::array> operator()(
       const mlx::core::array& x,
       const std::optional<mlx::core::array>& counted) const;
@@ -50,7 +50,7 @@ class SparseStep {
   std::vector<mlx::core::array> arrays_;
 };
 
-// One token through down(silu(gate) * up), float32.
+// Tokens through down(silu(gate) * up), float32.
 class GatedStep {
  public:
   GatedStep(const std::vector<Projection>& pair, const Projection& down);

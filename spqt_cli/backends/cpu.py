@@ -34,7 +34,7 @@ from spqt_cli.errors import BackendError, UsageError
 
 _REINSTALL = "reinstall spqt (`pip install --force-reinstall --no-deps .`)"
 ISAS = ("avx512", "avx2", "baseline")  # as cpu/kernels.h names them
-FEW_ROWS = 32  # MOST_ROWS of cpu/job.h
+FEW_ROWS = 64  # MOST_ROWS of cpu/job.h
 MOST_THREADS = 512  # a typing error of 100,000 would take all that the system has
 _CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
@@ -56,7 +56,9 @@ def find() -> Backend | str | None:
         return reason
     this = sys.modules[__name__]
     calls, fused = cast(Calls, this), cast(FusedCalls, this)
-    return Backend("cpu", reason, calls, fused=fused, native_float32=True, compensate=compensate)
+    return Backend(
+        "cpu", reason, calls, fused=fused, fused_rows=FEW_ROWS, native_float32=True, compensate=compensate
+    )
 
 
 def sparse_gemv(x: mx.array, layers: Sequence[Any]) -> tuple[list[mx.array], mx.array]:
@@ -72,7 +74,8 @@ def sparse_rows(x: mx.array, layers: Sequence[Any]) -> tuple[list[mx.array], mx.
     """As `select.sparse_rows`; a row has the same bits beside others as alone, up to FEW_ROWS of them."""
     if x.size > FEW_ROWS * x.shape[-1]:
         return stock.sparse_rows(x, layers, matmul)
-    return _native().sparse_gemv(x, [_packed(layer, layer.threshold) for layer in layers])
+    outputs, counts = _native().sparse_gemv(x, [_packed(layer, layer.threshold) for layer in layers])
+    return outputs, counts[:, :-1] if counts.ndim > 1 else counts[:, None]
 
 
 def prepare(layers: Sequence[Any]) -> Step:
@@ -113,9 +116,16 @@ def prepare_tail(x: mx.array, tail: Tail) -> TailStep | None:
 
 
 def matmul(x: mx.array, layer: Any) -> mx.array:
-    """x @ W.T + bias, all channels used: x (..., inputs) -> (..., outputs); lazy."""
+    """x @ W.T + bias, all channels used: x (..., inputs) -> (..., outputs); lazy.
+
+    One token of each sequence, x (sequences, 1, inputs), has the bits that it has alone; so have the rows of
+    prompts, but other ones: those are sums in another order.
+    """
     if x.size == x.shape[-1]:
         return _native().sparse_gemv(x, [_packed(layer, None)])[0][0]
+    if is_token_each(x):
+        parts = (x[at : at + FEW_ROWS] for at in range(0, x.shape[0], FEW_ROWS))
+        return _joined([_native().sparse_gemv(part, [_packed(layer, None)])[0][0] for part in parts])
     weight, scales, biases, _, bias, *form = _packed(layer, None)
     return _native().zigzag_matmul(x, weight, scales, biases, bias, *form)
 
@@ -131,14 +141,23 @@ def head_matmul(
     return _native().row_matmul(x, weight, scales, biases, None, bits, group_size)
 
 
+def is_token_each(x: mx.array) -> bool:
+    """Whether x, (sequences, 1, width), is one token of each of some sequences."""
+    return x.ndim == 3 and x.shape[1] == 1
+
+
+def _joined(parts: list[mx.array]) -> mx.array:
+    return parts[0] if len(parts) == 1 else mx.concatenate(parts)
+
+
 def rms_norm(x: mx.array, weight: mx.array | None, eps: float) -> mx.array:
     """x / sqrt(mean(x**2) + eps) * weight over the last axis; float32, lazy."""
     return _native().rms_norm(x, weight, eps)
 
 
-def log_sum_exp(x: mx.array, ndim: int) -> mx.array:
-    """log(sum(exp(x))) over all of x, float32, lazy; the result has `ndim` axes of length 1."""
-    return _native().log_sum_exp(x, ndim)
+def log_sum_exp(x: mx.array, *, last: bool, keepdims: bool) -> mx.array:
+    """log(sum(exp(x))) over the last axis, or over all; float32, lazy."""
+    return _native().log_sum_exp(x, last, keepdims)
 
 
 def rope(  # noqa: PLR0913 - the settings of mx.fast.rope
@@ -148,10 +167,13 @@ def rope(  # noqa: PLR0913 - the settings of mx.fast.rope
     traditional: bool,
     base: float | None,
     scale: float,
-    offset: int,
+    offset: int | mx.array,
     freqs: mx.array | None = None,
 ) -> mx.array:
-    """x (batch, heads, positions, width), float32, rotated as by `mx.fast.rope`; lazy."""
+    """x (batch, heads, positions, width), float32, rotated as by `mx.fast.rope`; lazy.
+
+    offset: of all sequences, or of each: (batch,) int32.
+    """
     if freqs is not None:
         mx.eval(freqs)
     return _native().rope(x, dims, traditional, base, scale, offset, freqs)
@@ -166,19 +188,34 @@ def attends(q: mx.array, k: mx.array, v: mx.array) -> bool:
     return of_k[3] == width and width % 16 == 0 and width <= 256
 
 
-def attention(q: mx.array, k: mx.array, v: mx.array, *, scale: float, causal: bool) -> mx.array:
+def attention(  # noqa: PLR0913 - as mx.fast has it
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    *,
+    scale: float,
+    causal: bool,
+    mask: mx.array | None = None,
+    oldest: int = 0,
+) -> mx.array:
     """softmax(q @ k.T * scale) @ v, float32, lazy; causal: row i sees all but the last rows - 1 - i keys.
 
     q: (batch, heads, rows, width); k, v: (batch, key heads, keys, width), key heads divide heads.
+    mask: for one row a head: bool (batch, 1, 1, keys), or (keys,) for all; a row's result is what it would be
+    if the keys that it sees were all there are, and zeros where it sees none.
+    oldest: of one row a head: the keys lie in a ring, in the order of their tokens from this one on.
     """
-    return _native().attention(q, k, v, scale, causal)
+    return _native().attention(q, k, v, scale, causal, mask, oldest)
 
 
 def prepare_token(heads: int, key_heads: int, scale: float, rope: dict[str, Any]) -> Any:
-    """Attention of one token to a cache it joins: q, k, v, keys, values, offset -> attended, keys, values.
+    """Attention of a token of each sequence to a cache it joins.
 
+    Called with q, k, v, keys, values, place, padding, mask; returns what is attended, keys and values.
     rope: dims, traditional, base, scale and freqs as for `rope`. q: (..., heads * width); k, v: (...,
-    key_heads * width); keys, values: (1, key_heads, room, width), of which `offset` are taken; all float32.
+    key_heads * width); keys, values: (sequences, key_heads, room, width), `place` of it taken; float32.
+    padding: (sequences,) int32, the places before a sequence's first token; mask: (sequences, 1, 1, place +
+    1) bool; neither for one sequence alone.
     """
     if rope["freqs"] is not None:
         mx.eval(rope["freqs"])
@@ -189,8 +226,8 @@ def prepare_token(heads: int, key_heads: int, scale: float, rope: dict[str, Any]
 def takes_token(x: mx.array, keys: mx.array, values: mx.array) -> bool:
     """Whether a step of `prepare_token` covers this x and cache: float32, equal heads of 16 to 256 values."""
     shape = keys.shape
-    even = shape == values.shape and shape[0] == 1 and shape[3] % 16 == 0 and 0 < shape[3] <= 256
-    return even and x.dtype == keys.dtype == values.dtype == mx.float32
+    even = shape == values.shape and shape[3] % 16 == 0 and 0 < shape[3] <= 256
+    return even and x.size == shape[0] * x.shape[-1] and x.dtype == keys.dtype == values.dtype == mx.float32
 
 
 def compensate(

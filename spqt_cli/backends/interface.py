@@ -37,7 +37,8 @@ class Step(Protocol):
     """One token through projections of one input: x (..., inputs), one row -> y of each, and counts.
 
     counts: (layers,) uint32, `counted` plus the channels active now. If `counted` is None nothing is counted,
-    and counts may be None too.
+    and counts may be None too. Where the backend's `fused_rows` is more than 1, a step takes up to so many
+    rows; counts of several are (layers, rows + 1), the last being the channels that were read.
     """
 
     def __call__(
@@ -151,10 +152,11 @@ class Backend:
     """One way to multiply, as it runs here, and what it can: nobody compares its name.
 
     name: metal, cuda, cpu or stock, for reports. reason: why this one, in one line. calls: multiplies.
-    fused: its steps of more than one product, if it has some. count_every: of how many decode steps one is
-    counted; where the host is slower than the device, counting each costs speed. traces: steps around
-    attention are traced into few launches, so that a fused block pays. native_float32: it also replaces
-    MLX's CPU norms, rotary positions and attention, in float32, and reads 16-bit scales as they are.
+    fused: its steps of more than one product, if it has some. fused_rows: how many rows a step takes.
+    count_every: of how many decode steps one is counted; where the host is slower than the device, counting
+    each costs speed. traces: steps around attention are traced into few launches, so that a fused block pays.
+    native_float32: it also replaces MLX's CPU norms, rotary positions and attention, in float32, and reads
+    16-bit scales as they are.
     sums_in_half: float16 products are added up in float16, so that only float32 can be judged.
     compensate: its kernel for error-compensating rounding, if it has one. many_rows: says how it multiplies
     many rows, a line for each kind of layer; where that is measured, it measures.
@@ -164,6 +166,7 @@ class Backend:
     reason: str
     calls: Calls
     fused: FusedCalls | None = None
+    fused_rows: int = 1
     count_every: int = 1
     traces: bool = False
     native_float32: bool = False

@@ -2,29 +2,37 @@
 
 Decode steps are counted, of one row or of many; prompts are not. Counts stay on the device and are added up
 there, so that decoding never waits for them. Where even that costs time, only some of the steps are counted.
+A loop that decodes several requests together says whose rows they are (`rows_of`), and `Counter.shares` tells
+them apart.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import mlx.core as mx
+import numpy as np
 
+Request = int | str
 _counter: "Counter | None" = None
+_rows_of: ContextVar[tuple[Request, ...]] = ContextVar("spqt_rows_of", default=())
 
 
 class Tally:
     """The running counts of groups of layers that run in one call.
 
     groups: each has `layers`, each of those `inputs`. running: what the next step is to count on from, one
-    (layers,) uint32 for each group.
+    uint32 array for each group: (layers,) for steps of one row, else (layers, in_step + 1), whose last is the
+    channels that were read. requests: whose rows they are, if that is known.
     """
 
     EVALUATE_EVERY = 32  # steps: a backend that adds up outside its kernels leaves a lazy sum
     LONGEST = 1 << 15  # rows that one uint32 count takes, for layers of up to 65,536 inputs, and to spare
 
-    def __init__(self, groups: Sequence[Any]) -> None:
-        self.groups = groups
+    def __init__(self, groups: Sequence[Any], in_step: int = 1, requests: tuple[Request, ...] = ()) -> None:
+        self.groups, self.in_step = groups, in_step
+        self.requests = requests if len(requests) == in_step else ()
         self.steps = 0  # that were counted
         self.rows = 0  # of them: tokens
         self.calls = 0  # counted or not
@@ -34,10 +42,12 @@ class Tally:
         self._since: list[Sequence[mx.array]] = []  # one entry: the counts that are still running
 
     def _zeros(self) -> list[mx.array]:
-        return [mx.zeros(len(group.layers), mx.uint32) for group in self.groups]
+        rows = (self.in_step + 1,) if self.in_step > 1 else ()
+        return [mx.zeros((len(group.layers), *rows), mx.uint32) for group in self.groups]
 
-    def keep(self, counted: Sequence[Any], rows: int = 1) -> None:
-        """Take the counts after one more step of so many rows, arrays as in `running`."""
+    def keep(self, counted: Sequence[Any], rows: int | None = None) -> None:
+        """Take the counts after one more step, arrays as in `running`; rows: of it, if not `in_step`."""
+        rows = self.in_step if rows is None else rows
         self.steps += 1
         self.rows += rows
         self._held += rows
@@ -48,13 +58,15 @@ class Tally:
             self._finished.append(counted)
             self.running, self._since, self._held = self._zeros(), [], 0
 
-    def totals(self) -> Iterator[tuple[Any, int]]:
-        """Each layer and the channels that were active, summed over the steps."""
+    def totals(self) -> Iterator[tuple[Any, list[int], int]]:
+        """Each layer, the channels that were active in each row of a step, and those read, over the steps."""
         parts = self._finished + self._since
         for at, group in enumerate(self.groups):
-            lists: list[Any] = [part[at].tolist() for part in parts]
-            for layer, *numbers in zip(group.layers, *lists, strict=True):
-                yield layer, sum(numbers)
+            sums = np.sum([np.array(part[at], np.int64) for part in parts], axis=0, dtype=np.int64)
+            for layer, numbers in zip(
+                group.layers, sums.reshape(len(group.layers), -1).tolist(), strict=True
+            ):
+                yield layer, numbers[: self.in_step], numbers[-1]
 
 
 class One(NamedTuple):
@@ -64,9 +76,9 @@ class One(NamedTuple):
 
 
 class Share(NamedTuple):
-    """What one layer did. active: fraction of its channels, the mean over rows; read: fraction of
-    its weights that was read, the mean over steps: those of one row read what is active, and others, which
-    read what any row needs, are taken to read all.
+    """What one layer did. active: fraction of its channels, the mean over rows; read: fraction of its weights
+    that was read, the mean over steps: what is active in one row, and what any needs of several that are
+    multiplied together. Steps in which that isn't known are taken to read all.
     """
 
     layer: Any
@@ -79,15 +91,19 @@ class Counter:
 
     def __init__(self, every: int = 1) -> None:
         self.every = every
-        self._tallies: dict[int, Tally] = {}
+        self._tallies: dict[Any, Tally] = {}
         self._many: dict[int, Tally] = {}  # of steps of many rows, by layer
         self._steps: dict[int, int] = {}
 
-    def tally(self, groups: Sequence[Any]) -> Tally | None:
-        """The tally of these groups, known by the sequence's identity; None where a step isn't counted."""
-        tally = self._tallies.get(id(groups))
+    def tally(self, groups: Sequence[Any], rows: int = 1) -> Tally | None:
+        """The tally of these groups, known by the sequence's identity, for steps of so many rows.
+
+        None where a step isn't counted.
+        """
+        key = id(groups), rows, _rows_of.get()
+        tally = self._tallies.get(key)
         if tally is None:
-            tally = self._tallies[id(groups)] = Tally(groups)
+            tally = self._tallies[key] = Tally(groups, *key[1:])
         return self._due(tally)
 
     def count_rows(self, layer: Any, active: mx.array) -> None:
@@ -110,15 +126,23 @@ class Counter:
         """The decode steps of a model that were noted: those of requests alone, not of batches."""
         return self._steps.get(id(model), 0)
 
-    def shares(self) -> list[Share]:
-        """What each counted layer did."""
+    def requests(self) -> list[Request]:
+        """The requests whose rows were told apart."""
+        return list(dict.fromkeys(one for tally in self._tallies.values() for one in tally.requests))
+
+    def shares(self, request: Request | None = None) -> list[Share]:
+        """What each counted layer did; for one request: in its rows, the steps being those that it was in."""
         sums: dict[int, tuple[Any, int, int, int, int]] = {}
         for tallies, many in ((self._tallies, False), (self._many, True)):
             for tally in tallies.values():
-                for layer, active in tally.totals():
-                    read = tally.steps * layer.inputs if many else active
+                if request is not None and request not in tally.requests:
+                    continue
+                for layer, rows, read in tally.totals():
+                    active, fed = sum(rows), tally.rows
+                    if request is not None:
+                        active, fed = rows[tally.requests.index(request)], tally.steps
                     _, *before = sums.get(id(layer), (layer, 0, 0, 0, 0))
-                    more = (active, tally.rows, read, tally.steps)
+                    more = (active, fed, tally.steps * layer.inputs if many else read, tally.steps)
                     sums[id(layer)] = layer, *map(sum, zip(before, more, strict=True))
         return [
             Share(layer, active / rows / layer.inputs, read / steps / layer.inputs)
@@ -133,6 +157,16 @@ class Counter:
 def current() -> Counter | None:
     """The counter of the block that this runs in, if there is one."""
     return _counter
+
+
+@contextmanager
+def rows_of(requests: Sequence[Request]) -> Iterator[None]:
+    """The rows of steps in this block are these requests', in their order."""
+    before = _rows_of.set(tuple(requests))
+    try:
+        yield
+    finally:
+        _rows_of.reset(before)
 
 
 @contextmanager

@@ -20,9 +20,9 @@ class CachedAttention:
     """One module's step, for the rotary positions that it had when this was made."""
 
     def __init__(self, module: Any) -> None:
-        from mlx_lm.models.cache import KVCache
+        from mlx_lm.models.cache import BatchKVCache, KVCache
 
-        self.module, self.rope, self.cache_kind = module, module["rope"], KVCache
+        self.module, self.rope, self.kinds = module, module["rope"], (KVCache, BatchKVCache)
         form = recognize.rope(self.rope)
         assert form is not None
         self._step = cpu.prepare_token(module.n_heads, module.n_kv_heads, module.scale, form._asdict())
@@ -31,30 +31,45 @@ class CachedAttention:
         """The same for the copied module; the step holds settings alone."""
         made = object.__new__(CachedAttention)
         made.module, made.rope = copy.deepcopy(self.module, memo), copy.deepcopy(self.rope, memo)
-        made.cache_kind, made._step = self.cache_kind, self._step
+        made.kinds, made._step = self.kinds, self._step
         return made
 
     def __call__(self, x: mx.array, mask: Any = None, cache: Any = None, **others: Any) -> mx.array | None:
-        """The module's result for x, one row; None where the module's own code is to run."""
+        """The module's result for x, one row of each sequence; None where the module's own code is to run."""
         module = self.module
         if others or not self.takes(x, mask, cache):
             return None
         products = module["q_proj"](x), module["k_proj"](x), module["v_proj"](x)
-        y: mx.array = module["o_proj"](self.attended(products, cache))
+        y: mx.array = module["o_proj"](self.attended(products, mask, cache))
         return y
 
     def takes(self, x: mx.array, mask: Any, cache: Any) -> bool:
-        """Whether the step covers a token x with this mask and cache."""
-        if mask is not None or type(cache) is not self.cache_kind or self.module.get("rope") is not self.rope:
+        """Whether the step covers a token x of each sequence with this mask and cache."""
+        alone, batched = self.kinds
+        if type(cache) is alone:
+            place, masked = cache.offset, mask is None
+        elif type(cache) is batched and isinstance(mask, mx.array):
+            place = cache._idx
+            masked = mask.shape == (x.shape[0], 1, 1, place + 1) and mask.dtype == mx.bool_
+        else:
             return False
         keys: Any = cache.keys
         values: Any = cache.values
-        return keys is not None and cache.offset < keys.shape[2] and cpu.takes_token(x, keys, values)
+        if not masked or keys is None or self.module.get("rope") is not self.rope:
+            return False
+        if mask is None and keys.shape[0] != 1:
+            return False
+        return place < keys.shape[2] and cpu.takes_token(x, keys, values)
 
-    def attended(self, products: Any, cache: Any) -> mx.array:
+    def attended(self, products: Any, mask: Any, cache: Any) -> mx.array:
         """What the module gives to `o_proj`; keys and values join the cache. products: q, k and v."""
-        offset = cache.offset
-        found, cache.keys, cache.values = self._step(*products, cache.keys, cache.values, offset)
-        cache.offset = offset + 1
+        place = cache.offset if mask is None else cache._idx
+        batched = () if mask is None else (cache.left_padding, mask)
+        found, cache.keys, cache.values = self._step(*products, cache.keys, cache.values, place, *batched)
+        if mask is None:
+            cache.offset = place + 1
+        else:
+            cache._idx = place + 1
+            cache.offset = cache._idx - cache.left_padding  # as offset + 1, but of no step before
         attended: mx.array = found
         return attended

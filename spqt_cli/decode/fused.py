@@ -1,4 +1,4 @@
-"""Modules whose one-row calls run fused: transformer blocks, and gated feed-forward modules in other blocks.
+"""Modules whose decode steps run fused: transformer blocks, and gated feed-forward modules in other blocks.
 
     block: h = x + attention(norm(x)), y = h + mlp(norm(h));  mlp: down(silu(gate(x)) * up(x))
 
@@ -62,20 +62,23 @@ def install_attention(module: nn.Module) -> None:
 
 
 def _answer_calls(module: nn.Module, attribute: str, step: Callable[..., mx.array | None]) -> None:
-    """Let `step` answer the one-row calls of `module`; where it gives None, the module's own code does.
+    """Let `step` answer the calls of `module` with one row, and those with a row of each of several sequences
+    where the backend's steps take them; where it gives None, the module's own code does.
 
     attribute: under which the module keeps the step.
     """
     object.__setattr__(module, attribute, step)
-    foreign.change_class(module, _asking(attribute), computes_the_same=True)
+    call = _asking(attribute, select.backend().fused_rows)
+    foreign.change_class(module, call, computes_the_same=True)
 
 
 @cache
-def _asking(attribute: str) -> Callable[[Any], Callable[..., Any]]:
+def _asking(attribute: str, most: int) -> Callable[[Any], Callable[..., Any]]:
     def make_call(kind: Any) -> Callable[..., Any]:
         def call(self: Any, x: mx.array, *args: Any, **kwargs: Any) -> Any:
             step = self.__dict__.get(attribute)
-            if step is not None and x.size == x.shape[-1]:
+            one = x.size == x.shape[-1] or (x.ndim == 3 and x.shape[1] == 1 and 0 < x.shape[0] <= most)
+            if step is not None and one:
                 y = step(x, *args, **kwargs)
                 if y is not None:
                     return y
@@ -144,7 +147,7 @@ class FusedMLP:
         return FusedMLP(copy.deepcopy(self.module, memo), self.names)
 
     def __call__(self, x: mx.array, *others: Any, **named: Any) -> mx.array | None:
-        """y for x, one row; None where the module's own code is to run."""
+        """y for x, one row of each sequence; None where the module's own code is to run."""
         if others or named:
             return None
         if (x.dtype, x.ndim) != self._form or not self._sources.unchanged():
@@ -152,7 +155,7 @@ class FusedMLP:
         if self._step is None or (self._skips and not phase.decodes()):
             return None
         counter = active_counts.current() if self._skips else None
-        tally = None if counter is None else counter.tally(self._groups)
+        tally = None if counter is None else counter.tally(self._groups, x.size // x.shape[-1])
         if tally is None:
             return self._step(x, None, None)[0]
         y, *counted = self._step(x, *tally.running)
@@ -199,7 +202,7 @@ class FusedBlock:
         return FusedBlock(copy.deepcopy(self.module, memo))
 
     def __call__(self, x: mx.array, mask: Any = None, cache: Any = None, **others: Any) -> mx.array | None:
-        """y for x, one row; None where the module's own code is to run."""
+        """y for x, one row of each sequence; None where the module's own code is to run."""
         if others:
             return None
         if (x.dtype, x.ndim) != self._form or not self._sources.unchanged():
@@ -210,7 +213,7 @@ class FusedBlock:
         if self._traced is not None and self._traced.takes(x, mask, cache):
             step = self._traced.step
         counter = active_counts.current() if self._skips else None
-        tally = None if counter is None else counter.tally(self._groups)
+        tally = None if counter is None else counter.tally(self._groups, x.size // x.shape[-1])
         if tally is None:
             return step(x, mask, cache, _UNCOUNTED)[0]
         y, counted = step(x, mask, cache, tally.running)
@@ -233,7 +236,7 @@ class FusedBlock:
         assert self._own is not None
         normed, products, count = self._front(x, counted[0])
         if self._cached is not None and self._cached.takes(normed, mask, cache):
-            attended = self._cached.attended(products, cache)
+            attended = self._cached.attended(products, mask, cache)
         else:
             attended = self._own(normed, products, mask, cache)
         y, counts = self._tail(attended, x, counted[1:])

@@ -24,7 +24,7 @@ class Statistics:
 
     Of what was decoded: prompts run dense. sparsity: fraction of Zigzag weights skipped, the mean over tokens
     fed. weight_bytes_per_token: read for each token written, by the draft model too; steps that verify drafts
-    read all weights whatever they skip. dense_weight_bytes_per_token: what the same steps would read dense.
+    read what any of their rows needs. dense_weight_bytes_per_token: what the same steps would read dense.
     draft_sparsity: the draft model's; None without one. fused_blocks: how its transformer blocks ran.
     """
 

@@ -5,6 +5,7 @@ layers.
 Float32 on the CPU device takes our ops where they cover the case; all else goes through to MLX unchanged.
 """
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -21,10 +22,26 @@ _as_linear = nn.QuantizedEmbedding.as_linear
 _quantized_linear = nn.QuantizedLinear.__call__
 
 
+class _Ring(threading.local):
+    """The keys that a rotating cache gave last, until attention takes them, and the place of the oldest."""
+
+    keys: mx.array | None = None
+    oldest = 0
+
+
+_ring = _Ring()
+
+
 def install() -> None:
     """Put our ops behind MLX's names; doing it twice changes nothing. Needs a usable `cpu.status()`."""
+    from mlx_lm.models import cache
+
     for owner, name, ours, _ in _places():
         foreign.replace(owner, name, ours)
+    kinds: tuple[Any, ...] = (cache.RotatingKVCache, cache.BatchRotatingKVCache)
+    for kind in kinds:
+        if kind.update_and_fetch.__module__ != __name__:
+            foreign.replace(kind, "update_and_fetch", _telling(kind.update_and_fetch))
 
 
 def remove() -> None:
@@ -63,9 +80,12 @@ def rope(  # noqa: PLR0913 - the settings of mx.fast.rope
     freqs: mx.array | None = None,
     stream: Any = None,
 ) -> mx.array:
-    """As `mx.fast.rope`; ours for whole-number offsets of 4-D input."""
+    """As `mx.fast.rope`; ours for 4-D input, and offsets that are a whole number or one of each sequence."""
     plain = stream is None and x.ndim == 4 and (freqs is None or freqs.dtype == mx.float32)
-    if plain and isinstance(offset, int) and _ours(x):
+    known = isinstance(offset, int) or (
+        isinstance(offset, mx.array) and offset.dtype == mx.int32 and offset.size == x.shape[0]
+    )
+    if plain and known and _ours(x):
         return cpu.rope(x, dims, traditional=traditional, base=base, scale=scale, offset=offset, freqs=freqs)
     form: dict[str, Any] = {"traditional": traditional, "base": base, "scale": scale, "offset": offset}
     return STOCK["rope"](x, dims, **form, freqs=freqs, stream=stream)
@@ -74,19 +94,31 @@ def rope(  # noqa: PLR0913 - the settings of mx.fast.rope
 def attention(
     q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: mx.array | str | None = None, **kw: Any
 ) -> mx.array:
-    """As `mx.fast.scaled_dot_product_attention`; ours without a mask or with the causal one."""
-    plain = (mask is None or isinstance(mask, str)) and not any(value is not None for value in kw.values())
-    if plain and _ours(q) and k.dtype == v.dtype == mx.float32 and cpu.attends(q, k, v):
-        return cpu.attention(q, k, v, scale=scale, causal=mask is not None)
+    """As `mx.fast.scaled_dot_product_attention`; ours without a mask, with the causal one, and for one row
+    of each sequence with one of booleans.
+    """
+    oldest = _oldest(k)
+    plain = (
+        not any(value is not None for value in kw.values())
+        and _ours(q)
+        and k.dtype == v.dtype == mx.float32
+        and cpu.attends(q, k, v)
+    )
+    if plain and isinstance(mask, mx.array) and q.shape[2] == 1 and _of_keys(mask, q, k):
+        return cpu.attention(q, k, v, scale=scale, causal=False, mask=mask, oldest=oldest)
+    if plain and not isinstance(mask, mx.array):
+        oldest = oldest if q.shape[2] == 1 else 0
+        return cpu.attention(q, k, v, scale=scale, causal=mask is not None, oldest=oldest)
     return STOCK["scaled_dot_product_attention"](q, k, v, scale=scale, mask=mask, **kw)
 
 
 def logsumexp(x: mx.array, *args: Any, **kw: Any) -> mx.array:
-    """As `mx.logsumexp`; ours over all axes at once, which is how mlx-lm normalizes a token's logits."""
-    keepdims = kw.get("keepdims", False)
-    if args or kw.keys() - {"keepdims"} or not isinstance(x, mx.array) or not _ours(x):
+    """As `mx.logsumexp`; ours over all axes at once or the last, as mlx-lm normalizes a token's logits."""
+    keepdims, axis = kw.get("keepdims", False), kw.get("axis")
+    others = args or kw.keys() - {"keepdims", "axis"} or axis not in (None, -1)
+    if others or not isinstance(x, mx.array) or x.ndim == 0 or not _ours(x):
         return _logsumexp(x, *args, **kw)
-    return cpu.log_sum_exp(x, x.ndim if keepdims else 0)
+    return cpu.log_sum_exp(x, last=axis is not None, keepdims=bool(keepdims))
 
 
 def as_linear(self: nn.QuantizedEmbedding, x: mx.array) -> mx.array:
@@ -102,6 +134,30 @@ def quantized_linear(self: nn.QuantizedLinear, x: mx.array) -> mx.array:
         return _quantized_linear(self, x)
     y = cpu.head_matmul(x, self["weight"], self["scales"], self["biases"], self.bits, self.group_size)
     return y + self["bias"] if "bias" in self else y
+
+
+def _telling(update: Callable[..., Any]) -> Callable[..., Any]:
+    """A rotating cache's update_and_fetch, after which `_oldest` knows where its keys begin."""
+
+    def update_and_fetch(self: Any, keys: mx.array, values: mx.array) -> Any:
+        found = update(self, keys, values)
+        if keys.shape[2] == 1 and not getattr(self, "keep", 0):
+            _ring.keys, _ring.oldest = found[0], self._idx % found[0].shape[2]
+        return found
+
+    return update_and_fetch
+
+
+def _oldest(k: mx.array) -> int:
+    """Which of these keys is the oldest; asked once, because who holds the keys makes the cache copy them."""
+    known, _ring.keys = _ring.keys, None
+    return _ring.oldest if known is k else 0
+
+
+def _of_keys(mask: mx.array, q: mx.array, k: mx.array) -> bool:
+    """Whether a mask says of each key whether it is seen, for each sequence or for all."""
+    each = (q.shape[0], 1, 1, k.shape[2])
+    return mask.dtype == mx.bool_ and mask.shape in (each, each[-1:], (1, 1, *each[2:]), each[2:])
 
 
 def _ours(x: mx.array) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from spqt_cli.backends import select
 from spqt_cli.decode import active_counts, context, foreign, phase
 from spqt_cli.decode.layers import ZigzagLinear
 
@@ -28,10 +29,63 @@ def install(loops: Any) -> None:
         stock = _stock[ours.__name__] = getattr(loops, ours.__name__)
         foreign.replace_everywhere(loops, ours.__name__, functools.update_wrapper(ours, stock))
     prompts, generation = loops.PromptProcessingBatch, loops.GenerationBatch
-    foreign.replace(prompts, "prompt", _within(phase.prompting, prompts.prompt))
+    foreign.replace(prompts, "prompt", _one_by_one(prompts.prompt, loops._merge_caches))
     foreign.replace(generation, "__init__", _within(phase.prompting, generation.__init__))
-    foreign.replace(generation, "next", _within(phase.decoding, generation.next))
+    foreign.replace(generation, "next", _decoding(generation.next))
     foreign.replace(loops.BatchGenerator, "insert_segments", _inserting(loops.BatchGenerator.insert_segments))
+
+
+def _one_by_one(method: Callable[..., Any], merge: Callable[..., Any]) -> Callable[..., Any]:
+    """mlx-lm's `prompt`; on the CPU each request by itself, whose cache is then the one that it has alone."""
+
+    @functools.wraps(method)
+    def prompt(self: Any, tokens: list[list[int]]) -> Any:
+        alone = select.backend().native_float32 and len(tokens) == len(self.uids)
+        with phase.prompting():
+            if not alone or not any(tokens):
+                return method(self, tokens)
+            caches = [[_one_of(cache, at) for cache in self.prompt_cache] for at in range(len(tokens))]
+            for cache, held, fed in zip(caches, self.tokens, tokens, strict=True):
+                held.extend(fed)
+                for at in range(0, len(fed), self.prefill_step_size):
+                    self.model(mx.array([fed[at : at + self.prefill_step_size]]), cache=cache)
+                    mx.eval([one.state for one in cache])
+                    mx.clear_cache()
+            self.prompt_cache = merge(caches)
+        return None
+
+    return prompt
+
+
+def _one_of(cache: Any, at: int) -> Any:
+    """The cache of one request of a batch. mlx-lm's `extract` takes no cache that nothing has joined."""
+    from mlx_lm.models.cache import (
+        ArraysCache,
+        BatchKVCache,
+        BatchRotatingKVCache,
+        CacheList,
+        KVCache,
+        RotatingKVCache,
+    )
+
+    if isinstance(cache, CacheList):
+        return CacheList(*(_one_of(one, at) for one in cache.caches))
+    if type(cache) is BatchKVCache and cache.empty():
+        return KVCache()
+    if type(cache) is BatchRotatingKVCache and cache.empty():
+        return RotatingKVCache(cache.max_size)
+    if type(cache) is ArraysCache and cache.empty():
+        return ArraysCache(len(cache.cache))
+    return cache.extract(at)
+
+
+def _decoding(method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def call(self: Any) -> Any:
+        with phase.decoding(), active_counts.rows_of(self.uids):
+            return method(self)
+
+    return call
 
 
 def _within(block: Callable[[], Any], method: Callable[..., Any]) -> Callable[..., Any]:

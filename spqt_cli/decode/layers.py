@@ -89,7 +89,8 @@ class ZigzagLinear(nn.QuantizedLinear):
         decodes = phase.decodes()
         if x.size == x.shape[-1] and (decodes or not self.shared_input.skips):
             return self.shared_input.product(x, self)
-        if decodes and 0 < x.size <= select.MOST_ROWS * x.shape[-1]:
+        few = x.size <= select.MOST_ROWS * x.shape[-1] or (x.ndim == 3 and x.shape[1] == 1)
+        if decodes and few and x.size:
             return self.shared_input.product(x, self)
         if decodes and self._threshold is not None:
             return self._masked(x, self._threshold)
@@ -172,7 +173,7 @@ class SharedInput:
             self._weights = [(layer, layer["weight"]) for layer in self.layers]
             self._skips = self.skips
         counter = active_counts.current() if self._skips else None
-        tally = None if counter is None else counter.tally(self._alone)
+        tally = None if counter is None else counter.tally(self._alone, x.size // x.shape[-1])
         if tally is None:
             return step(x, None)[0]
         outputs, counted = step(x, tally.running[0])
@@ -180,12 +181,22 @@ class SharedInput:
         return outputs
 
     def _rows(self, x: mx.array) -> list[mx.array]:
+        if x.size > (most := select.MOST_ROWS) * x.shape[-1]:  # (sequences, 1, inputs)
+            parts = [self._rows(x[at : at + most]) for at in range(0, x.shape[0], most)]
+            return [mx.concatenate(list(of_layer)) for of_layer in zip(*parts, strict=True)]
+        if _fits_a_step(x):
+            return self._products(x)
         outputs, active = select.sparse_rows(x, self.layers)
         if counter := active_counts.current():
             for layer, counts in zip(self.layers, active, strict=True):
                 if layer.threshold is not None:
                     counter.count_rows(layer, counts)
         return outputs
+
+
+def _fits_a_step(x: mx.array) -> bool:
+    """Whether the backend's prepared steps take so many rows."""
+    return x.size <= select.backend().fused_rows * x.shape[-1]
 
 
 def share_input(layers: list[ZigzagLinear]) -> SharedInput:

@@ -277,7 +277,7 @@ def weight_bytes(model: nn.Module, config: dict[str, Any]) -> tuple[float, dict[
 def touched_bytes(loaded: Loaded | Draft, shares: list[active_counts.Share]) -> tuple[float, float, float]:
     """(bytes of weights read per step, bytes of a dense step, fraction of Zigzag weights skipped per token).
 
-    The last may be more than is saved in reading: steps of many rows read all weights.
+    The last may be more than is saved in reading: steps of several rows read what any of them needs.
     """
     other, zigzag = weight_bytes(loaded.model, loaded.config)
     by_layer = {id(share.layer): share for share in shares}

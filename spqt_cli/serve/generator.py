@@ -192,7 +192,7 @@ class Generator(server.ResponseGenerator):
         return request.prepared
 
     def _is_batchable(self, args: Any) -> bool:
-        """A batch runs blocks in parts: one that can only be of one request would be slower for nothing."""
+        """As mlx-lm's, unless a batch could only be of one request, which runs by itself at least as fast."""
         return self.cli_args.decode_concurrency > 1 and super()._is_batchable(args)
 
     def _serve_single(self, request: Any, stream: Any) -> None:

@@ -67,3 +67,30 @@ def test_only_some_steps_are_counted():
                 count(tally, [step], [1])
     assert each == [True, False, False, True, False, False, True]
     assert [share for _, share in counter.densities()] == pytest.approx([(0 + 3 + 6) / 3 / 10, 0.1])
+
+
+def test_rows_of_a_step_are_told_apart_by_their_requests():
+    """Two requests, then a third beside them, then one of them alone: 8 rows in 4 steps."""
+    one = groups(1)
+    with active_counts.counting() as counter:
+        for requests, steps in (
+            (("a", "b"), [([2, 4], 5), ([4, 4], 6)]),
+            (("b", "c", "a"), [([1, 3, 9], 10)]),
+            (("b",), [([7], 7)]),
+        ):
+            for active, read in steps:
+                with active_counts.rows_of(requests):
+                    tally = counter.tally(one, len(active))
+                count(tally, [active] if len(active) == 1 else [[*active, read]])
+    assert counter.requests() == ["a", "b", "c"]
+    found = {request: counter.shares(request)[0] for request in counter.requests()}
+    assert {key: share.active for key, share in found.items()} == pytest.approx(
+        {"a": (2 + 4 + 9) / 30, "b": (4 + 4 + 1 + 7) / 40, "c": 3 / 10}
+    )
+    assert {key: share.read for key, share in found.items()} == pytest.approx(
+        {"a": (5 + 6 + 10) / 30, "b": (5 + 6 + 10 + 7) / 40, "c": 10 / 10}
+    )
+    (together,) = counter.shares()
+    assert together.active == pytest.approx((2 + 4 + 4 + 4 + 1 + 3 + 9 + 7) / 80)
+    assert together.read == pytest.approx((5 + 6 + 10 + 7) / 40)
+    assert counter.shares("d") == []

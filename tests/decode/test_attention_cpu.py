@@ -119,6 +119,15 @@ def test_other_caches_masks_and_rows_take_the_module_s_own_way():
         assert mx.array_equal(ours, theirs).item()
 
 
+def test_several_sequences_in_a_cache_of_one_kind_take_the_module_s_own_way():
+    made, plain, caches = installed(module()), module(), (KVCache(), KVCache())
+    for step in range(3):
+        ours, theirs = (
+            one(row(step, batch=2), None, cache) for one, cache in zip((made, plain), caches, strict=True)
+        )
+        assert mx.array_equal(ours, theirs).item()
+
+
 def test_a_rope_put_in_later_is_used():
     made, plain = installed(module()), module()
     _, kept = run(made, 1)
@@ -137,12 +146,21 @@ def test_what_does_not_fit_is_refused():
     form = {"dims": 16, "traditional": False, "base": 1e4, "scale": 1.0, "freqs": None}
     step = cpu.prepare_token(6, 2, 0.25, form)
     q, k, keys = mx.ones((1, 1, 96)), mx.ones((1, 1, 32)), mx.zeros((1, 2, 8, 16))
+    padding, mask = mx.zeros((2,), mx.int32), mx.ones((2, 1, 1, 1), mx.bool_)
+
+    def two(a):
+        return mx.concatenate([a, a])
+
     for wrong, match in (
         ((q, k, k, keys, keys, 8), "room"),
         ((k, k, k, keys, keys, 0), "all heads"),
         ((q, q, k, keys, keys, 0), "all key heads"),
         ((q.astype(mx.float16), k, k, keys, keys, 0), "float32"),
         ((q, k, k, mx.zeros((2, 2, 8, 16)), keys, 0), "key heads, room"),
+        ((two(q), two(k), two(k), two(keys), two(keys), 0), "several sequences"),
+        ((two(q), two(k), two(k), two(keys), two(keys), 0, padding, None), "several sequences"),
+        ((two(q), two(k), two(k), two(keys), two(keys), 0, padding[:1], mask), "one of each"),
+        ((two(q), two(k), two(k), two(keys), two(keys), 3, padding, mask), "up to the token"),
     ):
         with pytest.raises(ValueError, match=match):
             step(*wrong)

@@ -97,6 +97,41 @@ def test_rope(dims, width, positions, offset, traditional, tmp_path):
         close(y, hooks_cpu.STOCK["rope"](x, dims, **form))
 
 
+@pytest.mark.parametrize("positions", [1, 5])
+def test_rope_from_an_offset_of_each_sequence(positions, tmp_path):
+    """As MLX has it, and bit for bit as each sequence has it alone."""
+    x, offsets = random(3, 2, positions, 32), mx.array([-2, 700, 3]) + 1  # lazy, as mlx-lm's are
+    form = {"traditional": False, "base": 1e4, "scale": 1.0}
+    y = mx.fast.rope(x, 24, **form, offset=offsets)
+    assert "SpqtRope" in name_of(y, tmp_path)
+    close(y, hooks_cpu.STOCK["rope"](x, 24, **form, offset=offsets))
+    for at in range(3):
+        alone = mx.fast.rope(x[at : at + 1], 24, **form, offset=offsets[at].item())
+        assert mx.array_equal(y[at : at + 1], alone).item()
+
+
+@pytest.mark.parametrize("keepdims", [True, False])
+def test_logsumexp_of_each_row(keepdims, tmp_path):
+    x = random(3, 2, 1037) * 9 - 200
+    y = mx.logsumexp(x, axis=-1, keepdims=keepdims)
+    assert "SpqtLogSumExp" in name_of(y, tmp_path)
+    assert y.shape == ((3, 2, 1) if keepdims else (3, 2))
+    close(y, hooks_cpu._logsumexp(x, axis=-1, keepdims=keepdims))
+    assert mx.array_equal(y.reshape(-1)[4], mx.logsumexp(x[2, 0])).item()
+    close(mx.grad(lambda x: mx.logsumexp(x, axis=-1).sum())(x), mx.softmax(x, axis=-1))
+    compiled = mx.compile(lambda x: mx.logsumexp(x, axis=-1, keepdims=keepdims), shapeless=True)
+    for rows in (x, x[0], x[:, :1]):  # nn.log_softmax is compiled so
+        assert mx.array_equal(compiled(rows), mx.logsumexp(rows, axis=-1, keepdims=keepdims)).item()
+
+
+def test_attention_of_one_row_of_each_sequence_with_a_mask(tmp_path):
+    q, (k, v) = random(3, 4, 1, 32), (random(3, 2, 150, 32, seed=s) for s in (1, 2))
+    mask = mx.arange(150) >= mx.array([0, 20, 149])[:, None, None, None]
+    y = mx.fast.scaled_dot_product_attention(q, k, v, scale=0.2, mask=mask)
+    assert "SpqtAttention" in name_of(y, tmp_path)
+    close(y, ATTENTION(q, k, v, scale=0.2, mask=mask))
+
+
 @pytest.mark.parametrize(
     ("heads", "key_heads", "rows", "keys", "width", "mask"),
     [
@@ -141,10 +176,10 @@ def test_other_cases_go_to_mlx(tmp_path):
         mx.fast.rms_norm(half, None, 1e-5),
         mx.fast.rms_norm(q, None, 1e-5, stream=mx.cpu),
         mx.fast.rope(half, 64, traditional=False, base=1e4, scale=1.0, offset=0),
-        mx.fast.rope(q, 64, traditional=False, base=1e4, scale=1.0, offset=mx.array([3])),
+        mx.fast.rope(q, 64, traditional=False, base=1e4, scale=1.0, offset=mx.array([3], mx.int64)),
         mx.fast.scaled_dot_product_attention(q, q, q, scale=1.0, mask=mx.zeros((3, 3))),
         mx.fast.scaled_dot_product_attention(q, q, q, scale=1.0, sinks=mx.zeros((2,))),
-        mx.logsumexp(q, axis=-1),
+        mx.logsumexp(q, axis=1),
         mx.logsumexp(q, -1),
         mx.logsumexp(half),
         mx.fast.scaled_dot_product_attention(q[..., :40], q[..., :40], q[..., :40], scale=1.0),

@@ -11,6 +11,7 @@ from urllib.parse import quote
 import openai
 import pytest
 
+from spqt_cli.backends.interface import Backend
 from spqt_cli.errors import BackendError
 from spqt_cli.serve import generator, server
 from spqt_cli.serve.guard import Guard
@@ -441,3 +442,32 @@ def test_control_tokens_in_a_message_stay_text(alone):
     mark = provider.tokenizer.convert_tokens_to_ids("<|assistant|>")
     assert tokens.count(mark) == 1
     assert tokens[-1] == mark
+
+
+def test_answers_given_together_are_those_alone(calibrated):
+    """Of four clients at once with prompts of several lengths, and of one where none are decoded together."""
+    asked = [
+        {"messages": [{"role": "user", "content": "the quick brown fox jumps " * n}], "max_tokens": 24 + n,
+         "logprobs": True, "top_logprobs": 3}
+        for n in (1, 2, 7, 12)
+    ]  # fmt: skip
+
+    def answers(concurrency: int, clients: int) -> list[tuple[str, object]]:
+        def ask(body: object) -> tuple[str, object]:
+            status, found = exchange(port(one), request(body, "/v1/chat/completions"))
+            assert status == 200
+            (choice,) = json.loads(found)["choices"]
+            return choice["message"]["content"], choice["logprobs"]
+
+        together = serving.serving(calibrated, decode_concurrency=concurrency, prompt_cache_size=0)
+        with together as one, ThreadPoolExecutor(clients) as pool:
+            return list(pool.map(ask, asked))
+
+    assert answers(4, 4) == answers(1, 1)
+
+
+def test_how_many_are_decoded_together_by_default(monkeypatch):
+    monkeypatch.setattr(server.select, "backend", lambda: Backend("any", "", object()))
+    assert server.decoded_together() == 1
+    monkeypatch.setattr(server.select, "backend", lambda: Backend("any", "", object(), fused_rows=64))
+    assert server.decoded_together() == 32

@@ -134,3 +134,67 @@ def test_logits_of_a_model_with_heads_of_80(tmp_path, ops):
         parts = [np.array(loaded(some, cache=kept)) for some in mx.split(tokens, [120, 149], axis=1)]
         found.append(np.concatenate(parts, axis=1))
     close(*found, 1e-4)  # two layers of roundings, and a head
+
+
+def masked(q, k, v, mask, oldest=0):
+    return cpu.attention(q, k, v, scale=q.shape[3] ** -0.5, causal=False, mask=mask, oldest=oldest)
+
+
+def visible(kind: str, batch: int, keys: int) -> np.ndarray:
+    """(batch, keys): runs after paddings of several lengths, or keys with holes between them."""
+    if kind == "padded":
+        return np.arange(keys) >= np.arange(batch)[:, None] * (keys // batch)
+    seen = np.random.default_rng(3).random((batch, keys)) < 0.6
+    seen[:, -1] = True
+    return seen
+
+
+@pytest.mark.parametrize("kind", ["padded", "holes"])
+@pytest.mark.parametrize("keys", [5, 128, 300])
+def test_a_masked_row_is_one_that_has_its_keys_alone(kind, keys):
+    """Bit for bit, and as the definition has it."""
+    q, k, v = random(4, 6, 1, 32), random(4, 2, keys, 32, seed=1), random(4, 2, keys, 32, seed=2)
+    seen = visible(kind, 4, keys)
+    found = masked(q, k, v, mx.array(seen)[:, None, None])
+    for at in range(4):
+        own = [a[at : at + 1, :, np.flatnonzero(seen[at])] for a in (np.array(k), np.array(v))]
+        alone = ours(q[at : at + 1], *map(mx.array, own), causal=False)
+        assert np.array_equal(found[at : at + 1], alone)
+        close(alone, oracle(q[at : at + 1], *own, causal=False))
+
+
+def test_one_mask_for_all_and_none_that_is_seen():
+    q, k = random(3, 2, 1, 16), random(3, 2, 7, 16, seed=1)
+    seen = mx.array([False, True, True, False, False, True, False])
+    each = mx.broadcast_to(seen, (3, 1, 1, 7))
+    assert mx.array_equal(masked(q, k, k, seen), masked(q, k, k, each)).item()
+    none = each & mx.array([True, False, True])[:, None, None, None]
+    found = masked(q, k, k, none)
+    assert mx.array_equal(found[::2], masked(q, k, k, each)[::2]).item()
+    assert not found[1].any().item()
+
+
+@pytest.mark.parametrize("keys", [3, 128, 200])
+@pytest.mark.parametrize("with_mask", [False, True])
+def test_keys_of_a_ring_are_taken_in_the_order_of_their_tokens(keys, with_mask):
+    q, k, v = random(2, 4, 1, 16), random(2, 2, keys, 16, seed=1), random(2, 2, keys, 16, seed=2)
+    seen = mx.array(visible("padded", 2, keys))[:, None, None] if with_mask else None
+    expected = masked(q, k, v, seen)
+    for turned in (1, keys // 2, keys - 1):
+        ring = [mx.roll(a, turned, axis=2) for a in (k, v)]
+        mask = None if seen is None else mx.roll(seen, turned, axis=3)
+        assert mx.array_equal(masked(q, *ring, mask, oldest=turned), expected).item()
+
+
+def test_masks_that_do_not_fit_are_refused():
+    q, k = random(2, 2, 1, 16), random(2, 2, 7, 16, seed=1)
+    for mask, oldest, match in (
+        (mx.ones((2, 1, 1, 7)), 0, "bool"),
+        (mx.ones((2, 1, 1, 6), mx.bool_), 0, "keys"),
+        (mx.ones((3, 1, 1, 7), mx.bool_), 0, "each sequence"),
+        (None, 7, "oldest"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            masked(q, k, k, mask, oldest)
+    with pytest.raises(ValueError, match="one row"):
+        masked(random(2, 2, 3, 16), k, k, mx.ones((7,), mx.bool_))

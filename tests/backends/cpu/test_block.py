@@ -112,7 +112,9 @@ def test_what_does_not_fit_is_refused():
         step(half, x, [None] * 3)
     with pytest.raises(ValueError, match="three counts"):
         step(x, x, [None])
-    with pytest.raises(ValueError, match="one row"):
+    with pytest.raises(ValueError, match="as many rows"):
         step(mx.zeros((2, 192)), x, [None] * 3)
+    with pytest.raises(ValueError, match="64 rows"):
+        step(x, mx.zeros((65, 192)), [None] * 3)
     with pytest.raises(ValueError, match="channels"):
         cpu.prepare_tail(x, tail._replace(down=made.mlp.up_proj))
