@@ -112,6 +112,8 @@ def rows_plan(cut, count, bits=4, dtype=mx.float16):
 @pytest.mark.parametrize("kind", [(FEW, 3), (FEW._replace(tokens=2), 4), (MATRIX, 5), (MATRIX, 8)])
 def test_more_rows_keep_to_their_address_spaces(clang, monkeypatch, tmp_path, kind, stripe, dtype):
     cut, bits = kind
+    if cut is MATRIX and dtype == mx.float32:
+        pytest.skip("the matrix unit takes 16 bits")
     plan = rows_plan(cut._replace(stripe=stripe), 1 if cut is MATRIX else 2, bits, dtype)
     texts = []
 

@@ -184,7 +184,7 @@ def matrix_kernel(constants: Constants, threads: int, blocks: int, partial: bool
     else:
         call += "matrix_rows(x, settings, packed, rows[0], y_0, active, tile, first_token, memory, me);\n"
     outputs = ("partials",) if partial else ("y_0", "active")
-    files = (*HELPERS, "lane_codes.h", "matrix_rows.metal")
+    files = (*HELPERS, "lane_codes.h", "rows_of_x.h", "matrix_rows.metal")
     name = _name("matrix", constants, call)
     inputs = ("x", "settings", "packed", "rows")
     return Kernel(name, inputs, outputs, files, constants, "MatrixMemory", call, threads, blocks)
