@@ -111,7 +111,7 @@ IDLE = 0.1  # of the lanes, at most: narrower tiles where the band leaves more w
 # hold. Wide lanes load 16 bytes at once and few scales, where their sums, outputs times rows over 4, leave
 # room. No spills by ptxas (sm_90, 4 bits).
 MANY_ROWS = {
-    8: (32, 128, 2, 512, 1, 3),
+    8: (16, 128, 2, 512, 2, 4),
     16: (16, 128, 2, 256, 2, 3),
     32: (16, 128, 2, 256, 1, 2),
     64: (8, 128, 2, 256, 2, 2),
