@@ -124,7 +124,8 @@ METAL_FUNC void multiply_matrix(const device T* x, const device uint32_t* settin
   float4 sums[PARTS][COLUMNS] = {};
   const uint first_k = stripe_first + turn * AHEAD + 4 * quarter;
   Ahead next = read_ahead(codes, scale, offset, output, words, groups, first_k, stripe_last - 1);
-  const bool whole = !PER_CHANNEL && inputs % 4 == 0 && (ulong)x % 8 == 0;  // words can be copied
+  // Words of x can be copied.
+  const bool whole = !PER_CHANNEL && inputs % 4 == 0 && launch.stripe % 4 == 0 && (ulong)x % 8 == 0;
   for (uint stage = stripe_first; stage < stripe_last; stage += SPAN) {
     for (uint fill = lane; fill < uint(FOURS); fill += FILL * THREADS) {
       uint2 four[FILL] = {};
