@@ -99,11 +99,12 @@ struct GemmLane {
   uint share, channel;       // of the span
   uint row, unit;            // of x, the first of X_OWN
   uint tokens, inputs, last;  // rows, channels, and where the stripe ends
-  bool whole;                // units of x can be copied
-  float threshold;           // of those
+  float threshold;
 };
 
-// A lane's part of the span that begins at channel `first`. Past the stripe's end x is zero.
+// A lane's part of the span that begins at channel `first`. Past the stripe's end x is zero. WHOLE: units of x can be
+// copied.
+template <bool WHOLE>
 METAL_FUNC GemmAhead read_span(const GemmLane my, uint first) {
   GemmAhead ahead;
   const uint here = min(first + my.channel, my.last - 1);
@@ -117,7 +118,7 @@ METAL_FUNC GemmAhead read_span(const GemmLane my, uint first) {
     const device T* row = my.x + ulong(min(t, my.tokens - 1)) * my.inputs;
     const uint last = t < my.tokens ? my.last : 0;
     ahead.x[i].x = ahead.x[i].y = ahead.x[i].z = ahead.x[i].w = 0;
-    if (my.whole) {
+    if (WHOLE) {
       if (k < last) {
         ahead.x[i] = *(const device uint4*)(row + k);
       }
@@ -134,7 +135,8 @@ METAL_FUNC GemmAhead read_span(const GemmLane my, uint first) {
   return ahead;
 }
 
-// Unpacks and masks it into a buffer.
+// Unpacks it into a buffer, and masks x where it was copied.
+template <bool WHOLE>
 METAL_FUNC void store_span(const GemmLane my, const GemmAhead ahead, uint buffer, threadgroup GemmMemory& memory) {
   const uint scales = PAIRED ? halves(ahead.scale, ahead.scale) : 0;
   const uint biases = PAIRED ? halves(ahead.bias, ahead.bias) : 0;
@@ -151,7 +153,7 @@ METAL_FUNC void store_span(const GemmLane my, const GemmAhead ahead, uint buffer
 #pragma unroll
   for (int i = 0; i < X_OWN; ++i) {
     uint4 eight = ahead.x[i];
-    if (my.threshold > 0.0f) {
+    if (WHOLE && my.threshold > 0.0f) {
       eight.x = masked_pair(eight.x, my.threshold);
       eight.y = masked_pair(eight.y, my.threshold);
       eight.z = masked_pair(eight.z, my.threshold);
@@ -160,6 +162,60 @@ METAL_FUNC void store_span(const GemmLane my, const GemmAhead ahead, uint buffer
     const uint row = my.row + i * (THREADS / X_UNITS);
     memory.x_list[buffer * (TOKENS * X_UNITS) + x_place(row, my.unit)] = eight;
   }
+}
+
+struct GemmSums {
+  float4 at[PARTS][COLUMNS];
+};
+
+// The products of all spans from channel `first` on.
+template <bool WHOLE>
+METAL_FUNC GemmSums multiply_spans(const GemmLane my, uint first, threadgroup GemmMemory& memory, const Thread me) {
+  // The units that this lane names to load_tiles: of a tile of 16 channels by 16 outputs, and of 16 rows by 16
+  // channels, each four of 8 x 8.
+  const uint place = me.simdgroup % ACROSS, turn = me.simdgroup / ACROSS;
+  const uint eighth = me.in_simdgroup % 8, second = me.in_simdgroup / 8 % 2, fourth = me.in_simdgroup / 16;
+  const uint w_row = (eighth + 8 * fourth) * UNITS;
+  const uint w_unit = (place * (SIMD_OUTPUTS / 8) + second) ^ eighth;
+  const uint x_unit = x_place(turn * SIMD_TOKENS + eighth + 8 * fourth, second);
+
+  GemmSums sums = {};
+  store_span<WHOLE>(my, read_span<WHOLE>(my, first), 0, memory);
+  GemmAhead ahead = read_span<WHOLE>(my, first + SPAN);
+  uint buffer = 0;
+#pragma unroll 2
+  for (uint stage = first; stage < my.last; stage += SPAN) {  // twice, so that buffers are constants
+    threadgroup_barrier(mem_flags::mem_threadgroup);  // this buffer is written, and nobody reads the other
+    if (stage + SPAN < my.last) {
+      store_span<WHOLE>(my, ahead, 1 - buffer, memory);
+      ahead = read_span<WHOLE>(my, stage + 2 * SPAN);
+    }
+    const uint w_buffer = buffer * (SPAN * UNITS) + w_row;
+    const uint x_buffer = buffer * (TOKENS * X_UNITS);
+#pragma unroll
+    for (int step = 0; step < SPAN / 16; ++step) {
+      uint4 columns[COLUMNS / 2];
+#pragma unroll
+      for (int two = 0; two < COLUMNS / 2; ++two) {
+        const uint at = x_buffer + 16 * two * X_UNITS + (x_unit ^ (2 * step));
+        columns[two] = load_tiles<false>(&memory.x_list[at]);
+      }
+#pragma unroll
+      for (int part = 0; part < PARTS; ++part) {
+        const uint at = w_buffer + 16 * step * UNITS + (w_unit ^ (2 * part));
+        const uint4 a = load_tiles<true>(&memory.w_list[at]);
+#pragma unroll
+        for (int j = 0; j < COLUMNS; ++j) {
+          uint2 b;
+          b.x = j % 2 == 0 ? columns[j / 2].x : columns[j / 2].z;
+          b.y = j % 2 == 0 ? columns[j / 2].y : columns[j / 2].w;
+          sums.at[part][j] = multiply_tile<T>(a, b, sums.at[part][j]);
+        }
+      }
+    }
+    buffer = 1 - buffer;
+  }
+  return sums;
 }
 
 template <bool PARTIAL, typename Y>
@@ -198,64 +254,23 @@ METAL_FUNC void multiply_gemm(const device T* x, const device uint32_t* settings
   my.tokens = tokens;
   my.inputs = inputs;
   my.last = stripe_last;
-  my.whole = !PER_CHANNEL && inputs % 8 == 0 && launch.stripe % 8 == 0 && (ulong)x % 16 == 0;
-  my.threshold = my.whole ? thresholds[0] : 0.0f;
+  my.threshold = thresholds[0];
 
-  // The units that this lane names to load_tiles: of a tile of 16 channels by 16 outputs, and of 16 rows by 16
-  // channels, each four of 8 x 8.
+  const bool whole = !PER_CHANNEL && inputs % 8 == 0 && launch.stripe % 8 == 0 && (ulong)x % 16 == 0;
+  const GemmSums sums = whole ? multiply_spans<true>(my, stripe_first, memory, me)
+                              : multiply_spans<false>(my, stripe_first, memory, me);
+
   const uint place = me.simdgroup % ACROSS, turn = me.simdgroup / ACROSS;
-  const uint eighth = me.in_simdgroup % 8, second = me.in_simdgroup / 8 % 2, fourth = me.in_simdgroup / 16;
-  const uint first_unit = place * (SIMD_OUTPUTS / 8);
-  const uint w_row = (eighth + 8 * fourth) * UNITS;
-  const uint w_unit = (first_unit + second) ^ eighth;
-  const uint x_unit = x_place(turn * SIMD_TOKENS + eighth + 8 * fourth, second);
-
-  float4 sums[PARTS][COLUMNS] = {};
-  store_span(my, read_span(my, stripe_first), 0, memory);
-  GemmAhead ahead = read_span(my, stripe_first + SPAN);
-  uint buffer = 0;
-  for (uint stage = stripe_first; stage < stripe_last; stage += SPAN) {
-    threadgroup_barrier(mem_flags::mem_threadgroup);  // this buffer is written, and nobody reads the other
-    if (stage + SPAN < stripe_last) {
-      store_span(my, ahead, 1 - buffer, memory);
-      ahead = read_span(my, stage + 2 * SPAN);
-    }
-    const uint w_buffer = buffer * (SPAN * UNITS) + w_row;
-    const uint x_buffer = buffer * (TOKENS * X_UNITS);
-#pragma unroll
-    for (int step = 0; step < SPAN / 16; ++step) {
-      uint4 columns[COLUMNS / 2];
-#pragma unroll
-      for (int two = 0; two < COLUMNS / 2; ++two) {
-        const uint at = x_buffer + 16 * two * X_UNITS + (x_unit ^ (2 * step));
-        columns[two] = load_tiles<false>(&memory.x_list[at]);
-      }
-#pragma unroll
-      for (int part = 0; part < PARTS; ++part) {
-        const uint at = w_buffer + 16 * step * UNITS + (w_unit ^ (2 * part));
-        const uint4 a = load_tiles<true>(&memory.w_list[at]);
-#pragma unroll
-        for (int j = 0; j < COLUMNS; ++j) {
-          uint2 b;
-          b.x = j % 2 == 0 ? columns[j / 2].x : columns[j / 2].z;
-          b.y = j % 2 == 0 ? columns[j / 2].y : columns[j / 2].w;
-          sums[part][j] = multiply_tile<T>(a, b, sums[part][j]);
-        }
-      }
-    }
-    buffer = 1 - buffer;
-  }
-
   const uint group_lane = me.in_simdgroup / 4, quarter = me.in_simdgroup % 4;
 #pragma unroll
   for (int unit = 0; unit < 2 * PARTS; ++unit) {
-    const uint in_tile = output_of(first_unit + unit, group_lane);
+    const uint in_tile = output_of(place * (SIMD_OUTPUTS / 8) + unit, group_lane);
     const uint at = band_index * band + tile_first + in_tile;
     const bool owns = tile_first + in_tile < band && at < own.outputs;
     const float more = HAS_BIAS && !PARTIAL && owns ? bias[at] : 0.0f;
 #pragma unroll
     for (int j = 0; j < COLUMNS; ++j) {
-      const float4 four = sums[unit / 2][j];
+      const float4 four = sums.at[unit / 2][j];
 #pragma unroll
       for (int odd = 0; odd < 2; ++odd) {
         const uint t = turn * SIMD_TOKENS + 8 * j + 2 * quarter + odd;
