@@ -31,8 +31,9 @@ FILLS = (0.5, 1.0, 2.0)  # threadgroups for each that the multiprocessors hold a
 # What is swept: what is not known comes first, as time may end. About 25 kernels, each of which compiles
 # for a second or more; shapes, stripes and other counts cost little beside it.
 GEMM_CUTS = {
-    64: [(64, 128, 32, 64, 32, 4), (64, 256, 32, 64, 32, 2), (64, 128, 32, 64, 32, 3)],
-    128: [(128, 128, 32, 64, 32, 2), (128, 256, 32, 64, 64, 1)],
+    32: [(32, 128, 32, 32, 32, 2, 4)],
+    64: [(64, 128, 32, 64, 32, 2, 3), (64, 256, 32, 64, 32, 2, 2), (64, 128, 32, 64, 32, 1, 3)],
+    128: [(128, 256, 32, 64, 64, 2, 1), (128, 128, 32, 64, 32, 1, 2)],
 }
 MATRIX_CUTS = {
     16: [(16, 16, 128, 2, 256, 2, 3), (16, 32, 128, 2, 256, 1, 2)],
@@ -141,13 +142,13 @@ def sweeps(some: Matrices) -> Iterator[tuple[str, list[Measure]]]:
     gemm = {count: [geometry.GemmGeometry(*cut, 0) for cut in cuts] for count, cuts in GEMM_CUTS.items()}
     yield "64 rows", [partial(swept, cut, 64, some) for cut in gemm[64]]
     yield "128 rows", [partial(swept, cut, 128, some) for cut in (*gemm[128], gemm[64][0])]
-    yield "16 rows", [partial(swept, cut, 16, some) for cut in matrix_cuts(16)]
-    yield "32 rows", [partial(swept, cut, 32, some) for cut in (*matrix_cuts(32), gemm[64][0])]
+    yield "16 rows", [partial(swept, cut, 16, some) for cut in (*matrix_cuts(16), gemm[32][0])]
+    yield "32 rows", [partial(swept, cut, 32, some) for cut in (*matrix_cuts(32), gemm[32][0])]
     yield "256 rows", [partial(swept, cut, 256, some) for cut in gemm[128]]
     cuts = [geometry.WholeGeometry(*cut) for cut in WHOLE_CUTS]
     yield "dequantized", [partial(unpacked, cuts[0], count, some) for count in WHOLE_COUNTS]
     yield "whole", [partial(unpacked, cut, 0, some) for cut in cuts]
-    yield "8 rows", [partial(swept, cut, 8, some) for cut in matrix_cuts(8)]
+    yield "8 rows", [partial(swept, cut, 8, some) for cut in (*matrix_cuts(8), gemm[32][0])]
     for count, few in FEW_CUTS.items():
         yield f"{count} rows", [partial(swept, few_cut(count, *cut), count, some) for cut in few]
 

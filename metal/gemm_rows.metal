@@ -10,11 +10,12 @@
 //   TILE    outputs of one threadgroup
 //   SPAN    channels in threadgroup memory at one time, in one of two buffers: 32 or 64
 //   SIMD_TOKENS, SIMD_OUTPUTS  of one simdgroup: multiples of 16, and of 16, 32 or 64
+//   AHEAD   1 or 2: spans by which a lane loads codes before it unpacks them; x, which the cache has, by one
 //   OUTPUTS 16 or 32, of one channel, that a lane unpacks: THREADS lanes unpack TILE * SPAN weights
 // Grid: (tiles * tiles of TOKENS rows, stripes) threadgroups of THREADS. Those that share weights lie side by side.
 //
-// Of a span a lane loads its codes and its part of x into registers, a span ahead; stores the weights and x into the
-// buffer that nobody reads; and multiplies from the other one. One barrier a span is enough.
+// A lane loads its codes and its part of x into registers, a span or two ahead; stores the next span's weights and x
+// into the buffer that nobody reads; and multiplies from the other one. One barrier a span is enough.
 //
 // Threadgroup memory holds units of 16 bytes: eight outputs of a channel, or eight channels of a row. load_tiles
 // hands a simdgroup four tiles of 8 x 8 from 32 units, and multiply_tile takes tiles as it is described in
@@ -44,11 +45,13 @@ struct GemmMemory {
   uint4 x_list[2 * TOKENS * X_UNITS];
 };
 
-// What a lane reads of one span.
-struct GemmAhead {
+// What a lane reads of one span: OUTPUTS weights of a channel, and units of x.
+struct GemmWeights {
   LaneCodes codes;
   S scale, bias;
-  uint4 x[X_OWN];
+};
+struct GemmX {
+  uint4 at[X_OWN];
 };
 
 // Where a unit of a row lies.
@@ -102,57 +105,64 @@ struct GemmLane {
   float threshold;
 };
 
-// A lane's part of the span that begins at channel `first`. Past the stripe's end x is zero. WHOLE: units of x can be
-// copied.
+// A lane's weights of the span that begins at channel `first`. Past the stripe's end those of its last channel.
+METAL_FUNC GemmWeights read_weights(const GemmLane my, uint first) {
+  GemmWeights read;
+  const uint k = min(first + my.channel, my.last - 1);
+  read.codes = lane_codes(strides_behind(my.codes, k, my.words * 4), my.output, my.words);
+  read.scale = *strides_behind(my.scale, k, my.groups * sizeof(S));
+  read.bias = *strides_behind(my.bias, k, my.groups * sizeof(S));
+  return read;
+}
+
+// A lane's part of x in that span, zero past the stripe's end. WHOLE: units are copied, else they are masked as well.
 template <bool WHOLE>
-METAL_FUNC GemmAhead read_span(const GemmLane my, uint first) {
-  GemmAhead ahead;
-  const uint here = min(first + my.channel, my.last - 1);
-  ahead.codes = lane_codes(strides_behind(my.codes, here, my.words * 4), my.output, my.words);
-  ahead.scale = *strides_behind(my.scale, here, my.groups * sizeof(S));
-  ahead.bias = *strides_behind(my.bias, here, my.groups * sizeof(S));
+METAL_FUNC GemmX read_x(const GemmLane my, uint first) {
+  GemmX read = {};
   const uint k = first + 8 * my.unit;
 #pragma unroll
   for (int i = 0; i < X_OWN; ++i) {
     const uint t = my.row + i * (THREADS / X_UNITS);
     const device T* row = my.x + ulong(min(t, my.tokens - 1)) * my.inputs;
     const uint last = t < my.tokens ? my.last : 0;
-    ahead.x[i].x = ahead.x[i].y = ahead.x[i].z = ahead.x[i].w = 0;
     if (WHOLE) {
       if (k < last) {
-        ahead.x[i] = *(const device uint4*)(row + k);
+        read.at[i] = *(const device uint4*)(row + k);
       }
     } else {
 #pragma unroll 1
       for (uint two = 0; two < 8; two += 2) {
-        ahead.x[i].x = ahead.x[i].y;
-        ahead.x[i].y = ahead.x[i].z;
-        ahead.x[i].z = ahead.x[i].w;
-        ahead.x[i].w = masked_two(row, my.thresholds, k + two, last);
+        read.at[i].x = read.at[i].y;
+        read.at[i].y = read.at[i].z;
+        read.at[i].z = read.at[i].w;
+        read.at[i].w = masked_two(row, my.thresholds, k + two, last);
       }
     }
   }
-  return ahead;
+  return read;
 }
 
-// Unpacks it into a buffer, and masks x where it was copied.
-template <bool WHOLE>
-METAL_FUNC void store_span(const GemmLane my, const GemmAhead ahead, uint buffer, threadgroup GemmMemory& memory) {
-  const uint scales = PAIRED ? halves(ahead.scale, ahead.scale) : 0;
-  const uint biases = PAIRED ? halves(ahead.bias, ahead.bias) : 0;
+METAL_FUNC void store_weights(const GemmLane my, const GemmWeights read, uint buffer,
+                              threadgroup GemmMemory& memory) {
+  const uint scales = PAIRED ? halves(read.scale, read.scale) : 0;
+  const uint biases = PAIRED ? halves(read.bias, read.bias) : 0;
 #pragma unroll
   for (int unit = 0; unit < OWN_UNITS; ++unit) {
     uint4 eight;
-    eight.x = gemm_pair(ahead.codes, 4 * unit, float(ahead.scale), float(ahead.bias), scales, biases);
-    eight.y = gemm_pair(ahead.codes, 4 * unit + 1, float(ahead.scale), float(ahead.bias), scales, biases);
-    eight.z = gemm_pair(ahead.codes, 4 * unit + 2, float(ahead.scale), float(ahead.bias), scales, biases);
-    eight.w = gemm_pair(ahead.codes, 4 * unit + 3, float(ahead.scale), float(ahead.bias), scales, biases);
+    eight.x = gemm_pair(read.codes, 4 * unit, float(read.scale), float(read.bias), scales, biases);
+    eight.y = gemm_pair(read.codes, 4 * unit + 1, float(read.scale), float(read.bias), scales, biases);
+    eight.z = gemm_pair(read.codes, 4 * unit + 2, float(read.scale), float(read.bias), scales, biases);
+    eight.w = gemm_pair(read.codes, 4 * unit + 3, float(read.scale), float(read.bias), scales, biases);
     const uint at = (unit * SHARERS + my.share) ^ (my.channel % 8);
     memory.w_list[(buffer * SPAN + my.channel) * UNITS + at] = eight;
   }
+}
+
+template <bool WHOLE>
+METAL_FUNC void store_x(const GemmLane my, const GemmX read, uint buffer, threadgroup GemmMemory& memory) {
 #pragma unroll
   for (int i = 0; i < X_OWN; ++i) {
-    uint4 eight = ahead.x[i];
+    uint4 eight = read.at[i];
     if (WHOLE && my.threshold > 0.0f) {
       eight.x = masked_pair(eight.x, my.threshold);
       eight.y = masked_pair(eight.y, my.threshold);
@@ -180,15 +190,26 @@ METAL_FUNC GemmSums multiply_spans(const GemmLane my, uint first, threadgroup Ge
   const uint x_unit = x_place(turn * SIMD_TOKENS + eighth + 8 * fourth, second);
 
   GemmSums sums = {};
-  store_span<WHOLE>(my, read_span<WHOLE>(my, first), 0, memory);
-  GemmAhead ahead = read_span<WHOLE>(my, first + SPAN);
+  store_weights(my, read_weights(my, first), 0, memory);
+  store_x<WHOLE>(my, read_x<WHOLE>(my, first), 0, memory);
+  GemmWeights next = read_weights(my, first + SPAN), after = next;
+  if (AHEAD == 2) {
+    after = read_weights(my, first + 2 * SPAN);
+  }
+  GemmX next_x = read_x<WHOLE>(my, first + SPAN);
   uint buffer = 0;
 #pragma unroll 2
   for (uint stage = first; stage < my.last; stage += SPAN) {  // twice, so that buffers are constants
     threadgroup_barrier(mem_flags::mem_threadgroup);  // this buffer is written, and nobody reads the other
     if (stage + SPAN < my.last) {
-      store_span<WHOLE>(my, ahead, 1 - buffer, memory);
-      ahead = read_span<WHOLE>(my, stage + 2 * SPAN);
+      store_weights(my, next, 1 - buffer, memory);
+      store_x<WHOLE>(my, next_x, 1 - buffer, memory);
+      next = after;
+      after = read_weights(my, stage + (AHEAD + 1) * SPAN);
+      if (AHEAD == 1) {
+        next = after;
+      }
+      next_x = read_x<WHOLE>(my, stage + 2 * SPAN);
     }
     const uint w_buffer = buffer * (SPAN * UNITS) + w_row;
     const uint x_buffer = buffer * (TOKENS * X_UNITS);

@@ -101,7 +101,7 @@ def test_bodies_keep_to_their_address_spaces(clang, monkeypatch, tmp_path, kind,
 
 FEW = geometry.RowsGeometry(8, 8, 16, 8, 2, 256, 8, 1, 50)
 MATRIX = geometry.MatrixGeometry(16, 8, 128, 2, 64, 2, 4, 50)
-GEMM = geometry.GemmGeometry(64, 128, 32, 64, 32, 4, 50)
+GEMM = geometry.GemmGeometry(64, 128, 32, 64, 32, 2, 4, 50)
 
 
 def rows_plan(cut, count, bits=4, dtype=mx.float16):

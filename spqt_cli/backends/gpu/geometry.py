@@ -117,12 +117,14 @@ MANY_ROWS = {
     64: (8, 128, 2, 256, 2, 2),
 }
 # From this many rows on, gemm_rows.metal: rows of x in one threadgroup -> its outputs, channels of a span,
-# outputs and rows of a simdgroup, blocks that an SM is to hold. No spills by ptxas (sm_90, 4 bits), not timed
-# as yet.
+# outputs and rows of a simdgroup, spans loaded ahead, blocks that an SM is to hold. No spills by ptxas for 4
+# bits (sm_90); not timed as yet.
 LEAST_GEMM = 33  # a number above all rows leaves everything to matrix_rows.metal
+GEMM_STRIPE = 4  # channels at least for each row, where few tiles of outputs leave the GPU idle
 GEMM_ROWS = {
-    64: (128, 32, 64, 32, 4),
-    128: (128, 32, 64, 32, 2),
+    32: (128, 32, 32, 32, 2, 4),
+    64: (128, 32, 64, 32, 2, 3),
+    128: (256, 32, 64, 64, 2, 1),
 }
 MOST_BITS = 128  # of a lane's codes of one channel: 16 bytes
 STEP = 16  # channels of one product of the matrix unit; stripes are whole steps
@@ -190,6 +192,7 @@ class GemmGeometry(NamedTuple):
     span: int  # channels in threadgroup memory at one time
     simd_outputs: int  # of one simdgroup
     simd_tokens: int
+    ahead: int  # 1 or 2: spans by which codes are loaded before they are unpacked
     blocks: int  # that an SM is to hold
     stripe: int
 
@@ -282,12 +285,12 @@ def choose_matrix(
     tokens = next((many for many in some if rows <= many), max(some))
     cut: MatrixGeometry | GemmGeometry
     if rows < LEAST_GEMM:
-        cut, step = MatrixGeometry(tokens, *MANY_ROWS[tokens], inputs), STEP
+        cut, step, least = MatrixGeometry(tokens, *MANY_ROWS[tokens], inputs), STEP, MANY_STRIPE * tokens
         while cut.outputs * bits > MOST_BITS:
             cut = cut._replace(outputs=cut.outputs // 2)
     else:
         cut = GemmGeometry(tokens, *GEMM_ROWS[tokens], inputs)
-        step = cut.span
+        step, least = cut.span, GEMM_STRIPE * tokens
     tiles = sum(cut.tiles(band) * number for band, number in bands) * -(-rows // tokens)
-    stripes = max(1, min(inputs // (MANY_STRIPE * tokens), MULTIPROCESSORS * cut.blocks // tiles))
+    stripes = max(1, min(inputs // least, MULTIPROCESSORS * cut.blocks // tiles))
     return cut._replace(stripe=-(-inputs // (stripes * step)) * step)

@@ -129,7 +129,7 @@ def _constants(dtype: mx.Dtype, layers: Sequence[Projection], cut: Cut, dense: b
         )  # fmt: skip
     if isinstance(cut, geometry.GemmGeometry):
         simd = (("SIMD_OUTPUTS", cut.simd_outputs), ("SIMD_TOKENS", cut.simd_tokens))
-        return (*shared, ("TILE", cut.tile), *simd)
+        return (*shared, ("TILE", cut.tile), ("AHEAD", cut.ahead), *simd)
     if isinstance(cut, geometry.MatrixGeometry):
         return (*shared, ("UNROLL", cut.unroll), ("DEPTH", cut.depth))
     return (

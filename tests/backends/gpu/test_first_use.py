@@ -158,7 +158,7 @@ def test_selftest_table_judges_what_reductions_do_besides(monkeypatch, fresh_tru
 
 ROWS_CUT = geometry.RowsGeometry(4, 16, 8, 8, 2, 256, 8, 0, 1000)
 MATRIX_CUT = geometry.MatrixGeometry(16, 8, 32, 1, 64, 2, 4, 1000)
-GEMM_CUT = geometry.GemmGeometry(64, 128, 32, 64, 32, 3, 1000)
+GEMM_CUT = geometry.GemmGeometry(64, 128, 32, 64, 32, 2, 3, 1000)
 
 
 WRONG_ROWS = [

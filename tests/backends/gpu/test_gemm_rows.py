@@ -19,10 +19,11 @@ from spqt_cli.format import layout
 from tests.metal.emulator import emulate
 
 CUTS = {
-    "narrow": GemmGeometry(64, 128, 32, 64, 32, 3, 160),
-    "tall": GemmGeometry(128, 128, 32, 32, 64, 2, 1000),
-    "wide": GemmGeometry(64, 256, 32, 64, 32, 1, 128),
-    "deep": GemmGeometry(64, 128, 64, 64, 16, 1, 1000),
+    "narrow": GemmGeometry(64, 128, 32, 64, 32, 2, 3, 160),
+    "low": GemmGeometry(32, 128, 32, 32, 32, 2, 4, 1000),
+    "tall": GemmGeometry(128, 128, 32, 32, 64, 1, 2, 1000),
+    "wide": GemmGeometry(64, 256, 32, 64, 32, 2, 1, 128),
+    "deep": GemmGeometry(64, 128, 64, 64, 16, 1, 1, 1000),
 }
 
 
@@ -62,7 +63,7 @@ def test_every_width_of_code(number, kind):
     assert_right(Case((160,), 200, bits, group, dtype, bias=True), cut, 33)
 
 
-@pytest.mark.parametrize(("cut", "group"), list(zip(CUTS, (128, 32, 64, 32), strict=True)))
+@pytest.mark.parametrize(("cut", "group"), list(zip(CUTS, (128, 64, 32, 64, 32), strict=True)))
 @pytest.mark.parametrize("inputs", [203, 264])  # channels that no unit of 16 bytes divides, and others
 def test_every_cut(inputs, cut, group):
     assert_right(Case((300,), inputs, 4, group), CUTS[cut], 70)
