@@ -38,12 +38,13 @@ GEMM_CUTS = {
 MATRIX_CUTS = {
     16: [(16, 16, 128, 2, 256, 2, 3), (16, 32, 128, 2, 256, 1, 2)],
     32: [(32, 16, 128, 2, 256, 1, 2), (32, 8, 128, 2, 256, 2, 3)],
+    64: [(64, 8, 128, 2, 256, 2, 2)],
     8: [(8, 16, 128, 2, 512, 2, 4)],
 }
 WHOLE_CUTS = [(8, 256, 4), (8, 256, 8), (8, 256, 2)]
 WHOLE_COUNTS = (64, 128, 256)  # rows of the plain matmul that follows
 FEW_CUTS = {
-    4: [(16, 128, 4, 2), (16, 64, 4, 2)],
+    4: [(16, 128, 4, 2)],
     2: [(16, 32, 4, 2)],
 }  # outputs, lanes, channels ahead, blocks
 
@@ -140,7 +141,7 @@ Matrices = dict[tuple[int, int], list[Packed]]
 def sweeps(some: Matrices) -> Iterator[tuple[str, list[Measure]]]:
     """What is swept, and for each cut a call that measures it at every shape."""
     gemm = {count: [geometry.GemmGeometry(*cut, 0) for cut in cuts] for count, cuts in GEMM_CUTS.items()}
-    yield "64 rows", [partial(swept, cut, 64, some) for cut in gemm[64]]
+    yield "64 rows", [partial(swept, cut, 64, some) for cut in (*gemm[64], *matrix_cuts(64))]
     yield "128 rows", [partial(swept, cut, 128, some) for cut in (*gemm[128], gemm[64][0])]
     yield "16 rows", [partial(swept, cut, 16, some) for cut in (*matrix_cuts(16), gemm[32][0])]
     yield "32 rows", [partial(swept, cut, 32, some) for cut in (*matrix_cuts(32), gemm[32][0])]

@@ -107,6 +107,11 @@ def test_rule_keeps_within_what_devices_offer(count, outputs):
         assert cut.tiles(band) * cut.tile >= band
 
 
+def test_few_outputs_are_cut_into_stripes_that_fill_the_gpu():
+    cut = geometry.choose_matrix("cuda", [(1024, 1)], 4096, 64, 4)
+    assert cut.tiles(1024) * cut.stripes(4096) >= 0.9 * geometry.MULTIPROCESSORS
+
+
 def test_the_rule_takes_it_from_33_rows_on():
     cuts = [geometry.choose_matrix("cuda", [(4096, 1)], 4096, count, 4) for count in (32, 33)]
     assert [isinstance(cut, GemmGeometry) for cut in cuts] == [False, True]
