@@ -168,7 +168,7 @@ WRONG_ROWS = [
     ("matrix", "8 * j + group_lane) * STRIDE", "group_lane) * STRIDE", "error"),
     ("matrix", "a.y = weight_pair(", "a.y = no_such_name(", "a kernel does not run"),
     ("gemm", "(2 * part)", "0", "error"),
-    ("gemm", "ahead.x[i] = *(const device uint4*)(row + k)", "ahead.x[i] = {}", "error"),
+    ("gemm", "read.at[i] = *(const device uint4*)(row + k)", "read.at[i] = {}", "error"),
 ]
 
 
