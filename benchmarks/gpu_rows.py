@@ -25,48 +25,28 @@ ROWS_SHAPES = [(14336, 4096), (4096, 14336), (28672, 8192)]
 ROWS_CALLS, ROWS_REPEATS = 24, 9
 LARGE_CALLS = 6  # where each call makes a whole matrix anew
 SPARSE_ROWS = 8  # up to which the masked product is timed as well
-SWEEP_SECONDS, SWEEP_REPEATS = 100.0, 5
-FILLS = (1.0, 2.0, 3.0)  # threadgroups for each that the multiprocessors hold at one time
+SWEEP_SECONDS, SWEEP_REPEATS = 80.0, 5
+FILLS = (0.5, 1.0, 2.0)  # threadgroups for each that the multiprocessors hold at one time
 
-# Each compiles for a second or more; shapes and stripes cost none beside it.
+# What is swept: what is not known comes first, as time may end. About 25 kernels, each of which compiles
+# for a second or more; shapes, stripes and other counts cost little beside it.
+GEMM_CUTS = {
+    32: [(32, 128, 32, 32, 32, 2, 4)],
+    64: [(64, 128, 32, 64, 32, 2, 3), (64, 256, 32, 64, 32, 2, 2), (64, 128, 32, 64, 32, 1, 3)],
+    128: [(128, 256, 32, 64, 64, 2, 1), (128, 128, 32, 64, 32, 1, 2)],
+}
 MATRIX_CUTS = {
-    8: [
-        (8, 32, 128, 2, 512, 1, 3),
-        (8, 32, 128, 4, 512, 1, 3),
-        (8, 32, 128, 1, 512, 1, 3),
-        (8, 16, 128, 2, 512, 2, 4),
-        (8, 32, 256, 4, 512, 1, 1),
-        (8, 32, 128, 2, 512, 2, 2),
-        (8, 32, 64, 1, 512, 1, 6),
-    ],
-    16: [
-        (16, 16, 128, 2, 256, 2, 3),
-        (16, 32, 128, 2, 256, 1, 2),
-        (16, 16, 128, 4, 256, 2, 3),
-        (16, 16, 256, 4, 256, 1, 2),
-        (16, 16, 64, 1, 256, 2, 6),
-    ],
-    32: [
-        (32, 16, 128, 2, 256, 1, 2),
-        (32, 16, 128, 4, 256, 1, 2),
-        (32, 8, 128, 2, 256, 2, 3),
-        (32, 8, 256, 2, 256, 1, 2),
-        (16, 16, 128, 2, 256, 2, 3),
-    ],
-    64: [
-        (64, 8, 128, 2, 256, 2, 2),
-        (64, 8, 128, 1, 256, 2, 2),
-        (64, 8, 128, 4, 256, 2, 2),
-        (64, 8, 128, 2, 128, 1, 2),
-        (64, 8, 256, 2, 256, 1, 1),
-        (32, 16, 128, 2, 256, 1, 2),
-    ],
+    16: [(16, 16, 128, 2, 256, 2, 3), (16, 32, 128, 2, 256, 1, 2)],
+    32: [(32, 16, 128, 2, 256, 1, 2), (32, 8, 128, 2, 256, 2, 3)],
+    64: [(64, 8, 128, 2, 256, 2, 2)],
+    8: [(8, 16, 128, 2, 512, 2, 4)],
 }
-FEW_CUTS = {  # outputs of a lane, lanes, channels loaded ahead, blocks
-    2: [(16, 32, 4, 2), (16, 128, 4, 2), (16, 128, 8, 1), (32, 32, 4, 1)],
-    4: [(16, 128, 4, 2), (16, 64, 4, 2), (16, 128, 8, 1)],
-}
-WHOLE_CUTS = [(8, 256, 4), (8, 256, 2), (8, 256, 8), (8, 128, 4), (8, 512, 4)]
+WHOLE_CUTS = [(8, 256, 4), (8, 256, 8), (8, 256, 2)]
+WHOLE_COUNTS = (64, 128, 256)  # rows of the plain matmul that follows
+FEW_CUTS = {
+    4: [(16, 128, 4, 2)],
+    2: [(16, 32, 4, 2)],
+}  # outputs, lanes, channels ahead, blocks
 
 Calls = Callable[[int], mx.array]
 
@@ -132,9 +112,9 @@ def in_turns(
 
 
 def rows_sweep(*shape: int) -> Iterator[dict]:
-    """Microseconds of cuts of matrix_rows.metal, dequantize.metal and sparse_rows.metal, beside stock's.
+    """Microseconds of cuts of the kernels for more than one row; stock's are in `rows`.
 
-    What pays goes into `geometry.FEW_ROWS`, `MANY_ROWS` and `WHOLE`. Ends after SWEEP_SECONDS.
+    What pays goes into `geometry.GEMM_ROWS`, `MANY_ROWS`, `WHOLE` and `FEW_ROWS`. Ends after SWEEP_SECONDS.
     """
     began = time.perf_counter()
     checks.rows_verdict = lambda *_, **__: ""
@@ -151,7 +131,7 @@ def rows_sweep(*shape: int) -> Iterator[dict]:
             print(f"{outputs}x{inputs}, {what}")
             own = [row for row in found if row["shape"] == [outputs, inputs]]
             for row in sorted(own, key=lambda one: one.get("us", 1e9))[:5]:
-                print(f"  {row.get('us', 0):8.1f} us  {row.get('cut', 'stock')}", flush=True)
+                print(f"  {row.get('us', 0):8.1f} us  {row['cut']}", flush=True)
 
 
 Measure = Callable[[], list[dict]]
@@ -159,34 +139,28 @@ Matrices = dict[tuple[int, int], list[Packed]]
 
 
 def sweeps(some: Matrices) -> Iterator[tuple[str, list[Measure]]]:
-    """What is swept, and for each kernel a call that measures it at every shape."""
-    for count in (8, 64, 16, 32):
-        cuts: list[Any] = [geometry.MatrixGeometry(*cut, 0) for cut in MATRIX_CUTS[count]]
-        yield (
-            f"{count} rows",
-            [partial(stock, count, some), *(partial(swept, cut, count, some) for cut in cuts)],
-        )
-    yield "whole", [partial(unpacked, geometry.WholeGeometry(*cut), some) for cut in WHOLE_CUTS]
+    """What is swept, and for each cut a call that measures it at every shape."""
+    gemm = {count: [geometry.GemmGeometry(*cut, 0) for cut in cuts] for count, cuts in GEMM_CUTS.items()}
+    yield "64 rows", [partial(swept, cut, 64, some) for cut in (*gemm[64], *matrix_cuts(64))]
+    yield "128 rows", [partial(swept, cut, 128, some) for cut in (*gemm[128], gemm[64][0])]
+    yield "16 rows", [partial(swept, cut, 16, some) for cut in (*matrix_cuts(16), gemm[32][0])]
+    yield "32 rows", [partial(swept, cut, 32, some) for cut in (*matrix_cuts(32), gemm[32][0])]
+    yield "256 rows", [partial(swept, cut, 256, some) for cut in gemm[128]]
+    cuts = [geometry.WholeGeometry(*cut) for cut in WHOLE_CUTS]
+    yield "dequantized", [partial(unpacked, cuts[0], count, some) for count in WHOLE_COUNTS]
+    yield "whole", [partial(unpacked, cut, 0, some) for cut in cuts]
+    yield "8 rows", [partial(swept, cut, 8, some) for cut in (*matrix_cuts(8), gemm[32][0])]
     for count, few in FEW_CUTS.items():
-        cuts = [
-            geometry.RowsGeometry(
-                count, outputs, lanes, 256 // lanes, unroll, geometry.FEW_LISTED // 4, 8, 2, 0, blocks
-            )
-            for outputs, lanes, unroll, blocks in few
-        ]
-        yield f"{count} rows", [partial(swept, cut, count, some) for cut in cuts]
+        yield f"{count} rows", [partial(swept, few_cut(count, *cut), count, some) for cut in few]
 
 
-def stock(count: int, some: Matrices) -> list[dict]:
-    """Stock's time at every shape."""
-    found = []
-    for shape, layers in some.items():
-        bases = [row_grouped(*shape) for _ in layers]
-        mx.eval(bases)
-        xs = rows_of(count, shape[1])
-        call = partial(stock_call, xs, bases)
-        found.append({"shape": list(shape), "rows": count, **in_turns({"stock": call})["stock"]})
-    return found
+def matrix_cuts(count: int) -> list[geometry.MatrixGeometry]:
+    return [geometry.MatrixGeometry(*cut, 0) for cut in MATRIX_CUTS[count]]
+
+
+def few_cut(count: int, outputs: int, lanes: int, unroll: int, blocks: int) -> geometry.RowsGeometry:
+    listed = geometry.FEW_LISTED // 4
+    return geometry.RowsGeometry(count, outputs, lanes, 256 // lanes, unroll, listed, 8, 2, 0, blocks)
 
 
 def stock_call(xs: list[mx.array], bases: list[tuple], i: int) -> mx.array:
@@ -209,11 +183,10 @@ def swept(cut: Any, count: int, some: Matrices) -> list[dict]:
         xs = rows_of(count, inputs)
         band = layers[0].weight.shape[2] * 8
         tiles = cut.tiles(band) * layers[0].weight.shape[0] * -(-count // cut.tokens)
-        held = geometry.MULTIPROCESSORS * cut.blocks
-        most = inputs // 64  # stripes
-        stripes = sorted({max(2, min(most, round(fill * held / tiles))) for fill in FILLS})
-        for number in stripes:
-            fitted = cut._replace(stripe=-(-inputs // (number * geometry.STEP)) * geometry.STEP)
+        step = cut.span if isinstance(cut, geometry.GemmGeometry) else geometry.STEP
+        most = inputs // (4 * step)  # stripes
+        for number in stripes_of(cut, tiles, most):
+            fitted = cut._replace(stripe=-(-inputs // (number * step)) * step)
             row = {"shape": list(shape), "rows": count, "cut": fitted._asdict(), "stripes": number}
             try:
                 plans = [more_rows.make_plan(mx.float16, [layer], fitted, dense=True) for layer in layers]
@@ -224,16 +197,35 @@ def swept(cut: Any, count: int, some: Matrices) -> list[dict]:
     return found
 
 
+def stripes_of(cut: Any, tiles: int, most: int) -> list[int]:
+    """Numbers of stripes to try. One is a kernel of its own, so only where no more fit."""
+    fit = geometry.MULTIPROCESSORS * cut.blocks / tiles  # with which the GPU is full
+    if isinstance(cut, geometry.GemmGeometry):
+        return sorted({max(1, int(fit)), max(2, int(fit / 2))})
+    return sorted({max(2, min(most, round(fill * fit))) for fill in FILLS})
+
+
 def planned_call(xs: list[mx.array], plans: list[more_rows.RowsPlan], i: int) -> mx.array:
     return more_rows.launch(xs[i % len(xs)], plans[i % len(plans)])[0][0]
 
 
-def unpacked(cut: geometry.WholeGeometry, some: Matrices) -> list[dict]:
-    """The times of a cut of dequantize.metal alone at every shape."""
+def unpacked(cut: geometry.WholeGeometry, count: int, some: Matrices) -> list[dict]:
+    """The times of a cut of dequantize.metal at every shape; with a count also those of a product with it."""
     found = []
     for shape, layers in some.items():
         plans = [dequantize.make_plan(mx.float16, layer, cut) for layer in layers]
-        calls = {"us": lambda i, plans=plans: dequantize.whole(plans[i % len(plans)])}
-        times = in_turns(calls, LARGE_CALLS, SWEEP_REPEATS)["us"]
-        found.append({"shape": list(shape), "cut": cut._asdict(), **times})
+        row = {"shape": list(shape), "rows": count, "cut": cut._asdict()}
+        if count == 0:
+            calls = {"us": lambda i, plans=plans: dequantize.whole(plans[i % len(plans)])}
+            found.append(row | in_turns(calls, LARGE_CALLS, SWEEP_REPEATS)["us"])
+            continue
+        xs = rows_of(count, shape[1])
+        w = dequantize.whole(plans[0])
+        mx.eval(w)
+        calls = {
+            "us": lambda i, xs=xs, plans=plans: xs[i % len(xs)] @ dequantize.whole(plans[i % len(plans)]),
+            "product": lambda i, xs=xs, w=w: xs[i % len(xs)] @ w,
+        }
+        times = in_turns(calls, LARGE_CALLS, SWEEP_REPEATS)
+        found.append(row | times["us"] | {"product_us": times["product"]["us"]})
     return found

@@ -30,29 +30,20 @@ enum : int {
   STRIDE = SPAN / 4 + 4,    // so that eight rows of x lie in banks of their own
   AHEAD = 16 * UNROLL,      // channels of one step
   SLICE = 4,                // tiles of c that are added over DEPTH at one time
-  ADDED = DEPTH > 1 ? (DEPTH - 1) * WIDTH * 32 * SLICE : 1
+  ADDED = DEPTH > 1 ? (DEPTH - 1) * WIDTH * 32 * SLICE : 1,
+  FOURS = TOKENS * SPAN / 4,  // of channels, in threadgroup memory
+  FILL = FOURS < 8 * THREADS ? FOURS / THREADS : 8  // that a lane loads before it stores the first
 };
 
 struct MatrixMemory {
   uint2 x_list[TOKENS * STRIDE];  // four channels of a row each
   float4 sum_list[ADDED];
-  uint simdgroup_count[THREADS / 32];
 };
 
 // Of one group of a channel.
 struct Grid {
   S scale, bias;
 };
-
-METAL_FUNC bool is_active(float value, const device float* thresholds, uint k) {
-  return !(fabs(value) < thresholds[PER_CHANNEL ? k : 0]);
-}
-
-// x of channel k as it is multiplied.
-METAL_FUNC float masked(const device T* row, const device float* thresholds, uint k, uint last) {
-  const float value = k < last ? float(row[k]) : 0.0f;
-  return k < last && is_active(value, thresholds, k) ? value : 0.0f;
-}
 
 METAL_FUNC float code_at(const LaneCodes codes, int c) {
   const uint bits = masked_or(bits_from(codes, c * BITS), (1u << BITS) - 1u, 0x4B000000u);
@@ -133,27 +124,40 @@ METAL_FUNC void multiply_matrix(const device T* x, const device uint32_t* settin
   float4 sums[PARTS][COLUMNS] = {};
   const uint first_k = stripe_first + turn * AHEAD + 4 * quarter;
   Ahead next = read_ahead(codes, scale, offset, output, words, groups, first_k, stripe_last - 1);
-  // Nothing is below a threshold of zero, and whole words can be copied.
-  const bool copied = !PER_CHANNEL && !(thresholds[0] > 0.0f) && inputs % 4 == 0 && (ulong)x % 8 == 0;
+  // Words of x can be copied.
+  const bool whole = !PER_CHANNEL && inputs % 4 == 0 && launch.stripe % 4 == 0 && (ulong)x % 8 == 0;
   for (uint stage = stripe_first; stage < stripe_last; stage += SPAN) {
-    for (uint i = lane; i < uint(TOKENS * SPAN / 4); i += THREADS) {
-      const uint t = i / (SPAN / 4);
-      const uint four = i % (SPAN / 4);
-      const uint k = stage + 4 * four;
-      uint2 packed_x;
-      packed_x.x = packed_x.y = 0;
-      if (t < tokens) {
-        const device T* of_row = mine + ulong(t) * inputs;
-        if (copied && k % 4 == 0 && k + 4 <= stripe_last) {
-          packed_x = *(const device uint2*)(of_row + k);
-        } else {
-          packed_x.x = pack_pair<T>(masked(of_row, thresholds, k, stripe_last),
-                                    masked(of_row, thresholds, k + 1, stripe_last));
-          packed_x.y = pack_pair<T>(masked(of_row, thresholds, k + 2, stripe_last),
-                                    masked(of_row, thresholds, k + 3, stripe_last));
+    for (uint fill = lane; fill < uint(FOURS); fill += FILL * THREADS) {
+      uint2 four[FILL] = {};
+      if (whole) {
+#pragma unroll
+        for (int i = 0; i < FILL; ++i) {
+          const uint t = (fill + i * THREADS) / (SPAN / 4), k = stage + (fill + i * THREADS) % (SPAN / 4) * 4;
+          if (t < tokens && k < stripe_last) {
+            four[i] = *(const device uint2*)(mine + ulong(t) * inputs + k);
+          }
+        }
+      } else {
+#pragma unroll
+        for (int i = 0; i < FILL; ++i) {
+          const uint t = (fill + i * THREADS) / (SPAN / 4), k = stage + (fill + i * THREADS) % (SPAN / 4) * 4;
+          const device T* row = mine + ulong(min(t, tokens - 1)) * inputs;
+          four[i].x = masked_two(row, thresholds, k, t < tokens ? stripe_last : 0);
+          four[i].y = masked_two(row, thresholds, k + 2, t < tokens ? stripe_last : 0);
         }
       }
-      memory.x_list[t * STRIDE + four] = packed_x;
+      if (!PER_CHANNEL && whole && has_mask(thresholds)) {
+#pragma unroll
+        for (int i = 0; i < FILL; ++i) {
+          four[i].x = masked_pair(four[i].x, thresholds[0]);
+          four[i].y = masked_pair(four[i].y, thresholds[0]);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < FILL; ++i) {
+        const uint at = fill + i * THREADS;
+        memory.x_list[at / (SPAN / 4) * STRIDE + at % (SPAN / 4)] = four[i];
+      }
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
 
@@ -250,27 +254,8 @@ METAL_FUNC void multiply_matrix(const device T* x, const device uint32_t* settin
     }
   }
 
-  if (tile == 0) {  // the same for the whole threadgroup
-    for (uint t = 0; t < tokens; ++t) {
-      uint met = 0;
-      for (uint k = stripe_first + lane; k < stripe_last; k += THREADS) {
-        met += is_active(float(mine[ulong(t) * inputs + k]), thresholds, k) ? 1 : 0;
-      }
-      const uint before = simd_prefix_exclusive_sum(met);
-      if (me.in_simdgroup == 31) {
-        memory.simdgroup_count[me.simdgroup] = before + met;
-      }
-      threadgroup_barrier(mem_flags::mem_threadgroup);
-      if (lane < uint(PARTIAL ? COUNTS : 1)) {
-        uint all = 0;
-        for (uint g = 0; g < uint(THREADS / 32); ++g) {
-          all += memory.simdgroup_count[g];
-        }
-        counts[PARTIAL ? t * launch.positions + lane : first_token + t] = all;
-      }
-      threadgroup_barrier(mem_flags::mem_threadgroup);
-    }
-  }
+  count_rows(mine, thresholds, inputs, stripe_first, stripe_last, tokens, counts + (PARTIAL ? 0 : first_token),
+             PARTIAL ? launch.positions : 1, PARTIAL ? COUNTS : 1, tile, (launch.positions - COUNTS) / TILE, me);
 }
 
 // K in one stripe.

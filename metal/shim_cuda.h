@@ -48,7 +48,8 @@ __device__ inline uint simd_prefix_exclusive_sum(uint value) {
 
 __device__ inline uint simd_broadcast(uint value, ushort lane) { return __shfl_sync(0xFFFFFFFFu, value, lane); }
 
-// The words of matrix_rows.metal, from compute capability 8.0 on. Two numbers as T in one word, the first low.
+// The words of matrix_rows.metal and gemm_rows.metal, from compute capability 8.0 on. Two numbers as T in one word,
+// the first low.
 template <typename T>
 __device__ inline uint pack_pair(float low, float high);
 template <>
@@ -103,4 +104,24 @@ template <>
 __device__ inline float4 multiply_tile<bfloat16_t>(uint4 a, uint2 b, float4 c) {
   SPQT_MULTIPLY_TILE("bf16");
   return c;
+}
+
+// Four tiles of 8 x 8 numbers of 16 bits, whose rows are the units that lanes 0 to 7, 8 to 15 and so on name. Lane
+// 4 g + q gets of each tile row g, columns 2 q and 2 q + 1; TRANSPOSED: column g, rows 2 q and 2 q + 1.
+template <bool TRANSPOSED>
+__device__ inline uint4 load_tiles(const uint4* unit) {
+  const uint at = uint(__cvta_generic_to_shared(unit));
+  uint4 tiles;
+  if (TRANSPOSED) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(tiles.x), "=r"(tiles.y), "=r"(tiles.z), "=r"(tiles.w)
+                 : "r"(at)
+                 : "memory");
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(tiles.x), "=r"(tiles.y), "=r"(tiles.z), "=r"(tiles.w)
+                 : "r"(at)
+                 : "memory");
+  }
+  return tiles;
 }

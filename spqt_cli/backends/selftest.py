@@ -119,13 +119,13 @@ def _more_rows_checks() -> Iterator[Check]:
                     yield partial(_more_rows, way, count, case, stripe)
 
 
-ROWS = {"few": (2, 4, 8), "matrix": (8, 16, 32, 64)}  # one count for each kernel
+ROWS = {"few": (2, 4, 8), "matrix": (8, 16, 32, 64, 128)}  # one count for each kernel
 
 
 def _more_rows(way: str, count: int, case: Case, stripe: int) -> Row:
     layers = matrices(case)
     bands, kind = bands_of(layers), gpu.device_class()
-    cut: geometry.RowsGeometry | geometry.MatrixGeometry
+    cut: geometry.RowsGeometry | geometry.MatrixGeometry | geometry.GemmGeometry
     if way == "few":
         cut = geometry.choose_rows(kind, bands, case.inputs, count, case.dtype == mx.float32)
     else:

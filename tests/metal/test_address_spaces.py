@@ -101,6 +101,7 @@ def test_bodies_keep_to_their_address_spaces(clang, monkeypatch, tmp_path, kind,
 
 FEW = geometry.RowsGeometry(8, 8, 16, 8, 2, 256, 8, 1, 50)
 MATRIX = geometry.MatrixGeometry(16, 8, 128, 2, 64, 2, 4, 50)
+GEMM = geometry.GemmGeometry(64, 128, 32, 64, 32, 2, 4, 50)
 
 
 def rows_plan(cut, count, bits=4, dtype=mx.float16):
@@ -109,10 +110,14 @@ def rows_plan(cut, count, bits=4, dtype=mx.float16):
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32])
 @pytest.mark.parametrize("stripe", [50, 1000])
-@pytest.mark.parametrize("kind", [(FEW, 3), (FEW._replace(tokens=2), 4), (MATRIX, 5), (MATRIX, 8)])
+@pytest.mark.parametrize(
+    "kind", [(FEW, 3), (FEW._replace(tokens=2), 4), (MATRIX, 5), (MATRIX, 8), (GEMM, 4), (GEMM, 6)]
+)
 def test_more_rows_keep_to_their_address_spaces(clang, monkeypatch, tmp_path, kind, stripe, dtype):
     cut, bits = kind
-    plan = rows_plan(cut._replace(stripe=stripe), 1 if cut is MATRIX else 2, bits, dtype)
+    if cut in (MATRIX, GEMM) and dtype == mx.float32:
+        pytest.skip("the matrix unit takes 16 bits")
+    plan = rows_plan(cut._replace(stripe=stripe), 1 if cut in (MATRIX, GEMM) else 2, bits, dtype)
     texts = []
 
     def run(launch, inputs):
@@ -140,7 +145,8 @@ def kernels():
     spans = compensate.spans(4, 64, mx.float16, 1)
     whole = dequantize.make_plan(mx.float16, problems.matrices(case_of(1, 4))[0]).launch
     launches = (plan.gemv, plan.reduce, plan.counts, spans, whole)
-    every = [one.kernel for one in launches] + rows_plan(FEW, 2).kernels + rows_plan(MATRIX, 1).kernels
+    every = [one.kernel for one in launches] + rows_plan(FEW, 2).kernels
+    every += rows_plan(MATRIX, 1).kernels + rows_plan(GEMM, 1).kernels
     return {one.files[-1]: one for one in every}
 
 

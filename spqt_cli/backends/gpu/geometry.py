@@ -116,6 +116,16 @@ MANY_ROWS = {
     32: (16, 128, 2, 256, 1, 2),
     64: (8, 128, 2, 256, 2, 2),
 }
+# From this many rows on, gemm_rows.metal: rows of x in one threadgroup -> its outputs, channels of a span,
+# outputs and rows of a simdgroup, spans loaded ahead, blocks that an SM is to hold. No spills by ptxas for 4
+# bits (sm_90); not timed as yet.
+LEAST_GEMM = 33  # a number above all rows leaves everything to matrix_rows.metal
+GEMM_STRIPE = 4  # channels at least for each row, where few tiles of outputs leave the GPU idle
+GEMM_ROWS = {
+    32: (128, 32, 32, 32, 2, 4),
+    64: (128, 32, 64, 32, 2, 3),
+    128: (256, 32, 64, 64, 2, 1),
+}
 MOST_BITS = 128  # of a lane's codes of one channel: 16 bytes
 STEP = 16  # channels of one product of the matrix unit; stripes are whole steps
 MULTIPROCESSORS = 132  # of an H200
@@ -166,6 +176,34 @@ class MatrixGeometry(NamedTuple):
     @property
     def tile(self) -> int:
         return self.threads // SIMD // self.depth * 8 * self.outputs
+
+    def tiles(self, band: int) -> int:
+        return -(-band // self.tile)
+
+    def stripes(self, inputs: int) -> int:
+        return -(-inputs // self.stripe)
+
+
+class GemmGeometry(NamedTuple):
+    """One cut of gemm_rows.metal."""
+
+    tokens: int  # rows of x in one threadgroup
+    tile: int  # outputs in one threadgroup
+    span: int  # channels in threadgroup memory at one time
+    simd_outputs: int  # of one simdgroup
+    simd_tokens: int
+    ahead: int  # 1 or 2: spans by which codes are loaded before they are unpacked
+    blocks: int  # that an SM is to hold
+    stripe: int
+
+    @property
+    def threads(self) -> int:
+        return SIMD * (self.tile // self.simd_outputs) * (self.tokens // self.simd_tokens)
+
+    @property
+    def outputs(self) -> int:
+        """Outputs of one channel that a lane unpacks."""
+        return self.tile * self.span // self.threads
 
     def tiles(self, band: int) -> int:
         return -(-band // self.tile)
@@ -241,12 +279,18 @@ def _few_lanes(units: Sequence[int], most: int) -> int:
 
 def choose_matrix(
     kind: str, bands: Sequence[tuple[int, int]], inputs: int, rows: int, bits: int
-) -> MatrixGeometry:
-    """The cut of matrix_rows.metal for so many rows of x and codes of so many bits."""
-    tokens = next((many for many in MANY_ROWS if rows <= many), max(MANY_ROWS))
-    cut = MatrixGeometry(tokens, *MANY_ROWS[tokens], inputs)
-    while cut.outputs * bits > MOST_BITS:
-        cut = cut._replace(outputs=cut.outputs // 2)
+) -> MatrixGeometry | GemmGeometry:
+    """The cut of matrix_rows.metal or gemm_rows.metal for so many rows of x and codes of so many bits."""
+    some = MANY_ROWS if rows < LEAST_GEMM else GEMM_ROWS
+    tokens = next((many for many in some if rows <= many), max(some))
+    cut: MatrixGeometry | GemmGeometry
+    if rows < LEAST_GEMM:
+        cut, step, least = MatrixGeometry(tokens, *MANY_ROWS[tokens], inputs), STEP, MANY_STRIPE * tokens
+        while cut.outputs * bits > MOST_BITS:
+            cut = cut._replace(outputs=cut.outputs // 2)
+    else:
+        cut = GemmGeometry(tokens, *GEMM_ROWS[tokens], inputs)
+        step, least = cut.span, GEMM_STRIPE * tokens
     tiles = sum(cut.tiles(band) * number for band, number in bands) * -(-rows // tokens)
-    stripes = max(1, min(inputs // (MANY_STRIPE * tokens), MULTIPROCESSORS * cut.blocks // tiles))
-    return cut._replace(stripe=-(-inputs // (stripes * STEP)) * STEP)
+    stripes = max(1, min(inputs // least, MULTIPROCESSORS * cut.blocks // tiles))
+    return cut._replace(stripe=-(-inputs // (stripes * step)) * step)

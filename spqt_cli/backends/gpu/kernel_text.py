@@ -175,19 +175,26 @@ def rows_kernel(constants: Constants, threads: int, blocks: int, partial: bool) 
 
 
 @cache
-def matrix_kernel(constants: Constants, threads: int, blocks: int, partial: bool) -> Kernel:
-    """matrix_rows.metal with its constants; of one projection, so that few kernels are compiled."""
+def matrix_kernel(name: str, constants: Constants, threads: int, blocks: int, partial: bool) -> Kernel:
+    """matrix_rows.metal or gemm_rows.metal by `name`; of one projection, so that few kernels are compiled."""
     constants = (*constants, ("THREADS", threads), ("COUNTS", COUNTS))
-    call = THREAD + PLACE
+    place = "tile, first_token, memory, me"
     if partial:
-        call += "matrix_rows_stripe(x, settings, packed, rows[0], partials, tile, first_token, memory, me);\n"
+        call = f"{name}_rows_stripe(x, settings, packed, rows[0], partials, {place});\n"
     else:
-        call += "matrix_rows(x, settings, packed, rows[0], y_0, active, tile, first_token, memory, me);\n"
-    outputs = ("partials",) if partial else ("y_0", "active")
-    files = (*HELPERS, "lane_codes.h", "matrix_rows.metal")
-    name = _name("matrix", constants, call)
-    inputs = ("x", "settings", "packed", "rows")
-    return Kernel(name, inputs, outputs, files, constants, "MatrixMemory", call, threads, blocks)
+        call = f"{name}_rows(x, settings, packed, rows[0], y_0, active, {place});\n"
+    call = THREAD + PLACE + call
+    return Kernel(
+        _name(name, constants, call),
+        ("x", "settings", "packed", "rows"),
+        ("partials",) if partial else ("y_0", "active"),
+        (*HELPERS, "lane_codes.h", "rows_of_x.h", f"{name}_rows.metal"),
+        constants,
+        f"{name.title()}Memory",
+        call,
+        threads,
+        blocks,
+    )
 
 
 @cache

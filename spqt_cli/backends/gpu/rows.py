@@ -1,6 +1,6 @@
-"""Plans and launches of the kernels for more than one row: sparse_rows.metal and matrix_rows.metal.
+"""Plans and launches of the kernels for more than one row: sparse_rows, matrix_rows and gemm_rows.metal.
 
-A plan holds what does not depend on the number of rows, since prompts come in every length. Which of the two
+A plan holds what does not depend on the number of rows, since prompts come in every length. Which of them
 runs is not decided here: see ways.py.
 """
 
@@ -19,7 +19,7 @@ from spqt_cli.backends.interface import Projection
 
 MOST_SHAPES = 64  # of x whose launches a plan keeps
 
-Cut = geometry.RowsGeometry | geometry.MatrixGeometry
+Cut = geometry.RowsGeometry | geometry.MatrixGeometry | geometry.GemmGeometry
 
 
 @dataclass(eq=False)
@@ -91,8 +91,11 @@ def make_plan(dtype: mx.Dtype, layers: Sequence[Projection], cut: Cut, dense: bo
     tiles = sum(cut.tiles(band) * number for band, number in launching.bands(layers))
     constants = _constants(dtype, layers, cut, dense)
     partial = stripes > 1
-    few = isinstance(cut, geometry.RowsGeometry)
-    kernel = kernel_text.rows_kernel if few else kernel_text.matrix_kernel
+    if isinstance(cut, geometry.RowsGeometry):
+        product = kernel_text.rows_kernel(constants, cut.threads, cut.blocks, partial)
+    else:
+        name = "gemm" if isinstance(cut, geometry.GemmGeometry) else "matrix"
+        product = kernel_text.matrix_kernel(name, constants, cut.threads, cut.blocks, partial)
     return RowsPlan(
         known=tuple((layer.weight, layer.threshold) for layer in layers),
         cut=cut,
@@ -100,7 +103,7 @@ def make_plan(dtype: mx.Dtype, layers: Sequence[Projection], cut: Cut, dense: bo
         outputs=tuple(layer.outputs for layer in layers),
         dtype=dtype,
         tiles=tiles,
-        product=kernel(constants, cut.threads, cut.blocks, partial),
+        product=product,
         reduce=kernel_text.reduce_rows_kernel(constants, cut.tile) if partial else None,
         stripes=stripes,
     )
@@ -116,18 +119,24 @@ def _constants(dtype: mx.Dtype, layers: Sequence[Projection], cut: Cut, dense: b
         ("PER_CHANNEL", int(launching.per_channel(layers, dense=dense))),
         ("HAS_BIAS", int(launching.has_bias(layers))),
         ("TOKENS", cut.tokens),
-        ("UNROLL", cut.unroll),
+        ("OUTPUTS", cut.outputs),
     )
-    if isinstance(cut, geometry.MatrixGeometry):
+    if not isinstance(cut, geometry.RowsGeometry):
         exact = layers[0].bits < 8 or dtype == mx.float16  # bfloat16 has 8 bits, one of them not written
         paired = exact and layers[0].scales.dtype == dtype
-        own = (("HALF", int(dtype == mx.float16)), ("PAIRED", int(paired)), ("SPAN", cut.span))
-        return (*shared, ("OUTPUTS", cut.outputs), ("DEPTH", cut.depth), *own)
+        shared = (
+            *shared, ("HALF", int(dtype == mx.float16)), ("PAIRED", int(paired)), ("SPAN", cut.span)
+        )  # fmt: skip
+    if isinstance(cut, geometry.GemmGeometry):
+        simd = (("SIMD_OUTPUTS", cut.simd_outputs), ("SIMD_TOKENS", cut.simd_tokens))
+        return (*shared, ("TILE", cut.tile), ("AHEAD", cut.ahead), *simd)
+    if isinstance(cut, geometry.MatrixGeometry):
+        return (*shared, ("UNROLL", cut.unroll), ("DEPTH", cut.depth))
     return (
         *shared,
         ("VALUES", "float2" if cut.tokens == 2 else "float4"),
-        ("OUTPUTS", cut.outputs),
         ("LANES", cut.lanes),
+        ("UNROLL", cut.unroll),
         ("ROWS", cut.rows),
         ("LIST", cut.list),
         ("SLICE", cut.slice),

@@ -158,6 +158,7 @@ def test_selftest_table_judges_what_reductions_do_besides(monkeypatch, fresh_tru
 
 ROWS_CUT = geometry.RowsGeometry(4, 16, 8, 8, 2, 256, 8, 0, 1000)
 MATRIX_CUT = geometry.MatrixGeometry(16, 8, 32, 1, 64, 2, 4, 1000)
+GEMM_CUT = geometry.GemmGeometry(64, 128, 32, 64, 32, 2, 3, 1000)
 
 
 WRONG_ROWS = [
@@ -166,6 +167,8 @@ WRONG_ROWS = [
     ("few", "? 0 : 1;", "? 0 : 2;", "wrong number of active channels"),
     ("matrix", "8 * j + group_lane) * STRIDE", "group_lane) * STRIDE", "error"),
     ("matrix", "a.y = weight_pair(", "a.y = no_such_name(", "a kernel does not run"),
+    ("gemm", "(2 * part)", "0", "error"),
+    ("gemm", "read.at[i] = *(const device uint4*)(row + k)", "read.at[i] = {}", "error"),
 ]
 
 
@@ -174,9 +177,9 @@ def test_a_wrong_kernel_for_more_rows_is_never_used(
     *, monkeypatch, fresh_trust, capfd, way, old, new, reason
 ):
     monkeypatch.setattr(launching, "run", run_emulated)
-    monkeypatch.setattr(ways, "best", lambda *_: way)
+    monkeypatch.setattr(ways, "best", lambda *_: "few" if way == "few" else "matrix")
     monkeypatch.setattr(geometry, "choose_rows", lambda *_: ROWS_CUT)
-    monkeypatch.setattr(geometry, "choose_matrix", lambda *_: MATRIX_CUT)
+    monkeypatch.setattr(geometry, "choose_matrix", lambda *_: GEMM_CUT if way == "gemm" else MATRIX_CUT)
     case = Case((128,), 96)
     x = problems.rows(case, 3)
 
@@ -188,7 +191,7 @@ def test_a_wrong_kernel_for_more_rows_is_never_used(
 
     assert told() == ""
     real = kernel_text.body
-    assert any(old in real(f"{name}_rows.metal") for name in ("sparse", "matrix"))
+    assert any(old in real(f"{name}_rows.metal") for name in ("sparse", "matrix", "gemm"))
     first_use._passed.cache_clear()
     monkeypatch.setattr(kernel_text, "body", lambda file: real(file).replace(old, new))
     words = told()

@@ -261,13 +261,16 @@ def test_rule_keeps_within_what_devices_offer(kind, outputs):
         assert memory <= 32768  # bytes of threadgroup memory
         assert cut.stripes(inputs) * cut.stripe >= inputs
         assert cut.tiles(band) * cut.tile >= band
-        many = geometry.choose_matrix(kind, bands, inputs, count, 4)
+        many = geometry.choose_matrix(kind, bands, inputs, min(count, 32), 4)
+        assert isinstance(many, MatrixGeometry)
         assert many.span % (16 * many.unroll * many.depth) == 0
         assert many.stripe % geometry.STEP == 0
         simdgroups = many.threads // 32
         assert simdgroups % many.depth == 0
         added = 4 * 16 * (simdgroups - simdgroups // many.depth) * 32  # four sums of four floats
-        memory = 8 * many.tokens * (many.span // 4 + 4) + added + 4 * simdgroups
+        fours = many.tokens * many.span // 4
+        assert fours % (many.threads * max(1, min(8, fours // many.threads))) == 0  # lanes fill x evenly
+        memory = 8 * many.tokens * (many.span // 4 + 4) + added
         assert memory * many.blocks <= 227 << 10  # of an SM
         assert memory <= 48 << 10  # of a threadgroup, without asking CUDA for more
         assert many.stripes(inputs) * many.stripe >= inputs

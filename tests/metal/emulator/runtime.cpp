@@ -10,7 +10,7 @@ namespace {
 constexpr uint64_t STACK = 96 << 10;  // bytes of a lane
 constexpr uint SIMD = 32;
 
-enum State { READY, AT_BARRIER, AT_PREFIX, AT_SHUFFLE, AT_BROADCAST, AT_TILE, FINISHED };
+enum State { READY, AT_BARRIER, AT_PREFIX, AT_SHUFFLE, AT_BROADCAST, AT_TILE, AT_ROWS, AT_COLUMNS, FINISHED };
 
 struct Fiber {
   jmp_buf point;
@@ -21,6 +21,7 @@ struct Fiber {
   uint64_t value = 0;
   uint mask = 0;
   float a[8], b[4], c[4];  // of a tile that is multiplied
+  ushort row[8];           // of a tile that is loaded
   Lane lane;
 };
 
@@ -76,14 +77,28 @@ void multiply_tile(Fiber* lanes) {
   }
 }
 
+// Four 8 x 8 tiles whose rows the lanes hold, dealt out as PTX's ldmatrix does: lane 4 g + q gets of each row g and
+// columns 2 q and 2 q + 1, or column g and rows 2 q and 2 q + 1.
+void share_tiles(Fiber* lanes, bool transposed) {
+  ushort tiles[4][8][8];
+  for (uint i = 0; i < SIMD; ++i) memcpy(tiles[i / 8][i % 8], lanes[i].row, sizeof lanes[i].row);
+  for (uint i = 0; i < SIMD; ++i) {
+    for (uint j = 0; j < 8; ++j) {
+      const uint g = i / 4, q = 2 * (i % 4) + j % 2;
+      lanes[i].row[j] = transposed ? tiles[j / 2][q][g] : tiles[j / 2][g][q];
+    }
+  }
+}
+
 // All lanes of a simdgroup stand at one operation: give each its result. False where they don't.
 bool exchange(Fiber* lanes) {
   const State state = lanes[0].state;
-  if (state < AT_PREFIX || state > AT_TILE) return false;
+  if (state < AT_PREFIX || state > AT_COLUMNS) return false;
   for (uint i = 1; i < SIMD; ++i) {
     if (lanes[i].state != state || lanes[i].site != lanes[0].site) return false;
   }
   if (state == AT_TILE) multiply_tile(lanes);
+  if (state == AT_ROWS || state == AT_COLUMNS) share_tiles(lanes, state == AT_COLUMNS);
   uint64_t results[SIMD];
   uint sum = 0;
   for (uint i = 0; i < SIMD; ++i) {
@@ -205,5 +220,11 @@ void emulator_multiply_tile(const float* a, const float* b, float* c) {
   memcpy(running->c, c, sizeof running->c);
   wait(AT_TILE, __builtin_return_address(0));
   memcpy(c, running->c, sizeof running->c);
+}
+
+void emulator_share_tiles(ushort* row, bool transposed) {
+  memcpy(running->row, row, sizeof running->row);
+  wait(transposed ? AT_COLUMNS : AT_ROWS, __builtin_return_address(0));
+  memcpy(row, running->row, sizeof running->row);
 }
 }

@@ -60,7 +60,7 @@ To as_type(From from) {
   return __builtin_bit_cast(To, from);
 }
 
-// No words of Metal's: matrix_rows.metal, which runs on CUDA alone, is checked all the same.
+// No words of Metal's: matrix_rows.metal and gemm_rows.metal, which run on CUDA alone, are checked all the same.
 template <typename T>
 uint pack_pair(float, float);
 template <typename T>
@@ -68,3 +68,5 @@ float4 multiply_tile(uint4, uint2, float4);
 template <typename T>
 uint pair_fma(uint, uint, uint);
 uint masked_or(uint, uint, uint);
+template <bool TRANSPOSED>
+uint4 load_tiles(const threadgroup uint4*);

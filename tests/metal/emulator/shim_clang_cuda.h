@@ -47,3 +47,6 @@ __device__ inline float rsqrt(float a) { return 1.0f / __builtin_sqrtf(a); }
 __device__ inline float rint(float a) { return __builtin_rintf(a); }
 __device__ inline float fabs(float a) { return __builtin_fabsf(a); }
 __device__ inline unsigned int min(unsigned int a, unsigned int b) { return a < b ? a : b; }
+__device__ inline unsigned long __cvta_generic_to_shared(const void* at) {
+  return (unsigned long)(__attribute__((address_space(3))) const void*)at;
+}

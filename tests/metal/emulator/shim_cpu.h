@@ -44,6 +44,8 @@ uint emulator_broadcast(uint value, uint lane);
 // A lane's part of a 16 x 8 tile c += a b over 16 channels: eight of a, four of b, four of c, in the order of the
 // words that hold them.
 void emulator_multiply_tile(const float* a, const float* b, float* c);
+// A lane's row of 8 x 8 tiles, as eight numbers of 16 bits; in its place what the lane gets of the four tiles.
+void emulator_share_tiles(ushort* row, bool transposed);
 // Names a threadgroup array and checks one index; returns the index, or 0 after a report.
 uint64_t emulator_index(const void* array, uint64_t elements, uint64_t size, uint64_t index);
 }
@@ -92,7 +94,7 @@ struct bfloat16_t {
   operator float() const { return as_type<float>(uint(bits) << 16); }
 };
 
-// The words of matrix_rows.metal.
+// The words of matrix_rows.metal and gemm_rows.metal.
 template <typename T>
 inline uint pack_pair(float low, float high) {
   return as_type<ushort>(T(low)) | uint(as_type<ushort>(T(high))) << 16;
@@ -122,4 +124,14 @@ inline float4 multiply_tile(uint4 a, uint2 b, float4 c) {
   c.z = own[2];
   c.w = own[3];
   return c;
+}
+template <bool TRANSPOSED>
+inline uint4 load_tiles(const uint4* unit) {
+  const uint4 row = *unit;
+  ushort numbers[8];
+  __builtin_memcpy(numbers, &row, sizeof row);
+  emulator_share_tiles(numbers, TRANSPOSED);
+  uint4 tiles;
+  __builtin_memcpy(&tiles, numbers, sizeof tiles);
+  return tiles;
 }
