@@ -59,6 +59,12 @@ def cuda(kernel: Kernel) -> tuple[str, str]:
     return _body(kernel, "__shared__"), head + "".join(map(_include, kernel.files))
 
 
+def names() -> list[str]:
+    """The files that hold kernels, and what these include."""
+    files = resources.files("spqt_cli.metal").iterdir()
+    return sorted(file.name for file in files if file.name.endswith((".metal", ".h")))
+
+
 @cache
 def body(name: str) -> str:
     """The text of a file in `metal/` without comments: MLX copies and compares it in every call."""

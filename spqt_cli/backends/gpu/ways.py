@@ -8,6 +8,7 @@ dequantized the matrix dequantized, then MLX's plain matmul
 No name of a chip is looked at. What a way does is backend.py's; here are only names and times.
 """
 
+import hashlib
 import itertools
 import json
 import sys
@@ -21,7 +22,7 @@ import mlx.core as mx
 import numpy as np
 
 from spqt_cli.backends import problems
-from spqt_cli.backends.gpu import first_use
+from spqt_cli.backends.gpu import first_use, geometry, kernel_text
 from spqt_cli.backends.interface import Projection
 from spqt_cli.format import layout
 from spqt_cli.system import files
@@ -97,7 +98,7 @@ def best(rows: int, layer: Projection, dtype: mx.Dtype, calls: Mapping[str, Call
 def choice_for(kind: Kind, calls: Mapping[str, Call]) -> Choice:
     """The choice for a kind of layer, remembered or timed now."""
     if kind not in _chosen:
-        key = f"{first_use.machine()}, {kind.words()}"
+        key = f"{here()}, {kind.words()}"
         if key not in known():
             known()[key] = measured(kind, calls)
             if not first_use.broken():  # else MLX's own matmul stood in for our kernels
@@ -108,12 +109,19 @@ def choice_for(kind: Kind, calls: Mapping[str, Call]) -> Choice:
 
 def report() -> list[str]:
     """What is known of this machine, a line for each kind."""
-    here = first_use.machine()
     return [
-        f"{name.removeprefix(here).lstrip(', ')}: {choice.words()}"
+        f"{name.removeprefix(here()).lstrip(', ')}: {choice.words()}"
         for name, choice in known().items()
-        if name.startswith(here)
+        if name.startswith(here())
     ]
+
+
+@cache
+def here() -> str:
+    """The machine, and the kernels that were timed: their texts and how they are cut."""
+    texts = [kernel_text.body(name) for name in kernel_text.names()]
+    said = hashlib.sha256("\0".join([*texts, Path(geometry.__file__).read_text()]).encode()).hexdigest()
+    return f"{first_use.machine()} {said[:12]}"
 
 
 @cache

@@ -10,7 +10,7 @@ import json
 import mlx.core as mx
 import pytest
 
-from spqt_cli.backends.gpu import first_use, ways
+from spqt_cli.backends.gpu import first_use, kernel_text, ways
 from spqt_cli.backends.gpu.ways import COUNTS, Choice, Kind
 from spqt_cli.backends.interface import Backend
 from spqt_cli.cli import doctor
@@ -31,8 +31,8 @@ def device(monkeypatch, tmp_path):
     monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
     monkeypatch.setattr(mx, "device_info", lambda: {"compute_capability_major": 9, "device_name": "some"})
     monkeypatch.setattr(first_use, "_broken", [])
-    first_use.machine.cache_clear()
-    ways.known.cache_clear()
+    for cached in (first_use.machine, ways.here, ways.known):
+        cached.cache_clear()
     monkeypatch.setattr(ways, "SHAPE", (64, 32))
     monkeypatch.setattr(ways, "_layer", lambda *_: None)
     monkeypatch.setattr(ways, "_chosen", {})
@@ -45,8 +45,8 @@ def device(monkeypatch, tmp_path):
 
     monkeypatch.setattr(ways, "_microseconds", microseconds)
     yield timed
-    first_use.machine.cache_clear()
-    ways.known.cache_clear()
+    for cached in (first_use.machine, ways.here, ways.known):
+        cached.cache_clear()
 
 
 CALLS = {way: lambda x, layer, way=way: way for way in COST}
@@ -80,6 +80,21 @@ def test_a_choice_is_made_once_for_a_machine_and_kind(device):
     assert len(device) == timed
     ways.choice_for(KIND._replace(bits=8), CALLS)
     assert len(device) == 2 * timed
+
+
+def test_other_kernels_are_timed_again(device, monkeypatch):
+    ways.choice_for(KIND, CALLS)
+    timed = len(device)
+    body = kernel_text.body
+    monkeypatch.setattr(
+        kernel_text, "body", lambda name: body(name) + "int more;" * (name == "gemm_rows.metal")
+    )
+    ways.here.cache_clear()
+    ways._chosen.clear()
+    assert not ways.report()
+    ways.choice_for(KIND, CALLS)
+    assert len(device) == 2 * timed
+    assert len(ways.report()) == 1
 
 
 def test_kernels_found_wrong_leave_no_choice_behind(device, monkeypatch):
