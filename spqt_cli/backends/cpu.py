@@ -35,6 +35,7 @@ from spqt_cli.errors import BackendError, UsageError
 _REINSTALL = "reinstall spqt (`pip install --force-reinstall --no-deps .`)"
 ISAS = ("avx512", "avx2", "baseline")  # as cpu/kernels.h names them
 FEW_ROWS = 64  # MOST_ROWS of cpu/job.h
+MOST_NUMBERS = (1 << 31) - 1  # of an array
 MOST_THREADS = 512  # a typing error of 100,000 would take all that the system has
 _CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
@@ -123,7 +124,7 @@ def matmul(x: mx.array, layer: Any) -> mx.array:
     """
     if x.size == x.shape[-1]:
         return _native().sparse_gemv(x, [_packed(layer, None)])[0][0]
-    if is_token_each(x):
+    if x.size and is_token_each(x):
         parts = (x[at : at + FEW_ROWS] for at in range(0, x.shape[0], FEW_ROWS))
         return _joined([_native().sparse_gemv(part, [_packed(layer, None)])[0][0] for part in parts])
     weight, scales, biases, _, bias, *form = _packed(layer, None)

@@ -142,7 +142,8 @@ class Counter:
                     if request is not None:
                         active, fed = rows[tally.requests.index(request)], tally.steps
                     _, *before = sums.get(id(layer), (layer, 0, 0, 0, 0))
-                    more = (active, fed, tally.steps * layer.inputs if many else read, tally.steps)
+                    whole = tally.steps * layer.inputs  # also where eight rows each read a matrix once more
+                    more = (active, fed, whole if many else min(read, whole), tally.steps)
                     sums[id(layer)] = layer, *map(sum, zip(before, more, strict=True))
         return [
             Share(layer, active / rows / layer.inputs, read / steps / layer.inputs)

@@ -116,7 +116,7 @@ def logsumexp(x: mx.array, *args: Any, **kw: Any) -> mx.array:
     """As `mx.logsumexp`; ours over all axes at once or the last, as mlx-lm normalizes a token's logits."""
     keepdims, axis = kw.get("keepdims", False), kw.get("axis")
     others = args or kw.keys() - {"keepdims", "axis"} or axis not in (None, -1)
-    if others or not isinstance(x, mx.array) or x.ndim == 0 or not _ours(x):
+    if others or not isinstance(x, mx.array) or x.ndim == 0 or not _ours(x) or x.size > cpu.MOST_NUMBERS:
         return _logsumexp(x, *args, **kw)
     return cpu.log_sum_exp(x, last=axis is not None, keepdims=bool(keepdims))
 

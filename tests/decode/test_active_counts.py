@@ -94,3 +94,11 @@ def test_rows_of_a_step_are_told_apart_by_their_requests():
     assert together.active == pytest.approx((2 + 4 + 4 + 4 + 1 + 3 + 9 + 7) / 80)
     assert together.read == pytest.approx((5 + 6 + 10 + 7) / 40)
     assert counter.shares("d") == []
+
+
+def test_a_matrix_that_eight_rows_each_read_again_counts_once():
+    one = groups(1)
+    with active_counts.counting() as counter:
+        count(counter.tally(one, 9), [[*[10] * 9, 20]])
+    (share,) = counter.shares()
+    assert (share.active, share.read) == (1.0, 1.0)

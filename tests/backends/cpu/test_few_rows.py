@@ -106,6 +106,11 @@ def test_threads_change_nothing():
     assert mx.array_equal(found[0], found[2])
 
 
+@pytest.mark.parametrize("shape", [(0, 1, 64), (0, 64), (0, 3, 64)])
+def test_no_rows(shape):
+    assert cpu.matmul(mx.zeros(shape), Layer((96, 64))).shape == (*shape[:-1], 96)
+
+
 def test_more_rows_are_masked_and_multiplied_as_many():
     x, layer = random_rows(cpu.FEW_ROWS + 1, 64), Layer((96, 64), threshold=0.5)
     (y,), active = cpu.sparse_rows(x, [layer])
