@@ -90,7 +90,7 @@ def times(x: mx.array, w: Any) -> mx.array:
     if not many_rows.on_cpu():
         return x @ w.astype(x.dtype)
     rows = np.array(x.astype(mx.float32), copy=False).reshape(-1, x.shape[-1])
-    return mx.array(rows @ w).reshape(*x.shape[:-1], w.shape[1]).astype(x.dtype)
+    return many_rows.from_host(rows @ w).reshape(*x.shape[:-1], w.shape[1]).astype(x.dtype)
 
 
 def unpacked(weight: mx.array, scales: mx.array, biases: mx.array, bits: int, group_size: int) -> Any:

@@ -20,7 +20,7 @@ from spqt_cli.decode.session import Loaded
 from spqt_cli.fit import masks, products
 from spqt_cli.fit.affine import LEAST_SPREAD, Groups
 from spqt_cli.measure import many_rows
-from spqt_cli.measure.many_rows import host
+from spqt_cli.measure.many_rows import from_host, host
 
 HELD_BYTES = {"cpu": 256 << 20, "gpu": 16 << 30}  # of packed weights: models above are read block by block
 CHUNK_BYTES = {"cpu": 16 << 20, "gpu": 1 << 30}  # of a layer's activations: texts that pass together
@@ -223,7 +223,7 @@ class Student:
             if kept:
                 return kept.pop(0)
             y = _native(x) @ self._weight(path)  # (bands, rows, band)
-            y = mx.array(y.swapaxes(0, 1).reshape(x.shape[0], -1)[:, :outputs])
+            y = from_host(y.swapaxes(0, 1).reshape(x.shape[0], -1)[:, :outputs])
             if path in self._keeping:
                 self._kept.setdefault((*self._place, path), []).append(y)
             return y
@@ -245,8 +245,8 @@ class Student:
                 dots = _dots(slopes, w[b].reshape(inputs, -1, size))
                 self._add(path, b, bands, slopes.sum(-1), dots)
             if self._taking is not None:
-                self._taking(path, x, mx.array(dx))
-            return mx.array(dx)
+                self._taking(path, x, from_host(dx))
+            return from_host(dx)
 
         return cast(mx.array, forward(rows))
 
@@ -307,7 +307,7 @@ def _masked(x: mx.array, steps: slice, threshold: float) -> mx.array:
     def backward(_: mx.array, cotangent: mx.array, y: mx.array) -> mx.array:
         slope = np.array(cotangent)
         slope[:, steps] *= host(y[:, steps]) != 0
-        return mx.array(slope)
+        return from_host(slope)
 
     return cast(mx.array, forward(x))
 

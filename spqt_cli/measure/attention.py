@@ -21,6 +21,13 @@ def host(a: mx.array) -> np.ndarray:
     return np.array(a.astype(mx.float32), copy=False)
 
 
+def from_host(a: np.ndarray) -> mx.array:
+    """a as an array of MLX. Products go through here: a signal that came meanwhile is heard as this begins,
+    and what its handler raises is lost within mx.array (findings/mlx-array-loses-a-signal.sh).
+    """
+    return mx.array(a)
+
+
 def attention(q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Any = None) -> mx.array:
     """softmax(q @ k.T * scale + mask) @ v: q (B, heads, rows, D); k, v (B, key heads, length, D).
 
@@ -45,7 +52,7 @@ def _attend(mask: Any, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
         for block in _blocks(queries, keys, mask):
             p = block.softmax()
             block.rows(y)[...] = (p @ values[block.seen]).reshape(block.rows(y).shape)
-        return mx.array(y)
+        return from_host(y)
 
     @forward.vjp
     def backward(primals: Any, cotangent: mx.array, _: mx.array) -> tuple[mx.array, ...]:
@@ -60,7 +67,7 @@ def _attend(mask: Any, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
             ds *= p
             block.rows(dq)[...] = (ds @ k[block.seen]).reshape(block.rows(dq).shape)
             dk[block.seen] += ds.T @ block.rows(q).reshape(-1, q.shape[-1])
-        return mx.array(dq), mx.array(dk), mx.array(dv)
+        return from_host(dq), from_host(dk), from_host(dv)
 
     return cast(mx.array, forward(q, k, v))
 

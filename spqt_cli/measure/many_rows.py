@@ -18,7 +18,7 @@ from spqt_cli.decode import foreign, hooks_cpu
 from spqt_cli.decode.layers import ZigzagLinear
 from spqt_cli.format import layout
 from spqt_cli.measure import attention as by_blocks
-from spqt_cli.measure.attention import host
+from spqt_cli.measure.attention import from_host, host
 
 HELD_FRACTION = 0.3  # of the available memory, for weights held unpacked
 
@@ -49,7 +49,7 @@ def _banded(rows: mx.array, layer: ZigzagLinear) -> mx.array:
     @mx.custom_function
     def forward(x: mx.array) -> mx.array:
         y = np.matmul(host(x), unpacked(layer))  # (bands, rows, band)
-        return mx.array(y.swapaxes(0, 1).reshape(x.shape[0], -1)[:, : layer.outputs])
+        return from_host(y.swapaxes(0, 1).reshape(x.shape[0], -1)[:, : layer.outputs])
 
     @forward.vjp
     def backward(x: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
@@ -58,7 +58,7 @@ def _banded(rows: mx.array, layer: ZigzagLinear) -> mx.array:
         dy = np.zeros((cotangent.shape[0], bands * band), np.float32)
         dy[:, : layer.outputs] = host(cotangent)
         dx = sum(dy[:, b * band : (b + 1) * band] @ w[b].T for b in range(bands))
-        return mx.array(dx)
+        return from_host(dx)
 
     return cast(mx.array, forward(rows))
 
@@ -68,11 +68,11 @@ def _plain(x: mx.array, w: np.ndarray, bias: mx.array | None) -> mx.array:
 
     @mx.custom_function
     def forward(rows: mx.array) -> mx.array:
-        return mx.array(host(rows) @ w.T)
+        return from_host(host(rows) @ w.T)
 
     @forward.vjp
     def backward(_: mx.array, cotangent: mx.array, __: mx.array) -> mx.array:
-        return mx.array(host(cotangent) @ w)
+        return from_host(host(cotangent) @ w)
 
     product = cast(mx.array, forward(x.reshape(-1, x.shape[-1])))
     y = product.reshape(*x.shape[:-1], w.shape[0]).astype(x.dtype)
@@ -153,11 +153,11 @@ def _elementwise(
 
     @mx.custom_function
     def forward(x: mx.array) -> mx.array:
-        return mx.array(function(host(x)))
+        return from_host(function(host(x)))
 
     @forward.vjp
     def backward(_: mx.array, cotangent: mx.array, y: mx.array) -> mx.array:
-        return cotangent * mx.array(slope(host(y)))
+        return cotangent * from_host(slope(host(y)))
 
     return cast(mx.array, forward(a)).astype(a.dtype)
 

@@ -1,6 +1,9 @@
 """numpy's products against MLX's own, values and gradients, for one model of each kind of attention."""
 
+import signal
+
 import mlx.core as mx
+import numpy as np
 import pytest
 from mlx import nn
 
@@ -113,3 +116,27 @@ def test_activations_stay_ours_after_an_inner_block(monkeypatch):
             pass
         mx.eval(nn.silu(mx.ones(3)))
     assert asked == [1]
+
+
+class _Heard(BaseException):
+    pass
+
+
+def test_a_signal_that_comes_during_a_product_is_heard():
+    """mx.array loses what a handler raises within it: see findings/mlx-array-loses-a-signal.sh."""
+
+    def hear(number, frame):
+        raise _Heard
+
+    before = signal.signal(signal.SIGALRM, hear)
+    w = np.ones((4096, 2048), np.float32)
+    x = mx.ones((512, 2048))  # a product of tens of milliseconds
+    mx.eval(x)
+    try:
+        for _ in range(5):
+            signal.setitimer(signal.ITIMER_REAL, 0.004)
+            with pytest.raises(_Heard):
+                mx.eval(many_rows._plain(x, w, None))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
