@@ -14,7 +14,6 @@ from http.server import ThreadingHTTPServer
 from inspect import signature
 from typing import Any, NoReturn
 
-from spqt_cli.backends import select
 from spqt_cli.decode import generate, session
 from spqt_cli.decode.options import Prompt
 from spqt_cli.errors import BackendError, BusyError, ResourceError, SpqtError, UsageError
@@ -27,7 +26,6 @@ from spqt_cli.serve.metrics import Metrics, line
 from spqt_cli.version import __version__
 
 WARM_UP_PROMPT = "Write a story."
-MOST_TOGETHER = 32  # requests, as mlx_lm.server has it
 END_SECONDS = 2.0  # for a step under way and the last answers, once the end was asked for
 # Of mlx_lm.server's own options, those that are not offered.
 UNUSED = {
@@ -144,11 +142,6 @@ class Server(ThreadingHTTPServer):
             ("requests_waiting", "gauge", "Requests in the queue.", float(self.admission.waiting)),
         )
         return "".join(line(*row) for row in rows)
-
-
-def decoded_together() -> int:
-    """Requests decoded together by default: mlx-lm's number where each has the text that it has alone."""
-    return min(MOST_TOGETHER, select.backend().fused_rows)
 
 
 class Service:

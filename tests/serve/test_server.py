@@ -11,7 +11,6 @@ from urllib.parse import quote
 import openai
 import pytest
 
-from spqt_cli.backends.interface import Backend
 from spqt_cli.errors import BackendError
 from spqt_cli.serve import generator, server
 from spqt_cli.serve.guard import Guard
@@ -464,10 +463,3 @@ def test_answers_given_together_are_those_alone(calibrated):
             return list(pool.map(ask, asked))
 
     assert answers(4, 4) == answers(1, 1)
-
-
-def test_how_many_are_decoded_together_by_default(monkeypatch):
-    monkeypatch.setattr(server.select, "backend", lambda: Backend("any", "", object()))
-    assert server.decoded_together() == 1
-    monkeypatch.setattr(server.select, "backend", lambda: Backend("any", "", object(), fused_rows=64))
-    assert server.decoded_together() == 32
