@@ -29,6 +29,7 @@ from spqt_cli.backends.interface import (
     Step,
     Tail,
     TailStep,
+    is_token_each,
 )
 from spqt_cli.errors import BackendError, UsageError
 
@@ -140,11 +141,6 @@ def head_matmul(
     group_size). Returns (..., outputs) in x's dtype.
     """
     return _native().row_matmul(x, weight, scales, biases, None, bits, group_size)
-
-
-def is_token_each(x: mx.array) -> bool:
-    """Whether x, (sequences, 1, width), is one token of each of some sequences."""
-    return x.ndim == 3 and x.shape[1] == 1
 
 
 def _joined(parts: list[mx.array]) -> mx.array:

@@ -33,6 +33,11 @@ class Projection(Protocol):
 Count = mx.array | None  # of active channels, (layers,) uint32; None if nothing is counted
 
 
+def is_token_each(x: mx.array) -> bool:
+    """Whether x, (sequences, 1, width), is one token of each of some sequences."""
+    return x.ndim == 3 and x.shape[1] == 1
+
+
 class Step(Protocol):
     """One token through projections of one input: x (..., inputs), one row -> y of each, and counts.
 

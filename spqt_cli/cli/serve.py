@@ -44,9 +44,7 @@ def serve(
     top_k: Annotated[int, typer.Option(help="Draw from the k likeliest, likewise; 0: from all.")] = 0,
     min_p: Annotated[float, typer.Option(help="Least probability, likewise.")] = 0.0,
     chat_template_args: Annotated[str, typer.Option(help="JSON object for the chat template.")] = "{}",
-    decode_concurrency: Annotated[
-        int, typer.Option(min=1, max=64, help="Requests decoded together; pays for long answers.")
-    ] = 1,
+    decode_concurrency: Annotated[int, typer.Option(min=1, max=64, help="Requests decoded together.")] = 1,
     prompt_concurrency: Annotated[int, typer.Option(min=1, max=256, help="Prompts run at a time.")] = 8,
     prefill_step_size: Annotated[int, typer.Option(min=1, help="Prompt tokens run at a time.")] = 2048,
     prompt_cache_size: Annotated[int, typer.Option(min=0, help="Key-value caches kept of prompts.")] = 10,
@@ -93,7 +91,6 @@ def serve(
     sampling = picked(Sampling, given)
     folder = locate.open_folder(path, revision, trust_remote_code=trust_remote_code)
     check(sampling, Cache(), folder.config)
-    given["decode_concurrency"] = decode_concurrency
     limits = server.Limits(max_waiting, max_connections, max_body_bytes, read_timeout)
     guard = Guard(frozenset({host.lower(), *_names(allowed_hosts)}), frozenset(_names(allowed_origins)), key)
     service = server.Service(

@@ -77,7 +77,7 @@ def _asking(attribute: str, most: int) -> Callable[[Any], Callable[..., Any]]:
     def make_call(kind: Any) -> Callable[..., Any]:
         def call(self: Any, x: mx.array, *args: Any, **kwargs: Any) -> Any:
             step = self.__dict__.get(attribute)
-            one = x.size == x.shape[-1] or (x.ndim == 3 and x.shape[1] == 1 and 0 < x.shape[0] <= most)
+            one = x.size == x.shape[-1] or (interface.is_token_each(x) and 0 < x.shape[0] <= most)
             if step is not None and one:
                 y = step(x, *args, **kwargs)
                 if y is not None:

@@ -89,7 +89,7 @@ class ZigzagLinear(nn.QuantizedLinear):
         decodes = phase.decodes()
         if x.size == x.shape[-1] and (decodes or not self.shared_input.skips):
             return self.shared_input.product(x, self)
-        few = x.size <= select.MOST_ROWS * x.shape[-1] or (x.ndim == 3 and x.shape[1] == 1)
+        few = x.size <= select.MOST_ROWS * x.shape[-1] or interface.is_token_each(x)
         if decodes and few and x.size:
             return self.shared_input.product(x, self)
         if decodes and self._threshold is not None:

@@ -2,8 +2,8 @@
 
 Which layer skips how much is allocated first. Codes stay. Every group's scale and bias and the norms' weights
 are trained by Adam on the KL divergence from the source, block by block: forwards, what enters each block is
-kept; backwards, a block is run again and differentiated, and its step is taken at once. Some are held out:
-if the model is no nearer to the source on them at the end, it stays as it was.
+kept; backwards, a block is run again and differentiated, and its step is taken at once. Some windows are held
+out: if the model is no nearer to the source on them at the end, it stays as it was.
 
 Source: distillation of scales and biases as in mlx-lm's DWQ; masks and norms are our addition.
 """

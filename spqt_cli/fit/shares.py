@@ -27,7 +27,8 @@ def of_layers(
 ) -> dict[str, np.ndarray]:
     """Path -> the layer's sparsity at each total of CURVE_SPARSITIES: (50,), rising.
 
-    windows: (texts, window) tokens. adopt: lets the student have a block's values, by its number; -1 for what
+    A layer that no text reached, or whose inputs or slopes are not finite, takes the total. windows: (texts,
+    window) tokens. adopt: lets the student have a block's values, by its number; -1 for what
     lies behind the blocks.
     """
     costs = {path: np.zeros(len(SPARSITIES)) for path in student.layers}
@@ -48,7 +49,8 @@ def of_layers(
         for number in reversed(range(len(student.blocks))):
             adopt(number)
             slope = student.take_inputs(number, states.pop(), slope, take)
-    return allocated(costs, {path: one.inputs * one.outputs for path, one in student.layers.items()})
+    known = {path: c if np.isfinite(c).all() else np.zeros_like(c) for path, c in costs.items()}
+    return allocated(known, {path: one.inputs * one.outputs for path, one in student.layers.items()})
 
 
 def skipping_costs(x: np.ndarray, slopes: np.ndarray) -> np.ndarray:

@@ -92,6 +92,20 @@ def test_they_cost_less_than_the_same_share_everywhere(llama, tmp_path):
     assert loss < 0.9 * training._held_out_loss()
 
 
+def test_a_layer_that_is_not_finite_takes_the_total(llama, tmp_path, monkeypatch):
+    training = distillation(llama, llama / "model", tmp_path / "states")
+    found, path = shares.skipping_costs, "model.layers.0.mlp.down_proj"
+    inputs = training._student.layers[path].inputs
+
+    def costs(x, slopes):
+        return found(x, slopes) * (np.nan if x.shape[1] == inputs else 1)
+
+    monkeypatch.setattr(shares, "skipping_costs", costs)
+    half = training._known_shares(Journal(tmp_path, "a job"))[0.5]
+    assert half[path] == pytest.approx(0.5)
+    assert all(np.isfinite(share) for share in half.values())
+
+
 def test_they_are_found_once(llama, tmp_path, monkeypatch):
     training = distillation(llama, llama / "model", tmp_path / "states")
     found = training._known_shares(Journal(tmp_path, "a job"))
