@@ -1,12 +1,14 @@
 """The first table and picture of docs/quality.md: what fits bring, on three kinds of text, beside stock.
 
     python -m benchmarks.fitted SOURCE --calibration FILE --test FILE --peer dwq=FOLDER --plot FILE.png
+    python -m benchmarks.fitted SOURCE --calibration FILE --test FILE --methods full --model gpu=FOLDER
 
 SOURCE is an unquantized folder, a hub id or a .gguf file. Each method converts it at the first run, which is
 timed, and calibrates it on --calibration. --test, the shipped text and Python source of the standard library
 are then scored, with the source's embedding and head and once more with each model's own. Models, the
-picture and progress are kept in the work folder; what is there is not made again. The last line of stdout is
-one JSON document.
+picture and progress are kept in the work folder; what is there is not made again. --model names a folder
+converted elsewhere, on a GPU say: it is calibrated in place, unless it has thresholds, and scored as well.
+The last line of stdout is one JSON document.
 """
 
 import argparse
@@ -27,6 +29,7 @@ from spqt_cli.evaluate import plotting, several
 from spqt_cli.evaluate.variants import EvaluateOptions
 from spqt_cli.fit import fit
 from spqt_cli.fit.options import METHODS, FitOptions
+from spqt_cli.format.folder import Folder
 
 NONE = "none"  # plain rounding
 LABELS = {NONE: "rounded"}
@@ -38,10 +41,15 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     python = work / "python.txt"
     facts_of_text = quality.stdlib_text(python)
-    models = {method: prepared(method, options, work) for method in options.methods.split(",")}
+    models = {method: prepared(method, options, work) for method in options.methods.split(",") if method}
     found = {"machine": facts(), "python_text": facts_of_text, "fits": {}, "heads": {}}
     for method in models:
         found["fits"][method] = json.loads((work / f"{method}.json").read_text())
+    for given in options.model:
+        label, _, path = given.partition("=")
+        models[label] = Path(path)
+        if Folder(models[label]).calibration is None:
+            calibrated(models[label], options)
     for source_head in (True, False):
         wishes = several.Wishes(
             [f"{LABELS.get(method, method)}={folder}" for method, folder in models.items()],
@@ -76,9 +84,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sparsity", default="0.25,0.4,0.5")
     parser.add_argument("--windows", default="32,24,24", help="of --test, Python and the shipped text")
     parser.add_argument("--peer", action="append", default=[], help="LABEL=FOLDER, run dense")
+    parser.add_argument("--model", action="append", default=[], help="LABEL=FOLDER, converted elsewhere")
     parser.add_argument("--plot", type=Path, help=".png, .svg or .html")
     options = parser.parse_args()
-    if unknown := set(options.methods.split(",")) - {NONE, *METHODS}:
+    if unknown := set(options.methods.split(",")) - {NONE, *METHODS, ""}:
         parser.error(f"there is no method {unknown.pop()}")
     return options
 
@@ -96,10 +105,14 @@ def prepared(method: str, options: argparse.Namespace, work: Path) -> Path:
             else:
                 fit.convert_fitted(options.source, folder, wishes, FitOptions(method), quality.progress)
             minutes = (time.monotonic() - started) / 60
-        settings = calibrate.CalibrateOptions(sparsity=0.4, data=options.calibration, tokens=options.tokens)
-        calibrate.calibrate(folder, settings, quality.progress)
+        calibrated(folder, options)
         record.write_text(json.dumps({"convert_minutes": minutes, "machine": facts()}))
     return folder
+
+
+def calibrated(folder: Path, options: argparse.Namespace) -> None:
+    settings = calibrate.CalibrateOptions(sparsity=0.4, data=options.calibration, tokens=options.tokens)
+    calibrate.calibrate(folder, settings, quality.progress)
 
 
 def text(one: Any) -> dict[str, Any]:

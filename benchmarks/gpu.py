@@ -5,6 +5,7 @@
     python -m benchmarks.gpu prefill             # 1 to 8,192 rows, with peak memory
     python -m benchmarks.gpu rows                # 2 to 512 rows, each way of ours in turns with stock
     python -m benchmarks.gpu rows-sweep          # cuts of the kernels for more than one row
+    python -m benchmarks.gpu rows-chain          # the same, each product waiting for the one before
     python -m benchmarks.gpu first-use           # the check of each kernel before it is used
     python -m benchmarks.gpu collector           # collecting in the kernel, and in one of its own
     python -m benchmarks.gpu sweep 14336 4096    # launch geometries
@@ -362,6 +363,13 @@ def rows_sweep(*shape: int) -> Iterable[dict]:
     return gpu_rows.rows_sweep(*shape)
 
 
+def rows_chain() -> Iterable[dict]:
+    """Products of more than one row that wait for one another: benchmarks/gpu_rows.py."""
+    from benchmarks import gpu_rows
+
+    return gpu_rows.rows_chain()
+
+
 def dequantized(x: mx.array, layer: Packed) -> mx.array:
     return gpu.WAYS["dequantized"](x, layer)
 
@@ -571,6 +579,7 @@ COMMANDS: dict[str, Callable[..., Iterable[dict]]] = {
     "prefill": prefill,
     "rows": rows,
     "rows-sweep": rows_sweep,
+    "rows-chain": rows_chain,
     "sweep": sweep,
     "overhead": overhead,
     "first-use": first_use,

@@ -2,6 +2,7 @@
 
     python -m benchmarks.gpu rows [OUTPUTS INPUTS] --output OUT
     python -m benchmarks.gpu rows-sweep [OUTPUTS INPUTS] --output OUT
+    python -m benchmarks.gpu rows-chain --output OUT
 
 benchmarks/gpu.py says what a measurement is, and makes the matrices.
 """
@@ -19,6 +20,7 @@ from spqt_cli.backends.gpu import backend as gpu
 from spqt_cli.backends.gpu import dequantize, geometry, ways
 from spqt_cli.backends.gpu import first_use as checks
 from spqt_cli.backends.gpu import rows as more_rows
+from spqt_cli.format import layout
 
 FEW_TO_MANY = (2, 3, 4, 6, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 ROWS_SHAPES = [(14336, 4096), (4096, 14336), (28672, 8192)]
@@ -26,19 +28,21 @@ ROWS_CALLS, ROWS_REPEATS = 24, 9
 LARGE_CALLS = 6  # where each call makes a whole matrix anew
 SPARSE_ROWS = 8  # up to which the masked product is timed as well
 SWEEP_SECONDS, SWEEP_REPEATS = 80.0, 5
-FILLS = (0.5, 1.0, 2.0)  # threadgroups for each that the multiprocessors hold at one time
+FILLS = (0.25, 0.5, 1.0)  # threadgroups for each that the multiprocessors hold at one time
+CHAINED = ((14336, 4096), (4096, 14336))  # each reads what the other makes
+LINKS = 24  # pairs of products in a chain
+CHAINED_COUNTS = (16, 64, 128, 8, 32, 2, 4)
 
 # What is swept: what is not known comes first, as time may end. About 25 kernels, each of which compiles
 # for a second or more; shapes, stripes and other counts cost little beside it.
 GEMM_CUTS = {
     32: [(32, 128, 32, 32, 32, 2, 4)],
-    64: [(64, 128, 32, 64, 32, 2, 3), (64, 256, 32, 64, 32, 2, 2), (64, 128, 32, 64, 32, 1, 3)],
-    128: [(128, 256, 32, 64, 64, 2, 1), (128, 128, 32, 64, 32, 1, 2)],
+    64: [(64, 128, 32, 64, 32, 1, 3), (64, 128, 32, 64, 32, 2, 3), (64, 256, 32, 64, 32, 2, 2)],
+    128: [(128, 128, 32, 64, 32, 1, 2), (128, 256, 32, 64, 64, 2, 1)],
 }
 MATRIX_CUTS = {
     16: [(16, 16, 128, 2, 256, 2, 3), (16, 32, 128, 2, 256, 1, 2)],
     32: [(32, 16, 128, 2, 256, 1, 2), (32, 8, 128, 2, 256, 2, 3)],
-    64: [(64, 8, 128, 2, 256, 2, 2)],
     8: [(8, 16, 128, 2, 512, 2, 4)],
 }
 WHOLE_CUTS = [(8, 256, 4), (8, 256, 8), (8, 256, 2)]
@@ -134,6 +138,77 @@ def rows_sweep(*shape: int) -> Iterator[dict]:
                 print(f"  {row.get('us', 0):8.1f} us  {row['cut']}", flush=True)
 
 
+def rows_chain() -> Iterator[dict]:
+    """Microseconds of pairs of products, each of which waits for the other's result, as a model's do.
+
+    Stock in turns with cuts of ours: other tiles, and other shares of the GPU filled.
+    """
+    checks.rows_verdict = lambda *_, **__: ""
+    some = [layers_of(*shape, 1.0) for shape in CHAINED]
+    bases = [[row_grouped(*shape) for _ in layers] for shape, layers in zip(CHAINED, some, strict=True)]
+    mx.eval(bases)
+    for count in CHAINED_COUNTS:
+        xs = rows_of(count, CHAINED[0][1])
+        calls: dict[str, Calls] = {"stock": partial(chained_stock, xs, bases)}
+        for k, cut in enumerate(chained_cuts(count)):
+            for fill in FILLS:
+                plans = [
+                    [
+                        more_rows.make_plan(mx.float16, [layer], striped(cut, shape, count, fill), dense=True)
+                        for layer in layers
+                    ]
+                    for shape, layers in zip(CHAINED, some, strict=True)
+                ]
+                calls[f"{k}, {fill}"] = partial(chained, xs, plans)
+        times = in_turns(calls, 1, SWEEP_REPEATS)
+        pairs = {
+            name: {kind: round(us / LINKS, 2) for kind, us in time.items()} for name, time in times.items()
+        }
+        words = ", ".join(f"{name}: {pair['us']:.1f}" for name, pair in pairs.items())
+        print(f"{count} rows, a pair: {words} us", flush=True)
+        yield {
+            "shapes": CHAINED,
+            "rows": count,
+            "cuts": [cut._asdict() for cut in chained_cuts(count)],
+            **pairs,
+        }
+
+
+def chained_cuts(count: int) -> list[Any]:
+    """Tiles of this many rows, which of them spqt takes first."""
+    if count in FEW_CUTS:
+        return [few_cut(count, *cut) for cut in FEW_CUTS[count]]
+    if count < geometry.LEAST_GEMM:
+        return matrix_cuts(count)
+    return [geometry.GemmGeometry(*cut, 0) for tokens in GEMM_CUTS for cut in GEMM_CUTS[tokens]]
+
+
+def striped(cut: Any, shape: tuple[int, int], count: int, fill: float) -> Any:
+    """The cut with as many stripes as fill so much of the GPU."""
+    outputs, inputs = shape
+    band = layout.band_of(outputs, 64)
+    tiles = cut.tiles(band) * (outputs // band) * -(-count // cut.tokens)
+    step = cut.span if isinstance(cut, geometry.GemmGeometry) else geometry.STEP
+    number = max(1, min(inputs // (4 * step), round(fill * geometry.MULTIPROCESSORS * cut.blocks / tiles)))
+    return cut._replace(stripe=-(-inputs // (number * step)) * step)
+
+
+def chained_stock(xs: list[mx.array], bases: list[list[tuple]], i: int) -> mx.array:
+    x = xs[i % len(xs)]
+    for k in range(LINKS):
+        for some in bases:
+            x = mx.quantized_matmul(x, *some[k % len(some)], transpose=True, group_size=64, bits=4)
+    return x
+
+
+def chained(xs: list[mx.array], plans: list[list[more_rows.RowsPlan]], i: int) -> mx.array:
+    x = xs[i % len(xs)]
+    for k in range(LINKS):
+        for some in plans:
+            x = more_rows.launch(x, some[k % len(some)])[0][0]
+    return x
+
+
 Measure = Callable[[], list[dict]]
 Matrices = dict[tuple[int, int], list[Packed]]
 
@@ -141,7 +216,7 @@ Matrices = dict[tuple[int, int], list[Packed]]
 def sweeps(some: Matrices) -> Iterator[tuple[str, list[Measure]]]:
     """What is swept, and for each cut a call that measures it at every shape."""
     gemm = {count: [geometry.GemmGeometry(*cut, 0) for cut in cuts] for count, cuts in GEMM_CUTS.items()}
-    yield "64 rows", [partial(swept, cut, 64, some) for cut in (*gemm[64], *matrix_cuts(64))]
+    yield "64 rows", [partial(swept, cut, 64, some) for cut in gemm[64]]
     yield "128 rows", [partial(swept, cut, 128, some) for cut in (*gemm[128], gemm[64][0])]
     yield "16 rows", [partial(swept, cut, 16, some) for cut in (*matrix_cuts(16), gemm[32][0])]
     yield "32 rows", [partial(swept, cut, 32, some) for cut in (*matrix_cuts(32), gemm[32][0])]

@@ -113,19 +113,19 @@ IDLE = 0.1  # of the lanes, at most: narrower tiles where the band leaves more w
 MANY_ROWS = {
     8: (16, 128, 2, 512, 2, 4),
     16: (16, 128, 2, 256, 2, 3),
-    32: (16, 128, 2, 256, 1, 2),
-    64: (8, 128, 2, 256, 2, 2),
+    32: (8, 128, 2, 256, 2, 3),
 }
 # From this many rows on, gemm_rows.metal: rows of x in one threadgroup -> its outputs, channels of a span,
 # outputs and rows of a simdgroup, spans loaded ahead, blocks that an SM is to hold. No spills by ptxas for 4
-# bits (sm_90); not timed as yet.
-LEAST_GEMM = 33  # a number above all rows leaves everything to matrix_rows.metal
+# bits (sm_90).
+LEAST_GEMM = 33
 GEMM_STRIPE = 4  # channels at least for each row, where few tiles of outputs leave the GPU idle
 GEMM_ROWS = {
-    32: (128, 32, 32, 32, 2, 4),
-    64: (128, 32, 64, 32, 2, 3),
-    128: (256, 32, 64, 64, 2, 1),
+    64: (128, 32, 64, 32, 1, 3),
+    128: (128, 32, 64, 32, 1, 2),
 }
+# Of the blocks that the multiprocessors can hold: each stripe more costs a write and a read of all sums.
+FILLED = 0.5
 MOST_BITS = 128  # of a lane's codes of one channel: 16 bytes
 STEP = 16  # channels of one product of the matrix unit; stripes are whole steps
 MULTIPROCESSORS = 132  # of an H200
@@ -292,5 +292,5 @@ def choose_matrix(
         cut = GemmGeometry(tokens, *GEMM_ROWS[tokens], inputs)
         step, least = cut.span, GEMM_STRIPE * tokens
     tiles = sum(cut.tiles(band) * number for band, number in bands) * -(-rows // tokens)
-    stripes = max(1, min(inputs // least, MULTIPROCESSORS * cut.blocks // tiles))
+    stripes = max(1, min(inputs // least, round(FILLED * MULTIPROCESSORS * cut.blocks / tiles)))
     return cut._replace(stripe=-(-inputs // (stripes * step)) * step)
