@@ -7,6 +7,7 @@ extern const Kernels kernels_baseline;
 #if defined(__x86_64__)
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
+extern const Kernels kernels_avx512vnni;
 #endif
 
 namespace {
@@ -18,6 +19,8 @@ const Kernels* supported(const char* name) {
   bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512cd");
+  bool vnni = avx512 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
+  if (vnni && !std::strcmp(name, "avx512vnni")) return &kernels_avx512vnni;
   if (avx512 && !std::strcmp(name, "avx512")) return &kernels_avx512;
   if (avx2 && !std::strcmp(name, "avx2")) return &kernels_avx2;
 #endif

@@ -17,24 +17,7 @@ namespace {
 #include "decode.h"
 }  // namespace
 
-// A kernel that leaves the registers' upper halves clean. GCC 12 and 13 may leave them dirty where a kernel ends
-// with another function; code built for SSE, as MLX's is, then ran 40 times slower after a prompt's products.
-template <auto kernel>
-struct Clean;
-template <class R, class... A, R (*kernel)(A...)>
-struct Clean<kernel> {
-  struct AtEnd {
-    ~AtEnd() {
-#if defined(__AVX__)
-      _mm256_zeroupper();
-#endif
-    }
-  };
-  static R call(A... arguments) {
-    AtEnd cleans;
-    return kernel(arguments...);
-  }
-};
+#include "clean.h"
 
 #define SPQT_STRING_OF(name) #name
 #define SPQT_STRING(name) SPQT_STRING_OF(name)

@@ -82,8 +82,9 @@ def main() -> None:
     left_out: list[str] = []
     if not IS_ARM:
         left_out = emulated_x86(program) + emulated_arm()
-        if "avx512" not in here:
-            left_out.append("AVX-512 (this machine lacks it, and qemu does not emulate it)")
+        for name, words in (("avx512", "AVX-512"), ("avx512vnni", "AVX-512 with VNNI and VBMI")):
+            if name not in here:
+                left_out.append(f"{words} (this machine lacks it, and qemu does not emulate it)")
     if left_out:
         sys.exit("NOT RUN: " + "; ".join(left_out))
     print("right with every instruction set" + (" of ARM" if IS_ARM else ": AVX-512, AVX2, SSE2 and NEON"))

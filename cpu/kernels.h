@@ -174,7 +174,7 @@ struct Kernels {
   void (*compensate)(const Compensate&, float* work);
 };
 
-constexpr const char* ISAS[] = {"avx512", "avx2", "baseline"};  // widest first; the last is SSE2 or NEON
+constexpr const char* ISAS[] = {"avx512vnni", "avx512", "avx2", "baseline"};  // widest first; the last is SSE2 or NEON
 
 // The best table for this machine, or the one chosen by use_isa.
 const Kernels& kernels();

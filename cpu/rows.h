@@ -5,6 +5,14 @@
 // serves up to four tokens.
 #pragma once
 
+static void sum_groups(const Input& in, int group_size, float* group_sums) {
+  for (int g = 0; g < in.inputs / group_size; ++g) {
+    group_sums[g] = 0;
+    for (int k = g * group_size; k < (g + 1) * group_size; ++k)
+      group_sums[g] += any_element(in.x, in.type, k * in.stride);
+  }
+}
+
 template <int BITS>
 static void prepare_bits(const Input& in, int group_size, float* prepared, float* group_sums) {
   using C = Codec<BITS>;
@@ -17,11 +25,7 @@ static void prepare_bits(const Input& in, int group_size, float* prepared, float
           const float x = k < in.inputs ? any_element(in.x, in.type, k * in.stride) : 0.0f;
           *prepared++ = x * (1.0f / (1 << C::shift(pass, v, l)));
         }
-  for (int g = 0; g < in.inputs / group_size; ++g) {
-    group_sums[g] = 0;
-    for (int k = g * group_size; k < (g + 1) * group_size; ++k)
-      group_sums[g] += any_element(in.x, in.type, k * in.stride);
-  }
+  sum_groups(in, group_size, group_sums);
 }
 
 static void prepare(const Input& in, int bits, int group_size, float* prepared, float* group_sums) {
@@ -57,6 +61,9 @@ SPQT_INLINE void dot_column(const uint8_t* codes, int part, const float* x, size
   }
 }
 
+// bytes of codes, of the same and the following rows; hardware runs less far ahead
+constexpr int ROWS_AHEAD = 2048;
+
 template <int BITS, int GROUP, int TOKENS>
 SPQT_INLINE void dot_row(const uint8_t* codes, int inputs, const float* x, size_t stride, const float* scales,
                          float* y) {
@@ -66,6 +73,7 @@ SPQT_INLINE void dot_row(const uint8_t* codes, int inputs, const float* x, size_
   vf totals[TOKENS] = {};
   int c = 0;
   for (; c < columns; ++c, codes += C::COLUMN_BYTES, x += C::PASSES * SUMS) {
+    for (int line = 0; line < C::COLUMN_BYTES; line += 64) __builtin_prefetch(codes + ROWS_AHEAD + line);
     dot_column<BITS, GROUP, 0, true, TOKENS>(codes, 0, x, stride, scales, c, totals);
     if constexpr (C::PASSES == 2)
       dot_column<BITS, GROUP, 1, true, TOKENS>(codes, 0, x + SUMS, stride, scales, c, totals);

@@ -34,7 +34,7 @@ from spqt_cli.backends.interface import (
 from spqt_cli.errors import BackendError, UsageError
 
 _REINSTALL = "reinstall spqt (`pip install --force-reinstall --no-deps .`)"
-ISAS = ("avx512", "avx2", "baseline")  # as cpu/kernels.h names them
+ISAS = ("avx512vnni", "avx512", "avx2", "baseline")  # as cpu/kernels.h names them
 FEW_ROWS = 64  # MOST_ROWS of cpu/job.h
 MOST_NUMBERS = (1 << 31) - 1  # of an array
 MOST_THREADS = 512  # a typing error of 100,000 would take all that the system has
