@@ -62,7 +62,7 @@ def generate(
     ] = None,
     kv_group_size: Annotated[int, typer.Option(help="Group size of the quantized cache.")] = 64,
     quantized_kv_start: Annotated[int, typer.Option(help="First token of the quantized cache.")] = 5000,
-    adapter_path: Annotated[str | None, typer.Option(help="LoRA adapters (not on Zigzag layers).")] = None,
+    adapter_path: Annotated[str | None, typer.Option(help="A folder of LoRA or DoRA adapters.")] = None,
     draft_model: Annotated[str | None, typer.Option(help="A smaller model for speculative decoding.")] = None,
     num_draft_tokens: Annotated[int, typer.Option(help="Tokens that the draft model proposes.")] = 3,
     revision: Revision = None,

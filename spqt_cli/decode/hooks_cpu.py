@@ -7,13 +7,13 @@ Float32 on the CPU device takes our ops where they cover the case; all else goes
 
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from spqt_cli.backends import cpu
-from spqt_cli.decode import foreign
+from spqt_cli.decode import foreign, phase
 
 STOCK = {name: getattr(mx.fast, name) for name in ("rms_norm", "rope", "scaled_dot_product_attention")}
 _CPU = mx.DeviceType.cpu
@@ -66,7 +66,12 @@ def rms_norm(x: mx.array, weight: mx.array | None, eps: float, **kw: Any) -> mx.
     """As `mx.fast.rms_norm`."""
     if kw or not _ours(x) or (weight is not None and weight.dtype != mx.float32):
         return STOCK["rms_norm"](x, weight, eps, **kw)
-    return cpu.rms_norm(x, weight, eps)
+    if weight is None or phase.decodes():
+        return cpu.rms_norm(x, weight, eps)
+    run = _with_gradient(
+        lambda x, weight: cpu.rms_norm(x, weight, eps), lambda x, weight: STOCK["rms_norm"](x, weight, eps)
+    )
+    return run(x, weight)
 
 
 def rope(  # noqa: PLR0913 - the settings of mx.fast.rope
@@ -85,10 +90,13 @@ def rope(  # noqa: PLR0913 - the settings of mx.fast.rope
     known = isinstance(offset, int) or (
         isinstance(offset, mx.array) and offset.dtype == mx.int32 and offset.size == x.shape[0]
     )
-    if plain and known and _ours(x):
-        return cpu.rope(x, dims, traditional=traditional, base=base, scale=scale, offset=offset, freqs=freqs)
-    form: dict[str, Any] = {"traditional": traditional, "base": base, "scale": scale, "offset": offset}
-    return STOCK["rope"](x, dims, **form, freqs=freqs, stream=stream)
+    form: dict[str, Any] = {"traditional": traditional, "base": base, "scale": scale}
+    form |= {"offset": offset, "freqs": freqs}
+    if not (plain and known and _ours(x)):
+        return STOCK["rope"](x, dims, **form, stream=stream)
+    if phase.decodes():
+        return cpu.rope(x, dims, **form)
+    return _with_gradient(lambda x: cpu.rope(x, dims, **form), lambda x: STOCK["rope"](x, dims, **form))(x)
 
 
 def attention(
@@ -108,7 +116,13 @@ def attention(
         return cpu.attention(q, k, v, scale=scale, causal=False, mask=mask, oldest=oldest)
     if plain and not isinstance(mask, mx.array):
         oldest = oldest if q.shape[2] == 1 else 0
-        return cpu.attention(q, k, v, scale=scale, causal=mask is not None, oldest=oldest)
+        if q.shape[2] == 1 or phase.decodes():
+            return cpu.attention(q, k, v, scale=scale, causal=mask is not None, oldest=oldest)
+        run = _with_gradient(
+            lambda q, k, v: cpu.attention(q, k, v, scale=scale, causal=mask is not None),
+            lambda q, k, v: STOCK["scaled_dot_product_attention"](q, k, v, scale=scale, mask=mask),
+        )
+        return run(q, k, v)
     return STOCK["scaled_dot_product_attention"](q, k, v, scale=scale, mask=mask, **kw)
 
 
@@ -118,22 +132,52 @@ def logsumexp(x: mx.array, *args: Any, **kw: Any) -> mx.array:
     others = args or kw.keys() - {"keepdims", "axis"} or axis not in (None, -1)
     if others or not isinstance(x, mx.array) or x.ndim == 0 or not _ours(x) or x.size > cpu.MOST_NUMBERS:
         return _logsumexp(x, *args, **kw)
-    return cpu.log_sum_exp(x, last=axis is not None, keepdims=bool(keepdims))
+    form = {"last": axis is not None, "keepdims": bool(keepdims)}
+    if x.size == x.shape[-1]:  # of a token's logits
+        return cpu.log_sum_exp(x, **form)
+    run = _with_gradient(lambda x: cpu.log_sum_exp(x, **form), lambda x: _logsumexp(x, **kw))
+    return run(x)
 
 
 def as_linear(self: nn.QuantizedEmbedding, x: mx.array) -> mx.array:
     """As `nn.QuantizedEmbedding.as_linear`."""
     if not (_ours(x) and _affine(self)):
         return _as_linear(self, x)
-    return cpu.head_matmul(x, self["weight"], self["scales"], self["biases"], self.bits, self.group_size)
+    return _row_matmul(self, x)
 
 
 def quantized_linear(self: nn.QuantizedLinear, x: mx.array) -> mx.array:
     """As `nn.QuantizedLinear.__call__`, for layers in MLX's own layout."""
     if not (_ours(x) and _affine(self)):
         return _quantized_linear(self, x)
-    y = cpu.head_matmul(x, self["weight"], self["scales"], self["biases"], self.bits, self.group_size)
+    y = _row_matmul(self, x)
     return y + self["bias"] if "bias" in self else y
+
+
+def _row_matmul(layer: Any, x: mx.array) -> mx.array:
+    """x @ W.T of a row-grouped layer; its gradient is by x alone, the weights are frozen."""
+    packed = layer["weight"], layer["scales"], layer["biases"], layer.bits, layer.group_size
+    if phase.decodes():
+        return cpu.head_matmul(x, *packed)
+    run = mx.custom_function(lambda x: cpu.head_matmul(x, *packed))
+    run.vjp(lambda _, cotangent, __: cpu.head_matmul_transposed(cotangent, *packed))
+    return cast(mx.array, run(x))
+
+
+def _with_gradient(ours: Callable[..., mx.array], stock: Callable[..., mx.array]) -> Callable[..., mx.array]:
+    """`ours`, with the gradient of `stock`, MLX's function of the same arrays: our operations have none.
+
+    In decode steps, which nobody differentiates, they are called as they are.
+    """
+    run = mx.custom_function(ours)
+
+    @run.vjp
+    def backward(given: Any, cotangent: mx.array, _: mx.array) -> Any:
+        inputs = [given] if isinstance(given, mx.array) else list(given)
+        gradients = mx.vjp(stock, inputs, [cotangent])[1]
+        return gradients if len(gradients) > 1 else gradients[0]
+
+    return cast(Callable[..., mx.array], run)
 
 
 def _telling(update: Callable[..., Any]) -> Callable[..., Any]:
