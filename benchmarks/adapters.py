@@ -4,7 +4,7 @@
 
 Both runs are mlx-lm's own trainer with one seed, the same windows of TEXT in the same order, and all blocks.
 Held-out windows are scored before and after. The adapter of the Zigzag run is then put on both models, which
-write greedily from one prompt without skipping. The last line of stdout is one JSON document.
+write greedily from one prompt without skipping, and is fused. The last line of stdout is one JSON document.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from mlx import nn
 from mlx.utils import tree_unflatten
 
 from benchmarks.machine import facts
+from spqt_cli.adapt import fuse
 from spqt_cli.decode import adapter_folder, session
 from spqt_cli.decode.layers import ZigzagLinear
 from spqt_cli.measure import many_rows, texts
@@ -75,23 +76,29 @@ class Losses:
         """Windows held out are scored by `trained`."""
 
 
+def held_out(model: nn.Module, windows: list[list[int]], wishes: Any) -> float:
+    """The loss on windows that are not trained on, in nats a token."""
+    from mlx_lm.tuner.trainer import evaluate
+
+    rows = [(each, 0) for each in windows[:HELD_OUT]]
+    return float(evaluate(model, rows, batch_size=1, num_batches=-1, max_seq_length=wishes.length + 1))
+
+
 def trained(model: nn.Module, windows: list[list[int]], wishes: Any, file: Path) -> dict[str, Any]:
     """Losses of a run of mlx-lm's trainer on a model, whose adapter is written into `file`."""
-    from mlx_lm.tuner.trainer import TrainingArgs, evaluate, train
+    from mlx_lm.tuner.trainer import TrainingArgs, train
     from mlx_lm.tuner.utils import linear_to_lora_layers
 
-    held, rest = [(each, 0) for each in windows[:HELD_OUT]], [(each, 0) for each in windows[HELD_OUT:]]
-    scored = {"batch_size": 1, "num_batches": -1, "max_seq_length": wishes.length + 1}
     mx.random.seed(0)
     np.random.seed(0)
     model.freeze()
     parameters = {"rank": RANK, "scale": SCALE, "dropout": 0.0}
     linear_to_lora_layers(model, -1, parameters, use_dora=wishes.kind == "dora")
-    before, losses = evaluate(model, held, **scored), Losses()
+    before, losses = held_out(model, windows, wishes), Losses()
     train(
         model,
         mlx.optimizers.Adam(learning_rate=LEARNING_RATE),
-        rest,
+        [(each, 0) for each in windows[HELD_OUT:]],
         args=TrainingArgs(
             batch_size=wishes.batch, iters=wishes.steps, steps_per_report=10, adapter_file=str(file),
             max_seq_length=wishes.length + 1,
@@ -100,7 +107,7 @@ def trained(model: nn.Module, windows: list[list[int]], wishes: Any, file: Path)
     )  # fmt: skip
     config = {"fine_tune_type": wishes.kind, "num_layers": -1, "lora_parameters": parameters}
     (file.parent / adapter_folder.CONFIG).write_text(json.dumps(config))
-    return {"before": before, "after": evaluate(model, held, **scored), "training": losses.training}
+    return {"before": before, "after": held_out(model, windows, wishes), "training": losses.training}
 
 
 def written(model: nn.Module, tokens: list[int]) -> list[int]:
@@ -144,13 +151,15 @@ def main() -> None:
             print(f"{name}:", file=sys.stderr)
             with as_matrices(name == "dense"):
                 results[name] = trained(model, windows, wishes, folder / adapter_folder.WEIGHTS)
-        for name in results:
+        fused = session.load(fuse.fuse(wishes.model, kept, Path(temporary) / "fused").output, dense=True)
+        results["fused"] = {"after": held_out(fused.model, windows, wishes)}
+        for name in ("zigzag", "dense"):
             model = session.load(wishes.model, dense=True).model
             model = dense_twin(model) if name == "dense" else model
             adapter_folder.put_on(model, kept)
             with as_matrices(name == "dense"):
                 answers[name] = written(model, windows[0][:32])
-    drops = {name: found["before"] - found["after"] for name, found in results.items()}
+    drops = {name: results[name]["before"] - results[name]["after"] for name in answers}
     document = {
         "what": f"{wishes.kind}, {wishes.steps} steps of {wishes.batch} x {wishes.length} tokens",
         "settings": {"rank": RANK, "scale": SCALE, "learning_rate": LEARNING_RATE, "adam": True},
