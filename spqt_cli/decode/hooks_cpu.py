@@ -141,7 +141,7 @@ def _row_matmul(layer: Any, x: mx.array) -> mx.array:
     operation falls back on, took 60 times as long for 256 rows of a head.
     """
     packed = layer["weight"], layer["scales"], layer["biases"], layer.bits, layer.group_size
-    if phase.decodes():
+    if phase.decodes() or layer.trainable_parameters():  # of those gradients are asked as well
         return cpu.head_matmul(x, *packed)
     run = mx.custom_function(lambda x: cpu.head_matmul(x, *packed))
     run.vjp(lambda _, cotangent, __: cpu.head_matmul_transposed(cotangent, *packed))

@@ -100,7 +100,11 @@ class ZigzagLinear(nn.QuantizedLinear):
         return select.matmul(x, self) if decodes else self._differentiable(x)
 
     def _differentiable(self, x: mx.array) -> mx.array:
-        """y for x (..., inputs), all channels; its gradient is by x alone, the weights are frozen."""
+        """y for x (..., inputs), all channels; its gradient is by x alone. Unfrozen layers are left to their
+        backend, which refuses to differentiate by packed weights where it is asked to.
+        """
+        if self.trainable_parameters():
+            return select.matmul(x, self)
 
         @mx.custom_function
         def forward(x: mx.array) -> mx.array:

@@ -233,6 +233,16 @@ def test_norms_have_gradients_too(converted):
         assert_gradient(found[0][name], slope)
 
 
+@pytest.mark.parametrize("path", ["model.layers.0.mlp.up_proj", "model.embed_tokens"])
+def test_packed_weights_are_not_trained_in_silence(converted, path):
+    """As `--fine-tune-type full` would; MLX's own packed layers answer alike."""
+    model = session.load(converted, dense=True).model
+    model.freeze()
+    dict(model.named_modules())[path].unfreeze()
+    with pytest.raises(RuntimeError, match="no gradient wrt the quantized weights"):
+        nn.value_and_grad(model, loss)(model, tokens(2, 17))
+
+
 def test_dora_keeps_its_factors_until_an_array_changes(calibrated, tmp_path):
     loaded, _ = adapters.pair(calibrated, tmp_path, "dora")
     adapter = loaded.model.layers[0].self_attn.q_proj
