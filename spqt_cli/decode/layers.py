@@ -27,7 +27,7 @@ class ZigzagLinear(nn.QuantizedLinear):
 
     weight: (bands, inputs, band * bits / 32) uint32; scales, biases: (bands, inputs, band / group_size);
     bias: (outputs,) or absent. A subclass of QuantizedLinear, so that mlx-lm's size accounting works
-    and its training tools refuse the layer instead of passing over it.
+    and its tools see a layer to put adapters around (adapters.py), or refuse it, and don't pass over it.
     """
 
     mode = "zigzag"
