@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 from mlx import nn
 
-from spqt_cli.convert import encode
+from spqt_cli.convert import card, encode
 from spqt_cli.convert.source import DTYPES
 from spqt_cli.decode import adapter_folder, session
 from spqt_cli.decode.layers import ZigzagLinear, base
@@ -74,7 +74,10 @@ def _write(folder: Folder, adapter: Path, target: Path, config: dict[str, Any]) 
             for name, array in _tensors(path, module, folder.tensors).items():
                 output.write(name, array)
             mx.clear_cache()
-        output.finish("adapter", {"kind": config.get("fine_tune_type", "lora"), "layers": len(adapted)})
+        kind = config.get("fine_tune_type", "lora")
+        output.finish("adapter", {"kind": kind, "layers": len(adapted)})
+    with files.disk_errors(target), (target / card.NAME).open("ab") as readme:
+        readme.write(f"\nA {kind} adapter was fused into {len(adapted)} of its layers.\n".encode())
     return len(adapted)
 
 

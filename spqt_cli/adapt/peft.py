@@ -25,6 +25,7 @@ from spqt_cli.system import files
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 DOWN, UP, MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
+LARGEST = 1e30
 PLAIN = re.compile(r"[\w.]+")
 # Settings that change what an adapter computes, and that mlx-lm's adapters have nothing for.
 UNKNOWN = ("megatron_config", "layer_replication", "trainable_token_indices", "target_parameters",
@@ -155,7 +156,7 @@ def _config(source: Path) -> dict[str, Any]:
 
 def _number(config: dict[str, Any], name: str, default: float) -> float:
     value = config.get(name, default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if type(value) not in (int, float) or not -LARGEST < value < LARGEST:  # or NaN
         raise SpqtError(f"{name} of the adapter is {value!r}, no number", AGAIN)
     return float(value)
 

@@ -71,9 +71,6 @@ class ZigzagDoRALinear(DoRALinear):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._forget()
-
-    def _forget(self) -> None:
         # Not as nn.Module keeps arrays: these are no parameters.
         object.__setattr__(self, "_known", ((), None))
 

@@ -56,6 +56,7 @@ def test_the_folder_is_sound_and_says_what_it_is(calibrated, tmp_path):
     assert folder.verify() == list(folder.shards)
     assert folder.calibration is None
     assert folder.config["spqt"]["adapter"] == {"kind": "lora", "layers": 14}
+    assert (output / "README.md").read_text().endswith("A lora adapter was fused into 14 of its layers.\n")
     assert folder.weights_fingerprint != Folder(calibrated).weights_fingerprint
     assert "calibrate again" in fuser.FuseResult(output, 14, True).summary()
 
