@@ -22,6 +22,7 @@ ORDER = (
     "convert",
     "calibrate",
     "fit",
+    "adapt",
     "evaluate",
     "bench",
     "cli",

@@ -32,6 +32,7 @@ from spqt_cli.backends.interface import (
     is_token_each,
 )
 from spqt_cli.errors import BackendError, UsageError
+from spqt_cli.format import layout
 
 _REINSTALL = "reinstall spqt (`pip install --force-reinstall --no-deps .`)"
 ISAS = ("avx512vnni", "avx512", "avx2", "baseline")  # as cpu/kernels.h names them
@@ -141,6 +142,27 @@ def head_matmul(
     group_size). Returns (..., outputs) in x's dtype.
     """
     return _native().row_matmul(x, weight, scales, biases, None, bits, group_size)
+
+
+def matmul_transposed(y: mx.array, layer: Any) -> mx.array:
+    """As `select.matmul_transposed`: each band is a row-grouped matrix, groups along what is summed; lazy."""
+    bands, inputs, _ = layer["weight"].shape
+    parts = layout.banded(y, bands, layer["scales"].shape[2] * layer.group_size)
+    weight, scales, biases = (layer[name] for name in ("weight", "scales", "biases"))
+    form = layer.bits, layer.group_size
+    products = [head_matmul(parts[b], weight[b], scales[b], biases[b], *form) for b in range(bands)]
+    return sum(products[1:], products[0]).reshape(*y.shape[:-1], inputs)
+
+
+def head_matmul_transposed(
+    y: mx.array, weight: mx.array, scales: mx.array, biases: mx.array, bits: int, group_size: int
+) -> mx.array:
+    """y @ W for such a matrix, the gradient of `head_matmul` by x: y (..., outputs) -> (..., inputs); lazy.
+
+    To this product the matrix is a Zigzag layer of one band.
+    """
+    form = (scales.shape[1] * group_size, bits, group_size)
+    return _native().zigzag_matmul(y, weight[None], scales[None], biases[None], None, *form)
 
 
 def _joined(parts: list[mx.array]) -> mx.array:

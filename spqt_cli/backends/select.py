@@ -132,3 +132,8 @@ def matmul(x: mx.array, layer: Projection) -> mx.array:
     rows that were masked before.
     """
     return backend().calls.matmul(x, layer)
+
+
+def matmul_transposed(y: mx.array, layer: Projection) -> mx.array:
+    """y @ W, the gradient of `matmul` by x: y (..., outputs) -> (..., inputs); lazy."""
+    return backend().calls.matmul_transposed(y, layer)

@@ -80,3 +80,9 @@ def matmul(x: mx.array, layer: Projection) -> mx.array:
     )
     bias = layer.get("bias")
     return y if bias is None else y + bias
+
+
+def matmul_transposed(y: mx.array, layer: Projection) -> mx.array:
+    """As `select.matmul_transposed`: y (..., outputs) -> (..., inputs)."""
+    packed = (layer.weight, layer.scales, layer.biases)
+    return layout.matmul_transposed(y, *packed, bits=layer.bits, group_size=layer.group_size)

@@ -35,6 +35,10 @@ FitData = Annotated[
     typer.Option(help="To fit: UTF-8 text to add to its own.", readable=False),
 ]
 FitSeed = Annotated[int, typer.Option(min=0, help="To fit: of the source's own text.")]
+Adapter = Annotated[str | None, typer.Option(help="A folder of LoRA or DoRA adapters.")]
+Output = Annotated[
+    Path, typer.Option("--output", "-o", help="Folder to write; it must not exist.", readable=False)
+]
 Trust = Annotated[bool, typer.Option(help="Run code that comes with the model.")]
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from spqt_cli.cli import flags
-from spqt_cli.cli.flags import Json, ModelArgument, ModelOption, Quiet, Revision, Trust
+from spqt_cli.cli.flags import Adapter, Json, ModelArgument, ModelOption, Quiet, Revision, Trust
 from spqt_cli.cli.prompt import prompt_text
 from spqt_cli.errors import UsageError
 
@@ -62,7 +62,7 @@ def generate(
     ] = None,
     kv_group_size: Annotated[int, typer.Option(help="Group size of the quantized cache.")] = 64,
     quantized_kv_start: Annotated[int, typer.Option(help="First token of the quantized cache.")] = 5000,
-    adapter_path: Annotated[str | None, typer.Option(help="LoRA adapters (not on Zigzag layers).")] = None,
+    adapter_path: Adapter = None,
     draft_model: Annotated[str | None, typer.Option(help="A smaller model for speculative decoding.")] = None,
     num_draft_tokens: Annotated[int, typer.Option(help="Tokens that the draft model proposes.")] = 3,
     revision: Revision = None,

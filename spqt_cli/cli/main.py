@@ -16,6 +16,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from spqt_cli.cli import (
+    adapter,
     bench,
     calibrate,
     compare,
@@ -23,6 +24,7 @@ from spqt_cli.cli import (
     doctor,
     evaluate,
     fit,
+    fuse,
     generate,
     inspect,
     mlx_lm,
@@ -84,6 +86,8 @@ def _until_the_pipe_closes(command: Callable[..., None]) -> Callable[..., None]:
 COMMANDS: dict[str, Callable[..., None]] = {
     "convert": convert.convert,
     "fit": fit.fit,
+    "adapter": adapter.adapter,
+    "fuse": fuse.fuse,
     "calibrate": calibrate.calibrate,
     "generate": generate.generate,
     "compare": compare.compare,

@@ -13,19 +13,18 @@ from spqt_cli.errors import SpqtError, Terminated, UnsupportedError, UsageError
 MODEL_FLAGS = ("--model", "--draft-model", "--hf-path", "--quantized-model", "-m")
 WRITING = ("generate", "chat", "server", "benchmark", "evaluate")  # commands that generate tokens
 # What mlx-lm's commands can't do with a converted model, and what can be done instead. Others run.
-TRAINS = "adapters can't be trained on Zigzag layers", "train on the source with plain mlx_lm"
 QUANTIZES = "it quantizes weights that are not quantized yet, and these are", "give it the source"
 REFUSED = {
     "convert": ("it would write a folder that neither mlx-lm nor spqt reads", "convert the source instead"),
-    "fuse": ("adapters can't be added to Zigzag weights", "fuse into the source, then: spqt convert"),
-    "lora": TRAINS,
+    "fuse": ("it knows no Zigzag weights", "spqt fuse MODEL ADAPTER -o FOLDER"),
     "awq": QUANTIZES,
     "dwq": QUANTIZES,
     "dynamic_quant": QUANTIZES,
     "gptq": QUANTIZES,
 }
+AS_STORED = ("evaluate", "perplexity", "lora")  # whatever this device's profile says
+ADAPTED = ("generate", "chat", "server", "cache_prompt")  # commands that put --adapter-path on a model
 SHORT_M = tuple(REFUSED)  # where `-m` is the model; with generate it is the number of tokens
-MEASURES = ("evaluate", "perplexity")  # quality: of the model as it is stored
 DENSE = "note: mlx-lm's perplexity runs many tokens at once, which skips nothing; spqt eval measures skipping"
 
 
@@ -45,10 +44,13 @@ def run(arguments: Sequence[str]) -> None:
         raise UsageError(
             "which mlx-lm command?", "spqt mlx-lm server --model DIR; spqt mlx-lm --help lists them"
         )
-    from spqt_cli.decode import hooks
+    from spqt_cli.decode import adapter_folder, hooks
+    from spqt_cli.system import files
 
     command = arguments[0]
     converted = [name for name in _models(arguments) if _check(name, command, hooks.wished_sparsity())]
+    for path in _named(arguments, ("--adapter-path",)) if command in ADAPTED else ():
+        adapter_folder.check(files.expanded(path))
     hooks.install()
     if converted and command == "perplexity":
         print(DENSE, file=sys.stderr)
@@ -60,7 +62,7 @@ def run(arguments: Sequence[str]) -> None:
     with contextlib.ExitStack() as around:
         if command in REFUSED:
             around.enter_context(hooks.refusing(_refusal("a converted model", command)))
-        if command in MEASURES:
+        if command in AS_STORED:
             around.enter_context(hooks.as_stored())
         if command == "server":
             from spqt_cli.cli import mlx_lm_server
@@ -128,7 +130,11 @@ def _refusal(what: str, command: str) -> UnsupportedError:
 
 
 def _models(arguments: Sequence[str]) -> list[str]:
-    flags = [flag for flag in MODEL_FLAGS if flag != "-m" or arguments[0] in SHORT_M]
+    return _named(arguments, [flag for flag in MODEL_FLAGS if flag != "-m" or arguments[0] in SHORT_M])
+
+
+def _named(arguments: Sequence[str], flags: Sequence[str]) -> list[str]:
+    """The values of flags on a command line."""
     found = []
     for at, argument in enumerate(arguments):
         name, _, value = argument.partition("=")

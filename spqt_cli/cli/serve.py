@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from spqt_cli.cli import flags
-from spqt_cli.cli.flags import ModelArgument, ModelOption, Revision, Trust
+from spqt_cli.cli.flags import Adapter, ModelArgument, ModelOption, Revision, Trust
 from spqt_cli.errors import SpqtError, UsageError
 
 USAGE = "spqt serve MODEL"
@@ -49,6 +49,7 @@ def serve(
     prefill_step_size: Annotated[int, typer.Option(min=1, help="Prompt tokens run at a time.")] = 2048,
     prompt_cache_size: Annotated[int, typer.Option(min=0, help="Key-value caches kept of prompts.")] = 10,
     prompt_cache_bytes: Annotated[int | None, typer.Option(min=0, help="Most bytes of those caches.")] = None,
+    adapter_path: Adapter = None,
     draft_model: Annotated[
         str | None, typer.Option(help="A smaller model that proposes tokens; one request at a time.")
     ] = None,

@@ -135,8 +135,16 @@ def _hook_loading(utils: Any) -> None:
     foreign.replace(utils, "load_model", hooked)
 
 
+def _hook_adapters(_: Any) -> None:
+    """Let mlx-lm's adapters take Zigzag layers; what does that is made of their classes."""
+    from spqt_cli.decode import adapters
+
+    adapters.install()
+
+
 _HOOKS: dict[str, Callable[[Any], None]] = {
     "mlx_lm.utils": _hook_loading,
+    "mlx_lm.tuner.utils": _hook_adapters,
     "mlx_lm.generate": hooks_generate.install,
     "mlx_lm.perplexity": hooks_generate.check_perplexity,
     "mlx_lm.server": hooks_generate.refuse_long,

@@ -5,10 +5,12 @@ know files or the hooks into mlx-lm.
 """
 
 import copy
-from typing import Any, Self
+from collections.abc import Mapping
+from typing import Any, Self, cast
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_unflatten
 
 from spqt_cli.backends import interface, select
 from spqt_cli.decode import active_counts, phase
@@ -17,6 +19,7 @@ from spqt_cli.format import layout
 # Names of layers of one module that read one input in mlx-lm's models. Where a model feeds them different
 # arrays all the same, SharedInput notices and the result stays right.
 SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
+ADAPTED = "linear"  # under which mlx-lm's adapters keep the layer that they are put around
 
 
 class ZigzagLinear(nn.QuantizedLinear):
@@ -24,7 +27,7 @@ class ZigzagLinear(nn.QuantizedLinear):
 
     weight: (bands, inputs, band * bits / 32) uint32; scales, biases: (bands, inputs, band / group_size);
     bias: (outputs,) or absent. A subclass of QuantizedLinear, so that mlx-lm's size accounting works
-    and its training tools refuse the layer instead of passing over it.
+    and its tools see a layer to put adapters around (adapters.py), or refuse it, and don't pass over it.
     """
 
     mode = "zigzag"
@@ -94,7 +97,24 @@ class ZigzagLinear(nn.QuantizedLinear):
             return self.shared_input.product(x, self)
         if decodes and self._threshold is not None:
             return self._masked(x, self._threshold)
-        return select.matmul(x, self)
+        return select.matmul(x, self) if decodes else self._differentiable(x)
+
+    def _differentiable(self, x: mx.array) -> mx.array:
+        """y for x (..., inputs), all channels; its gradient is by x alone. Unfrozen layers are left to their
+        backend, which refuses to differentiate by packed weights where it is asked to.
+        """
+        if self.trainable_parameters():
+            return select.matmul(x, self)
+
+        @mx.custom_function
+        def forward(x: mx.array) -> mx.array:
+            return select.matmul(x, self)
+
+        @forward.vjp
+        def backward(x: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
+            return select.matmul_transposed(cotangent, self).astype(x.dtype)
+
+        return cast(mx.array, forward(x))
 
     def _masked(self, x: mx.array, threshold: mx.array) -> mx.array:
         """y for x (..., inputs) of many rows, each masked by itself; all weights are read."""
@@ -211,16 +231,38 @@ def share_inputs(model: nn.Module) -> None:
     """Let q/k/v and gate/up of each module run in one launch."""
     for module in model.modules():
         for names in SHARED_INPUTS:
-            named = [module.get(name) for name in names]
+            named = [base(module.get(name)) for name in names]
             layers = [layer for layer in named if isinstance(layer, ZigzagLinear)]
             if len(layers) > 1 and len({layer.inputs for layer in layers}) == 1:
                 share_input(layers)
 
 
+def is_adapter(module: Any) -> bool:
+    """Whether a module is one of mlx-lm's adapters around a linear layer."""
+    return isinstance(module, nn.Module) and ADAPTED in module and "lora_a" in module
+
+
+def base(module: Any) -> Any:
+    """The layer that an adapter was put around, and any other module itself."""
+    return module[ADAPTED] if is_adapter(module) else module
+
+
 def zigzag_layers(model: nn.Module) -> dict[str, ZigzagLinear]:
-    """Path -> layer, for every Zigzag layer of a model that may skip channels."""
+    """Path -> layer, for every Zigzag layer of a model that may skip channels.
+
+    Paths are those of config.json: of an adapter's base that of the adapter.
+    """
+    modules = dict(model.named_modules())
+    within = {f"{path}.{ADAPTED}" for path, module in modules.items() if is_adapter(module)}
     return {
-        path: module
-        for path, module in model.named_modules()
-        if isinstance(module, ZigzagLinear) and not module.always_dense
+        path: layer
+        for path, module in modules.items()
+        if path not in within and isinstance(layer := base(module), ZigzagLinear) and not layer.always_dense
     }
+
+
+def put_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    """Put layers in the place of those that have these paths; adapters stay around them."""
+    modules = dict(model.named_modules())
+    places = {path: f"{path}.{ADAPTED}" if is_adapter(modules[path]) else path for path in layers}
+    model.update_modules(tree_unflatten([(places[path], layer) for path, layer in layers.items()]))

@@ -21,7 +21,7 @@ class Loading(TypedDict, total=False):
     sparsity: 0 to 0.95, with thresholds derived from the stored curves; None or left out: SPQT_SPARSITY
     where that is set, else the calibrated sparsity. dense: skip nothing, exact zeros included, and run every
     layer as it is stored; else each layer runs as this device's profile says. revision: of a hub id.
-    trust_remote_code: accept a folder that brings code. adapter_path: folder of LoRA adapters.
+    trust_remote_code: accept a folder that brings code. adapter_path: folder of LoRA or DoRA adapters.
     draft_model: folder or hub id of a smaller model for speculative decoding.
     """
 

@@ -21,6 +21,7 @@ from spqt_cli.backends import interface
 from spqt_cli.decode import foreign
 from spqt_cli.decode.bytes_read import BLOCK
 from spqt_cli.decode.exact import ExactRoPE
+from spqt_cli.decode.layers import is_adapter
 from spqt_cli.format import contract
 
 PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
@@ -90,6 +91,9 @@ def why_not(module: Any, backend: interface.Backend, zigzag: IsZigzag = is_zigza
         return reason
     attention, mlp = module["self_attn"], module["mlp"]
     names = (PROJECTIONS[0], OUT, *(gated(mlp) or ()))
+    within = (*PROJECTIONS, *names[1:])
+    if adapted := [name for name in within if is_adapter(attention.get(name) or mlp.get(name))]:
+        return f"adapters on {' and '.join(adapted)}"
     others = [name for name in names if not zigzag(attention.get(name) or mlp.get(name))]
     return f"{' and '.join(others)} not in the Zigzag layout" if others else ""
 

@@ -15,7 +15,7 @@ import numpy as np
 from mlx import nn
 from mlx.utils import tree_unflatten
 
-from spqt_cli.decode.layers import ZigzagLinear
+from spqt_cli.decode.layers import ZigzagLinear, put_layers
 from spqt_cli.format import layout
 
 
@@ -27,12 +27,12 @@ def fits_rows(layer: Any) -> bool:
 def to_rows(model: nn.Module, layers: dict[str, ZigzagLinear]) -> str:
     """Put row-grouped layers in the place of these; returns what it cost, as text."""
     start = time.perf_counter()
-    new, errors = [], []
+    new, errors = {}, []
     for name, layer in layers.items():
         stock, error = row_grouped(layer)
-        new.append((name, stock))
+        new[name] = stock
         errors.append(error)
-    model.update_modules(tree_unflatten(new))
+    put_layers(model, new)
     mx.clear_cache()
     mean = f"relative error of the weights {math.fsum(errors) / len(errors):.1%} on average"
     return f"; repacking took {time.perf_counter() - start:.1f} s, {mean}"

@@ -14,7 +14,15 @@ from typing import Any, Unpack
 import mlx.core as mx
 import mlx.nn as nn
 
-from spqt_cli.decode import active_counts, architecture, bytes_read, hooks, profile, quality_warning
+from spqt_cli.decode import (
+    active_counts,
+    adapter_folder,
+    architecture,
+    bytes_read,
+    hooks,
+    profile,
+    quality_warning,
+)
 from spqt_cli.decode.hooks import as_stored, wished_sparsity
 from spqt_cli.decode.layers import zigzag_layers
 from spqt_cli.decode.options import Loading
@@ -80,10 +88,11 @@ def load(path: str | Path | Folder, **options: Unpack[Loading]) -> Loaded:
         folder = path
     else:
         folder = locate.open_folder(str(path), options.get("revision"), trust_remote_code=trusted)
-    if adapter is not None and not (Path(adapter) / "adapter_config.json").is_file():
-        raise SpqtError(f"{adapter} has no adapter_config.json", "give a folder of LoRA adapters")
-    wishes = {"adapter_path": adapter, "trust_remote_code": trusted}
-    loaded = Loaded(*_through_mlx_lm(folder, wishes), folder)
+    if adapter is not None:
+        adapter_folder.check(files.expanded(adapter))
+    loaded = Loaded(*_through_mlx_lm(folder, {"trust_remote_code": trusted}), folder)
+    if adapter is not None:
+        adapter_folder.put_on(loaded.model, adapter)
     _set_thresholds(loaded, wished_sparsity() if sparsity is None else sparsity, dense)
     if not dense:
         loaded.add_note(apply_profile(loaded))

@@ -33,7 +33,7 @@ from spqt_cli.fit.hessian_gpu import ask_for_float32
 from spqt_cli.fit.options import ROUNDED_ON, FitOptions
 from spqt_cli.fit.source_blocks import SourceBlocks
 from spqt_cli.fit.store import Store
-from spqt_cli.fit.weights_file import WeightsFile
+from spqt_cli.fit.weights_file import WeightsFile, copy_folder
 from spqt_cli.format.folder import Folder
 from spqt_cli.measure import texts
 from spqt_cli.system import files
@@ -112,6 +112,8 @@ def fit(
     checkpoint = source_model.open_source(source_name)
     if folder.config["spqt"].get("fit"):
         raise SpqtError(f"{model} is fitted already", "convert its source again")
+    if folder.config["spqt"].get("adapter"):
+        raise SpqtError(f"{model} holds an adapter, which its source does not", "fit first, then fuse")
     origin = folder.config["spqt"].get("source")
     if not isinstance(origin, dict) or origin.get("headers") != checkpoint.identity()["headers"]:
         raise SpqtError(f"{source_name} is not what {model} was converted from", "name its source")
@@ -120,7 +122,7 @@ def fit(
         files.check_target(output, model)
         job = {"weights": folder.weights_fingerprint}
         return _Fit(output, checkpoint, options, job, on_progress).run(
-            lambda target: _copy(folder.path, target)
+            lambda target: copy_folder(folder.path, target)
         )
 
 
@@ -163,7 +165,7 @@ class _Fit:
             said = self._fitted()
             self._journal.note(FITTED, said)
         with WeightsFile(self._folder) as output:
-            output.finish(said["config"])
+            output.finish("fit", said["config"])
         Folder(self._folder)
         files.publish(self._folder, self._output)
         with files.disk_errors(self._work):
@@ -300,17 +302,3 @@ class _Fit:
 
 def _tokenizer(folder: Path) -> Any:
     return session.load_tokenizer(folder)
-
-
-def _copy(source: Path, target: Path) -> None:
-    """Copy a converted folder's files, whole or not at all."""
-    partial = target.with_name(f"{target.name}-partial")
-    with files.disk_errors(partial):
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-    files.check_space(partial, sum(path.stat().st_size for path in source.iterdir() if path.is_file()))
-    for path in sorted(source.iterdir()):
-        if path.is_file() and not path.name.startswith(".spqt-"):
-            files.copy(path, partial / path.name)
-    with files.disk_errors(target):
-        os.rename(partial, target)

@@ -6,6 +6,7 @@ Until `finish` has written new hashes, the folder does not agree with its config
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,6 +18,20 @@ from spqt_cli.format.folder import METADATA_CONTENT
 from spqt_cli.system import files
 
 STEP = 1 << 22  # bytes read at once
+
+
+def copy_folder(source: Path, target: Path) -> None:
+    """Copy a converted folder's files, whole or not at all."""
+    partial = target.with_name(f"{target.name}-partial")
+    with files.disk_errors(partial):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+    files.check_space(partial, sum(path.stat().st_size for path in source.iterdir() if path.is_file()))
+    for path in sorted(source.iterdir()):
+        if path.is_file() and not path.name.startswith(".spqt-"):
+            files.copy(path, partial / path.name)
+    with files.disk_errors(target):
+        os.rename(partial, target)
 
 
 class WeightsFile:
@@ -68,8 +83,8 @@ class WeightsFile:
             found.update(os.pread(self._files[shard], min(STEP, size - done), offset + done))
         return found.hexdigest()
 
-    def finish(self, said: dict[str, Any]) -> None:
-        """Write new hashes into every shard and into config.json, and what is `said` of the fit.
+    def finish(self, key: str, said: dict[str, Any]) -> None:
+        """Write new hashes into every shard and into config.json, and under `key` what is `said` of the work.
 
         Thresholds are of the old weights: they go.
         """
@@ -86,7 +101,7 @@ class WeightsFile:
             header = header.replace(old.encode(), content.encode(), 1)
             files.write_at(self._files[shard], 0, memoryview(header), self._folder / shard)
         section["content"] = content
-        section["fit"] = said
+        section[key] = said
         section["shards"] = {shard: files.sha256(self._folder / shard) for shard in self._files}
         with files.disk_errors(self._folder):
             config_json.write_config(self._folder, config)

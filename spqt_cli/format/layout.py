@@ -120,6 +120,29 @@ def matmul(  # noqa: PLR0913 - the parameters of mx.quantized_matmul
     return y.reshape(rows.shape[1], -1)[:, :outputs].reshape(*x.shape[:-1], outputs)
 
 
+def banded(y: mx.array, bands: int, band: int) -> mx.array:
+    """y (..., outputs) as bands hold outputs: (bands, rows, band), zeros where the last one is not full."""
+    rows = y.reshape(-1, y.shape[-1])
+    if missing := bands * band - y.shape[-1]:
+        rows = mx.pad(rows, [(0, 0), (0, missing)])
+    return rows.reshape(-1, bands, band).swapaxes(0, 1)
+
+
+def matmul_transposed(
+    y: mx.array, weight: mx.array, scales: mx.array, biases: mx.array, *, bits: int, group_size: int
+) -> mx.array:
+    """y @ W by MLX's own kernel, the gradient of `matmul` by its x: y (..., outputs) -> (..., inputs).
+
+    A band is a row-grouped matrix to this product: its groups lie along what is summed.
+    """
+    bands, inputs, _ = weight.shape
+    parts = banded(y, bands, scales.shape[2] * group_size)
+    x = mx.quantized_matmul(
+        parts, weight, scales, biases, transpose=True, group_size=group_size, bits=bits
+    )  # (bands, rows, inputs)
+    return x.sum(axis=0).reshape(*y.shape[:-1], inputs)
+
+
 def mask(x: mx.array, threshold: mx.array) -> mx.array:
     """x with its inactive channels set to zero.
 

@@ -18,7 +18,7 @@ from mlx import nn
 from mlx.utils import tree_unflatten
 
 from spqt_cli.decode import foreign
-from spqt_cli.decode.layers import ZigzagLinear, zigzag_layers
+from spqt_cli.decode.layers import ZigzagLinear, put_layers, zigzag_layers
 from spqt_cli.errors import UnsupportedError
 from spqt_cli.format import layout, thresholds
 from spqt_cli.measure import many_rows
@@ -202,12 +202,11 @@ def probing(model: nn.Module) -> Iterator[Harness]:
     """Put a probe in place of every Zigzag layer in this block."""
     layers = zigzag_layers(model)
     harness = Harness(layers)
-    probes = [(path, Probe(path, layer, harness)) for path, layer in layers.items()]
-    model.update_modules(tree_unflatten(probes))
+    put_layers(model, {path: Probe(path, layer, harness) for path, layer in layers.items()})
     try:
         yield harness
     finally:
-        model.update_modules(tree_unflatten(list(layers.items())))
+        put_layers(model, layers)
 
 
 @contextmanager
@@ -217,7 +216,7 @@ def unprobed(model: nn.Module, harness: Harness) -> Iterator[None]:
     Whatever stands in a layer's place at the end is dropped.
     """
     probes = [(path, module) for path, module in model.named_modules() if isinstance(module, Probe)]
-    model.update_modules(tree_unflatten(list(harness.layers.items())))
+    put_layers(model, harness.layers)
     try:
         yield
     finally:

@@ -29,7 +29,6 @@ WARM_UP_PROMPT = "Write a story."
 END_SECONDS = 2.0  # for a step under way and the last answers, once the end was asked for
 # Of mlx_lm.server's own options, those that are not offered.
 UNUSED = {
-    "adapter_path": None,
     "chat_template": "",
     "kv_bits": None,
     "kv_group_size": 64,

@@ -78,7 +78,7 @@ def test_what_fails_in_mlx_lm_is_not_called_a_bug_of_ours(arguments):
 @pytest.mark.parametrize(
     ("command", "flag"),
     [
-        ("convert", "--hf-path"), ("convert", "--model"), ("fuse", "--model"), ("lora", "--model"),
+        ("convert", "--hf-path"), ("convert", "--model"), ("fuse", "--model"),
         ("awq", "-m"), ("gptq", "-m"), ("dynamic_quant", "--model"), ("dwq", "--quantized-model"),
     ],
 )  # fmt: skip
@@ -96,8 +96,8 @@ def test_a_converted_model_that_no_flag_shows_is_refused_when_it_is_loaded(conve
 
     monkeypatch.setattr(cli, "main", lambda: load(str(converted)))  # as a hub id or a file of settings
     monkeypatch.setattr(sys, "argv", ["spqt"])
-    with pytest.raises(UnsupportedError, match="mlx-lm's lora can't take a converted model"):
-        mlx_lm.run(["lora", "-c", "settings.yaml"])
+    with pytest.raises(UnsupportedError, match="mlx-lm's fuse can't take a converted model"):
+        mlx_lm.run(["fuse", "--model", "org/model"])
     assert layers.zigzag_layers(load(str(converted))[0])
 
 

@@ -153,6 +153,27 @@ def test_other_layers_norms_and_rows_take_the_block_s_own_way(striped):
     assert mx.array_equal(other(token(5)), expected).item()
 
 
+@pytest.mark.parametrize("name", ["self_attn.q_proj", "self_attn.k_proj", "self_attn.o_proj", "mlp.up_proj"])
+def test_an_adapter_on_a_block_that_ran_fused_is_not_passed_over(striped, name):
+    """Put on between two tokens: the step that was traced without it is not taken again."""
+    from mlx_lm.tuner.lora import LoRALinear
+
+    made, twin = installed(block()), block()
+    steps(made)
+    assert made._fused_block.reason == ""
+    for one in (made, twin):
+        parent = one[name.split(".")[0]]
+        adapter = LoRALinear.from_base(parent[name.split(".")[1]], r=4, scale=2.0)
+        mx.random.seed(6)
+        adapter.lora_a, adapter.lora_b = (mx.random.normal(a.shape) for a in (adapter.lora_a, adapter.lora_b))
+        parent.update_modules({name.split(".")[1]: adapter})
+    before, (found, counted), (expected, shares) = steps(block())[0], steps(made), steps(twin)
+    assert made._fused_block.reason == f"adapters on {name.split('.')[1]}"
+    assert np.allclose(found, expected, rtol=1e-4, atol=1e-4)
+    assert not np.allclose(found, before, rtol=1e-2, atol=1e-2)
+    assert sorted(map(str, counted.values())) == sorted(map(str, shares.values()))
+
+
 def test_blocks_of_other_forms_are_left_alone():
     made = block(kind=Doubled)
     fused.install_block(made)

@@ -71,7 +71,7 @@ def run(made: Path, where: Path, progress=lambda *_: None, options=OPTIONS):
     training = distillation(made, model, where / "states", progress=progress, options=options)
     with WeightsFile(model) as output:
         found = training.run(output, Journal(where, "a job"))
-        output.finish({"method": "full"})
+        output.finish("fit", {"method": "full"})
     return found
 
 

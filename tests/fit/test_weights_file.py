@@ -26,7 +26,7 @@ def test_a_tensor_is_replaced_and_no_other(folder):
         old = file.sha256(f"{path}.scales")
         file.write(f"{path}.scales", scales)
         assert file.sha256(f"{path}.scales") != old
-        file.finish({"method": "test"})
+        file.finish("fit", {"method": "test"})
     after = mx.load(str(folder / "model.safetensors"))
     assert {name for name in before if not mx.array_equal(before[name], after[name])} == {f"{path}.scales"}
     assert mx.array_equal(after[f"{path}.scales"], scales)
@@ -44,10 +44,10 @@ def test_until_it_is_finished_the_folder_is_not_taken_for_sound(folder):
 def test_finishing_twice_changes_nothing(folder):
     for _ in range(2):
         with WeightsFile(folder) as file:
-            file.finish({"method": "test"})
+            file.finish("fit", {"method": "test"})
         found = [path.read_bytes() for path in sorted(folder.iterdir())]
     with WeightsFile(folder) as file:
-        file.finish({"method": "test"})
+        file.finish("fit", {"method": "test"})
     assert found == [path.read_bytes() for path in sorted(folder.iterdir())]
 
 

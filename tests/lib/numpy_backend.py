@@ -25,6 +25,10 @@ def matmul(x: mx.array, layer: Projection) -> mx.array:
     return mx.array((y if bias is None else y + accuracy.wide(bias)).astype(np.float32)).astype(x.dtype)
 
 
+def matmul_transposed(y: mx.array, layer: Projection) -> mx.array:
+    return mx.array((accuracy.wide(y) @ accuracy.reference(layer)[0]).astype(np.float32)).astype(y.dtype)
+
+
 def sparse_gemv(x: mx.array, layers: Sequence[Projection]) -> tuple[list[mx.array], mx.array]:
     outputs, counts = [], []
     for layer in layers:

@@ -332,6 +332,11 @@ def _whole_plan(dtype: mx.Dtype, layer: Projection) -> dequantize.WholePlan | No
     return plan
 
 
+def matmul_transposed(y: mx.array, layer: Projection) -> mx.array:
+    """As `select.matmul_transposed`, by MLX's own kernel: training alone asks for it."""
+    return stock.matmul_transposed(y, layer)
+
+
 def _free_in_time(y: mx.array, size: int) -> None:
     """Evaluate y when the matrices dequantized since the last time are many bytes.
 

@@ -1,0 +1,1 @@
+"""Adapters as files: made of PEFT's, and fused into a converted folder."""
