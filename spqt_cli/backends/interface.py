@@ -30,6 +30,13 @@ class Projection(Protocol):
     def get(self, key: str, default: Any = None) -> Any: ...
 
 
+class Experts(Projection, Protocol):
+    """What a backend reads of a mixture's experts: a `Projection` whose arrays have one more axis in front.
+
+    weight, scales, biases: (experts, bands, inputs, ...); bias: (experts, outputs) or None. One threshold.
+    """
+
+
 Count = mx.array | None  # of active channels, (layers,) uint32; None if nothing is counted
 
 
@@ -48,6 +55,19 @@ class Step(Protocol):
 
     def __call__(
         self, x: mx.array, counted: Count, /
+    ) -> tuple[list[mx.array], Count]: ...  # pragma: no cover
+
+
+class ExpertsStep(Protocol):
+    """Few tokens through the experts chosen for each, of projections of one input: x (..., 1, inputs), whose
+    leading axes are broadcast against those of indices (...) -> y of each, (..., 1, outputs), and counts.
+
+    counts: (layers,) uint32, `counted` plus the active channels of all pairs of a token and an expert. If
+    `counted` is None nothing is counted, and counts may be None too.
+    """
+
+    def __call__(
+        self, x: mx.array, indices: mx.array, counted: Count, /
     ) -> tuple[list[mx.array], Count]: ...  # pragma: no cover
 
 
@@ -137,6 +157,10 @@ class Calls(Protocol):
     def matmul(self, x: mx.array, layer: Projection, /) -> mx.array: ...
     def arrange(self, layers: Sequence[Projection], /) -> None: ...
     def prepare(self, layers: Sequence[Projection], /) -> Step: ...
+    def prepare_experts(self, layers: Sequence[Experts], /) -> ExpertsStep: ...
+    def experts_matmul(
+        self, x: mx.array, indices: mx.array, layer: Experts, sorted_indices: bool, /
+    ) -> mx.array: ...
 
 
 class FusedCalls(Protocol):

@@ -145,6 +145,7 @@ def _plan(
         unit.path: profile.Size(outputs, inputs, unit.bits, unit.group_size)
         for unit in planned.units
         if unit.kind == ZIGZAG
+        if weights[unit.name].ndim == 2  # a profile knows no experts
         for outputs, inputs in [weights[unit.name].shape]
     }
     traces = select.backend().traces  # else the model need not be built

@@ -181,6 +181,15 @@ def expert_counts(modules: Mapping[str, nn.Module]) -> dict[str, int]:
     return found
 
 
+def tell_chosen(model: nn.Module) -> None:
+    """Let a model's Zigzag experts know how many of them a token is sent to; all, where that is unknown."""
+    modules = dict(model.named_modules())
+    fractions = Fractions(modules, {})
+    for path, module in modules.items():
+        if is_experts(module) and hasattr(module, "chosen"):
+            module.chosen = round(fractions.of(path) * module.num_experts)
+
+
 def _settings(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, dict) else getattr(value, "__dict__", {})
 

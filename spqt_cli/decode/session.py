@@ -256,21 +256,23 @@ def plain_path(folder: Path) -> Iterator[Path]:
         yield link
 
 
-def weight_bytes(model: nn.Module, config: dict[str, Any]) -> tuple[float, dict[int, int]]:
+def weight_bytes(model: nn.Module, config: dict[str, Any]) -> tuple[float, dict[int, float]]:
     """Bytes of weights that a dense decode step reads: of all other layers, and per Zigzag layer by id.
 
     Of a mixture of experts only the chosen experts count, of an embedding that is not also the head one row.
     """
-    zigzag = {
-        id(layer): sum(layer[name].nbytes for name in ("weight", "scales", "biases"))
-        for layer in zigzag_layers(model).values()
-    }
+    layers = zigzag_layers(model)
+    zigzag: dict[int, float] = {}
     other = 0.0
     modules = dict(model.named_modules())
     fractions = bytes_read.Fractions(modules, config)
     for path, module in modules.items():
+        read = fractions.of(path)
         size = sum(value.nbytes for value in module.values() if hasattr(value, "nbytes"))
-        other += (size - zigzag.get(id(module), 0)) * fractions.of(path)
+        packed = sum(module[name].nbytes for name in ("weight", "scales", "biases")) if path in layers else 0
+        if packed:
+            zigzag[id(module)] = packed * read
+        other += (size - packed) * read
     return other, zigzag
 
 

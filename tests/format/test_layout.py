@@ -71,7 +71,7 @@ def test_codes_scales_and_biases_mean_what_the_contract_says(bits, group_size):
         w = random_matrix(outputs, inputs)
         band = layout.band_of(outputs, group_size)
         packed = layout.quantize(w, bits, group_size, band)
-        shapes = layout.packed_shapes(outputs, inputs, bits, group_size, band)
+        shapes = layout.packed_shapes((outputs, inputs), bits, group_size, band)
         assert tuple(part.shape for part in packed) == (shapes[0], shapes[1], shapes[1])
         expected = oracle(*packed, outputs, bits, group_size)
         restored = layout.dequantize(*packed, outputs=outputs, bits=bits, group_size=group_size)

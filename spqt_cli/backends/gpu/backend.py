@@ -21,6 +21,8 @@ from spqt_cli.backends.interface import (
     Backend,
     Calls,
     Count,
+    Experts,
+    ExpertsStep,
     FusedCalls,
     GatedStep,
     HeadStep,
@@ -174,6 +176,16 @@ def prepare_tail(x: mx.array, tail: Tail) -> TailStep | None:
         return y, [count, count_pair, count_down]
 
     return step
+
+
+def prepare_experts(layers: Sequence[Experts]) -> ExpertsStep:
+    """As `select.prepare_experts`: by MLX's own kernel, which reads all channels of the chosen experts."""
+    return stock.prepare_experts(layers)
+
+
+def experts_matmul(x: mx.array, indices: mx.array, layer: Experts, sorted_indices: bool) -> mx.array:
+    """As `select.experts_matmul`."""
+    return stock.experts_matmul(x, indices, layer, sorted_indices)
 
 
 def _gated_plan(x: mx.array, pair: Sequence[Projection], norm: Norm | None) -> Plan | None:
