@@ -141,7 +141,8 @@ class Counter:
                 if request is not None and request not in tally.requests:
                     continue
                 for layer, rows, read in tally.totals():
-                    products = tally.rows // tally.in_step  # with a matrix: of experts, one for each row
+                    # with one matrix: of experts, one for each row
+                    products = tally.steps if many else tally.rows // tally.in_step
                     active, fed = sum(rows), tally.rows
                     if request is not None:
                         active, fed = rows[tally.requests.index(request)], products

@@ -82,7 +82,7 @@ def convert_fitted(
     converter.check_options(wishes)
     options.check()
     output = files.expanded(output).absolute()
-    trust = source.Trust(wishes.trust_remote_code, wishes.allow_requantize)
+    trust = source.Trust(wishes.trust_remote_code, wishes.allow_requantize, wishes.zigzag_experts)
     checkpoint = source.open_source(source_name, wishes.revision, trust)
     found: list[ConvertResult] = []
 

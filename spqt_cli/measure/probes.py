@@ -329,17 +329,25 @@ def hooked(modules: Iterable[nn.Module], hook: Callable[..., Any]) -> Iterator[N
     """Calls of these modules go to hook(module, call, x, ...) here; `call` is their class's own code."""
     known = {id(module): module for module in modules}
     kinds: set[Any] = {type(module) for module in known.values()}  # classes whose calls are replaced
+    running: set[int] = set()  # their own code: a fused block has two classes
 
     def through(call: Callable[..., Any]) -> Callable[..., Any]:
         first = list(inspect.signature(call).parameters)[1]
 
+        def own(module: nn.Module, *given: Any, **named: Any) -> Any:
+            running.add(id(module))
+            try:
+                return call(module, *given, **named)
+            finally:
+                running.discard(id(module))
+
         @functools.wraps(call)  # a hook inside this block asks for the signature again
         def ask(module: nn.Module, *given: Any, **named: Any) -> Any:
-            if id(module) not in known:
+            if id(module) not in known or id(module) in running:
                 return call(module, *given, **named)
             if first in named:  # GPT-J's blocks get their input by name
                 given = (named.pop(first), *given)
-            return hook(module, call, *given, **named)
+            return hook(module, own, *given, **named)
 
         return ask
 

@@ -15,8 +15,8 @@ from spqt_cli.convert import convert, plan
 from spqt_cli.decode import bytes_read, session
 from spqt_cli.decode.bytes_read import Fractions
 from tests.cli.test_commands import spqt
-from tests.conftest import random_weights, tiny_checkpoint, write_tokenizer
-from tests.convert.test_architectures import COMMON, CONFIGS
+from tests.conftest import SIZES, tiny_checkpoint
+from tests.lib.mixture import tiny_mixture
 
 
 class Mixture(nn.Module):
@@ -99,19 +99,11 @@ def written(folder) -> dict[str, int]:
     return sizes
 
 
-NAME = "experts and a dense layer (qwen3_moe)"
-
-
 @pytest.fixture(scope="module")
 def mixture(tmp_path_factory):
     """(the converted folder of a mixture of experts, what convert said)."""
     folder = tmp_path_factory.mktemp("mixture")
-    source = folder / "source"
-    source.mkdir()
-    config = {**COMMON, **CONFIGS[NAME]}
-    (source / "config.json").write_text(json.dumps(config))
-    mx.save_safetensors(str(source / "model.safetensors"), random_weights(config, seed=1))
-    write_tokenizer(source)
+    source = tiny_mixture(folder / "source")
     result = convert.convert(str(source), folder / "out", convert.ConvertOptions(group_size=32, sparsity=0.5))
     return folder / "out", result
 
@@ -121,7 +113,7 @@ def test_a_mixture_reads_its_chosen_experts_alone(mixture):
     sizes = written(folder)
     assert result.reads.experts == "2 of 4 experts"
     chosen = sum(size for path, size in sizes.items() if "switch_mlp" in path) / 2
-    row = sizes["model.embed_tokens"] / COMMON["vocab_size"]
+    row = sizes["model.embed_tokens"] / SIZES["vocab_size"]
     rest = sum(size for path, size in sizes.items() if "switch_mlp" not in path and "embed" not in path)
     entries = json.loads((folder / "config.json").read_text())["quantization"]
     listed = [path for path, entry in entries.items() if isinstance(entry, dict) and "spqt" in entry]
