@@ -61,7 +61,14 @@ def find() -> Backend | str | None:
     this = sys.modules[__name__]
     calls, fused = cast(Calls, this), cast(FusedCalls, this)
     return Backend(
-        "cpu", reason, calls, fused=fused, fused_rows=FEW_ROWS, native_float32=True, compensate=compensate
+        "cpu",
+        reason,
+        calls,
+        fused=fused,
+        fused_rows=FEW_ROWS,
+        native_float32=True,
+        skips_experts=True,
+        compensate=compensate,
     )
 
 

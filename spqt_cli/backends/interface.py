@@ -187,6 +187,7 @@ class Backend:
     native_float32: it also replaces MLX's CPU norms, rotary positions and attention, in float32, and reads
     16-bit scales as they are.
     sums_in_half: float16 products are added up in float16, so that only float32 can be judged.
+    skips_experts: of chosen experts its kernels read the active channels alone; else all are read.
     compensate: its kernel for error-compensating rounding, if it has one. many_rows: says how it multiplies
     many rows, a line for each kind of layer; where that is measured, it measures.
     """
@@ -200,5 +201,6 @@ class Backend:
     traces: bool = False
     native_float32: bool = False
     sums_in_half: bool = False
+    skips_experts: bool = False
     compensate: Callable[..., Any] | None = None
     many_rows: Callable[[], list[str]] | None = None

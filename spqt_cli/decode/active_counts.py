@@ -32,6 +32,7 @@ class Tally:
 
     def __init__(self, groups: Sequence[Any], in_step: int = 1, requests: tuple[Request, ...] = ()) -> None:
         self.groups, self.in_step = groups, in_step
+        self.reads_all = False  # of the weights, whatever is active
         self.requests = requests if len(requests) == in_step else ()
         self.steps = 0  # that were counted
         self.rows = 0  # of them: tokens
@@ -148,7 +149,8 @@ class Counter:
                         active, fed = rows[tally.requests.index(request)], products
                     _, *before = sums.get(id(layer), (layer, 0, 0, 0, 0, 0))
                     whole = products * layer.inputs  # also where eight rows each read a matrix once more
-                    more = (active, fed, whole if many else min(read, whole), products, tally.steps)
+                    reads_all = many or tally.reads_all
+                    more = (active, fed, whole if reads_all else min(read, whole), products, tally.steps)
                     sums[id(layer)] = layer, *map(sum, zip(before, more, strict=True))
         return [
             Share(layer, active / rows / layer.inputs, read / products / layer.inputs, rows / steps)

@@ -73,6 +73,7 @@ class SharedExperts(SharedInput):
 
     def __init__(self, layers: list[Any]) -> None:
         self._indices: mx.array | None = None
+        self._reads_all = False
         super().__init__(layers)
 
     def chosen(self, x: mx.array, indices: mx.array, layer: Any) -> mx.array:
@@ -88,12 +89,15 @@ class SharedExperts(SharedInput):
         return y
 
     def _arrange(self) -> None:
-        """The arrays stay as they are."""
+        """The arrays stay as they are; whether the backend skips is known from here on."""
+        self._reads_all = not select.backend().skips_experts
 
     def _all(self, x: mx.array, indices: mx.array) -> list[mx.array]:
         step: Any = self._prepared(select.prepare_experts)
         counter = active_counts.current() if self._skips else None
         tally = None if counter is None else counter.tally(self._alone)
+        if tally is not None:
+            tally.reads_all = self._reads_all
         outputs, counted = step(x, indices, None if tally is None else tally.running[0])
         if tally is not None:
             tally.keep([counted], max(indices.size, x.size // x.shape[-1]))

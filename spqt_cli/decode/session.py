@@ -14,9 +14,10 @@ from typing import Any, Unpack
 import mlx.core as mx
 import mlx.nn as nn
 
+from spqt_cli.backends import select
 from spqt_cli.decode import active_counts, architecture, bytes_read, hooks, profile, quality_warning
 from spqt_cli.decode.hooks import as_stored, wished_sparsity
-from spqt_cli.decode.layers import zigzag_layers
+from spqt_cli.decode.layers import linear_layers, zigzag_layers
 from spqt_cli.decode.options import Loading
 from spqt_cli.errors import CONVERT_AGAIN, ResourceError, SpqtError, Terminated, UnsupportedError
 from spqt_cli.format import config_json, locate, thresholds
@@ -87,6 +88,7 @@ def load(path: str | Path | Folder, **options: Unpack[Loading]) -> Loaded:
     _set_thresholds(loaded, wished_sparsity() if sparsity is None else sparsity, dense)
     if not dense:
         loaded.add_note(apply_profile(loaded))
+        loaded.add_note(_read_whole(loaded))
     if draft := options.get("draft_model"):
         loaded.draft = load_draft(draft, loaded, dense=dense)
         if loaded.sparsity:
@@ -97,6 +99,16 @@ def load(path: str | Path | Folder, **options: Unpack[Loading]) -> Loaded:
 def apply_profile(loaded: Loaded) -> str:
     """Let each layer run as this device's profile says; returns what `profile.follow` says."""
     return profile.follow(loaded.model, loaded.folder.curves, loaded.sparsity)
+
+
+def _read_whole(loaded: Loaded) -> str:
+    """A line where experts have thresholds that this backend only masks by; else ""."""
+    backend, layers = select.backend(), zigzag_layers(loaded.model)
+    plain = linear_layers(loaded.model)
+    experts = [one for path, one in layers.items() if path not in plain]
+    if backend.skips_experts or all(one.threshold is None for one in experts):
+        return ""
+    return f"backend {backend.name} reads experts whole: it has no kernel that skips in them"
 
 
 def load_lazily(folder: Folder) -> Loaded:

@@ -4,6 +4,8 @@ Contract: dense in prompts, each row masked by its own in decode steps, as the d
 dequantized weights). The bits of the CPU's operation are test_experts.py's of backends/cpu.
 """
 
+import shutil
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from mlx_lm.generate import batch_generate, generate_step
 from mlx_lm.models.switch_layers import SwitchGLU, SwitchLinear
 
 from spqt_cli.backends import select
+from spqt_cli.calibrate import calibrate
 from spqt_cli.convert import convert
 from spqt_cli.decode import active_counts, generate, hooks, phase, session
 from spqt_cli.decode.layers import linear_layers, share_inputs, zigzag_layers
@@ -226,3 +229,23 @@ def test_stock_backend_writes_the_same_text(loaded, monkeypatch):
     ours = written()
     monkeypatch.setenv("SPQT_BACKEND", "stock")
     assert written() == ours
+
+
+def test_a_backend_that_reads_experts_whole_says_so(folder, tmp_path, monkeypatch):
+    model = shutil.copytree(folder, tmp_path / "model")
+    calibrate.calibrate(
+        model, calibrate.CalibrateOptions(sparsity=0.4, tokens=256, window=64), lambda *_: None
+    )
+    assert "experts" not in session.load(model).note
+    monkeypatch.setenv("SPQT_BACKEND", "stock")
+    loaded = session.load(model)
+    assert "backend stock reads experts whole" in loaded.note
+    assert "experts" not in session.load(model, dense=True).note
+    with active_counts.counting() as counter:
+        for _ in generate_step(mx.array([5, 9, 31]), loaded.model, max_tokens=3):
+            pass
+    layers = zigzag_layers(loaded.model)
+    shares = {id(share.layer): share for share in counter.shares()}
+    for path in PROJECTIONS:
+        assert shares[id(layers[path])].read == 1
+        assert shares[id(layers[path])].active < 1
