@@ -115,7 +115,7 @@ def prepare_experts(layers: Sequence[Any]) -> ExpertsStep:
 
     def step(x: mx.array, indices: mx.array, counted: mx.array | None) -> tuple[list[mx.array], mx.array]:
         if x.shape[:-2] != (*indices.shape[:-1], 1):  # not the one row of a token for all its experts
-            x, indices = _spread(x, indices)
+            x, indices = stock.spread(x, indices)
         return native(x, indices.astype(mx.uint32), counted)
 
     return step
@@ -123,7 +123,7 @@ def prepare_experts(layers: Sequence[Any]) -> ExpertsStep:
 
 def experts_matmul(x: mx.array, indices: mx.array, layer: Experts, sorted_indices: bool) -> mx.array:
     """As `select.experts_matmul`: rows that follow one another with one expert are multiplied together."""
-    x, indices = _spread(x, indices)
+    x, indices = stock.spread(x, indices)
     *leading, rows, inputs = x.shape
     each = mx.broadcast_to(indices[..., None], x.shape[:-1]).reshape(-1).astype(mx.uint32)
     if not sorted_indices and each.size > 1:
@@ -137,14 +137,6 @@ def experts_matmul(x: mx.array, indices: mx.array, layer: Experts, sorted_indice
 def _experts_matmul(x: mx.array, each: mx.array, layer: Any) -> mx.array:
     weight, scales, biases, _, bias, *form = _packed(layer, None)
     return _native().experts_matmul(x, each, weight, scales, biases, bias, *form)
-
-
-def _spread(x: mx.array, indices: mx.array) -> tuple[mx.array, mx.array]:
-    """x (..., rows, inputs) and indices (...) with the leading axes that both have broadcast."""
-    if x.shape[:-2] == indices.shape:
-        return x, indices
-    wide, indices = mx.broadcast_arrays(x[..., 0, 0], indices)
-    return mx.broadcast_to(x, (*wide.shape, *x.shape[-2:])), indices
 
 
 def arrange(layers: Sequence[Any]) -> None:

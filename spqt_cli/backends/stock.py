@@ -85,6 +85,14 @@ def experts_matmul(x: mx.array, indices: mx.array, layer: Experts, sorted_indice
     return y if bias is None else y + mx.expand_dims(bias[indices], -2)
 
 
+def spread(x: mx.array, indices: mx.array) -> tuple[mx.array, mx.array]:
+    """x (..., rows, inputs) and indices (...) with the leading axes that both have broadcast."""
+    if x.shape[:-2] == indices.shape:
+        return x, indices
+    wide, indices = mx.broadcast_arrays(x[..., 0, 0], indices)
+    return mx.broadcast_to(x, (*wide.shape, *x.shape[-2:])), indices
+
+
 def find() -> Backend:
     """This backend: it runs on every device."""
     return found("MLX's own matmul runs on every device")

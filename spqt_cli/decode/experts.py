@@ -89,7 +89,7 @@ class SharedExperts(SharedInput):
         return y
 
     def _arrange(self) -> None:
-        """The arrays stay as they are; whether the backend skips is known from here on."""
+        super()._arrange()
         self._reads_all = not select.backend().skips_experts
 
     def _all(self, x: mx.array, indices: mx.array) -> list[mx.array]:

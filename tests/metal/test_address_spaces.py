@@ -16,7 +16,7 @@ import pytest
 
 from spqt_cli.backends import problems
 from spqt_cli.backends.gpu import backend as gpu
-from spqt_cli.backends.gpu import compensate, dequantize, first_use, geometry, kernel_text, rows
+from spqt_cli.backends.gpu import compensate, dequantize, experts, first_use, geometry, kernel_text, rows
 from spqt_cli.backends.gpu import launch as launching
 from tests.metal.emulator import clang_text, metal_text
 
@@ -97,6 +97,16 @@ def test_bodies_keep_to_their_address_spaces(clang, monkeypatch, tmp_path, kind,
     assert len(found) == (3 if cut is WIDE else 1)
     for text in found:
         assert refusals(clang, text, tmp_path) == ""
+
+
+@pytest.mark.parametrize("pairs", [6, 8])  # of under eight indices the address space is another
+@pytest.mark.parametrize("cut", [WIDE, NARROW])
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32])
+def test_chosen_experts_keep_to_their_address_spaces(clang, tmp_path, dtype, cut, pairs):
+    _, stacks = problems.experts(problems.Case((128, 128), 100, 4, dtype=dtype), 3)
+    plan = experts.make_plan(dtype, stacks, cut._replace(stripe=100), pairs, pairs // 2)
+    arrays = [mx.zeros((2, 100), dtype), *plan.inputs, mx.zeros((pairs,), mx.uint32), plan.form]
+    assert refusals(clang, metal_text(plan.launch, arrays), tmp_path) == ""
 
 
 FEW = geometry.RowsGeometry(8, 8, 16, 8, 2, 256, 8, 1, 50)

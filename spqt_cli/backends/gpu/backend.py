@@ -14,7 +14,7 @@ from typing import cast
 import mlx.core as mx
 
 from spqt_cli.backends import stock
-from spqt_cli.backends.gpu import compensate, dequantize, first_use, geometry, rows, ways, weights
+from spqt_cli.backends.gpu import compensate, dequantize, experts, first_use, geometry, rows, ways, weights
 from spqt_cli.backends.gpu import launch as launching
 from spqt_cli.backends.gpu.launch import Form, Plan, launch
 from spqt_cli.backends.interface import (
@@ -59,6 +59,7 @@ def find() -> Backend | str | None:
                 fused=fused,
                 count_every=8,
                 traces=True,
+                skips_experts=True,
                 compensate=rounder,
                 many_rows=many_rows,
             )
@@ -179,8 +180,45 @@ def prepare_tail(x: mx.array, tail: Tail) -> TailStep | None:
 
 
 def prepare_experts(layers: Sequence[Experts]) -> ExpertsStep:
-    """As `select.prepare_experts`: by MLX's own kernel, which reads all channels of the chosen experts."""
-    return stock.prepare_experts(layers)
+    """As `select.prepare_experts`, traced as `prepare` is; by MLX's own kernel where ours can't."""
+    whole = stock.prepare_experts(layers)
+
+    @mx.compile
+    def step(x: mx.array, indices: mx.array, counted: Count) -> tuple[list[mx.array], Count]:
+        plan = _experts_plan(x, indices, layers)
+        if plan is None:
+            return whole(x, indices, counted)
+        if x.shape[:-2] != (*indices.shape[:-1], 1):
+            x, indices = stock.spread(x, indices)
+        products, active = experts.launch(x, indices, plan)
+        outputs = [y.reshape(*indices.shape, 1, y.shape[-1]) for y in products]
+        for at, layer in enumerate(layers):
+            if (bias := layer.get("bias")) is not None:
+                outputs[at] += mx.expand_dims(bias[indices], -2).astype(x.dtype)
+        return outputs, None if counted is None else counted + active.sum(axis=0)
+
+    return step
+
+
+def _experts_plan(x: mx.array, indices: mx.array, layers: Sequence[Experts]) -> experts.ExpertsPlan | None:
+    """The plan of a call, made once; None if the kernel can't take these layers, or failed its check."""
+    each = indices.shape[-1] if x.shape[:-2] == (*indices.shape[:-1], 1) else 1
+    pairs = max(indices.size, x.size // x.shape[-1])
+    plans = weights.kept(layers[0]).plans
+    key = ("experts", pairs, each, x.dtype, *map(id, layers))
+    if key in plans:
+        known: experts.ExpertsPlan | None = plans[key]
+        if known is None or known.still_fits(layers):
+            return known
+    plan = None
+    if launching.one_launch(layers) and not launching.tiny(layers):
+        inputs, precise = layers[0].weight.shape[-2], x.dtype == mx.float32
+        cut = geometry.choose_experts(device_class(), launching.bands(layers), inputs, pairs, precise)
+        plan = experts.make_plan(x.dtype, layers, cut, pairs, each)
+        if first_use.experts_verdict(plan, x.dtype, layers, cut):
+            plan = None
+    plans[key] = plan
+    return plan
 
 
 def experts_matmul(x: mx.array, indices: mx.array, layer: Experts, sorted_indices: bool) -> mx.array:

@@ -34,7 +34,7 @@ def run_emulated(launch, inputs):
 def planted(monkeypatch, old, new):
     """The kernel body with one change."""
     real = kernel_text.body
-    assert old in real("sparse_gemv.metal")
+    assert old in real("sparse_gemv.metal") + real("sparse_experts.metal")
     monkeypatch.setattr(kernel_text, "body", lambda name: real(name).replace(old, new))
 
 
