@@ -37,6 +37,18 @@ def fractions(mixture: nn.Module, config: dict[str, Any] | None = None) -> tuple
     return found.of("layers.0.mlp.experts"), found.experts
 
 
+def test_groups_of_attention_are_all_read():
+    network = nn.Module()
+    network.layers = [nn.Module()]
+    network.layers[0].mlp = Mixture(num_experts_per_tok=2)
+    network.layers[0].self_attn = nn.Module()
+    network.layers[0].self_attn.o_a_proj = SwitchLinear(32, 64, 8)
+    found = Fractions(dict(network.named_modules()), {})
+    assert found.of("layers.0.mlp.experts") == 0.25
+    assert found.of("layers.0.self_attn.o_a_proj") == 1.0
+    assert found.experts == "2 of 8 experts"
+
+
 class Gate(nn.Module):
     top_k: int
 

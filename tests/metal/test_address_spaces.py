@@ -160,7 +160,9 @@ def kernels():
     plan = launching.make_plan((1, 1, 100), mx.float16, problems.matrices(case), WIDE, launching.Form())
     spans = compensate.spans(4, 64, mx.float16, 1)
     whole = dequantize.make_plan(mx.float16, problems.matrices(case_of(1, 4))[0]).launch
-    launches = (plan.gemv, plan.reduce, plan.counts, spans, whole)
+    _, stacks = problems.experts(problems.Case((128,), 100), 2)
+    chosen = experts.make_plan(mx.float16, stacks, WIDE._replace(stripe=100), 8, 2).launch
+    launches = (plan.gemv, plan.reduce, plan.counts, spans, whole, chosen)
     every = [one.kernel for one in launches] + rows_plan(FEW, 2).kernels
     every += rows_plan(MATRIX, 1).kernels + rows_plan(GEMM, 1).kernels
     return {one.files[-1]: one for one in every}

@@ -134,12 +134,23 @@ def test_selftest_table_shows_a_kernel_that_was_given_up(monkeypatch, fresh_trus
     monkeypatch.setattr(launching, "run", run_emulated)
     monkeypatch.setattr(select, "backend", lambda: EMULATED)
     monkeypatch.setattr(selftest, "_cases", lambda: [("one launch", Case((128,), 96))])
-    for checks in ("_reduction_checks", "_more_rows_checks", "_dense_checks"):
+    for checks in ("_reduction_checks", "_experts_checks", "_more_rows_checks", "_dense_checks"):
         monkeypatch.setattr(selftest, checks, list)
     use(monkeypatch, CUTS["narrow"])
     planted(monkeypatch, old, new)
     (row,) = selftest.run()
     assert not row["pass"]
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_selftest_table_judges_chosen_experts(monkeypatch, fresh_trust, wrong):
+    if wrong:
+        planted(monkeypatch, "ulong(expert) * bands", "ulong(0) * bands")
+    monkeypatch.setattr(launching, "run", run_emulated)
+    monkeypatch.setattr(select, "backend", lambda: EMULATED)
+    rows = [check() for check in selftest._experts_checks()]
+    assert len(rows) == 12
+    assert {row["pass"] for row in rows} == {not wrong}
 
 
 @pytest.mark.parametrize("wrong", [False, True])
