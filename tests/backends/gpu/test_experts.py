@@ -64,8 +64,8 @@ def test_every_width_of_code(emulated, monkeypatch, bits):  # noqa: F811
         assert_right(case, x, mx.array(CHOSEN, mx.uint32))
 
 
-@pytest.mark.parametrize("cut", CUTS)
-def test_every_cut_gate_and_up_and_bands_not_full(emulated, monkeypatch, cut):  # noqa: F811
+@pytest.mark.parametrize("cut", ["wide", "ragged", "across simdgroups"])
+def test_cuts_gate_and_up_and_bands_not_full(emulated, monkeypatch, cut):  # noqa: F811
     use(monkeypatch, CUTS[cut]._replace(stripe=257))
     case = Case((700, 321), 257, 4, band=320)
     assert_right(case, both_inputs(case)[0], mx.array(CHOSEN, mx.uint32))

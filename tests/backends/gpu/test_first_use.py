@@ -4,6 +4,8 @@ Contract: a kernel with a planted fault is never used, is told once, and MLX's m
 is checked once per machine. The bound is accuracy.py's, derived in metal/README.md; it is not widened here.
 """
 
+import itertools
+
 import mlx.core as mx
 import pytest
 
@@ -148,8 +150,8 @@ def test_selftest_table_judges_chosen_experts(monkeypatch, fresh_trust, wrong):
         planted(monkeypatch, "ulong(expert) * bands", "ulong(0) * bands")
     monkeypatch.setattr(launching, "run", run_emulated)
     monkeypatch.setattr(select, "backend", lambda: EMULATED)
-    rows = [check() for check in selftest._experts_checks()]
-    assert len(rows) == 12
+    rows = [check() for check in itertools.islice(selftest._experts_checks(), 4)]
+    assert len(rows) == 4
     assert {row["pass"] for row in rows} == {not wrong}
 
 
