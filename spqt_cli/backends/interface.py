@@ -71,6 +71,11 @@ class ExpertsStep(Protocol):
     ) -> tuple[list[mx.array], Count]: ...  # pragma: no cover
 
 
+def pairs(x: mx.array, indices: mx.array) -> int:
+    """How many products of a row and an expert an `ExpertsStep` makes of its arguments."""
+    return max(indices.size, x.size // x.shape[-1])
+
+
 class GatedStep(Protocol):
     """One token through down(silu(gate) * up): x, one row -> y, and the counts of gate and up, and of down.
 

@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 
-from spqt_cli.backends import select
+from spqt_cli.backends import interface, select
 from spqt_cli.decode import active_counts, phase
 from spqt_cli.decode.layers import SharedInput, ZigzagLayer
 from spqt_cli.format import layout
@@ -54,7 +54,7 @@ class ZigzagSwitchLinear(ZigzagLayer, QuantizedSwitchLinear):
         (..., rows, outputs).
         """
         decodes = phase.decodes()
-        few = x.shape[-2] == 1 and 0 < indices.size <= select.MOST_CHOSEN
+        few = x.shape[-2] == 1 and 0 < interface.pairs(x, indices) <= select.MOST_CHOSEN
         one = x.size == x.shape[-1] and not self.shared_input.skips  # a token that skips nothing
         if few and (decodes or one):
             return self.shared_input.chosen(x, indices, self)
@@ -100,7 +100,7 @@ class SharedExperts(SharedInput):
             tally.reads_all = self._reads_all
         outputs, counted = step(x, indices, None if tally is None else tally.running[0])
         if tally is not None:
-            tally.keep([counted], max(indices.size, x.size // x.shape[-1]))
+            tally.keep([counted], interface.pairs(x, indices))
         return outputs
 
 

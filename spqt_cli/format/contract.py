@@ -8,6 +8,8 @@ It knows no other file: `folder` checks that the shards agree with it.
     "spqt": {"format_version": 1, "fingerprint": "...", "content": "...", "source": {...},
              "versions": {...}, "shards": {"model.safetensors": "sha256"},
              "calibration": {"fingerprint": "...", "sparsity": 0.25, "method": "uniform", ...}}
+
+The entry of a mixture's experts also has their number in `spqt`: {"band": 768, "experts": 128, ...}.
 """
 
 import copy

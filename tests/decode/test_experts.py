@@ -114,6 +114,18 @@ def test_masked_products_of_many_rows_are_counted_too():
     assert share.rows == 600
 
 
+def test_few_indices_for_many_rows_are_many_products():
+    """As deepseek_v41's groups of heads, whose indices are the same for every token."""
+    layer = zigzag_glu().up_proj
+    layer.set_threshold(0.5)
+    x, indices = mx.random.normal((100, EXPERTS, 1, WIDTH)), mx.arange(EXPERTS)[None]
+    with phase.decoding(), active_counts.counting() as counter:
+        found = layer(x, indices)
+    assert mx.allclose(found, MaskedSwitch(layer, 0.5)(x, indices), rtol=1e-4, atol=1e-4)
+    (share,) = counter.shares()
+    assert share.rows == 100 * EXPERTS
+
+
 def test_gate_and_up_run_as_one_operation_and_are_prepared_once(monkeypatch):
     module, prepared, run = zigzag_glu(), [], []
 

@@ -33,6 +33,7 @@ from spqt_cli.backends.interface import (
     Step,
     Tail,
     TailStep,
+    pairs,
 )
 from spqt_cli.format import layout
 
@@ -203,9 +204,9 @@ def prepare_experts(layers: Sequence[Experts]) -> ExpertsStep:
 def _experts_plan(x: mx.array, indices: mx.array, layers: Sequence[Experts]) -> experts.ExpertsPlan | None:
     """The plan of a call, made once; None if the kernel can't take these layers, or failed its check."""
     each = indices.shape[-1] if x.shape[:-2] == (*indices.shape[:-1], 1) else 1
-    pairs = max(indices.size, x.size // x.shape[-1])
+    count = pairs(x, indices)
     plans = weights.kept(layers[0]).plans
-    key = ("experts", pairs, each, x.dtype, *map(id, layers))
+    key = ("experts", count, each, x.dtype, *map(id, layers))
     if key in plans:
         known: experts.ExpertsPlan | None = plans[key]
         if known is None or known.still_fits(layers):
@@ -213,8 +214,8 @@ def _experts_plan(x: mx.array, indices: mx.array, layers: Sequence[Experts]) -> 
     plan = None
     if launching.one_launch(layers) and not launching.tiny(layers):
         inputs, precise = layers[0].weight.shape[-2], x.dtype == mx.float32
-        cut = geometry.choose_experts(device_class(), launching.bands(layers), inputs, pairs, precise)
-        plan = experts.make_plan(x.dtype, layers, cut, pairs, each)
+        cut = geometry.choose_experts(device_class(), launching.bands(layers), inputs, count, precise)
+        plan = experts.make_plan(x.dtype, layers, cut, count, each)
         if first_use.experts_verdict(plan, x.dtype, layers, cut):
             plan = None
     plans[key] = plan
