@@ -83,7 +83,7 @@ def random_layer(outputs: int, inputs: int) -> ZigzagLinear:
     """A Zigzag layer of random codes, scales in float16 as a converted folder stores them."""
     band = layout.band_of(outputs, GROUP_SIZE)
     layer = ZigzagLinear(outputs, BITS, GROUP_SIZE, band)
-    codes, groups = layout.packed_shapes(outputs, inputs, BITS, GROUP_SIZE, band)
+    codes, groups = layout.packed_shapes((outputs, inputs), BITS, GROUP_SIZE, band)
     layer.weight = mx.random.randint(0, 2**31 - 1, codes).astype(mx.uint32)
     layer.scales = (mx.random.uniform(shape=groups) * 0.01).astype(mx.float16)
     layer.biases = (-8 * layer.scales).astype(mx.float16)
@@ -340,7 +340,7 @@ def buffers(outputs: int, inputs: int) -> list[tuple[mx.array, mx.array, mx.arra
 def layers_of(shape: tuple[int, int], band: int, flat: list[tuple[mx.array, ...]]) -> list[ZigzagLinear]:
     """The same bytes as layers of this band."""
     outputs, inputs = shape
-    weight, scales = layout.packed_shapes(outputs, inputs, BITS, GROUP_SIZE, band)
+    weight, scales = layout.packed_shapes((outputs, inputs), BITS, GROUP_SIZE, band)
     copies = []
     for arrays in flat:
         layer = ZigzagLinear(outputs, BITS, GROUP_SIZE, band)

@@ -121,7 +121,7 @@ class Packed:
 
 def random_packed(outputs: int, inputs: int, band: int, density: float, bits: int = 4) -> Packed:
     """A matrix of random codes; scales and thresholds as a model's would be in size."""
-    codes, scales = layout.packed_shapes(outputs, inputs, bits, 64, band)
+    codes, scales = layout.packed_shapes((outputs, inputs), bits, 64, band)
     threshold = statistics.NormalDist().inv_cdf(1 - density / 2) if density < 1 else 0.0
     return Packed(
         mx.random.randint(0, 2**31 - 1, codes).view(mx.uint32),

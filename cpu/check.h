@@ -40,7 +40,8 @@ inline void require_inputs(int found, int wanted) {
 
 inline void require_format(const mlx::core::array& weight, int ndim, int bits, int group_size) {
   require((int)weight.ndim() == ndim && weight.dtype() == mlx::core::uint32,
-          ndim == 3 ? "weight must be 3-D and uint32." : "weight must be 2-D and uint32.");
+          ndim == 4 ? "weight must be 4-D and uint32."
+                    : ndim == 3 ? "weight must be 3-D and uint32." : "weight must be 2-D and uint32.");
   require(bits >= 2 && bits <= 8 && bits != 7, "bits must be 2, 3, 4, 5, 6 or 8.");
   require(group_size == 32 || group_size == 64 || group_size == 128, "group_size must be 32, 64 or 128.");
   require(weight.shape(-1) > 0 && (int64_t)weight.shape(-1) * 32 % (bits * group_size) == 0,
@@ -60,7 +61,8 @@ inline void require_bias(const std::optional<mlx::core::array>& bias, int output
   require(!bias || (is_floating(*bias) && bias->size() == (size_t)outputs), "bias must be (outputs,).");
 }
 
-// weight (bands, inputs, words), scales and biases (bands, inputs, groups)
+// weight (bands, inputs, words), scales and biases (bands, inputs, groups); of `ndim` 4 with experts in front, of
+// which each then has a bias
 inline void require_zigzag(
     const mlx::core::array& weight,
     const mlx::core::array& scales,
@@ -69,13 +71,19 @@ inline void require_zigzag(
     int inputs,
     int outputs,
     int bits,
-    int group_size) {
-  require_format(weight, 3, bits, group_size);
-  require_inputs(inputs, weight.shape(1));
-  const int64_t bands = weight.shape(0), band = (int64_t)weight.shape(2) * 32 / bits;
-  require_scales(scales, biases, {(int)bands, inputs, (int)(band / group_size)});
+    int group_size,
+    int ndim = 3) {
+  require_format(weight, ndim, bits, group_size);
+  require_inputs(inputs, weight.shape(-2));
+  const int64_t bands = weight.shape(-3), band = (int64_t)weight.shape(-1) * 32 / bits;
+  mlx::core::Shape shape = weight.shape();
+  shape.back() = band / group_size;
+  require_scales(scales, biases, shape);
   require(outputs > (bands - 1) * band && outputs <= bands * band && outputs > 0, "outputs do not fit the bands.");
-  require_bias(bias, outputs);
+  if (ndim == 3) return require_bias(bias, outputs);
+  require(weight.shape(0) > 0, "there must be an expert.");
+  require(!bias || (is_floating(*bias) && bias->shape() == mlx::core::Shape{weight.shape(0), outputs}),
+          "bias must be (experts, outputs).");
 }
 
 // weight (outputs, words), scales and biases (outputs, groups)

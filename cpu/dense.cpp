@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "check.h"
+#include "job.h"
 #include "mlx/backend/cpu/encoder.h"
 #include "native.h"
 #include "pool.h"
@@ -139,6 +140,102 @@ class Dense : public Native {
   bool along_inputs_;
 };
 
+// Rows [first, first + count) of a product by experts, all of one expert.
+struct Run {
+  int first, count;
+  uint32_t expert;
+};
+
+struct ExpertsJob {
+  const uint32_t* indices;
+  int rows;
+  uint32_t experts;
+  std::vector<Gemm> panels;  // of the first expert, for the first row: GEMM_OUTPUTS outputs each
+  size_t codes, scales, bias;  // bytes from one expert to the next
+  std::vector<Run> runs;       // room for as many as there are rows
+};
+
+void run_panel(void* context, int task) {
+  const ExpertsJob& job = *static_cast<ExpertsJob*>(context);
+  const Run& run = job.runs[task / job.panels.size()];
+  Gemm g = job.panels[task % job.panels.size()];
+  g.out.y = static_cast<uint8_t*>(g.out.y) + (size_t)run.first * g.y_stride * (g.out.type == FLOAT32 ? 4 : 2);
+  if (run.expert >= job.experts) {
+    for (int r = 0; r < run.count; ++r) {
+      fill_with_nan(g.out);
+      g.out.y = static_cast<uint8_t*>(g.out.y) + g.y_stride * (g.out.type == FLOAT32 ? 4 : 2);
+    }
+    return;
+  }
+  g.x += (size_t)run.first * g.x_stride;
+  g.rows = run.count;
+  g.weights.codes += run.expert * job.codes;
+  g.weights.scales = static_cast<const uint8_t*>(g.weights.scales) + run.expert * job.scales;
+  g.weights.biases = static_cast<const uint8_t*>(g.weights.biases) + run.expert * job.scales;
+  if (g.out.bias) g.out.bias = static_cast<const uint8_t*>(g.out.bias) + run.expert * job.bias;
+  kernels().gemm(g, thread_work());
+}
+
+void run_experts(ExpertsJob& job) {
+  for (int row = 0; row < job.rows; job.runs.back().count = row - job.runs.back().first) {
+    job.runs.push_back({row, 0, job.indices[row]});
+    const int last = std::min(job.rows, row + GEMM_ROWS);
+    while (row < last && job.indices[row] == job.runs.back().expert) ++row;
+  }
+  parallel(job.runs.size() * job.panels.size(), run_panel, &job);
+}
+
+class DenseExperts : public Native {
+ public:
+  DenseExperts(mx::Stream stream, Fallback fallback, int bits, int group_size)
+      : Native(stream, std::move(fallback)), bits_(bits), group_size_(group_size) {}
+
+  // inputs: x (rows, inputs) float32, indices, weight, scales, biases, maybe bias
+  void eval_cpu(const Arrays& inputs, Arrays& outputs) override {
+    mx::array& out = outputs[0];
+    allocate(out);
+    if (out.size() == 0) return;
+    Arrays in;
+    for (const mx::array& a : inputs) in.push_back(in_order(a, stream()));
+    mx::cpu::get_command_encoder(stream()).dispatch([job = planned(in, out)]() { run_experts(*job); });
+  }
+
+  const char* name() const override { return "SpqtDenseExperts"; }
+
+ private:
+  std::shared_ptr<ExpertsJob> planned(const Arrays& in, mx::array& out) const {
+    const mx::array &x = in[0], &w = in[2], &scales = in[3], &biases = in[4];
+    const mx::array* bias = in.size() > 5 ? &in[5] : nullptr;
+    const int inputs = x.shape(-1), outputs = out.shape(-1), band = scales.shape(-1) * group_size_;
+    auto job = std::make_shared<ExpertsJob>();
+    job->indices = in[1].data<uint32_t>();
+    job->rows = x.shape(0);
+    job->experts = w.shape(0);
+    job->codes = (size_t)w.shape(1) * inputs * w.shape(-1) * 4;
+    job->scales = (size_t)w.shape(1) * inputs * scales.shape(-1) * scales.itemsize();
+    job->bias = bias ? outputs * bias->itemsize() : 0;
+    job->runs.reserve(job->rows);
+    for (int start = 0; start < outputs; start += band) {
+      const size_t channels = (size_t)(start / band) * inputs;
+      const size_t code_stride = (size_t)w.shape(-1) * 4, groups = scales.shape(-1);
+      const Tile whole{w.data<uint8_t>() + channels * code_stride, code_stride,
+                       scales.data<uint8_t>() + channels * groups * scales.itemsize(),
+                       biases.data<uint8_t>() + channels * groups * scales.itemsize(), groups, type_of(scales), 0,
+                       group_size_, bits_};
+      for (int first = 0; first < std::min(band, outputs - start); first += GEMM_OUTPUTS) {
+        const int count = std::min({GEMM_OUTPUTS, band - first, outputs - start - first}), at = start + first;
+        const Output to{out.data<uint8_t>() + (size_t)at * out.itemsize(), type_of(out), count,
+                        bias ? bias->data<uint8_t>() + (size_t)at * bias->itemsize() : nullptr,
+                        bias ? type_of(*bias) : FLOAT32};
+        job->panels.push_back({x.data<float>(), inputs, 0, inputs, whole, first, false, to, outputs});
+      }
+    }
+    return job;
+  }
+
+  int bits_, group_size_;
+};
+
 mx::array add_bias(const mx::array& y, const Native::Arrays& in, mx::Stream s) {
   return in.size() > 4 ? mx::add(y, in[4], s) : y;
 }
@@ -153,6 +250,23 @@ Native::Fallback zigzag_fallback(int outputs, int bits, int group_size, mx::Stre
     shape.back() = outputs;
     y = mx::slice(y, {0, 0}, {y.shape(0), outputs}, s);
     return {add_bias(mx::reshape(y, shape, s), in, s)};
+  };
+}
+
+Native::Fallback experts_fallback(int outputs, int bits, int group_size, mx::Stream s) {
+  return [=](const Native::Arrays& in) -> Native::Arrays {
+    const int bands = in[2].shape(1);
+    auto flat = [&](const mx::array& a) { return mx::flatten(a, 0, 1, s); };
+    auto rows = mx::expand_dims(in[0], 1, s);
+    std::vector<mx::array> parts;
+    for (int b = 0; b < bands; ++b) {
+      auto which = mx::add(mx::multiply(in[1], mx::array(bands, mx::uint32), s), mx::array(b, mx::uint32), s);
+      parts.push_back(mx::gather_qmm(rows, flat(in[2]), flat(in[3]), flat(in[4]), std::nullopt, which, false, group_size,
+                                     bits, "affine", std::nullopt, false, s));
+    }
+    auto y = mx::squeeze(mx::concatenate(parts, -1, s), 1, s);
+    y = mx::slice(y, {0, 0}, {y.shape(0), outputs}, s);
+    return {in.size() > 5 ? mx::add(y, mx::take(in[5], in[1], 0, s), s) : y};
   };
 }
 
@@ -183,6 +297,28 @@ mx::array zigzag_matmul(
   Native::Arrays in{mx::astype(x, mx::float32, stream), weight, scales, biases};
   if (bias) in.push_back(*bias);
   return mx::array(std::move(shape), x.dtype(), std::move(dense), std::move(in));
+}
+
+mx::array experts_matmul(
+    const mx::array& x,
+    const mx::array& indices,
+    const mx::array& weight,
+    const mx::array& scales,
+    const mx::array& biases,
+    const std::optional<mx::array>& bias,
+    int outputs,
+    int bits,
+    int group_size) {
+  require(x.ndim() == 2 && is_floating(x), "x must be (rows, inputs), float32, float16 or bfloat16.");
+  require(indices.dtype() == mx::uint32 && indices.shape() == mx::Shape{x.shape(0)},
+          "indices must be uint32, one for each row of x.");
+  require_zigzag(weight, scales, biases, bias, x.shape(-1), outputs, bits, group_size, 4);
+  auto stream = cpu_stream();
+  auto dense = std::make_shared<DenseExperts>(
+      stream, experts_fallback(outputs, bits, group_size, stream), bits, group_size);
+  Native::Arrays in{mx::astype(x, mx::float32, stream), indices, weight, scales, biases};
+  if (bias) in.push_back(*bias);
+  return mx::array({x.shape(0), outputs}, x.dtype(), std::move(dense), std::move(in));
 }
 
 mx::array row_matmul(

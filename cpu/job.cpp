@@ -26,12 +26,22 @@ struct List {
   uint32_t* active;  // of the first row, or nullptr
   const uint32_t* before;
   uint32_t* read;  // of all lists of the projection, or nullptr
+  int weighed;  // how often a list of one row counts there
   int count;
 };
 
+// Of experts: bytes from one's arrays to the next's, and which one a tile is of.
+struct Stack {
+  size_t codes, scales, bias;
+  uint32_t experts;
+  int pair;
+};
+
 struct TileOf {
-  Tile tile;
+  Tile tile;  // of the first expert until the chosen ones are known
   Output out;
+  Stack stack;
+  bool exists;  // the expert that was chosen
   int64_t y_stride;  // bytes from row to row
   int list;
   float* partials;  // of each row `stripes` results
@@ -51,6 +61,7 @@ struct Job {
   std::vector<std::atomic<int>> missing;  // by tile, stripes not yet summed: the last one finishes the tile
   std::vector<Task> tasks;
   std::vector<std::pair<uint32_t*, const uint32_t*>> read;  // counts of read channels, and what they go on from
+  const uint32_t* chosen = nullptr;  // the expert of each pair
 };
 
 namespace {
@@ -66,6 +77,10 @@ void run_task(void* context, int index) {
   Job& job = *static_cast<Job*>(context);
   Task task = job.tasks[index];
   TileOf& t = job.tiles[task.tile];
+  if (!t.exists) {
+    if (task.stripe == 0) fill_with_nan(t.out);
+    return;
+  }
   const List& list = job.lists[t.list];
   const int first = position(list, list.input.inputs, task.stripe, t.stripes);
   const int last = position(list, list.input.inputs, task.stripe + 1, t.stripes);
@@ -85,6 +100,7 @@ void collect(List& list) {
   if (list.padded == 1) {
     list.count = kernels().collect(list.input, list.channel, list.x);
     if (list.active) *list.active = (list.before ? *list.before : 0) + list.count;
+    if (list.read) *list.read += (uint32_t)list.count * list.weighed;
     return;
   }
   uint32_t counts[FEW_ROWS];
@@ -94,10 +110,23 @@ void collect(List& list) {
   if (list.read) *list.read += list.count;
 }
 
+// Let a tile's pointers be those of the expert that was chosen.
+void choose(TileOf& t, const uint32_t* chosen) {
+  const size_t expert = chosen[t.stack.pair];
+  t.exists = expert < t.stack.experts;
+  if (!t.exists) return;
+  t.tile.codes += expert * t.stack.codes;
+  t.tile.scales = static_cast<const uint8_t*>(t.tile.scales) + expert * t.stack.scales;
+  t.tile.biases = static_cast<const uint8_t*>(t.tile.biases) + expert * t.stack.scales;
+  if (t.out.bias) t.out.bias = static_cast<const uint8_t*>(t.out.bias) + expert * t.stack.bias;
+}
+
 }  // namespace
 
 void run_job(Job& job) {
   job.memory.start();
+  if (job.chosen)
+    for (TileOf& t : job.tiles) choose(t, job.chosen);
   for (auto [read, before] : job.read) *read = before ? *before : 0;
   for (List& list : job.lists) collect(list);
   for (size_t i = 0; i < job.tiles.size(); ++i) job.missing[i] = job.tiles[i].stripes;
@@ -128,16 +157,16 @@ std::vector<Cut> cut(int outputs, int band, int group_size, int widest) {
 
 // Of a tile, by the matrix alone and not by the rows: as one row wants them.
 int stripes_of(const Shape& s, const mx::array& weight, int band) {
-  const int width = weight.shape(2) * 32 / s.bits, here = std::min(width, s.outputs - band * width);
+  const int width = weight.shape(-1) * 32 / s.bits, here = std::min(width, s.outputs - band * width);
   const int parts = (here + TILE - 1) / TILE;
-  return std::clamp<size_t>((size_t)here / parts * s.bits / 8 * weight.shape(1) / STRIPE_BYTES, 1, MAX_STRIPES);
+  return std::clamp<size_t>((size_t)here / parts * s.bits / 8 * weight.shape(-2) / STRIPE_BYTES, 1, MAX_STRIPES);
 }
 
 int padded_to(int rows) { return rows > 4 ? FEW_ROWS : rows > 2 ? 4 : rows; }
 
 List list_of(const Shape& s, const Row& x, int first, int padded, const Arrays& in, size_t at) {
   const mx::array* threshold = s.has_threshold ? &in[at + 3] : nullptr;
-  const int inputs = in[at].shape(1);
+  const int inputs = in[at].shape(-2);
   const int64_t row_stride = (int64_t)inputs * (x.type == FLOAT32 ? 4 : 2);
   List list{};
   list.input = {static_cast<const uint8_t*>(x.data) + first * row_stride, x.type, x.stride, inputs,
@@ -151,8 +180,8 @@ List list_of(const Shape& s, const Row& x, int first, int padded, const Arrays& 
 TileOf tile_of(const Shape& s, const Cut& c, const Arrays& in, size_t at, const Place& y, int y_row) {
   const mx::array &weight = in[at], &scales = in[at + 1], &biases = in[at + 2];
   const mx::array* bias = s.has_bias ? &in[at + 3 + s.has_threshold] : nullptr;
-  const size_t code_stride = weight.shape(2) * 4, scale_stride = scales.shape(2);
-  const size_t row = (size_t)c.band * weight.shape(1);
+  const size_t code_stride = weight.shape(-1) * 4, scale_stride = scales.shape(-1);
+  const size_t row = (size_t)c.band * weight.shape(-2);
   const size_t codes = row * code_stride + (size_t)c.first_group * s.group_size * s.bits / 8;
   const size_t group = (row * scale_stride + c.first_group) * scales.itemsize();
   const int first = (c.band * (int)scale_stride + c.first_group) * s.group_size;
@@ -164,10 +193,21 @@ TileOf tile_of(const Shape& s, const Cut& c, const Arrays& in, size_t at, const 
   t.out = {static_cast<uint8_t*>(y.data) + y_row * t.y_stride + (int64_t)first * width, y.type, c.outputs,
            bias ? bias->data<uint8_t>() + first * bias->itemsize() : nullptr, bias ? type_of(*bias) : FLOAT32};
   t.stripes = stripes_of(s, weight, c.band);
+  t.exists = true;
+  const size_t channels = (size_t)weight.shape(-3) * weight.shape(-2);  // of all bands of an expert
+  t.stack = {channels * code_stride, channels * scale_stride * scales.itemsize(),
+             bias ? s.outputs * bias->itemsize() : 0, (uint32_t)weight.shape(0), y_row};
   return t;
 }
 
 }  // namespace
+
+void fill_with_nan(const Output& out) {
+  static const uint32_t wide = 0x7fc00000;
+  static const uint16_t half = 0x7e00, brain = 0x7fc0;
+  if (out.type == FLOAT32) return std::fill_n(static_cast<uint32_t*>(out.y), out.outputs, wide), void();
+  std::fill_n(static_cast<uint16_t*>(out.y), out.outputs, out.type == FLOAT16 ? half : brain);
+}
 
 size_t after(const Shape& s, size_t at) { return at + 3 + s.has_threshold + s.has_bias; }
 
@@ -176,17 +216,26 @@ Row row_of(const mx::array& x) { return {x.data<void>(), type_of(x), x.strides(-
 Row rows_of(const mx::array& x) { return {x.data<void>(), type_of(x), 1, (int)(x.size() / x.shape(-1))}; }
 
 std::shared_ptr<Job> plan(const std::vector<Shape>& shapes, const Row& x, const Operands& operands,
-                          const std::vector<Place>& y, const Counts& counts, mx::Stream stream) {
+                          const std::vector<Place>& y, const Counts& counts, mx::Stream stream,
+                          const Chosen* chosen) {
   const Arrays& in = operands.arrays;
-  const int padded = padded_to(x.rows), parts = (x.rows + padded - 1) / padded;
-  const size_t room = ((size_t)in[operands.at].shape(1) + PADDING - 1) / PADDING * PADDING;  // sums on cache lines
+  const int padded = chosen ? 1 : padded_to(x.rows), parts = (x.rows + padded - 1) / padded;
+  const int each = chosen ? chosen->pairs / x.rows : 1;  // rows of y that a list serves
+  const size_t room = ((size_t)in[operands.at].shape(-2) + PADDING - 1) / PADDING * PADDING;  // sums on cache lines
   const size_t list_room = (1 + padded) * room;
   auto job = std::make_shared<Job>();
+  if (chosen) job->chosen = chosen->experts;
   size_t used = 0;  // floats: lists first, then partial sums
   for (size_t p = 0, at = operands.at; p < shapes.size(); at = after(shapes[p++], at)) {
     const Shape& s = shapes[p];
     for (int part = 0; part < parts; ++part, used += list_room) {
       List list = list_of(s, x, part * padded, padded, in, at);
+      if (chosen) {
+        list.read = counts.active ? counts.active + p : nullptr;
+        list.weighed = each;
+        job->lists.push_back(list);
+        continue;
+      }
       const size_t first = p * counts_of(x.rows), place = first + part * padded;
       if (counts.active) list.active = counts.active + place;
       if (counts.before) list.before = counts.before + place;
@@ -197,14 +246,14 @@ std::shared_ptr<Job> plan(const std::vector<Shape>& shapes, const Row& x, const 
       const size_t place = read - counts.active;
       job->read.push_back({read, counts.before ? counts.before + place : nullptr});
     }
-    for (const Cut& c : cut(s.outputs, in[at + 1].shape(2) * s.group_size, s.group_size, tile_of_rows(padded))) {
+    for (const Cut& c : cut(s.outputs, in[at + 1].shape(-1) * s.group_size, s.group_size, tile_of_rows(padded))) {
       const int first = job->tiles.size();
-      for (int part = 0; part < parts; ++part) {
-        job->tiles.push_back(tile_of(s, c, in, at, y[p], part * padded));
-        job->tiles.back().list = p * parts + part;
+      for (int row = 0; row < parts * each; ++row) {
+        job->tiles.push_back(tile_of(s, c, in, at, y[p], row * padded));
+        job->tiles.back().list = p * parts + row / each;
       }
       for (int stripe = 0; stripe < job->tiles.back().stripes; ++stripe)
-        for (int part = 0; part < parts; ++part) job->tasks.push_back({first + part, stripe});
+        for (int row = 0; row < parts * each; ++row) job->tasks.push_back({first + row, stripe});
     }
   }
   for (const TileOf& t : job->tiles) used += t.stripes * padded * partial_size(t.tile.groups, t.tile.group_size);

@@ -32,6 +32,14 @@ Row rows_of(const mlx::core::array& x);  // x in order
 
 constexpr int MOST_ROWS = 64;  // for which this product is made
 
+// Which expert's matrix multiplies each row, where a projection holds several; `pairs` rows of the outputs, of
+// which each x serves as many that follow one another. Read by run_job.
+struct Chosen {
+  const uint32_t* experts;  // (pairs,)
+  int pairs;
+};
+constexpr int MOST_CHOSEN = 512;  // pairs for which this product is made
+
 // Arrays in order; from `at` on, of each projection weight, scales, biases and what it has of threshold and bias.
 struct Operands {
   const Arrays& arrays;
@@ -44,11 +52,16 @@ struct Place {
   Type type;
 };
 
+// Makes an output NaN: that of an expert that there is not.
+void fill_with_nan(const Output& out);
+
 struct Job;
 
-// y: of each projection. x and y are only read and written by run_job.
+// y: of each projection. x and y are only read and written by run_job. chosen: if the projections hold experts;
+// then every row is computed by itself, and counts are one number for each projection.
 std::shared_ptr<Job> plan(const std::vector<ProjectionShape>& shapes, const Row& x, const Operands& in,
-                          const std::vector<Place>& y, const Counts& counts, mlx::core::Stream stream);
+                          const std::vector<Place>& y, const Counts& counts, mlx::core::Stream stream,
+                          const Chosen* chosen = nullptr);
 void run_job(Job& job);
 
 // Where the arrays of the projection after the one at `at` begin.

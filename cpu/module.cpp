@@ -31,6 +31,9 @@ NB_MODULE(_cpu, m) {
   m.def("sparse_gemv", [](const mlx::core::array& x, const std::vector<spqt::Projection>& projections) {
     return spqt::SparseStep(projections)(x, std::nullopt);
   });
+  nb::class_<spqt::ExpertsStep>(m, "ExpertsStep")
+      .def(nb::init<const std::vector<spqt::Projection>&>())
+      .def("__call__", &spqt::ExpertsStep::operator(), nb::arg(), nb::arg(), nb::arg().none());
   nb::class_<spqt::GatedStep>(m, "GatedStep")
       .def(nb::init<const std::vector<spqt::Projection>&, const spqt::Projection&>())
       .def("__call__", &spqt::GatedStep::operator(), nb::arg(), nb::arg().none(), nb::arg().none());
@@ -43,6 +46,8 @@ NB_MODULE(_cpu, m) {
       .def("__call__", &spqt::TailStep::operator());
   m.def("zigzag_matmul", &spqt::zigzag_matmul, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(),
         nb::arg(), nb::arg());
+  m.def("experts_matmul", &spqt::experts_matmul, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
+        nb::arg().none(), nb::arg(), nb::arg(), nb::arg());
   m.def("row_matmul", &spqt::row_matmul, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(),
         nb::arg());
   m.def("rms_norm", &spqt::rms_norm, nb::arg(), nb::arg().none(), nb::arg());

@@ -27,8 +27,10 @@ class OnCpu : public mlx::core::Primitive {
 using Count = std::optional<mlx::core::array>;
 
 // Checks projections and appends their arrays; returns their shapes.
-std::vector<ProjectionShape> taken(const std::vector<Projection>& projections, int inputs, Arrays& arrays);
-int inputs_of(const std::vector<Projection>& projections);
+// ndim: of a weight, 4 where each projection holds experts.
+std::vector<ProjectionShape> taken(const std::vector<Projection>& projections, int inputs, Arrays& arrays,
+                                   int ndim = 3);
+int inputs_of(const std::vector<Projection>& projections, int ndim = 3);
 // Checks x and returns how many rows it has: 1 to MOST_ROWS.
 int require_rows(const mlx::core::array& x, int inputs);
 int require_float_rows(const mlx::core::array& x, int inputs);

@@ -34,6 +34,29 @@ class SparseGemv : public OnCpu {
   bool counted_;
 };
 
+class ExpertsGemv : public OnCpu {
+ public:
+  ExpertsGemv(mx::Stream stream, std::vector<Shape> shapes, bool counted)
+      : OnCpu(stream), shapes_(std::move(shapes)), counted_(counted) {}
+
+  // inputs: x, indices, then as SparseGemv's
+  void eval_cpu(const Arrays& inputs, Arrays& outputs) override {
+    const Arrays in = ready(inputs, outputs, 0);
+    const Counts counts{outputs.back().data<uint32_t>(), counted_ ? in.back().data<uint32_t>() : nullptr};
+    std::vector<Place> y;
+    for (size_t p = 0; p < shapes_.size(); ++p) y.push_back({outputs[p].data<void>(), type_of(outputs[p])});
+    const Chosen chosen{in[1].data<uint32_t>(), (int)in[1].size()};
+    auto job = plan(shapes_, rows_of(in[0]), {in, 2}, y, counts, stream(), &chosen);
+    mx::cpu::get_command_encoder(stream()).dispatch([job]() { run_job(*job); });
+  }
+
+  const char* name() const override { return "SpqtExpertsGemv"; }
+
+ private:
+  std::vector<Shape> shapes_;
+  bool counted_;
+};
+
 // down(silu(gate) * up); outputs: y, active of gate and up, active of down
 class GatedGemv : public OnCpu {
  public:
@@ -89,10 +112,10 @@ void run_gated(const GatedJob& job) {
 }
 
 // Checks projections and appends their arrays; returns their shapes.
-std::vector<Shape> taken(const std::vector<Projection>& projections, int inputs, Arrays& arrays) {
+std::vector<Shape> taken(const std::vector<Projection>& projections, int inputs, Arrays& arrays, int ndim) {
   std::vector<Shape> shapes;
   for (const auto& [weight, scales, biases, threshold, bias, outputs, bits, group_size] : projections) {
-    require_zigzag(weight, scales, biases, bias, inputs, outputs, bits, group_size);
+    require_zigzag(weight, scales, biases, bias, inputs, outputs, bits, group_size, ndim);
     require(!threshold || (threshold->dtype() == mx::float32 &&
                            (threshold->size() == 1 || threshold->size() == (size_t)inputs)),
             "threshold must be float32, (1,) or (inputs,).");
@@ -104,11 +127,11 @@ std::vector<Shape> taken(const std::vector<Projection>& projections, int inputs,
   return shapes;
 }
 
-int inputs_of(const std::vector<Projection>& projections) {
+int inputs_of(const std::vector<Projection>& projections, int ndim) {
   require(!projections.empty(), "no projection was given.");
   const mx::array& weight = std::get<0>(projections[0]);
-  require(weight.ndim() == 3, "weight must be 3-D and uint32.");
-  return weight.shape(1);
+  require((int)weight.ndim() == ndim, "weight must be 3-D, of experts 4-D.");
+  return weight.shape(-2);
 }
 
 int require_rows(const mx::array& x, int inputs) {
@@ -150,6 +173,37 @@ std::pair<Arrays, mx::array> SparseStep::operator()(const mx::array& x, const st
   in.insert(in.end(), arrays_.begin(), arrays_.end());
   add_counts(in, counted, projections, rows);
   auto primitive = std::make_shared<SparseGemv>(cpu_stream(), shapes_, counted.has_value());
+  auto out = mx::array::make_arrays(std::move(shapes), types, std::move(primitive), std::move(in));
+  mx::array active = out.back();
+  out.pop_back();
+  return {std::move(out), std::move(active)};
+}
+
+ExpertsStep::ExpertsStep(const std::vector<Projection>& projections) : inputs_(inputs_of(projections, 4)) {
+  shapes_ = taken(projections, inputs_, arrays_, 4);
+}
+
+std::pair<Arrays, mx::array> ExpertsStep::operator()(const mx::array& x, const mx::array& indices,
+                                                     const std::optional<mx::array>& counted) const {
+  require(x.ndim() > 0 && is_floating(x), "x must be float32, float16 or bfloat16.");
+  require_inputs(x.shape(-1), inputs_);
+  require(indices.dtype() == mx::uint32, "indices must be uint32.");
+  const size_t rows = x.size() / inputs_, pairs = indices.size();
+  require(rows > 0 && pairs > 0 && pairs <= MOST_CHOSEN && pairs % rows == 0,
+          "there must be 1 to 512 indices, as many for each row of x.");
+  const int projections = shapes_.size();
+  std::vector<mx::Shape> shapes;
+  for (const Shape& s : shapes_) {
+    shapes.push_back(indices.shape());
+    shapes.back().insert(shapes.back().end(), {1, s.outputs});
+  }
+  shapes.push_back(counts_shape(projections, 1));
+  std::vector<mx::Dtype> types(projections, x.dtype());
+  types.push_back(mx::uint32);
+  Arrays in{x, indices};
+  in.insert(in.end(), arrays_.begin(), arrays_.end());
+  add_counts(in, counted, projections, 1);
+  auto primitive = std::make_shared<ExpertsGemv>(cpu_stream(), shapes_, counted.has_value());
   auto out = mx::array::make_arrays(std::move(shapes), types, std::move(primitive), std::move(in));
   mx::array active = out.back();
   out.pop_back();

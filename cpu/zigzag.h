@@ -50,6 +50,26 @@ class SparseStep {
   std::vector<mlx::core::array> arrays_;
 };
 
+// Few tokens through some experts each, of projections of one input: weight (experts, bands, inputs, words), and so
+// scales and biases; bias (experts, outputs). A row is what that expert's matrix alone gives, bit for bit.
+class ExpertsStep {
+ public:
+  explicit ExpertsStep(const std::vector<Projection>& projections);
+
+  // x: rows of `inputs` values; indices: uint32, as many for each row of x, at most 512. Returns of each projection y,
+  // (*indices' axes, 1, outputs), and counted plus the active channels over all indices, uint32 (projections,).
+  // An index that is no expert's gives NaN.
+  std::pair<std::vector<mlx::core::array>, mlx::core::array> operator()(
+      const mlx::core::array& x,
+      const mlx::core::array& indices,
+      const std::optional<mlx::core::array>& counted) const;
+
+ private:
+  int inputs_;
+  std::vector<ProjectionShape> shapes_;
+  std::vector<mlx::core::array> arrays_;
+};
+
 // Tokens through down(silu(gate) * up), float32.
 class GatedStep {
  public:

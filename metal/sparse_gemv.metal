@@ -66,9 +66,10 @@ METAL_FUNC T multiplied(const device T* x, const device float* norm, float facto
 }
 
 // One threadgroup's tile and stripe. y: with PARTIAL the place of the tile's sums, else the projection's.
+// expert: of several matrices that lie one after another (sparse_experts.metal), which one; else 0.
 template <bool PARTIAL, typename Y>
 METAL_FUNC void multiply(const device T* x, const device uint32_t* settings, const device uint32_t* packed,
-                         device Y* y, device uint32_t* counts, uint counted_before, uint projection,
+                         device Y* y, device uint32_t* counts, uint counted_before, uint expert, uint projection,
                          threadgroup GemvMemory& memory, const Thread me) {
   const device LaunchSettings& launch = launch_of(settings);
   const device ProjectionSettings& own = *projection_settings(settings, projection);
@@ -87,7 +88,8 @@ METAL_FUNC void multiply(const device T* x, const device uint32_t* settings, con
   const uint output = tile_first + unit * OUTPUTS;
   const uint words = band / 32 * BITS;  // of one chunk
   const uint groups = band / GROUP;
-  const ulong chunks_before = ulong(band_index) * inputs;  // of the bands before
+  const uint bands = (own.outputs + band - 1) / band;
+  const ulong chunks_before = (ulong(expert) * bands + band_index) * inputs;  // of the bands before
   const device uint32_t* codes = packed + own.weight + chunks_before * words + output / 32 * BITS;
   const device S* scale = (const device S*)(packed + own.scales) + chunks_before * groups + output / GROUP;
   const device S* offset = (const device S*)(packed + own.biases) + chunks_before * groups + output / GROUP;
@@ -333,7 +335,7 @@ METAL_FUNC void multiply(const device T* x, const device uint32_t* settings, con
 METAL_FUNC void sparse_gemv(const device T* x, const device uint32_t* settings, const device uint32_t* packed,
                             uint counted_before, device T* y, device uint32_t* active, uint projection,
                             threadgroup GemvMemory& memory, const Thread me) {
-  multiply<false>(x, settings, packed, y, active, counted_before, projection, memory, me);
+  multiply<false>(x, settings, packed, y, active, counted_before, 0, projection, memory, me);
 }
 
 // K in several stripes.
@@ -344,5 +346,5 @@ METAL_FUNC void sparse_gemv_stripe(const device T* x, const device uint32_t* set
   device float* sums = partials + ulong(me.threadgroup_y) * positions;
   device uint32_t* counts = (device uint32_t*)(sums + positions - COUNTS);
   device float* tile = sums + me.threadgroup_x * (LANES * OUTPUTS);
-  multiply<true>(x, settings, packed, tile, counts, 0, projection, memory, me);
+  multiply<true>(x, settings, packed, tile, counts, 0, 0, projection, memory, me);
 }

@@ -20,6 +20,8 @@ from spqt_cli.backends import stock
 from spqt_cli.backends.interface import (
     Backend,
     Calls,
+    Experts,
+    ExpertsStep,
     FusedCalls,
     GatedStep,
     HeadStep,
@@ -60,7 +62,14 @@ def find() -> Backend | str | None:
     this = sys.modules[__name__]
     calls, fused = cast(Calls, this), cast(FusedCalls, this)
     return Backend(
-        "cpu", reason, calls, fused=fused, fused_rows=FEW_ROWS, native_float32=True, compensate=compensate
+        "cpu",
+        reason,
+        calls,
+        fused=fused,
+        fused_rows=FEW_ROWS,
+        native_float32=True,
+        skips_experts=True,
+        compensate=compensate,
     )
 
 
@@ -99,6 +108,36 @@ def prepare_head(norm: Norm, layers: Sequence[Any]) -> HeadStep | None:
     if norm.weight.dtype != mx.float32:
         return None
     return _native().HeadStep(norm.weight, norm.eps, [_packed(layer, layer.threshold) for layer in layers])
+
+
+def prepare_experts(layers: Sequence[Any]) -> ExpertsStep:
+    """As `select.prepare_experts`: one operation over all chosen experts, each as if it were alone."""
+    native = _native().ExpertsStep([_packed(layer, layer.threshold) for layer in layers])
+
+    def step(x: mx.array, indices: mx.array, counted: mx.array | None) -> tuple[list[mx.array], mx.array]:
+        if x.shape[:-2] != (*indices.shape[:-1], 1):  # not the one row of a token for all its experts
+            x, indices = stock.spread(x, indices)
+        return native(x, indices.astype(mx.uint32), counted)
+
+    return step
+
+
+def experts_matmul(x: mx.array, indices: mx.array, layer: Experts, sorted_indices: bool) -> mx.array:
+    """As `select.experts_matmul`: rows that follow one another with one expert are multiplied together."""
+    x, indices = stock.spread(x, indices)
+    *leading, rows, inputs = x.shape
+    each = mx.broadcast_to(indices[..., None], x.shape[:-1]).reshape(-1).astype(mx.uint32)
+    if not sorted_indices and each.size > 1:
+        order = mx.argsort(each)
+        y = _experts_matmul(x.reshape(-1, inputs)[order], each[order], layer)[mx.argsort(order)]
+    else:
+        y = _experts_matmul(x.reshape(-1, inputs), each, layer)
+    return y.reshape(*leading, rows, layer.outputs)
+
+
+def _experts_matmul(x: mx.array, each: mx.array, layer: Any) -> mx.array:
+    weight, scales, biases, _, bias, *form = _packed(layer, None)
+    return _native().experts_matmul(x, each, weight, scales, biases, bias, *form)
 
 
 def arrange(layers: Sequence[Any]) -> None:

@@ -30,6 +30,13 @@ class Projection(Protocol):
     def get(self, key: str, default: Any = None) -> Any: ...
 
 
+class Experts(Projection, Protocol):
+    """What a backend reads of a mixture's experts: a `Projection` whose arrays have one more axis in front.
+
+    weight, scales, biases: (experts, bands, inputs, ...); bias: (experts, outputs) or None. One threshold.
+    """
+
+
 Count = mx.array | None  # of active channels, (layers,) uint32; None if nothing is counted
 
 
@@ -49,6 +56,24 @@ class Step(Protocol):
     def __call__(
         self, x: mx.array, counted: Count, /
     ) -> tuple[list[mx.array], Count]: ...  # pragma: no cover
+
+
+class ExpertsStep(Protocol):
+    """Few tokens through the experts chosen for each, of projections of one input: x (..., 1, inputs), whose
+    leading axes are broadcast against those of indices (...) -> y of each, (..., 1, outputs), and counts.
+
+    counts: (layers,) uint32, `counted` plus the active channels of all pairs of a token and an expert. If
+    `counted` is None nothing is counted, and counts may be None too.
+    """
+
+    def __call__(
+        self, x: mx.array, indices: mx.array, counted: Count, /
+    ) -> tuple[list[mx.array], Count]: ...  # pragma: no cover
+
+
+def pairs(x: mx.array, indices: mx.array) -> int:
+    """How many products of a row and an expert an `ExpertsStep` makes of its arguments."""
+    return max(indices.size, x.size // x.shape[-1])
 
 
 class GatedStep(Protocol):
@@ -138,6 +163,10 @@ class Calls(Protocol):
     def matmul_transposed(self, y: mx.array, layer: Projection, /) -> mx.array: ...
     def arrange(self, layers: Sequence[Projection], /) -> None: ...
     def prepare(self, layers: Sequence[Projection], /) -> Step: ...
+    def prepare_experts(self, layers: Sequence[Experts], /) -> ExpertsStep: ...
+    def experts_matmul(
+        self, x: mx.array, indices: mx.array, layer: Experts, sorted_indices: bool, /
+    ) -> mx.array: ...
 
 
 class FusedCalls(Protocol):
@@ -164,6 +193,7 @@ class Backend:
     native_float32: it also replaces MLX's CPU norms, rotary positions and attention, in float32, and reads
     16-bit scales as they are.
     sums_in_half: float16 products are added up in float16, so that only float32 can be judged.
+    skips_experts: of chosen experts its kernels read the active channels alone; else all are read.
     compensate: its kernel for error-compensating rounding, if it has one. many_rows: says how it multiplies
     many rows, a line for each kind of layer; where that is measured, it measures.
     """
@@ -177,5 +207,6 @@ class Backend:
     traces: bool = False
     native_float32: bool = False
     sums_in_half: bool = False
+    skips_experts: bool = False
     compensate: Callable[..., Any] | None = None
     many_rows: Callable[[], list[str]] | None = None

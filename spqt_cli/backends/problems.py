@@ -1,5 +1,6 @@
 """Random problems that kernels are tried on: packed matrices, inputs, norms. Judges nothing."""
 
+import dataclasses
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -9,6 +10,8 @@ import numpy as np
 from spqt_cli.backends import accuracy
 from spqt_cli.backends.interface import Norm
 from spqt_cli.format import layout
+
+PACKED = ("weight", "scales", "biases")
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,24 @@ def matrices(case: Case) -> list[Matrix]:
         mx.eval(matrix.parameters())
         made.append(matrix)
     return made
+
+
+def experts(case: Case, count: int) -> tuple[list[list[Matrix]], list[Matrix]]:
+    """Random experts: of each its projections, as `matrices` makes them, and for each projection all of its
+    experts stacked. One threshold, and no bias.
+    """
+    some = matrices(dataclasses.replace(case, outputs=case.outputs * count))
+    width = len(case.outputs)
+    alone = [some[e * width : (e + 1) * width] for e in range(count)]
+    stacks = []
+    for of_projection in zip(*alone, strict=True):
+        first = of_projection[0]
+        w, scales, biases = (mx.stack([one[name] for one in of_projection]) for name in PACKED)
+        stacks.append(Matrix(first.outputs, case.bits, case.group_size, (w, scales, biases)))
+        for one in (*of_projection, stacks[-1]):
+            one.set_threshold(first.threshold)
+        mx.eval(stacks[-1].parameters())
+    return alone, stacks
 
 
 def vector(case: Case, active: float | int | None = None) -> mx.array:

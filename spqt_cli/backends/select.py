@@ -14,6 +14,8 @@ from spqt_cli.backends.gpu import backend as gpu
 from spqt_cli.backends.interface import (
     Backend,
     Calls,
+    Experts,
+    ExpertsStep,
     GatedStep,
     HeadStep,
     Norm,
@@ -27,6 +29,7 @@ from spqt_cli.backends.interface import (
 from spqt_cli.errors import UsageError
 
 MOST_ROWS = 64  # of `sparse_rows`
+MOST_CHOSEN = 512  # pairs of a token and an expert in an `ExpertsStep`: 64 tokens of 8 experts each
 
 # In this order: the first that runs on the default device is taken.
 BACKENDS: tuple[Calls, ...] = (
@@ -125,6 +128,20 @@ def prepare_tail(x: mx.array, tail: Tail) -> TailStep | None:
     """
     fused = backend().fused
     return fused.prepare_tail(x, tail) if fused else None
+
+
+def prepare_experts(layers: Sequence[Experts]) -> ExpertsStep:
+    """What an `ExpertsStep` does, for these experts' present arrays; without threshold they run densely."""
+    return backend().calls.prepare_experts(layers)
+
+
+def experts_matmul(x: mx.array, indices: mx.array, layer: Experts, sorted_indices: bool) -> mx.array:
+    """y of x by the experts `indices`, all channels used, as mlx-lm's `SwitchLinear` computes it.
+
+    x: (..., rows, inputs), whose leading axes are broadcast against those of indices (...). Returns (...,
+    rows, outputs). sorted_indices: indices rise.
+    """
+    return backend().calls.experts_matmul(x, indices, layer, sorted_indices)
 
 
 def matmul(x: mx.array, layer: Projection) -> mx.array:

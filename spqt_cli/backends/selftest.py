@@ -52,7 +52,13 @@ def run() -> Iterator[Row]:
 
 
 def _checks() -> list[Check]:
-    return [*_sparse_checks(), *_reduction_checks(), *_more_rows_checks(), *_dense_checks()]
+    return [
+        *_sparse_checks(),
+        *_reduction_checks(),
+        *_experts_checks(),
+        *_more_rows_checks(),
+        *_dense_checks(),
+    ]
 
 
 def _numbered(number: int) -> Row:
@@ -117,6 +123,23 @@ def _more_rows_checks() -> Iterator[Check]:
             if ways.is_possible(way, count, dtype):
                 for stripe in (case.inputs, case.inputs // 2):
                     yield partial(_more_rows, way, count, case, stripe)
+
+
+def _experts_checks() -> Iterator[Check]:
+    """A GPU's kernel for the experts that were chosen for each row."""
+    if not select.backend().traces:
+        return
+    dtypes = (mx.float16, mx.bfloat16, mx.float32)
+    for dtype, outputs, pairs in itertools.product(dtypes, ((320,), (320, 320)), (6, 8)):
+        yield partial(_experts, Case(outputs, first_use.INPUTS, dtype=dtype), pairs)
+
+
+def _experts(case: Case, pairs: int) -> Row:
+    layers = matrices(case)
+    bands, kind = bands_of(layers), gpu.device_class()
+    cut = geometry.choose_experts(kind, bands, case.inputs, pairs, case.dtype == mx.float32)
+    judge = partial(first_use.experts_fault, case.dtype, layers, cut, pairs)
+    return _fault_row(f"chosen experts, {pairs} pairs", case, "within", judge)
 
 
 ROWS = {"few": (2, 4, 8), "matrix": (8, 16, 32, 64, 128)}  # one count for each kernel

@@ -6,7 +6,7 @@ from typing import cast
 
 import mlx.core as mx
 
-from spqt_cli.backends.interface import Backend, Calls, Projection, Step
+from spqt_cli.backends.interface import Backend, Calls, Experts, ExpertsStep, Projection, Step
 from spqt_cli.format import layout
 
 
@@ -43,6 +43,54 @@ def _active(x: mx.array, layer: Projection) -> mx.array:
 def prepare(layers: Sequence[Projection]) -> Step:
     """As `select.prepare`."""
     return lambda x, counted: add_counts(sparse_gemv(x, layers), counted)
+
+
+def prepare_experts(layers: Sequence[Experts]) -> ExpertsStep:
+    """As `select.prepare_experts`; the definition that every other backend is held against."""
+
+    def step(
+        x: mx.array, indices: mx.array, counted: mx.array | None
+    ) -> tuple[list[mx.array], mx.array | None]:
+        skipping = [layer.threshold is not None for layer in layers]
+        masked = [
+            layout.mask(x, layer.threshold) if skips else x
+            for layer, skips in zip(layers, skipping, strict=True)
+        ]
+        outputs = [
+            experts_matmul(one, indices, layer, False) for one, layer in zip(masked, layers, strict=True)
+        ]
+        if counted is None:
+            return outputs, None
+        rows = x.reshape(-1, x.shape[-1])
+        each = indices.size // len(rows) or 1
+        return outputs, counted + mx.stack([active_rows(rows, layer).sum() * each for layer in layers])
+
+    return step
+
+
+def experts_matmul(x: mx.array, indices: mx.array, layer: Experts, sorted_indices: bool) -> mx.array:
+    """As `select.experts_matmul`."""
+    y = layout.gather_matmul(
+        x,
+        indices,
+        layer.weight,
+        layer.scales,
+        layer.biases,
+        outputs=layer.outputs,
+        bits=layer.bits,
+        group_size=layer.group_size,
+        sorted_indices=sorted_indices,
+    )
+    bias = layer.get("bias")
+    return y if bias is None else y + mx.expand_dims(bias[indices], -2)
+
+
+def spread(x: mx.array, indices: mx.array) -> tuple[mx.array, mx.array]:
+    """x (..., rows, inputs) and indices (...) with the leading axes that both have broadcast."""
+    if x.shape[:-2] == indices.shape:
+        return x, indices
+    wide, indices = mx.broadcast_arrays(x[..., 0, 0], indices)
+    return mx.broadcast_to(x, (*wide.shape, *x.shape[-2:])), indices
 
 
 def find() -> Backend:

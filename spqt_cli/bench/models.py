@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from spqt_cli.convert import plan
 from spqt_cli.decode import architecture, exact, hooks
-from spqt_cli.decode.layers import ZigzagLinear, zigzag_layers
+from spqt_cli.decode.layers import ZigzagLayer, zigzag_layers
 from spqt_cli.errors import ResourceError, SpqtError
 from spqt_cli.format import layout, locate
 from spqt_cli.measure import many_rows, probes
@@ -150,12 +150,12 @@ def stock_twin(zigzag: nn.Module, config: dict[str, Any]) -> nn.Module:
     weights: dict[str, mx.array] = {}
     settings: dict[str, dict[str, Any]] = {}
     for path, module in zigzag.named_modules():
-        if isinstance(module, ZigzagLinear):
+        if isinstance(module, ZigzagLayer):
             weights.update(_row_grouped(path, module, dtype))
         elif not isinstance(module, exact.ExactRoPE):  # the class's own turns otherwise, and costs the same
             weights.update({f"{path}.{key}": a for key, a in module.items() if isinstance(a, mx.array)})
         if f"{path}.scales" in weights:
-            mode = "affine" if isinstance(module, ZigzagLinear) else module.mode
+            mode = "affine" if isinstance(module, ZigzagLayer) else module.mode
             settings[path] = {"group_size": module.group_size, "bits": module.bits, "mode": mode}
     nn.quantize(twin, class_predicate=lambda path, _: settings.get(path, False))
     twin.load_weights([(name.removeprefix("."), array) for name, array in weights.items()])
@@ -163,7 +163,7 @@ def stock_twin(zigzag: nn.Module, config: dict[str, Any]) -> nn.Module:
     return twin
 
 
-def _row_grouped(path: str, layer: ZigzagLinear, dtype: mx.Dtype) -> dict[str, mx.array]:
+def _row_grouped(path: str, layer: ZigzagLayer, dtype: mx.Dtype) -> dict[str, mx.array]:
     bits, group_size = layer.bits, layer.group_size
     scales, biases = layer["scales"].astype(dtype), layer["biases"].astype(dtype)
     w = layout.dequantize(
@@ -230,13 +230,16 @@ def fit_thresholds(
 class _Fit(nn.Module):
     """Finds a layer's threshold from the first input it meets, and skips by it."""
 
-    def __init__(self, layer: ZigzagLinear, sparsity: float) -> None:
+    def __init__(self, layer: ZigzagLayer, sparsity: float) -> None:
         super().__init__()
         self._layer, self._sparsity = layer, sparsity
         self.threshold = mx.zeros(1)
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, *chosen: Any, **named: Any) -> mx.array:
         magnitudes = mx.sort(mx.abs(x.astype(mx.float32)).reshape(-1))
         self.threshold = magnitudes[int(self._sparsity * x.size)][None]
         mx.eval(self.threshold)
-        return many_rows.linear(layout.mask(x, self.threshold), self._layer)
+        masked = layout.mask(x, self.threshold)
+        if chosen:
+            return many_rows.experts(masked, chosen[0], self._layer, **named)
+        return many_rows.linear(masked, self._layer)

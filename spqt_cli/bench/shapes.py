@@ -29,10 +29,45 @@ _MODELS: dict[str, tuple[str, str, bool, tuple[float, ...]]] = {
     "qwen3-32b": ("qwen3", "bfloat16", False, (151936, 5120, 25600, 64, 64, 8, 128, 1e6, 40960)),
 }
 
+_OF_MIXTURES = (*_KEYS, "num_experts_per_tok", "rms_norm_eps")
+# name: (model_type, values of _OF_MIXTURES, what its architecture says besides), all bfloat16 with a head
+_MIXTURES: dict[str, tuple[str, tuple[float, ...], dict[str, Any]]] = {
+    "olmoe-1b-7b": (
+        "olmoe", (50304, 2048, 1024, 16, 16, 16, 128, 1e4, 4096, 8, 1e-5), {"num_experts": 64},
+    ),
+    "qwen3-30b-a3b": (
+        "qwen3_moe", (151936, 2048, 6144, 48, 32, 4, 128, 1e6, 40960, 8, 1e-6),
+        {"num_experts": 128, "moe_intermediate_size": 768, "decoder_sparse_step": 1, "mlp_only_layers": [],
+         "norm_topk_prob": True},
+    ),
+    "gpt-oss-20b": (
+        "gpt_oss", (201088, 2880, 2880, 24, 64, 8, 64, 150000, 131072, 4, 1e-5),
+        {"num_local_experts": 32, "sliding_window": 128},
+    ),
+    "mixtral-8x7b": (
+        "mixtral", (32000, 4096, 14336, 32, 32, 8, 128, 1e6, 32768, 2, 1e-5), {"num_local_experts": 8},
+    ),
+    "deepseek-v3": (
+        "deepseek_v3", (129280, 7168, 18432, 61, 128, 128, 128, 1e4, 163840, 8, 1e-6),
+        {"n_routed_experts": 256, "n_shared_experts": 1, "moe_intermediate_size": 2048,
+         "first_k_dense_replace": 3, "n_group": 8, "topk_group": 4, "q_lora_rank": 1536, "kv_lora_rank": 512},
+    ),
+    "glm-4.5-air": (
+        "glm4_moe", (151552, 4096, 10944, 46, 96, 8, 128, 1e6, 131072, 8, 1e-5),
+        {"n_routed_experts": 128, "n_shared_experts": 1, "moe_intermediate_size": 1408, "n_group": 1,
+         "first_k_dense_replace": 1, "topk_group": 1, "norm_topk_prob": True, "routed_scaling_factor": 1.0,
+         "rope_scaling": None, "use_qk_norm": False, "attention_bias": True, "partial_rotary_factor": 0.5},
+    ),
+    "minimax-m2": (
+        "minimax", (200064, 3072, 1536, 62, 48, 8, 128, 5e6, 196608, 8, 1e-6),
+        {"num_local_experts": 256, "shared_intermediate_size": 0, "rotary_dim": 64},
+    ),
+}  # fmt: skip
+
 
 def names() -> list[str]:
     """The shapes there are, smallest first within a family."""
-    return list(_MODELS)
+    return [*_MODELS, *_MIXTURES]
 
 
 def config(name: str, blocks: int | None = None) -> dict[str, Any]:
@@ -40,14 +75,9 @@ def config(name: str, blocks: int | None = None) -> dict[str, Any]:
 
     blocks: build only so many of its transformer blocks. Raises UsageError for an unknown name.
     """
-    if name not in _MODELS:
-        raise UsageError(f"there is no shape {name!r}", f"use one of {', '.join(_MODELS)}")
-    model_type, dtype, tied, values = _MODELS[name]
-    result: dict[str, Any] = dict(zip(_KEYS, values, strict=True))
-    result.update(model_type=model_type, torch_dtype=dtype, tie_word_embeddings=tied)
-    result["rms_norm_eps"] = 1e-6 if model_type == "qwen3" else 1e-5
-    if model_type == "qwen2":
-        result["rms_norm_eps"] = 1e-6
+    if name not in names():
+        raise UsageError(f"there is no shape {name!r}", f"use one of {', '.join(names())}")
+    result = _mixture(*_MIXTURES[name]) if name in _MIXTURES else _dense(*_MODELS[name])
     if blocks is not None:
         if not 1 <= blocks <= result["num_hidden_layers"]:
             raise UsageError(
@@ -56,3 +86,18 @@ def config(name: str, blocks: int | None = None) -> dict[str, Any]:
             )
         result["num_hidden_layers"] = blocks
     return result
+
+
+def _dense(model_type: str, dtype: str, tied: bool, values: tuple[float, ...]) -> dict[str, Any]:
+    found: dict[str, Any] = dict(zip(_KEYS, values, strict=True))
+    eps = 1e-6 if model_type in ("qwen2", "qwen3") else 1e-5
+    return found | {
+        "model_type": model_type, "torch_dtype": dtype, "tie_word_embeddings": tied, "rms_norm_eps": eps,
+    }  # fmt: skip
+
+
+def _mixture(model_type: str, values: tuple[float, ...], more: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = dict(zip(_OF_MIXTURES, values, strict=True))
+    return found | {
+        "model_type": model_type, "torch_dtype": "bfloat16", "tie_word_embeddings": False, **more,
+    }  # fmt: skip

@@ -85,7 +85,7 @@ def search(
     """
     dense = run()
     layers = {path: harness.layers[path] for path in counts}
-    sizes = {path: layer.inputs * layer.outputs for path, layer in layers.items()}
+    sizes = {path: layer.size for path, layer in layers.items()}
     return dense, _Search(run, dense, harness, counts).run(sizes)
 
 

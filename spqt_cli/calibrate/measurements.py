@@ -11,7 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
-from spqt_cli.decode.layers import ZigzagLinear
+from spqt_cli.decode.layers import ZigzagLayer
 from spqt_cli.errors import SpqtError
 from spqt_cli.format import thresholds
 from spqt_cli.format.thresholds import CURVE_SPARSITIES
@@ -105,7 +105,7 @@ class Measurements(Protocol):
     """What both engines measure on a probed model, over windows to calibrate on and windows held out."""
 
     @property
-    def layers(self) -> Mapping[str, ZigzagLinear]:
+    def layers(self) -> Mapping[str, ZigzagLayer]:
         """Path -> layer, of all Zigzag layers."""
 
     @property

@@ -73,7 +73,7 @@ def allocations(measurements: Measurements, method: Method) -> list[Allocation]:
                 raise
             note = f"{error.cause}; so all layers have the same sparsity"
             return [Allocation(one.name, one.sparsities, note) for one in found]
-        sizes = {path: layer.inputs * layer.outputs for path, layer in measurements.layers.items()}
+        sizes = {path: layer.size for path, layer in measurements.layers.items()}
         found.append(Allocation("gradient", allocated(costs, sizes)))
     return found
 

@@ -40,6 +40,10 @@ def convert(
     allow_requantize: Annotated[
         bool, typer.Option(help="Accept a source that is quantized already.")
     ] = False,
+    zigzag_experts: Annotated[
+        bool,
+        typer.Option(help="Zigzag also of experts in 4-bit floats (mxfp4, nvfp4): rounds them once more."),
+    ] = False,
     trust_remote_code: Annotated[
         bool, typer.Option(help="Accept a model that asks for its own code; mlx-lm's is used instead.")
     ] = False,
@@ -80,6 +84,7 @@ def convert(
         dtype=dtype,
         revision=revision,
         allow_requantize=allow_requantize,
+        zigzag_experts=zigzag_experts,
         trust_remote_code=trust_remote_code,
         force=force,
         dry_run=dry_run,

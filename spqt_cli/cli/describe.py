@@ -11,9 +11,9 @@ from mlx.utils import tree_flatten
 
 from spqt_cli.backends import select
 from spqt_cli.calibrate import result
-from spqt_cli.convert import parameters, plan
+from spqt_cli.convert import parameters, plan, requantize
 from spqt_cli.decode import exact, fused, quality_warning
-from spqt_cli.decode.bytes_read import Piece, Reads, summed
+from spqt_cli.decode.bytes_read import Piece, Reads, is_experts, summed
 from spqt_cli.format import locate, thresholds
 from spqt_cli.format.folder import Folder
 
@@ -104,6 +104,14 @@ def describe(path: str, revision: str | None = None) -> Summary:
     )
 
 
+def _as_stored(entry: Any, module: Any) -> str:
+    """Why a layer that today's plan would take is row-grouped."""
+    if not is_experts(module):
+        return plan.KEPT_BY_WISH
+    mode = entry.get("mode") if isinstance(entry, dict) else None
+    return plan.EXPERTS_PACKED if mode in requantize.KEPT else plan.EXPERTS_ROWS
+
+
 def _counted(kinds: Iterable[tuple[Any, Any]]) -> dict[str, int]:
     return dict(Counter(f"{bits} bits, group {group_size}" for bits, group_size in kinds))
 
@@ -130,7 +138,7 @@ def _reads(folder: Folder, model: nn.Module) -> Reads:
         if packed and path in folder.layers:
             reason = ""
         elif packed and reason == plan.BY_RULE:
-            reason = plan.KEPT_BY_WISH  # today's plan would take it
+            reason = _as_stored(folder.config["quantization"].get(path), decide.modules.get(path))
         pieces.append(Piece(path, size, decide.fractions.of(path) * size, reason))
     if folder.calibration is not None and folder.calibration.sparsity:
         sparsity, origin = folder.calibration.sparsity, "calibrated"

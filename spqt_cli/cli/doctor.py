@@ -39,12 +39,16 @@ def doctor(
 
 @dataclass
 class Report:
-    """The findings; `kernels` is empty unless the self-test ran, `many_rows` where nothing is measured."""
+    """The findings; `kernels` is empty unless the self-test ran, `many_rows` where nothing is measured.
+
+    experts: what becomes of a mixture's in decode steps.
+    """
 
     machine: dict[str, str]
     backend: str
     reason: str
     healthy: bool = True
+    experts: str = ""
     many_rows: list[str] = field(default_factory=list)
     kernels: list[dict[str, Any]] = field(default_factory=list)
 
@@ -52,6 +56,7 @@ class Report:
         """Machine and backend, ready to paste into an issue."""
         lines = [f"{name:<12} {value}" for name, value in self.machine.items()]
         lines.append(f"{'backend':<12} {self.backend} ({self.reason})")
+        lines.append(f"{'experts':<12} {self.experts}")
         lines += [f"{'many rows' if i == 0 else '':<12} {line}" for i, line in enumerate(self.many_rows)]
         return "\n".join(lines)
 
@@ -70,7 +75,8 @@ def examine() -> Report:
 
     backend = select.backend()
     many_rows = backend.many_rows() if backend.many_rows else []
-    return Report(_machine(), backend.name, backend.reason, many_rows=many_rows)
+    experts = "skipped by channel" if backend.skips_experts else "masked and read whole: no kernel for them"
+    return Report(_machine(), backend.name, backend.reason, experts=experts, many_rows=many_rows)
 
 
 def judged() -> Iterator[dict[str, Any]]:

@@ -27,6 +27,7 @@ class ConvertOptions:
     """What `convert` is asked for. dtype: of what stays floating; None keeps the model's own.
 
     skip: suffixes of layer paths to keep row-grouped. force: go on although memory looks short.
+    zigzag_experts: of experts in 4-bit floats, too, which rounds them once more.
     head_bits, projections: as in `plan.Wishes`. profile: the share that will be skipped, for which layers
     that this device's profile runs faster row-grouped are stored so; None stores all in Zigzag.
     sparsity: the share that will be skipped, to tell what it can gain; None for what calibrate chooses.
@@ -37,6 +38,7 @@ class ConvertOptions:
     dtype: str | None = None
     revision: str | None = None
     allow_requantize: bool = False
+    zigzag_experts: bool = False
     trust_remote_code: bool = False
     force: bool = False
     dry_run: bool = False
@@ -107,7 +109,7 @@ def convert(
     """
     check_options(options)
     output = files.expanded(output).absolute()
-    trust = source.Trust(options.trust_remote_code, options.allow_requantize)
+    trust = source.Trust(options.trust_remote_code, options.allow_requantize, options.zigzag_experts)
     if options.dry_run:
         checkpoint = source.open_source(source_name, options.revision, trust, headers_only=True)
         planned, _, _ = _plan(checkpoint, options)
@@ -145,6 +147,7 @@ def _plan(
         unit.path: profile.Size(outputs, inputs, unit.bits, unit.group_size)
         for unit in planned.units
         if unit.kind == ZIGZAG
+        if weights[unit.name].ndim == 2  # a profile knows no experts
         for outputs, inputs in [weights[unit.name].shape]
     }
     traces = select.backend().traces  # else the model need not be built

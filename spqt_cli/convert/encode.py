@@ -58,8 +58,10 @@ def _pieces(unit: Unit, array: mx.array) -> Iterator[tuple[mx.array, ...]]:
     elif unit.kind == PLAIN:
         yield (array,)
     else:
-        for start in range(0, array.shape[0], unit.band):  # band by band takes less memory
-            yield layout.quantize(array[start : start + unit.band], unit.bits, unit.group_size, unit.band)
+        for matrix in array if array.ndim == 3 else (array,):  # of each expert
+            for start in range(0, len(matrix), unit.band):  # band by band takes less memory
+                part = matrix[start : start + unit.band]
+                yield layout.quantize(part, unit.bits, unit.group_size, unit.band)
 
 
 def _check(unit: Unit, array: mx.array, pieces: tuple[mx.array, ...]) -> None:
@@ -70,7 +72,8 @@ def _check(unit: Unit, array: mx.array, pieces: tuple[mx.array, ...]) -> None:
     if unit.kind == ROWS:
         corner, (codes, *grid) = _corner(array), [_corner(piece) for piece in pieces]
     else:
-        corner, (codes, *grid) = array[: unit.band, :CORNER], [piece[:, :CORNER] for piece in pieces]
+        matrix = array[0] if array.ndim == 3 else array
+        corner, (codes, *grid) = matrix[: unit.band, :CORNER], [piece[:, :CORNER] for piece in pieces]
     corner, scales, biases = (mx.contiguous(each.astype(mx.float32)) for each in (corner, *grid))
     packed = mx.contiguous(codes), scales, biases
     if unit.kind == ROWS:

@@ -152,7 +152,7 @@ def _config(checkpoint: source.Checkpoint, planned: Plan) -> dict[str, Any]:
         config["torch_dtype"] = planned.dtype
     config["quantization"] = planned.quantization
     config["spqt"] = {
-        "format_version": contract.FORMAT_VERSION,
+        "format_version": contract.format_version(config),
         "fingerprint": contract.settings_fingerprint(config),
         "source": checkpoint.identity(),
         "versions": {"spqt": __version__, "mlx": version("mlx")},

@@ -168,6 +168,8 @@ def _stored_dtype(config: dict[str, Any]) -> str | None:
 
 
 BY_RULE = "kept as it is by mlx-lm's rules for this architecture"
+EXPERTS_PACKED = "experts stay row-grouped, as the source has them packed"
+EXPERTS_ROWS = "experts stay row-grouped: by a wish, or they were converted by an older spqt"
 KEPT_BY_WISH = "asked to stay row-grouped, by the preset or the device's profile"
 MIN_SIZE = layout.GROUP_SIZES[0]  # a layer narrower than a group (gemma3n's 4-wide mixers) gains nothing
 
@@ -202,12 +204,12 @@ class Decisions:
         if kind == PLAIN:
             parts: tuple[Part, ...] = (Part(name, NAMES[kept], shape),)
             return Unit(name, PLAIN, kept, parts, array.nbytes, source, reason=reason, read=read)
-        band = layout.band_of(shape[0], group_size) if kind == ZIGZAG else 0
+        band = layout.band_of(shape[-2], group_size) if kind == ZIGZAG else 0
         self.note(path, kind, bits, group_size, band)
         weight: tuple[int, ...]
         scales: tuple[int, ...]
         if kind == ZIGZAG:
-            weight, scales = layout.packed_shapes(shape[0], shape[1], bits, group_size, band)
+            weight, scales = layout.packed_shapes(shape, bits, group_size, band)
         else:
             weight = (*shape[:-1], shape[-1] * bits // 32)
             scales = (*shape[:-1], shape[-1] // group_size)
@@ -263,21 +265,23 @@ class Decisions:
             return "no part of the language model"
         if isinstance(module, nn.Embedding):
             return "the head too, read whole" if path == self.fractions.head else "one row is looked up"
-        if bytes_read.is_experts(module):
-            return "experts stay row-grouped"
+        experts = bytes_read.is_experts(module)
+        if experts and ("scales" in module or found is None):
+            return EXPERTS_PACKED if "scales" in module else "outside the blocks"
         if found is None and isinstance(module, nn.Linear):
             is_head = module.weight.shape[0] in self.vocabularies
             return "the head is read whole" if is_head else "outside the blocks"
-        if type(module) is not nn.Linear or found is None:
+        if found is None or not (experts or type(module) is nn.Linear):
             return f"a {type(module).__name__}, no linear layer of a block"
         if path.endswith(self.wishes.skip):
             return KEPT_BY_WISH
         block = path[: found.end()]
         gate_widths = (1, self.experts.get(block))  # of shared experts' gates and of routers
         is_gate = ROUTER.search(path) or module.weight.shape[0] in gate_widths
-        if is_gate:
+        if is_gate and not experts:
             return "chooses among experts"
-        return f"narrower than a group of {MIN_SIZE}" if min(module.weight.shape) < MIN_SIZE else ""
+        narrow = min(module.weight.shape[-2:]) < MIN_SIZE
+        return f"narrower than a group of {MIN_SIZE}" if narrow else ""
 
     def reason(self, path: str, leaf: str, dimensions: int) -> str:
         """Why a tensor that is not Zigzag is not."""
@@ -291,8 +295,10 @@ class Decisions:
     def note(self, path: str, kind: str, bits: int, group_size: int, band: int) -> None:
         """List the layer in config.json: every Zigzag one, and others that differ from the default."""
         if kind == ZIGZAG:
+            module = self.modules[path]
+            experts = {"experts": module.num_experts} if bytes_read.is_experts(module) else {}
             self.quantization[path] = {
-                "group_size": group_size, "bits": bits, "mode": MODE, "spqt": {"band": band},
+                "group_size": group_size, "bits": bits, "mode": MODE, "spqt": {"band": band, **experts},
             }  # fmt: skip
         elif {"group_size": group_size, "bits": bits, "mode": "affine"} != self.default:
             self.quantization[path] = {"group_size": group_size, "bits": bits, "mode": "affine"}

@@ -1,7 +1,7 @@
 """Weights that MLX packs itself: experts in 4-bit floats stay as they are, all else is widened.
 
-Those experts could not be skipped by channels anyway, and another rounding would cost them a fifth of
-their precision. A widened weight is lazy, as all others.
+Another rounding costs those experts a fifth of their precision, so they become Zigzag only on demand
+(`Checkpoint.repacks_experts`), and it is said. A widened weight is lazy, as all others.
 """
 
 from typing import Any
@@ -14,6 +14,11 @@ from spqt_cli.convert.unpack import methods
 from spqt_cli.errors import AGAIN, SpqtError
 
 KEPT = {"mxfp4": 32, "nvfp4": 16}  # modes in which experts stay as they are, and their group sizes
+
+ROUNDED = (
+    "experts in 4-bit floats are rounded once more, to be skipped by channels: their error grows "
+    "(docs/sources.md says by how much)"
+)
 
 
 def settle(model: nn.Module, weights: dict[str, mx.array], checkpoint: Checkpoint) -> None:
@@ -30,7 +35,7 @@ def settle(model: nn.Module, weights: dict[str, mx.array], checkpoint: Checkpoin
             found = _settings(path, module, weights, checkpoint)
             # with a scale for all of an expert MLX multiplies on a GPU only
             is_kept = found["mode"] in KEPT and f"{path}.global_scale" not in weights
-            if isinstance(module, SwitchLinear) and is_kept:
+            if isinstance(module, SwitchLinear) and is_kept and not checkpoint.repacks_experts:
                 _check_words(path, weights, found)
                 kept[path] = found
             else:
@@ -40,6 +45,8 @@ def settle(model: nn.Module, weights: dict[str, mx.array], checkpoint: Checkpoin
                 f"{checkpoint.name}: tensor {path}.weight does not belong to its scales ({error})",
                 AGAIN,
             ) from None
+        if isinstance(module, SwitchLinear) and found["mode"] in KEPT and ROUNDED not in checkpoint.warnings:
+            checkpoint.warnings += [] if path in kept else [ROUNDED]
     if kept:
         nn.quantize(model, class_predicate=lambda path, _: kept.get(path, False))
 

@@ -36,6 +36,7 @@ class Trust:
 
     remote_code: bool = False  # go on although the model brings code; the code itself never runs
     requantize: bool = False
+    repack_experts: bool = False  # round experts in 4-bit floats once more, so that they can be skipped
 
 
 @dataclass
@@ -46,6 +47,7 @@ class Checkpoint:
     file, or None. quantization: what its config says of how it is quantized, empty for most. packed: weights
     that several tensors stand for; useless: tensors that no weight needs. warnings: lines for the person.
     exact: what the converted model's `spqt` section is to say for `exact`; None until the config is settled.
+    repacks_experts: experts in 4-bit floats are widened, as all else is.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Checkpoint:
     useless: set[str] = field(default_factory=set)
     warnings: list[str] = field(default_factory=list)
     exact: dict[str, Any] | None = None
+    repacks_experts: bool = False
     keep: object = None  # what must live as long as the folder is used
     _stamps: dict[Path, tuple[int, int, int]] = field(default_factory=dict)
 
@@ -194,8 +197,9 @@ def open_folder(folder: Path, trust: Trust) -> Checkpoint:
     packed, useless = methods.find(stored, config["model_type"])
     name = folder.resolve().name or "model"
     checkpoint = Checkpoint(
-        name, folder, config, tensors, quantization=settings, packed=packed, useless=useless
-    )
+        name, folder, config, tensors, quantization=settings, packed=packed, useless=useless,
+        repacks_experts=trust.repack_experts,
+    )  # fmt: skip
     if unused:
         checkpoint.warnings.append(
             f"ignored, since the index does not name them: {checkpoint_files.named(unused)}"

@@ -32,6 +32,7 @@ class Tally:
 
     def __init__(self, groups: Sequence[Any], in_step: int = 1, requests: tuple[Request, ...] = ()) -> None:
         self.groups, self.in_step = groups, in_step
+        self.reads_all = False  # of the weights, whatever is active
         self.requests = requests if len(requests) == in_step else ()
         self.steps = 0  # that were counted
         self.rows = 0  # of them: tokens
@@ -78,12 +79,15 @@ class One(NamedTuple):
 class Share(NamedTuple):
     """What one layer did. active: fraction of its channels, the mean over rows; read: fraction of its weights
     that was read, the mean over steps: what is active in one row, and what any needs of several that are
-    multiplied together. Steps in which that isn't known are taken to read all.
+    multiplied together. Steps in which that isn't known are taken to read all. Of experts a row is a token
+    with one of the experts chosen for it, and `read` is of these experts' weights.
+    rows: the mean over steps: of a token's step, the experts that it was sent to, 1 in other layers.
     """
 
     layer: Any
     active: float
     read: float
+    rows: float
 
 
 class Counter:
@@ -132,22 +136,25 @@ class Counter:
 
     def shares(self, request: Request | None = None) -> list[Share]:
         """What each counted layer did; for one request: in its rows, the steps being those that it was in."""
-        sums: dict[int, tuple[Any, int, int, int, int]] = {}
+        sums: dict[int, tuple[Any, int, int, int, int, int]] = {}
         for tallies, many in ((self._tallies, False), (self._many, True)):
             for tally in tallies.values():
                 if request is not None and request not in tally.requests:
                     continue
                 for layer, rows, read in tally.totals():
+                    # with one matrix: of experts, one for each row
+                    products = tally.steps if many else tally.rows // tally.in_step
                     active, fed = sum(rows), tally.rows
                     if request is not None:
-                        active, fed = rows[tally.requests.index(request)], tally.steps
-                    _, *before = sums.get(id(layer), (layer, 0, 0, 0, 0))
-                    whole = tally.steps * layer.inputs  # also where eight rows each read a matrix once more
-                    more = (active, fed, whole if many else min(read, whole), tally.steps)
+                        active, fed = rows[tally.requests.index(request)], products
+                    _, *before = sums.get(id(layer), (layer, 0, 0, 0, 0, 0))
+                    whole = products * layer.inputs  # also where eight rows each read a matrix once more
+                    reads_all = many or tally.reads_all
+                    more = (active, fed, whole if reads_all else min(read, whole), products, tally.steps)
                     sums[id(layer)] = layer, *map(sum, zip(before, more, strict=True))
         return [
-            Share(layer, active / rows / layer.inputs, read / steps / layer.inputs)
-            for layer, active, rows, read, steps in sums.values()
+            Share(layer, active / rows / layer.inputs, read / products / layer.inputs, rows / steps)
+            for layer, active, rows, read, products, steps in sums.values()
         ]
 
     def densities(self) -> list[tuple[Any, float]]:

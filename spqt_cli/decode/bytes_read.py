@@ -14,6 +14,7 @@ from mlx import nn
 BLOCK = re.compile(r"\.\d+\.")  # a path inside a numbered list of modules: a transformer block
 TOWER = re.compile(r"(^|[._])(vision|visual|audio|image|speech)([._]|$)")
 EXPERT = re.compile(r"(^|\.)experts\.\d+(\.|$)")  # experts kept as a list of modules
+ATTENTION = re.compile(r"(^|\.)\w*attn\.")  # of its groups (deepseek_v41) each has its own part of the heads
 VECTORS = "no matrices"
 # How mlx-lm's modules and configs call the number of experts that a token is sent to.
 CHOSEN = (
@@ -123,7 +124,7 @@ class Fractions:
         if total is None and (found := EXPERT.search(path)):
             listed = self._modules_of(path[: found.start()])
             total = len(listed.get("experts", ())) or None
-        if total is None:
+        if total is None or ATTENTION.search(path):
             return 1.0
         chosen = self._chosen(path, total)
         if chosen is None:
@@ -179,6 +180,15 @@ def expert_counts(modules: Mapping[str, nn.Module]) -> dict[str, int]:
         if block and is_experts(module):
             found[path[: block.end()]] = module.num_experts
     return found
+
+
+def tell_chosen(model: nn.Module) -> None:
+    """Let a model's Zigzag experts know how many of them a token is sent to; all, where that is unknown."""
+    modules = dict(model.named_modules())
+    fractions = Fractions(modules, {})
+    for path, module in modules.items():
+        if is_experts(module) and hasattr(module, "chosen"):
+            module.chosen = round(fractions.of(path) * module.num_experts)
 
 
 def _settings(value: Any) -> Mapping[str, Any]:

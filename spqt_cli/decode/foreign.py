@@ -40,6 +40,8 @@ _ATTENTION = ("q", "k", "v", "scale", "mask")
 REPLACED = (
     Hook(_LINEAR, "to_quantized", ("self", "group_size", "bits", "mode"), "decode/hooks.py",
          "nn.quantize hands each layer's entry of config.json to it: the loader of Zigzag layers"),
+    Hook("mlx_lm.models.switch_layers.SwitchLinear", "to_quantized", ("self", "group_size", "bits", "mode"),
+         "decode/hooks.py", "likewise, of a mixture's experts"),
     Hook("mlx.nn.layers.base.Module", "load_weights", ("self", "file_or_weights", "strict"),
          "decode/hooks.py", "sees the whole model once its weights are in: fuses and profiles it"),
     Hook("mlx_lm.utils", "load_model", ("model_path", "lazy", "strict", "get_model_classes"),
@@ -89,6 +91,8 @@ REPLACED = (
     Hook("mlx.core", "sigmoid", ("a",), "measure/many_texts.py",
          "numpy's exp takes a fourth of the time that MLX's CPU build does"),
     Hook("mlx.core", "tanh", ("a",), "measure/many_texts.py", "likewise"),
+    Hook("mlx_lm.models.switch_layers", "_gather_sort", ("x", "indices"), "measure/probes.py",
+         "rows of experts are told apart by position while a model is watched"),
     Hook(ANY_MODULE, "__call__", ("self",), "measure/probes.py",
          "calibration looks at what blocks are given; only known instances are looked at"),
     Hook(ANY_MODULE, "__class__", (), "decode/fused.py decode/exact.py",

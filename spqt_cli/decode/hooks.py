@@ -22,6 +22,7 @@ import mlx.nn as nn
 
 from spqt_cli.backends import select
 from spqt_cli.decode import (
+    bytes_read,
     exact,
     foreign,
     fused,
@@ -29,28 +30,45 @@ from spqt_cli.decode import (
     hooks_generate,
     profile,
 )
-from spqt_cli.decode.layers import ZigzagLinear, share_inputs, zigzag_layers
+from spqt_cli.decode.layers import ZigzagLayer, ZigzagLinear, share_inputs, zigzag_layers
 from spqt_cli.errors import SpqtError
 from spqt_cli.format import thresholds
 
-_linear_to_quantized = nn.Linear.to_quantized
 _load_weights = nn.Module.load_weights
 _refusal: ContextVar[SpqtError | None] = ContextVar("refusal", default=None)
 _follows_profile: ContextVar[bool] = ContextVar("follows_profile", default=True)
 _log = logging.getLogger("spqt")
 
 
-def _to_quantized(self: nn.Linear, group_size: Any = None, bits: Any = None, mode: str = "affine", **kw: Any):
-    if mode != "zigzag":
-        return _linear_to_quantized(self, group_size, bits, mode, **kw)
-    if error := _refusal.get():
-        raise error
-    layer = ZigzagLinear.from_linear(self, group_size, bits, **kw)
-    sparsity, curve = wished_sparsity(), (kw.get("spqt") or {}).get("curve")
-    object.__setattr__(layer, "curve", curve)  # not as a module keeps it, among its parameters
-    if sparsity is not None and curve:
-        layer.set_threshold(thresholds.derive(curve, sparsity) or None)
-    return layer
+def _to_quantized(stock: Callable[..., Any], make: Callable[..., ZigzagLayer]) -> Callable[..., Any]:
+    """A layer's `to_quantized` that makes Zigzag ones by `make`, all others by MLX's own."""
+
+    def to_quantized(self: Any, group_size: Any = None, bits: Any = None, mode: str = "affine", **kw: Any):
+        if mode != "zigzag":
+            return stock(self, group_size, bits, mode, **kw)
+        if error := _refusal.get():
+            raise error
+        layer = make(self, group_size, bits, **kw)
+        sparsity, curve = wished_sparsity(), (kw.get("spqt") or {}).get("curve")
+        object.__setattr__(layer, "curve", curve)  # not as a module keeps it, among its parameters
+        if sparsity is not None and curve:
+            layer.set_threshold(thresholds.derive(curve, sparsity) or None)
+        return layer
+
+    return to_quantized
+
+
+_linear_to_zigzag = _to_quantized(nn.Linear.to_quantized, ZigzagLinear.from_linear)
+
+
+def _hook_experts(switch_layers: Any) -> None:
+    """Let mlx-lm's `SwitchLinear` become `ZigzagSwitchLinear`."""
+    from spqt_cli.decode.experts import ZigzagSwitchLinear
+
+    kind = switch_layers.SwitchLinear
+    if kind.to_quantized.__module__ != __name__:
+        ours = _to_quantized(kind.to_quantized, ZigzagSwitchLinear.from_switch_linear)
+        foreign.replace(kind, "to_quantized", ours)
 
 
 def wished_sparsity() -> float | None:
@@ -91,6 +109,7 @@ def _load_weights_and_prepare(self: nn.Module, file_or_weights: Any, strict: boo
     result = _load_weights(self, file_or_weights, strict)
     if zigzag_layers(self):
         share_inputs(self)
+        bytes_read.tell_chosen(self)
         if mx.default_device().type == mx.DeviceType.cpu:
             compute_in_float32(self)
         if select.backend().native_float32:
@@ -145,6 +164,7 @@ def _hook_adapters(_: Any) -> None:
 _HOOKS: dict[str, Callable[[Any], None]] = {
     "mlx_lm.utils": _hook_loading,
     "mlx_lm.tuner.utils": _hook_adapters,
+    "mlx_lm.models.switch_layers": _hook_experts,
     "mlx_lm.generate": hooks_generate.install,
     "mlx_lm.perplexity": hooks_generate.check_perplexity,
     "mlx_lm.server": hooks_generate.refuse_long,
@@ -159,7 +179,7 @@ def compute_in_float32(model: nn.Module) -> None:
     """
     native = select.backend().native_float32
     for module in model.modules():
-        packed = native and isinstance(module, nn.QuantizedLinear)
+        packed = native and isinstance(module, (nn.QuantizedLinear, ZigzagLayer))
         for name, value in module.items():
             if not isinstance(value, mx.array) or not mx.issubdtype(value.dtype, mx.floating):
                 continue
@@ -169,7 +189,7 @@ def compute_in_float32(model: nn.Module) -> None:
 
 def install() -> None:
     """Patch MLX's modules; doing it twice changes nothing."""
-    foreign.replace(nn.Linear, "to_quantized", _to_quantized)
+    foreign.replace(nn.Linear, "to_quantized", _linear_to_zigzag)
     foreign.replace(nn.Module, "load_weights", _load_weights_and_prepare)
     for name, hook in _HOOKS.items():
         if name in sys.modules:

@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from spqt_cli.backends import select
 from spqt_cli.decode import active_counts, context, foreign, phase
-from spqt_cli.decode.layers import ZigzagLinear
+from spqt_cli.decode.layers import ZigzagLayer
 
 MAX_TOKENS = 256  # of mlx-lm's loops, where none are asked for
 _stock: dict[str, Callable[..., Any]] = {}  # by name: what mlx_lm.generate had of its own
@@ -234,4 +234,4 @@ def _kind(kind: Any) -> type[Told]:
 
 def skips(model: Any) -> bool:
     """Whether any layer of a model skips channels when it decodes."""
-    return any(isinstance(one, ZigzagLinear) and one.threshold is not None for one in model.modules())
+    return any(isinstance(one, ZigzagLayer) and one.threshold is not None for one in model.modules())

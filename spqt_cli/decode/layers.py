@@ -5,7 +5,7 @@ know files or the hooks into mlx-lm.
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self, cast
 
 import mlx.core as mx
@@ -22,22 +22,82 @@ SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1"
 ADAPTED = "linear"  # under which mlx-lm's adapters keep the layer that they are put around
 
 
-class ZigzagLinear(nn.QuantizedLinear):
+class ZigzagLayer(nn.Module):
+    """What a linear layer and a mixture's experts in the Zigzag layout have in common."""
+
+    mode = "zigzag"
+    always_dense = False  # true of a head: nothing of it is ever skipped
+    biases: Any  # mx.array; MLX declares it optional, which it is in other quantization modes
+    chosen = 1  # matrices that a token is multiplied by: of experts, those that it is sent to
+
+    def __init__(self, outputs: int, bits: int, group_size: int, band: int) -> None:
+        nn.Module.__init__(self)
+        self.outputs, self.bits, self.group_size, self.band = outputs, bits, group_size, band
+        object.__setattr__(self, "_threshold", None)
+        self.shared_input = self._shared([self])
+
+    def take(self, plain: nn.Module, entry: dict[str, Any]) -> None:
+        """Take a plain layer's weights, to be quantized when evaluated, and what config.json's entry says."""
+        self.weight, self.scales, self.biases = layout.quantize(
+            plain.weight, self.bits, self.group_size, self.band
+        )
+        if "bias" in plain:
+            self.bias = plain.bias
+        self.set_threshold(entry.get("threshold") or None)  # 0 skips nothing: dense is faster
+        self.freeze()
+
+    def _shared(self, layers: list[Any]) -> "SharedInput":
+        """What runs layers of this kind, which read one input, in one launch."""
+        return SharedInput(layers)
+
+    @property
+    def inputs(self) -> int:
+        return int(self.weight.shape[-2])
+
+    @property
+    def size(self) -> int:
+        """The weights that a token reads when nothing is skipped."""
+        return int(self.inputs * self.outputs * self.chosen)
+
+    @property
+    def threshold(self) -> mx.array | None:
+        """(1,) or (inputs,) float32, or None where the layer runs dense."""
+        return self._threshold
+
+    def set_threshold(self, threshold: float | mx.array | None) -> None:
+        """Skip channels below `threshold` in decode steps; None makes the layer dense."""
+        if threshold is not None:
+            threshold = mx.array(threshold, dtype=mx.float32).reshape(-1)
+            mx.eval(threshold)  # a lazy constant would belong to this thread's stream alone
+        # Not as nn.Module would keep it: reading an array attribute of a module takes microseconds.
+        object.__setattr__(self, "_threshold", threshold)
+        self.shared_input.forget()
+
+    def dequantized(self) -> mx.array:
+        """The matrix (outputs, inputs), or experts (experts, outputs, inputs), that the weights stand for."""
+        return layout.dequantize(
+            self.weight,
+            self.scales,
+            self["biases"],
+            outputs=self.outputs,
+            bits=self.bits,
+            group_size=self.group_size,
+        )
+
+    def _extra_repr(self) -> str:
+        return (
+            f"input_dims={self.inputs}, output_dims={self.outputs}, bias={'bias' in self}, "
+            f"group_size={self.group_size}, bits={self.bits}, mode={self.mode}, band={self.band}"
+        )
+
+
+class ZigzagLinear(ZigzagLayer, nn.QuantizedLinear):
     """A linear layer in the Zigzag layout.
 
     weight: (bands, inputs, band * bits / 32) uint32; scales, biases: (bands, inputs, band / group_size);
     bias: (outputs,) or absent. A subclass of QuantizedLinear, so that mlx-lm's size accounting works
     and its tools see a layer to put adapters around (adapters.py), or refuse it, and don't pass over it.
     """
-
-    mode = "zigzag"
-    always_dense = False  # true of a head: nothing of it is ever skipped
-
-    def __init__(self, outputs: int, bits: int, group_size: int, band: int) -> None:
-        nn.Module.__init__(self)
-        self.outputs, self.bits, self.group_size, self.band = outputs, bits, group_size, band
-        object.__setattr__(self, "_threshold", None)
-        self.shared_input = SharedInput([self])
 
     @classmethod
     def from_linear(
@@ -61,32 +121,8 @@ class ZigzagLinear(nn.QuantizedLinear):
         outputs, _ = linear_layer.weight.shape
         band = entry.get("band") or layout.band_of(outputs, group_size)
         layer = cls(outputs, bits, group_size, band)
-        layer.weight, layer.scales, layer.biases = layout.quantize(
-            linear_layer.weight, bits, group_size, band
-        )
-        if "bias" in linear_layer:
-            layer.bias = linear_layer.bias
-        layer.set_threshold(entry.get("threshold") or None)  # 0 skips nothing: dense is faster
-        layer.freeze()
+        layer.take(linear_layer, entry)
         return layer
-
-    @property
-    def inputs(self) -> int:
-        return self.weight.shape[1]
-
-    @property
-    def threshold(self) -> mx.array | None:
-        """(1,) or (inputs,) float32, or None where the layer runs dense."""
-        return self._threshold
-
-    def set_threshold(self, threshold: float | mx.array | None) -> None:
-        """Skip channels below `threshold` in decode steps; None makes the layer dense."""
-        if threshold is not None:
-            threshold = mx.array(threshold, dtype=mx.float32).reshape(-1)
-            mx.eval(threshold)  # a lazy constant would belong to this thread's stream alone
-        # Not as nn.Module would keep it: reading an array attribute of a module takes microseconds.
-        object.__setattr__(self, "_threshold", threshold)
-        self.shared_input.forget()
 
     def __call__(self, x: mx.array) -> mx.array:
         decodes = phase.decodes()
@@ -123,23 +159,6 @@ class ZigzagLinear(nn.QuantizedLinear):
             counter.count_rows(self, self.inputs - layout.inactive(rows, threshold).sum(axis=1))
         return select.matmul(layout.mask(x, threshold), self)
 
-    def dequantized(self) -> mx.array:
-        """The matrix (outputs, inputs) that the packed weights stand for."""
-        return layout.dequantize(
-            self.weight,
-            self.scales,
-            self["biases"],
-            outputs=self.outputs,
-            bits=self.bits,
-            group_size=self.group_size,
-        )
-
-    def _extra_repr(self) -> str:
-        return (
-            f"input_dims={self.inputs}, output_dims={self.outputs}, bias={'bias' in self}, "
-            f"group_size={self.group_size}, bits={self.bits}, mode={self.mode}, band={self.band}"
-        )
-
 
 class SharedInput:
     """Projections that read the same input (q/k/v; gate/up; or one alone) and so run in one launch.
@@ -148,7 +167,7 @@ class SharedInput:
     layer then fetches its own. A layer that is called with another array, or again, computes anew.
     """
 
-    def __init__(self, layers: list[ZigzagLinear]) -> None:
+    def __init__(self, layers: list[Any]) -> None:
         self.layers = layers
         self._alone = [self]  # as a tally wants its groups
         self._x: mx.array | None = None  # the array whose products lie in `_outputs`, until all are fetched
@@ -168,9 +187,9 @@ class SharedInput:
 
     def forget(self) -> None:
         """Prepare anew before the next product: a threshold has changed."""
-        self._step: interface.Step | None = None
+        self._step: Any = None
         self._skips = False
-        self._weights: list[tuple[ZigzagLinear, mx.array]] = []
+        self._weights: list[tuple[ZigzagLayer, mx.array]] = []
 
     def product(self, x: mx.array, layer: ZigzagLinear) -> mx.array:
         """layer's y for x, one row or a few; computes those of the other layers as well."""
@@ -185,13 +204,20 @@ class SharedInput:
             self._x = None
         return y
 
-    def _products(self, x: mx.array) -> list[mx.array]:
-        step = self._step
-        if step is None or any(layer["weight"] is not weight for layer, weight in self._weights):
-            select.arrange(self.layers)
-            step = self._step = select.prepare(self.layers)
+    def _prepared(self, prepare: Callable[[Sequence[Any]], Any]) -> Any:
+        """The step that `prepare` makes of the layers as they are now."""
+        if self._step is None or any(layer["weight"] is not weight for layer, weight in self._weights):
+            self._arrange()
+            self._step = prepare(self.layers)
             self._weights = [(layer, layer["weight"]) for layer in self.layers]
             self._skips = self.skips
+        return self._step
+
+    def _arrange(self) -> None:
+        select.arrange(self.layers)
+
+    def _products(self, x: mx.array) -> list[mx.array]:
+        step: interface.Step = self._prepared(select.prepare)
         counter = active_counts.current() if self._skips else None
         tally = None if counter is None else counter.tally(self._alone, x.size // x.shape[-1])
         if tally is None:
@@ -219,9 +245,9 @@ def _fits_a_step(x: mx.array) -> bool:
     return x.size <= select.backend().fused_rows * x.shape[-1]
 
 
-def share_input(layers: list[ZigzagLinear]) -> SharedInput:
-    """Let these layers, which read one input, run in one launch."""
-    shared = SharedInput(layers)
+def share_input(layers: list[Any]) -> SharedInput:
+    """Let these layers of one kind, which read one input, run in one launch."""
+    shared = layers[0]._shared(layers)
     for layer in layers:
         layer.shared_input = shared
     return shared
@@ -232,8 +258,8 @@ def share_inputs(model: nn.Module) -> None:
     for module in model.modules():
         for names in SHARED_INPUTS:
             named = [base(module.get(name)) for name in names]
-            layers = [layer for layer in named if isinstance(layer, ZigzagLinear)]
-            if len(layers) > 1 and len({layer.inputs for layer in layers}) == 1:
+            layers = [layer for layer in named if isinstance(layer, ZigzagLayer)]
+            if len(layers) > 1 and len({(type(layer), layer.inputs) for layer in layers}) == 1:
                 share_input(layers)
 
 
@@ -247,8 +273,8 @@ def base(module: Any) -> Any:
     return module[ADAPTED] if is_adapter(module) else module
 
 
-def zigzag_layers(model: nn.Module) -> dict[str, ZigzagLinear]:
-    """Path -> layer, for every Zigzag layer of a model that may skip channels.
+def zigzag_layers(model: nn.Module) -> dict[str, ZigzagLayer]:
+    """Path -> layer, for every Zigzag layer of a model that may skip channels, experts too.
 
     Paths are those of config.json: of an adapter's base that of the adapter.
     """
@@ -257,8 +283,13 @@ def zigzag_layers(model: nn.Module) -> dict[str, ZigzagLinear]:
     return {
         path: layer
         for path, module in modules.items()
-        if path not in within and isinstance(layer := base(module), ZigzagLinear) and not layer.always_dense
+        if path not in within and isinstance(layer := base(module), ZigzagLayer) and not layer.always_dense
     }
+
+
+def linear_layers(model: nn.Module) -> dict[str, ZigzagLinear]:
+    """Those of `zigzag_layers` that are one matrix each."""
+    return {path: one for path, one in zigzag_layers(model).items() if isinstance(one, ZigzagLinear)}
 
 
 def put_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:

@@ -22,7 +22,7 @@ from mlx import nn
 
 from spqt_cli.backends import select
 from spqt_cli.decode import recognize, relayout
-from spqt_cli.decode.layers import SHARED_INPUTS, ZigzagLinear, zigzag_layers
+from spqt_cli.decode.layers import SHARED_INPUTS, ZigzagLinear, linear_layers, zigzag_layers
 from spqt_cli.errors import UsageError
 from spqt_cli.format import thresholds
 from spqt_cli.system import files
@@ -80,8 +80,8 @@ class Unit:
 
 
 def units(model: nn.Module) -> list[Unit]:
-    """The units of a model, in the order of its modules; every Zigzag layer is in exactly one."""
-    return grouped(zigzag_layers(model), traced_blocks(model))
+    """The units of a model, in the order of its modules; every Zigzag layer but experts is in exactly one."""
+    return grouped(linear_layers(model), traced_blocks(model))
 
 
 def traced_blocks(model: nn.Module) -> list[str]:
@@ -272,7 +272,7 @@ def stored_curves(model: nn.Module) -> Curves:
 def expected_densities(
     model: nn.Module, curves: Curves, sparsity: float | None
 ) -> list[tuple[ZigzagLinear, float]]:
-    """Each Zigzag layer with the density that its threshold leaves, by its curve.
+    """Each Zigzag layer that is in a unit, with the density that its threshold leaves, by its curve.
 
     sparsity: what a layer with a threshold and no curve is taken to skip.
     """

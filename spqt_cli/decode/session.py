@@ -14,6 +14,7 @@ from typing import Any, Unpack
 import mlx.core as mx
 import mlx.nn as nn
 
+from spqt_cli.backends import select
 from spqt_cli.decode import (
     active_counts,
     adapter_folder,
@@ -24,7 +25,7 @@ from spqt_cli.decode import (
     quality_warning,
 )
 from spqt_cli.decode.hooks import as_stored, wished_sparsity
-from spqt_cli.decode.layers import zigzag_layers
+from spqt_cli.decode.layers import linear_layers, zigzag_layers
 from spqt_cli.decode.options import Loading
 from spqt_cli.errors import CONVERT_AGAIN, ResourceError, SpqtError, Terminated, UnsupportedError
 from spqt_cli.format import config_json, locate, thresholds
@@ -96,6 +97,7 @@ def load(path: str | Path | Folder, **options: Unpack[Loading]) -> Loaded:
     _set_thresholds(loaded, wished_sparsity() if sparsity is None else sparsity, dense)
     if not dense:
         loaded.add_note(apply_profile(loaded))
+        loaded.add_note(_read_whole(loaded))
     if draft := options.get("draft_model"):
         loaded.draft = load_draft(draft, loaded, dense=dense)
         if loaded.sparsity:
@@ -106,6 +108,16 @@ def load(path: str | Path | Folder, **options: Unpack[Loading]) -> Loaded:
 def apply_profile(loaded: Loaded) -> str:
     """Let each layer run as this device's profile says; returns what `profile.follow` says."""
     return profile.follow(loaded.model, loaded.folder.curves, loaded.sparsity)
+
+
+def _read_whole(loaded: Loaded) -> str:
+    """A line where experts have thresholds that this backend only masks by; else ""."""
+    backend, layers = select.backend(), zigzag_layers(loaded.model)
+    plain = linear_layers(loaded.model)
+    experts = [one for path, one in layers.items() if path not in plain]
+    if backend.skips_experts or all(one.threshold is None for one in experts):
+        return ""
+    return f"backend {backend.name} reads experts whole: it has no kernel that skips in them"
 
 
 def load_lazily(folder: Folder) -> Loaded:
@@ -265,21 +277,23 @@ def plain_path(folder: Path) -> Iterator[Path]:
         yield link
 
 
-def weight_bytes(model: nn.Module, config: dict[str, Any]) -> tuple[float, dict[int, int]]:
+def weight_bytes(model: nn.Module, config: dict[str, Any]) -> tuple[float, dict[int, float]]:
     """Bytes of weights that a dense decode step reads: of all other layers, and per Zigzag layer by id.
 
     Of a mixture of experts only the chosen experts count, of an embedding that is not also the head one row.
     """
-    zigzag = {
-        id(layer): sum(layer[name].nbytes for name in ("weight", "scales", "biases"))
-        for layer in zigzag_layers(model).values()
-    }
+    layers = zigzag_layers(model)
+    zigzag: dict[int, float] = {}
     other = 0.0
     modules = dict(model.named_modules())
     fractions = bytes_read.Fractions(modules, config)
     for path, module in modules.items():
+        read = fractions.of(path)
         size = sum(value.nbytes for value in module.values() if hasattr(value, "nbytes"))
-        other += (size - zigzag.get(id(module), 0)) * fractions.of(path)
+        packed = sum(module[name].nbytes for name in ("weight", "scales", "biases")) if path in layers else 0
+        if packed:
+            zigzag[id(module)] = packed * read
+        other += (size - packed) * read
     return other, zigzag
 
 

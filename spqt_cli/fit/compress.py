@@ -21,7 +21,7 @@ from mlx import nn
 
 from spqt_cli.calibrate.stream.blocks import Block, Blocks, undivided
 from spqt_cli.convert.journal import Journal
-from spqt_cli.decode.layers import ZigzagLinear, zigzag_layers
+from spqt_cli.decode.layers import ZigzagLinear, linear_layers
 from spqt_cli.decode.session import Loaded
 from spqt_cli.fit import gptq, masks
 from spqt_cli.fit.hessian_gpu import inputs_of, on_device
@@ -88,7 +88,7 @@ class Compression:
         """rounded: the converted model, loaded lazily. windows: (texts, window) tokens, window even."""
         self._source, self._windows, self._store = source, windows, store
         self._on_progress = on_progress
-        self.layers: dict[str, ZigzagLinear] = zigzag_layers(rounded.model)
+        self.layers: dict[str, ZigzagLinear] = linear_layers(rounded.model)
         self.notes: dict[str, str] = {}
         tap(rounded.model, {path: layer.outputs for path, layer in self.layers.items()})
         self._walk: Blocks | None = None
@@ -264,8 +264,9 @@ class Compression:
         """(inputs, outputs) float32, of numpy on the CPU."""
         layer = self.layers[path]
         packed = (solution.weight, solution.scales.astype(mx.float32), solution.biases.astype(mx.float32))
-        form = {"outputs": layer.outputs, "bits": layer.bits, "group_size": layer.group_size}
-        w = layout.dequantize(*packed, **form).T
+        w = layout.dequantize(
+            *packed, outputs=int(layer.outputs), bits=layer.bits, group_size=layer.group_size
+        ).T
         mx.eval(w)
         return np.array(w, copy=False) if many_rows.on_cpu() else w
 

@@ -25,7 +25,7 @@ from spqt_cli.convert.convert import ConvertOptions, ConvertResult
 from spqt_cli.convert.journal import Journal, job_id
 from spqt_cli.convert.source import Checkpoint
 from spqt_cli.decode import context, session
-from spqt_cli.decode.layers import zigzag_layers
+from spqt_cli.decode.layers import linear_layers, zigzag_layers
 from spqt_cli.errors import ResourceError, SpqtError, UnsupportedError
 from spqt_cli.fit import cost, distill, own_text, text
 from spqt_cli.fit.compress import Compression, lines
@@ -82,7 +82,7 @@ def convert_fitted(
     converter.check_options(wishes)
     options.check()
     output = files.expanded(output).absolute()
-    trust = source.Trust(wishes.trust_remote_code, wishes.allow_requantize)
+    trust = source.Trust(wishes.trust_remote_code, wishes.allow_requantize, wishes.zigzag_experts)
     checkpoint = source.open_source(source_name, wishes.revision, trust)
     found: list[ConvertResult] = []
 
@@ -227,20 +227,23 @@ class _Fit:
         done = self._journal.done.get(ROUNDED)
         if done is not None:  # its tensors may have changed since
             return list(done)
-        source = SourceBlocks(self._checkpoint, list(zigzag_layers(loaded.model)), windows.shape[1])
+        source = SourceBlocks(self._checkpoint, list(linear_layers(loaded.model)), windows.shape[1])
         compression = Compression(loaded, source, windows, store, self._on_progress)
         notes = []
         if source.walk is None:
             notes.append("the blocks of this model can't be passed one by one: all were in memory")
         compression.run(output, self._journal)
-        notes += lines(compression.notes)
+        experts = zigzag_layers(loaded.model).keys() - compression.layers.keys()
+        notes += lines(
+            compression.notes | dict.fromkeys(sorted(experts), "plainly rounded: they are experts")
+        )
         self._journal.note(ROUNDED, notes)
         return notes
 
     def _trained(self, windows: np.ndarray, store: Store, output: WeightsFile) -> dict[str, Any]:
         """Train scales, biases and norms; what config.json says of it."""
         loaded = session.load_lazily(Folder(self._folder))
-        source = SourceBlocks(self._checkpoint, list(zigzag_layers(loaded.model)), windows.shape[1])
+        source = SourceBlocks(self._checkpoint, list(linear_layers(loaded.model)), windows.shape[1])
         wishes = self._options
         assert wishes.steps is not None
         assert wishes.batch is not None
@@ -258,7 +261,7 @@ class _Fit:
         texts_used = own + (0 if options.data is None else text.TextOptions().most)
         steps = (options.steps or 0) if options.method == "full" else 0
         expected = cost.seconds(
-            zigzag_layers(loaded.model).values(),
+            linear_layers(loaded.model).values(),
             get_total_parameters(loaded.model),
             own=own * options.window,
             rounded_on=min(texts_used, ROUNDED_ON) * options.window,

@@ -50,7 +50,7 @@ def of_layers(
             adopt(number)
             slope = student.take_inputs(number, states.pop(), slope, take)
     known = {path: c if np.isfinite(c).all() else np.zeros_like(c) for path, c in costs.items()}
-    return allocated(known, {path: one.inputs * one.outputs for path, one in student.layers.items()})
+    return allocated(known, {path: one.size for path, one in student.layers.items()})
 
 
 def skipping_costs(x: np.ndarray, slopes: np.ndarray) -> np.ndarray:

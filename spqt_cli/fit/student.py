@@ -15,7 +15,7 @@ from mlx.utils import tree_unflatten
 
 from spqt_cli.calibrate.gradients import gradient_errors
 from spqt_cli.calibrate.stream.blocks import Block, Blocks, weights_bytes
-from spqt_cli.decode.layers import ZigzagLinear, zigzag_layers
+from spqt_cli.decode.layers import ZigzagLinear, linear_layers
 from spqt_cli.decode.session import Loaded
 from spqt_cli.fit import masks, products
 from spqt_cli.fit.affine import LEAST_SPREAD, Groups
@@ -55,7 +55,7 @@ class Student:
     def __init__(self, loaded: Loaded, window: int) -> None:
         """loaded: lazily. window: tokens of a text, even."""
         self.window, self.prompt = window, window // PROMPTS
-        self.layers: dict[str, ZigzagLinear] = zigzag_layers(loaded.model)
+        self.layers: dict[str, ZigzagLinear] = linear_layers(loaded.model)
         loaded.model.update_modules(tree_unflatten([(path, _Layer(path, self)) for path in self.layers]))
         self.walk = Blocks(loaded.model, self.layers, loaded.folder.path)
         self.blocks: list[Block] = self.walk.blocks(window)

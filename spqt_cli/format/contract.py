@@ -8,6 +8,8 @@ It knows no other file: `folder` checks that the shards agree with it.
     "spqt": {"format_version": 1, "fingerprint": "...", "content": "...", "source": {...},
              "versions": {...}, "shards": {"model.safetensors": "sha256"},
              "calibration": {"fingerprint": "...", "sparsity": 0.25, "method": "uniform", ...}}
+
+The entry of a mixture's experts also has their number in `spqt`: {"band": 768, "experts": 128, ...}.
 """
 
 import copy
@@ -24,7 +26,7 @@ from spqt_cli.format import layout
 from spqt_cli.format.config_json import CONFIG
 from spqt_cli.format.thresholds import CURVE_SPARSITIES
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # the newest that is read; folders without Zigzag experts are of version 1
 MODE = "zigzag"  # the `mode` of a Zigzag layer's entry
 
 
@@ -34,11 +36,15 @@ class ThresholdsError(SpqtError):
 
 @dataclass(frozen=True)
 class Layer:
-    """A Zigzag layer's entry in config.json. threshold: None before calibration; curve: () likewise."""
+    """A Zigzag layer's entry in config.json. experts: how many matrices it holds, None for a plain layer.
+
+    threshold: None before calibration; curve: () likewise.
+    """
 
     bits: int
     group_size: int
     band: int
+    experts: int | None
     threshold: float | None
     curve: Sequence[float]
 
@@ -67,6 +73,12 @@ def entries(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
     }
 
 
+def format_version(config: dict[str, Any]) -> int:
+    """The version of the format that a config's layers need."""
+    found = (entry.get("spqt") for entry in entries(config).values())
+    return 2 if any("experts" in one for one in found if isinstance(one, dict)) else 1
+
+
 def settings_fingerprint(config: dict[str, Any]) -> str:
     """A hash of the convert-time settings: bits, group and band of every layer, embedding and head included.
 
@@ -75,15 +87,17 @@ def settings_fingerprint(config: dict[str, Any]) -> str:
     quantization = config.get("quantization")
     listed = sorted(quantization.items()) if isinstance(quantization, dict) else []
     settings = [[name, _lasting(entry) if isinstance(entry, dict) else entry] for name, entry in listed]
-    text = json.dumps([FORMAT_VERSION, settings], separators=(",", ":"), sort_keys=True)
+    text = json.dumps([format_version(config), settings], separators=(",", ":"), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _lasting(entry: dict[str, Any]) -> dict[str, Any]:
     """What calibration does not write of a layer's entry."""
     spqt = entry.get("spqt")
-    band = {"band": spqt.get("band")} if isinstance(spqt, dict) else {}
-    return {name: value for name, value in entry.items() if name != "spqt"} | band
+    lasting = {"band": spqt.get("band")} if isinstance(spqt, dict) else {}
+    if isinstance(spqt, dict) and "experts" in spqt:
+        lasting["experts"] = spqt["experts"]
+    return {name: value for name, value in entry.items() if name != "spqt"} | lasting
 
 
 def weights_fingerprint(section: dict[str, Any]) -> str:
@@ -120,12 +134,15 @@ def check(config: dict[str, Any], where: Path) -> tuple[dict[str, Layer], Calibr
 
 def _check_settings(path: str, entry: dict[str, Any]) -> None:
     spqt = entry.get("spqt")
-    if not isinstance(spqt, dict) or not set(spqt) <= {"band", "threshold", "curve"}:
+    if not isinstance(spqt, dict) or not set(spqt) <= {"band", "experts", "threshold", "curve"}:
         raise SpqtError(f"layer {path}: its entry in {CONFIG} is damaged", "convert the model again")
     group_size: Any = entry.get("group_size")
     bits, band = entry.get("bits"), spqt.get("band")
     if not layout.is_packable(bits, group_size) or type(band) is not int or not band:
         raise SpqtError(f"layer {path}: bad bits, group size or band", "convert the model again")
+    experts = spqt.get("experts", 1)
+    if type(experts) is not int or experts < 1:
+        raise SpqtError(f"layer {path}: it can't have {experts!r:.40} experts", "convert the model again")
     if band < 0 or band % group_size:
         raise SpqtError(
             f"layer {path}: band {band} is no multiple of {group_size}", "convert the model again"
@@ -141,7 +158,8 @@ def _layer(path: str, entry: dict[str, Any]) -> Layer:
             f"layer {path}: thresholds must be finite and not negative, {len(CURVE_SPARSITIES)} on a curve",
             "run spqt calibrate again",
         )
-    return Layer(entry["bits"], entry["group_size"], spqt["band"], spqt.get("threshold"), tuple(curve))
+    form = (entry["bits"], entry["group_size"], spqt["band"], spqt.get("experts"))
+    return Layer(*form, spqt.get("threshold"), tuple(curve))
 
 
 def _is_number(value: Any) -> TypeGuard[float]:

@@ -174,10 +174,12 @@ def _check_shapes(path: Path, layers: Mapping[str, Layer], tensors: Mapping[str,
     for name, layer in layers.items():
         parts = [tensors.get(f"{name}.{leaf}") for leaf in ("weight", "scales", "biases")]
         weight = parts[0]
-        if weight is None or None in parts or len(weight.shape) != 3:
+        experts = () if layer.experts is None else (layer.experts,)
+        if weight is None or None in parts or len(weight.shape) != len(experts) + 3:
             raise SpqtError(f"{path}: layer {name} is incomplete", CONVERT_AGAIN)
-        outputs, inputs = weight.shape[0] * layer.band, weight.shape[1]
-        wanted = layout.packed_shapes(outputs, inputs, layer.bits, layer.group_size, layer.band)
+        bands, inputs, _ = weight.shape[-3:]
+        shape = (*experts, bands * layer.band, inputs)
+        wanted = layout.packed_shapes(shape, layer.bits, layer.group_size, layer.band)
         found = tuple(part.shape for part in parts if part is not None)
         if found != (wanted[0], wanted[1], wanted[1]) or weight.dtype != "U32":
             raise SpqtError(f"{path}: layer {name} has other shapes than its entry asks for", CONVERT_AGAIN)

@@ -2,11 +2,13 @@
 
 The only file that knows the order of weights. Band `b` holds outputs `b * band` to `(b + 1) * band`;
 `weight[b, k]` is the packed chunk of input channel `k` in that band, contiguous and so skippable.
+The experts of a mixture are such matrices one after another: `weight[e, b, k]`.
 It knows nothing of models, files or devices.
 
 Source: the Zigzag layout of arXiv 2511.04477, section 4, with a band wider than one group.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -46,26 +48,30 @@ def band_of(outputs: int, group_size: int) -> int:
 
 
 def packed_shapes(
-    outputs: int, inputs: int, bits: int, group_size: int, band: int
-) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-    """The shapes of `weight` (uint32) and of `scales` and `biases` for a (outputs, inputs) matrix."""
+    shape: Sequence[int], bits: int, group_size: int, band: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shapes of `weight` (uint32) and of `scales` and `biases` for a matrix (outputs, inputs), or for
+    experts (experts, outputs, inputs).
+    """
+    *experts, outputs, inputs = shape
     bands = -(-outputs // band)
-    return (bands, inputs, band * bits // 32), (bands, inputs, band // group_size)
+    return (*experts, bands, inputs, band * bits // 32), (*experts, bands, inputs, band // group_size)
 
 
 def quantize(w: mx.array, bits: int, group_size: int, band: int) -> tuple[mx.array, mx.array, mx.array]:
-    """The packed `weight`, `scales` and `biases` of a matrix; lazy.
+    """The packed `weight`, `scales` and `biases` of a matrix, or of experts; lazy.
 
-    w: (outputs, inputs), floating.
+    w: (outputs, inputs), floating; of experts (experts, outputs, inputs), and so are the results' first axes.
     weight: (bands, inputs, band * bits / 32), uint32.
     scales, biases: (bands, inputs, band / group_size), w's dtype; w ~ code * scale + bias.
     Rows that fill the last band repeat the last output, which leaves every group's range as it was.
     """
-    outputs, inputs = w.shape
+    *experts, outputs, inputs = w.shape
     bands = -(-outputs // band)
     if missing := bands * band - outputs:
-        w = mx.concatenate([w, mx.broadcast_to(w[-1:], (missing, inputs))])
-    return quantize_rows(w.reshape(bands, band, inputs).swapaxes(1, 2), bits, group_size)
+        repeated = mx.broadcast_to(w[..., -1:, :], (*experts, missing, inputs))
+        w = mx.concatenate([w, repeated], axis=-2)
+    return quantize_rows(w.reshape(*experts, bands, band, inputs).swapaxes(-1, -2), bits, group_size)
 
 
 def quantize_rows(w: mx.array, bits: int, group_size: int) -> tuple[mx.array, mx.array, mx.array]:
@@ -94,9 +100,11 @@ def pack(codes: np.ndarray, bits: int) -> np.ndarray:
 def dequantize(
     weight: mx.array, scales: mx.array, biases: mx.array, *, outputs: int, bits: int, group_size: int
 ) -> mx.array:
-    """The matrix (outputs, inputs) that packed arrays stand for, in the dtype of `scales`."""
-    w = mx.dequantize(weight, scales, biases, group_size=group_size, bits=bits)
-    return w.swapaxes(1, 2).reshape(-1, weight.shape[1])[:outputs]
+    """The matrix (outputs, inputs), or experts (experts, outputs, inputs), that packed arrays stand for, in
+    the dtype of `scales`.
+    """
+    w = mx.dequantize(weight, scales, biases, group_size=group_size, bits=bits).swapaxes(-1, -2)
+    return w.reshape(*weight.shape[:-3], -1, weight.shape[-2])[..., :outputs, :]
 
 
 def matmul(  # noqa: PLR0913 - the parameters of mx.quantized_matmul
@@ -141,6 +149,34 @@ def matmul_transposed(
         parts, weight, scales, biases, transpose=True, group_size=group_size, bits=bits
     )  # (bands, rows, inputs)
     return x.sum(axis=0).reshape(*y.shape[:-1], inputs)
+
+
+def gather_matmul(  # noqa: PLR0913 - the parameters of mx.gather_qmm
+    x: mx.array,
+    indices: mx.array,
+    weight: mx.array,
+    scales: mx.array,
+    biases: mx.array,
+    *,
+    outputs: int,
+    bits: int,
+    group_size: int,
+    sorted_indices: bool = False,
+) -> mx.array:
+    """x @ W[indices].T by MLX's own kernel, as mlx-lm's `SwitchLinear` computes it.
+
+    x: (..., rows, inputs), whose leading axes are broadcast against those of indices, (...) whole numbers.
+    weight, scales, biases: of experts. Returns (..., rows, outputs). sorted_indices: indices rise.
+    """
+    experts, bands, *_ = weight.shape
+    w, s, b = (array.reshape(experts * bands, *array.shape[2:]) for array in (weight, scales, biases))
+    form: dict[str, Any] = {"group_size": group_size, "bits": bits, "sorted_indices": sorted_indices}
+    parts = [  # band by band: so indices stay sorted
+        mx.gather_qmm(x, w, s, b, rhs_indices=indices * bands + band, transpose=False, **form)
+        for band in range(bands)
+    ]
+    y = parts[0] if bands == 1 else mx.concatenate(parts, axis=-1)
+    return y[..., :outputs]
 
 
 def mask(x: mx.array, threshold: mx.array) -> mx.array:

@@ -5,7 +5,7 @@ faster on the same machine. Results are computed when called, not lazily, and ca
 On a GPU everything here steps aside and MLX's own operations run. It knows nothing of calibration.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -15,7 +15,6 @@ import psutil
 from mlx import nn
 
 from spqt_cli.decode import foreign, hooks_cpu
-from spqt_cli.decode.layers import ZigzagLinear
 from spqt_cli.format import layout
 from spqt_cli.measure import attention as by_blocks
 from spqt_cli.measure.attention import from_host, host
@@ -29,7 +28,7 @@ def on_cpu() -> bool:
     return bool(mx.default_device().type == mx.DeviceType.cpu)
 
 
-def linear(x: mx.array, layer: ZigzagLinear) -> mx.array:
+def linear(x: mx.array, layer: Any) -> mx.array:
     """x @ W.T + bias of a Zigzag layer, no channel skipped: x (..., inputs) -> (..., outputs).
 
     Can be differentiated with respect to x on every backend.
@@ -43,21 +42,56 @@ def linear(x: mx.array, layer: ZigzagLinear) -> mx.array:
     return y if bias is None else y + bias
 
 
-def _banded(rows: mx.array, layer: ZigzagLinear) -> mx.array:
+def experts(x: mx.array, indices: mx.array, layer: Any, sorted_indices: bool = False) -> mx.array:
+    """y of x by the Zigzag experts `indices`, no channel skipped: as `layout.gather_matmul`, and with bias.
+
+    Can be differentiated with respect to x on every backend.
+    """
+    if on_cpu():
+        y = _by_expert(x, indices, layer)
+    else:
+        packed = (layer["weight"], layer["scales"], layer["biases"])
+        form = {"outputs": layer.outputs, "bits": layer.bits, "group_size": layer.group_size}
+        y = layout.gather_matmul(x, indices, *packed, **form, sorted_indices=sorted_indices)
+    bias = layer.get("bias")
+    return y if bias is None else y + mx.expand_dims(bias[indices], -2)
+
+
+def _by_expert(x: mx.array, indices: mx.array, layer: Any) -> mx.array:
+    leading = np.broadcast_shapes(x.shape[:-2], indices.shape)
+    rows = mx.broadcast_to(x, (*leading, *x.shape[-2:])).reshape(-1, x.shape[-1])
+    chosen = np.broadcast_to(np.array(indices), leading)
+    each = np.repeat(chosen.reshape(-1), x.shape[-2])
+    parts = [(expert, np.flatnonzero(each == expert)) for expert in np.unique(each).tolist()]
+    y = _banded(rows, layer, parts)
+    return y.reshape(*leading, x.shape[-2], layer.outputs).astype(x.dtype)
+
+
+# Which rows which matrix of a layer takes: (its expert, the rows' numbers).
+Parts = Sequence[tuple[int | None, Any]]
+ALL: Parts = ((None, slice(None)),)
+
+
+def _banded(rows: mx.array, layer: Any, parts: Parts = ALL) -> mx.array:
     # The weights, (bands, inputs, band), are unpacked anew in the backward pass: holding all layers' would
     # not fit memory.
     @mx.custom_function
     def forward(x: mx.array) -> mx.array:
-        y = np.matmul(host(x), unpacked(layer))  # (bands, rows, band)
-        return from_host(y.swapaxes(0, 1).reshape(x.shape[0], -1)[:, : layer.outputs])
+        values, y = host(x), np.empty((x.shape[0], layer.outputs), np.float32)
+        for expert, some in parts:
+            product = np.matmul(values[some], unpacked(layer, expert)).swapaxes(0, 1)  # (rows, bands, band)
+            y[some] = product.reshape(product.shape[0], -1)[:, : layer.outputs]
+        return from_host(y)
 
     @forward.vjp
     def backward(x: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
-        w = unpacked(layer)
-        bands, _, band = w.shape
-        dy = np.zeros((cotangent.shape[0], bands * band), np.float32)
-        dy[:, : layer.outputs] = host(cotangent)
-        dx = sum(dy[:, b * band : (b + 1) * band] @ w[b].T for b in range(bands))
+        slopes, dx = host(cotangent), np.empty(x.shape, np.float32)
+        for expert, some in parts:
+            w = unpacked(layer, expert)
+            bands, _, band = w.shape
+            dy = np.zeros((len(slopes[some]), bands * band), np.float32)
+            dy[:, : layer.outputs] = slopes[some]
+            dx[some] = sum(dy[:, b * band : (b + 1) * band] @ w[b].T for b in range(bands))
         return from_host(dx)
 
     return cast(mx.array, forward(rows))
@@ -79,27 +113,30 @@ def _plain(x: mx.array, w: np.ndarray, bias: mx.array | None) -> mx.array:
     return y if bias is None else y + bias
 
 
-def unpacked(layer: Any) -> np.ndarray:
-    """The weights of a quantized layer: float32, groups along the last axis; those of `holding`, if any."""
-    held = _held.weights.get(id(layer))
+def unpacked(layer: Any, expert: int | None = None) -> np.ndarray:
+    """The weights of a quantized layer, or of one of its experts: float32, groups along the last axis; those
+    of `holding`, if any.
+    """
+    held = _held.weights.get((id(layer), expert))
     if held is not None:
         return held[1]
-    w = _unpack(layer)
+    w = _unpack(layer, ... if expert is None else expert)
     if w.nbytes <= _held.left:
         _held.left -= w.nbytes
-        _held.weights[id(layer)] = (layer, w)  # with the layer, whose id must not be given to another
+        _held.weights[id(layer), expert] = (layer, w)  # with the layer, whose id must not be given to another
     return w
 
 
-def _unpack(layer: Any) -> np.ndarray:
+def _unpack(layer: Any, which: Any) -> np.ndarray:
     """3, 5 and 6 bits by numpy: MLX's CPU build takes twice as long for codes that straddle bytes."""
     if layer.mode not in ("affine", "zigzag"):
         scales = (layer.scales, layer.get("biases"))
         return host(mx.dequantize(layer.weight, *scales, layer.group_size, layer.bits, mode=layer.mode))
-    scales, biases = (layer[name].astype(mx.float32) for name in ("scales", "biases"))
+    weight = layer.weight[which]
+    scales, biases = (layer[name][which].astype(mx.float32) for name in ("scales", "biases"))
     if layer.bits not in (3, 5, 6):
-        return host(mx.dequantize(layer.weight, scales, biases, layer.group_size, layer.bits))
-    w = codes(np.array(layer.weight, copy=False), layer.bits).astype(np.float32)
+        return host(mx.dequantize(weight, scales, biases, layer.group_size, layer.bits))
+    w = codes(np.array(weight, copy=False), layer.bits).astype(np.float32)
     groups = w.reshape(*scales.shape, layer.group_size)
     groups *= host(scales)[..., None]
     groups += host(biases)[..., None]
@@ -163,10 +200,10 @@ def _elementwise(
 
 
 class _Held:
-    """Weights unpacked so far, by identity of their layer, and the bytes that may still be held."""
+    """Weights unpacked so far, by identity of layer and expert, and the bytes that may still be held."""
 
     def __init__(self) -> None:
-        self.weights: dict[int, tuple[Any, np.ndarray]] = {}
+        self.weights: dict[tuple[int, int | None], tuple[Any, np.ndarray]] = {}
         self.left = 0.0
 
 

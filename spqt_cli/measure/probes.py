@@ -10,7 +10,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 import numpy as np
@@ -18,7 +18,7 @@ from mlx import nn
 from mlx.utils import tree_unflatten
 
 from spqt_cli.decode import foreign
-from spqt_cli.decode.layers import ZigzagLinear, put_layers, zigzag_layers
+from spqt_cli.decode.layers import ZigzagLayer, ZigzagLinear, put_layers, zigzag_layers
 from spqt_cli.errors import UnsupportedError
 from spqt_cli.format import layout, thresholds
 from spqt_cli.measure import many_rows
@@ -39,13 +39,10 @@ class Masking:
         """x (..., inputs) with the layer's inactive channels set to zero, and counted.
 
         rows: (B, positions) booleans, True where a position is masked and counted; None: everywhere.
-        Raises UnsupportedError where `rows` is given and the layer does not see one row for each position.
+        Raises UnsupportedError where `rows` is given and the layer does not see rows of each position.
         """
-        if rows is not None and rows.size * x.shape[-1] != x.size:
-            raise UnsupportedError(
-                f"layer {path} does not see all positions at once",
-                "this model can't be calibrated block by block",
-            )
+        if rows is not None:
+            rows = np.repeat(rows.reshape(-1), rows_of_each(path, x, rows.size))
         seen = x.size if rows is None else int(rows.sum()) * x.shape[-1]
         self._seen[path] = self._seen.get(path, 0) + seen
         threshold = self._thresholds.get(path)
@@ -72,8 +69,9 @@ class Masking:
 class Harness:
     """What the probes of a model do: by default nothing; otherwise what an open context says."""
 
-    def __init__(self, layers: dict[str, ZigzagLinear]) -> None:
+    def __init__(self, layers: dict[str, ZigzagLayer]) -> None:
         self.layers = layers
+        self._sorted: _Sorted | None = None
         self._masking: tuple[Masking, np.ndarray | None] | None = None
         self._counter: _Counter | None = None
         self._slopes: Slopes | None = None
@@ -93,7 +91,7 @@ class Harness:
         ran, path -> counts of |x| per bin: (BINS,), int64.
 
         first: positions at the beginning of a pass that are left out. length: positions of a pass; layers
-        that don't see a row for each of them (experts, recurrent cells) are counted whole.
+        that don't see rows of each of them (experts in a list, recurrent cells) are counted whole.
         """
         found: dict[str, np.ndarray] = {}
         before, counter = self._counter, _Counter(first, length)
@@ -114,6 +112,29 @@ class Harness:
         finally:
             self._slopes = before
 
+    def sorting(self, stock: Callable[..., Any]) -> Callable[..., Any]:
+        """mlx-lm's `_gather_sort`, after which it is known which row belongs to which position."""
+
+        def gather_sort(x: mx.array, indices: mx.array) -> Any:
+            found = stock(x, indices)
+            self._sorted = _Sorted(x, indices, *found)
+            return found
+
+        return gather_sort
+
+    def watch_experts(self, path: str, x: mx.array, indices: mx.array) -> mx.array:
+        """x (..., 1, inputs) of experts as they are to see it; watched in the order of positions, where
+        mlx-lm has sorted its rows by expert.
+        """
+        known = self._sorted
+        if known is None or indices is not known.chosen:
+            return self.watch(path, x)
+        order = mx.argsort(known.inverse)
+        if x is known.rows:  # a position's row, once for each of its experts
+            return self.watch(path, known.x).flatten(0, -3)[order // known.indices.shape[-1]]
+        by_position = x[known.inverse].reshape(*known.indices.shape, *x.shape[-2:])
+        return self.watch(path, by_position).flatten(0, -3)[order]
+
     def watch(self, path: str, x: mx.array) -> mx.array:
         """x (..., inputs) as the layer is to see it."""
         if self._counter is not None:
@@ -124,6 +145,16 @@ class Harness:
             masking, rows = self._masking
             x = masking.apply(path, x, rows)
         return x
+
+
+class _Sorted(NamedTuple):
+    """One call of mlx-lm's `_gather_sort`: what it was given, and what it returned."""
+
+    x: mx.array
+    indices: mx.array
+    rows: mx.array
+    chosen: mx.array
+    inverse: mx.array
 
 
 class _Counter:
@@ -141,7 +172,8 @@ class _Counter:
             return
         self._last = (path, x)
         rows = x.reshape(-1, x.shape[-1])
-        added = thresholds.histogram(rows[self._first :] if len(rows) == self._length else rows)
+        each = len(rows) // self._length if self._length and len(rows) % self._length == 0 else 0
+        added = thresholds.histogram(rows[self._first * each :])
         self._counts[path] = self._counts[path] + added if path in self._counts else added
 
     def histograms(self, paths: Iterable[str]) -> dict[str, np.ndarray]:
@@ -185,16 +217,35 @@ class Slopes:
         mx.eval([*self._calls.values()])
 
 
+def rows_of_each(path: str, x: mx.array, positions: int) -> int:
+    """How many rows of x (..., inputs) each position has: one, or one for each expert that it is sent to.
+
+    Raises UnsupportedError where a layer does not see all positions at once.
+    """
+    each, others = divmod(x.size // x.shape[-1], positions)
+    if others or not each:
+        raise UnsupportedError(
+            f"layer {path} does not see all positions at once",
+            "this model can't be calibrated block by block",
+        )
+    return each
+
+
 class Probe(nn.Module):
     """A Zigzag layer with its harness: watches and masks x (..., inputs), multiplies densely."""
 
-    def __init__(self, path: str, layer: ZigzagLinear, harness: Harness) -> None:
+    def __init__(self, path: str, layer: ZigzagLayer, harness: Harness) -> None:
         super().__init__()
         self.layer = layer
         self._path, self._harness = path, harness
 
-    def __call__(self, x: mx.array) -> mx.array:
-        return many_rows.linear(self._harness.watch(self._path, x), self.layer)
+    def __call__(
+        self, x: mx.array, indices: mx.array | None = None, sorted_indices: bool = False
+    ) -> mx.array:
+        if indices is None:
+            return many_rows.linear(self._harness.watch(self._path, x), self.layer)
+        x = self._harness.watch_experts(self._path, x, indices)
+        return many_rows.experts(x, indices, self.layer, sorted_indices)
 
 
 @contextmanager
@@ -204,9 +255,22 @@ def probing(model: nn.Module) -> Iterator[Harness]:
     harness = Harness(layers)
     put_layers(model, {path: Probe(path, layer, harness) for path, layer in layers.items()})
     try:
-        yield harness
+        with _remembering(harness):
+            yield harness
     finally:
         put_layers(model, layers)
+
+
+@contextmanager
+def _remembering(harness: Harness) -> Iterator[None]:
+    """Where a model has Zigzag experts, let the harness know how mlx-lm sorts their rows."""
+    if all(isinstance(layer, ZigzagLinear) for layer in harness.layers.values()):
+        yield
+        return
+    from mlx_lm.models import switch_layers
+
+    with foreign.replaced([(switch_layers, "_gather_sort", harness.sorting(switch_layers._gather_sort))]):
+        yield
 
 
 @contextmanager
@@ -251,9 +315,11 @@ def continuation(model: nn.Module, tokens: mx.array, cache: list[Any]) -> mx.arr
         return model(tokens, cache=copy.deepcopy(cache))
 
 
-def weighted(skipped: Mapping[str, float], layers: Mapping[str, ZigzagLinear]) -> float:
-    """The fraction of all Zigzag weights skipped. skipped: path -> fraction of the layer's inputs."""
-    sizes = {path: layer.inputs * layer.outputs for path, layer in layers.items()}
+def weighted(skipped: Mapping[str, float], layers: Mapping[str, ZigzagLayer]) -> float:
+    """The fraction skipped of the Zigzag weights that a token reads. skipped: path -> fraction of the layer's
+    inputs.
+    """
+    sizes = {path: layer.size for path, layer in layers.items()}
     return sum(skipped.get(path, 0.0) * size for path, size in sizes.items()) / sum(sizes.values())
 
 
@@ -262,17 +328,25 @@ def hooked(modules: Iterable[nn.Module], hook: Callable[..., Any]) -> Iterator[N
     """Calls of these modules go to hook(module, call, x, ...) here; `call` is their class's own code."""
     known = {id(module): module for module in modules}
     kinds: set[Any] = {type(module) for module in known.values()}  # classes whose calls are replaced
+    running: set[int] = set()  # their own code: a fused block has two classes
 
     def through(call: Callable[..., Any]) -> Callable[..., Any]:
         first = list(inspect.signature(call).parameters)[1]
 
+        def own(module: nn.Module, *given: Any, **named: Any) -> Any:
+            running.add(id(module))
+            try:
+                return call(module, *given, **named)
+            finally:
+                running.discard(id(module))
+
         @functools.wraps(call)  # a hook inside this block asks for the signature again
         def ask(module: nn.Module, *given: Any, **named: Any) -> Any:
-            if id(module) not in known:
+            if id(module) not in known or id(module) in running:
                 return call(module, *given, **named)
             if first in named:  # GPT-J's blocks get their input by name
                 given = (named.pop(first), *given)
-            return hook(module, call, *given, **named)
+            return hook(module, own, *given, **named)
 
         return ask
 

@@ -20,6 +20,13 @@ PARAMETERS = {
     "qwen2.5-7b": 7_615_616_512,
     "qwen3-8b": 8_190_735_360,
     "qwen3-32b": 32_762_123_264,
+    "olmoe-1b-7b": 6_919_161_856,
+    "qwen3-30b-a3b": 30_532_122_624,
+    "gpt-oss-20b": 20_914_757_184,
+    "mixtral-8x7b": 46_702_792_704,
+    "deepseek-v3": 671_026_419_200,  # without the layers that predict further tokens, here and below
+    "glm-4.5-air": 106_852_251_264,
+    "minimax-m2": 228_689_764_864,
 }
 
 

@@ -52,3 +52,14 @@ def test_without_a_self_test_no_kernel_is_judged(monkeypatch, capsys):
     monkeypatch.setattr(doctor, "judged", lambda: pytest.fail("judged"))
     doctor.doctor(selftest=False, json_output=False)
     assert "backend" in capsys.readouterr().out
+
+
+def test_what_becomes_of_experts_is_said(monkeypatch, capsys):
+    from spqt_cli.backends import cpu
+
+    if cpu.status()[0]:
+        doctor.doctor(selftest=False, json_output=False)
+        assert "experts      skipped by channel" in capsys.readouterr().out
+    monkeypatch.setenv("SPQT_BACKEND", "stock")
+    doctor.doctor(selftest=False, json_output=False)
+    assert "experts      masked and read whole" in capsys.readouterr().out

@@ -88,13 +88,16 @@ def planned(tmp_path: Path, name: str, **wishes: Any) -> tuple[Plan, dict[str, s
         ("deepseek_v3", "model.layers.1.mlp.gate"),
     ],
 )
-def test_routers_and_experts_stay(tmp_path: Path, name: str, router: str) -> None:
-    _, kinds = planned(tmp_path, name)
+def test_routers_stay_and_experts_are_zigzag(tmp_path: Path, name: str, router: str) -> None:
+    result, kinds = planned(tmp_path, name)
     assert kinds[router] != ZIGZAG
     assert kinds["model.layers.1.self_attn.o_proj"] == ZIGZAG
-    experts = [kind for path, kind in kinds.items() if ".switch_mlp." in path]
+    experts = [path for path in kinds if ".switch_mlp." in path]
     assert experts
-    assert set(experts) == {ROWS}
+    assert {kinds[path] for path in experts} == {ZIGZAG}
+    assert {result.quantization[path]["spqt"]["experts"] for path in experts} == {4}
+    parts = {part.name: part.shape for unit in result.units for part in unit.parts}
+    assert {parts[f"{path}.weight"][0] for path in experts} == {4}
     assert kinds["model.embed_tokens"] == kinds["lm_head"] == ROWS
     assert kinds["model.layers.1.input_layernorm"] == PLAIN
 
@@ -162,7 +165,7 @@ def test_vision_weights_are_dropped_by_mlx_lm(tmp_path: Path) -> None:
 )
 def test_embedding_and_head_have_bits_of_their_own(tmp_path: Path, wishes: dict[str, int], bits: int) -> None:
     result, _ = planned(tmp_path, "mixtral", **wishes)
-    found = {unit.path: unit.bits for unit in result.units if unit.kind == ROWS}
+    found = {unit.path: unit.bits for unit in result.units if unit.kind in (ROWS, ZIGZAG)}
     body = wishes.get("bits", 4)
     assert found["model.embed_tokens"] == found["lm_head"] == bits
     assert {found[path] for path in found if ".switch_mlp." in path} == {body}
@@ -178,12 +181,20 @@ def test_own_settings_of_projections(tmp_path: Path) -> None:
     assert found["model.layers.0.self_attn.v_proj"] == (5, 32)
     assert kinds["model.layers.0.self_attn.o_proj"] == ROWS
     assert found["model.layers.0.self_attn.o_proj"] == (4, 32)  # Zigzag layers alone
-    assert {found[path] for path in found if ".switch_mlp." in path} == {(4, 32)}
+    assert {found[path] for path in found if ".switch_mlp." in path} == {(5, 32)}
 
 
 def test_models_own_rules_stand_above_wishes(tmp_path: Path) -> None:
     result, _ = planned(tmp_path, "granite", projections=(("down_proj", 5, 32),))
     assert result.quantization["model.layers.0.mlp.down_proj"]["bits"] == 8
+
+
+def test_skipped_experts_stay_row_grouped(tmp_path: Path) -> None:
+    result, kinds = planned(tmp_path, "mixtral", skip=("switch_mlp.down_proj",))
+    assert kinds["model.layers.1.block_sparse_moe.switch_mlp.down_proj"] == ROWS
+    assert kinds["model.layers.1.block_sparse_moe.switch_mlp.up_proj"] == ZIGZAG
+    reasons = {unit.path: unit.reason for unit in result.units}
+    assert reasons["model.layers.1.block_sparse_moe.switch_mlp.down_proj"] == plan.KEPT_BY_WISH
 
 
 def test_skipped_suffix_stays_row_grouped(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ def test_a_calibrated_config_passes(config, calibrated):
     contract.check(config, calibrated)
 
 
-@pytest.mark.parametrize("version", [2, 99])
+@pytest.mark.parametrize("version", [contract.FORMAT_VERSION + 1, 99])
 def test_fault_28_newer_format_asks_for_an_upgrade(config, calibrated, version):
     config["spqt"]["format_version"] = version
     assert isinstance(refused(config, calibrated, "format"), UnsupportedError)

@@ -71,7 +71,7 @@ def test_codes_scales_and_biases_mean_what_the_contract_says(bits, group_size):
         w = random_matrix(outputs, inputs)
         band = layout.band_of(outputs, group_size)
         packed = layout.quantize(w, bits, group_size, band)
-        shapes = layout.packed_shapes(outputs, inputs, bits, group_size, band)
+        shapes = layout.packed_shapes((outputs, inputs), bits, group_size, band)
         assert tuple(part.shape for part in packed) == (shapes[0], shapes[1], shapes[1])
         expected = oracle(*packed, outputs, bits, group_size)
         restored = layout.dequantize(*packed, outputs=outputs, bits=bits, group_size=group_size)
@@ -188,3 +188,34 @@ def test_pack_is_what_mlx_unpacks(bits, group_size):
     got = mx.dequantize(weight, ones, mx.zeros_like(ones), group_size=group_size, bits=bits)
     np.testing.assert_array_equal(np.array(got), codes)
     assert weight.dtype == mx.uint32
+
+
+def test_experts_are_matrices_one_after_another():
+    w = mx.stack([random_matrix(96, 24) * (e + 1) for e in range(3)])
+    packed = layout.quantize(w, 4, 32, 64)  # two bands, the last one filled
+    shapes = layout.packed_shapes(w.shape, 4, 32, 64)
+    assert tuple(part.shape for part in packed) == (shapes[0], shapes[1], shapes[1])
+    restored = layout.dequantize(*packed, outputs=96, bits=4, group_size=32)
+    for expert, matrix in enumerate(w):
+        alone = layout.quantize(matrix, 4, 32, 64)
+        assert all(mx.array_equal(a[expert], b) for a, b in zip(packed, alone, strict=True))
+        assert mx.array_equal(restored[expert], layout.dequantize(*alone, outputs=96, bits=4, group_size=32))
+
+
+@pytest.mark.parametrize("band", [32, 64, 96])
+def test_products_by_experts_agree_with_float64(band):
+    w = mx.stack([random_matrix(96, 24) * (e + 1) for e in range(3)])
+    packed = layout.quantize(w, 4, 32, band)
+    plain = np.array(layout.dequantize(*packed, outputs=96, bits=4, group_size=32), dtype=np.float64)
+    form = {"outputs": 96, "bits": 4, "group_size": 32}
+    for x_shape, indices in (
+        ((2, 1, 1, 24), mx.array([[0, 2], [1, 1]], mx.uint32)),  # a token's row for all of its experts
+        ((2, 2, 1, 24), mx.array([[2, 0], [1, 2]], mx.uint32)),  # a row for each
+        ((5, 3, 24), mx.array([0, 0, 1, 1, 2], mx.uint32)),  # sorted, several rows
+    ):
+        x = mx.random.normal(x_shape, key=mx.random.key(1))
+        for in_order in (False, indices.ndim == 1):
+            y = layout.gather_matmul(x, indices, *packed, **form, sorted_indices=in_order)
+            exact = np.array(x, dtype=np.float64) @ plain[np.array(indices)].swapaxes(-1, -2)
+            assert y.shape == exact.shape
+            np.testing.assert_allclose(np.array(y), exact, atol=1e-5 * np.abs(exact).max())

@@ -178,22 +178,22 @@ def _generates(folder: Path) -> None:
 class Masked(nn.Module):
     """The definition of a Zigzag layer: a plain one, of whose inputs a decode step sees the active ones.
 
-    weight: (outputs, inputs), float32. threshold: None to skip nothing.
+    linear: an `nn.Linear`, or experts as a `SwitchLinear`, float32. threshold: None to skip nothing.
     """
 
-    def __init__(self, linear: nn.Linear, threshold: float | None) -> None:
+    def __init__(self, linear: Any, threshold: float | None) -> None:
         super().__init__()
         self.linear = linear
         self._threshold = None if threshold is None else mx.array([threshold], mx.float32)
         self.gap = 1.0  # the smallest distance of an input from the threshold, relative to it
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, *chosen: Any, **named: Any) -> mx.array:
         if self._threshold is not None and phase.decodes():
             if self._threshold.item() > 0:
                 distance = mx.abs(mx.abs(x) - self._threshold) / self._threshold
                 self.gap = min(self.gap, distance.min().item())
             x = layout.mask(x, self._threshold)
-        return self.linear(x)
+        return self.linear(x, *chosen, **named)
 
 
 def _difference(folder: Path, thresholds: Thresholds) -> float:
@@ -245,7 +245,7 @@ def _definition(folder: Path, thresholds: Thresholds) -> nn.Module:
         entry = config["quantization"].get(path) or config["quantization"]
         packed = [stored.pop(f"{path}.{part}") for part in ("weight", "scales", "biases")]
         if path in thresholds:
-            form = {"outputs": modules[path].weight.shape[0], "bits": entry["bits"]}
+            form = {"outputs": modules[path].weight.shape[-2], "bits": entry["bits"]}
             w = layout.dequantize(*packed, **form, group_size=entry["group_size"])
         else:
             w = mx.dequantize(*packed, group_size=entry["group_size"], bits=entry["bits"])

@@ -181,6 +181,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "text_config": "muse_spark.TextArgs", "rope_parameters": ROPE, "layer_types": MIXED,
         "layer_rope_theta": [10000.0, 0, 10000.0, 0], "final_logit_softcapping": 20.0,
         "output_multiplier": 1.0, "moe_hidden_size": 128, "num_shared_experts": 0,
+        "outer": {"audio_config": {"out_hidden_size": 128}, "out_hidden_size": 128},
     },
     "nemotron": {"hidden_act": "relu2"},
     "nemotron-nas": {
@@ -241,5 +242,5 @@ def config(name: str) -> dict[str, Any]:
     args_class = getattr(importlib.import_module(f"mlx_lm.models.{module_name}"), args_name)
     text = {**fields(args_class), "model_type": module_name, **own}
     del text["text_config"]
-    outer = {"vocab_size": VOCAB} if own.get("vocab_size") else {}
+    outer = {"vocab_size": VOCAB} if own.get("vocab_size") else text.pop("outer", {})  # beside the text model
     return {"model_type": name, "text_config": text, **outer}

@@ -43,5 +43,8 @@ def prepare(layers: Sequence[Projection]) -> Step:
     return lambda x, counted: stock.add_counts(sparse_gemv(x, layers), counted)
 
 
+prepare_experts, experts_matmul = stock.prepare_experts, stock.experts_matmul
+
+
 def arrange(layers: Sequence[Projection]) -> None:
     """The arrays stay as they are."""

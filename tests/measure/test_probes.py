@@ -11,14 +11,18 @@ from spqt_cli.calibrate import calibrate
 from spqt_cli.convert import convert
 from spqt_cli.decode import phase, session
 from spqt_cli.decode.layers import zigzag_layers
-from spqt_cli.measure import probes
+from spqt_cli.measure import many_rows, probes
 from tests.conftest import tiny_checkpoint
+from tests.lib.mixture import PROJECTIONS, tiny_mixture
 
 
-@pytest.fixture(scope="module", params=["qwen2", "gemma3"])
+@pytest.fixture(scope="module", params=["qwen2", "gemma3", "mixture"])
 def folder(request, tmp_path_factory) -> Path:
     base = tmp_path_factory.mktemp(request.param)
-    source = tiny_checkpoint(base / "source", request.param)
+    if request.param == "mixture":
+        source = tiny_mixture(base / "source")
+    else:
+        source = tiny_checkpoint(base / "source", request.param)
     convert.convert(str(source), base / "model", convert.ConvertOptions(bits=4, group_size=32))
     # windows of 160 tokens: a prompt of 80 is longer than gemma3's sliding window of 64
     options = calibrate.CalibrateOptions(sparsity=0.4, tokens=640, window=160, method="auto")
@@ -51,9 +55,12 @@ def test_masked_rows_are_one_token_steps(folder):
 
 def test_weighted_counts_dense_layers_as_zero(folder):
     layers = zigzag_layers(session.load(folder).model)
-    whole = sum(layer.inputs * layer.outputs for layer in layers.values())
+    sizes = {
+        path: layer.inputs * layer.outputs * (2 if path in PROJECTIONS else 1)  # of experts, two are read
+        for path, layer in layers.items()
+    }
     one = next(iter(layers))
-    expected = 0.5 * layers[one].inputs * layers[one].outputs / whole
+    expected = 0.5 * sizes[one] / sum(sizes.values())
     assert probes.weighted({one: 0.5}, layers) == pytest.approx(expected)
 
 
@@ -92,3 +99,61 @@ def test_hooks_see_an_input_that_is_given_by_name():
         assert module(mx.array(4), 5).item() == 20
     assert seen == [(3, (), {"scale": 2})] * 2 + [(4, (5,), {})] * 2
     assert module(inputs=mx.array(3)).item() == 3
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory):
+    base = tmp_path_factory.mktemp("probed")
+    source = tiny_mixture(base / "source")
+    convert.convert(str(source), base / "model", convert.ConvertOptions(bits=4, group_size=32))
+    return session.load(base / "model", dense=True).model
+
+
+def test_rows_of_experts_are_watched_in_the_order_of_positions(mixture):
+    """mlx-lm sorts 64 rows and more by expert: 40 tokens of 2 experts are, 20 are not."""
+    tokens = mx.array(np.random.default_rng(3).integers(5, 500, (1, 40)))
+    gate, up, down = PROJECTIONS
+    with probes.probing(mixture) as harness:
+        whole = mixture(tokens)
+        seen = {}
+        for path in (gate, down):
+            rows = np.zeros((1, 40), bool)
+            rows[0, 25:] = True
+            masking = probes.Masking({path: 1e9})
+            with harness.masked(masking, rows):
+                seen[path] = mixture(tokens)
+            assert masking.realised()[path] == 1
+            same = np.abs(np.array(seen[path] - whole)[0]).max(axis=-1) < 1e-5
+            assert same[:25].all()  # what is before the masked positions
+            assert not same[25:].any()
+        with harness.counting(10, 40) as late:
+            mx.eval(mixture(tokens))
+        with harness.counting() as counts:
+            mx.eval(mixture(tokens))
+    inputs = {path: harness.layers[path].inputs for path in PROJECTIONS}
+    for path, each in ((gate, 1), (up, 1), (down, 2)):
+        assert counts[path].sum() == 40 * each * inputs[path]
+        assert late[path].sum() == 30 * each * inputs[path]
+
+
+def test_sorted_rows_have_the_gradients_of_rows_that_are_not(mixture):
+    """A position's row has one gradient, over all its experts, however their rows are laid out."""
+    tokens = mx.array(np.random.default_rng(4).integers(5, 500, (1, 40)))
+    with probes.probing(mixture) as harness:
+
+        def slopes(network_tokens):
+            with harness.differentiated() as found, many_rows.many_rows():
+
+                def objective(origin):
+                    found.origin = origin
+                    return mixture(network_tokens)[:, :20].sum()
+
+                mx.eval(mx.grad(objective)(found.origin))
+                found.evaluate()
+            return {path: (x, g) for path, x, g in found.pairs()}
+
+        alone, beside = slopes(tokens[:, :20]), slopes(tokens)
+    for path in PROJECTIONS:
+        for few, many in zip(alone[path], beside[path], strict=True):
+            first = many.reshape(-1, many.shape[-1])[: few.size // few.shape[-1]]
+            assert mx.allclose(first, few.reshape(first.shape), rtol=1e-3, atol=1e-4)

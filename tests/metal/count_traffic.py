@@ -42,7 +42,7 @@ def activity(inputs: int, density: float, clustered: bool) -> np.ndarray:
 
 def _empty(outputs: int, inputs: int, bits: int, band: int) -> ZigzagLinear:
     """A layer of zeros with a threshold of 1."""
-    codes, scales = layout.packed_shapes(outputs, inputs, bits, 64, band)
+    codes, scales = layout.packed_shapes((outputs, inputs), bits, 64, band)
     layer = ZigzagLinear(outputs, bits, 64, band)
     layer.weight = mx.zeros(codes, dtype=mx.uint32)
     layer.scales, layer.biases = mx.zeros(scales, dtype=mx.float16), mx.zeros(scales, dtype=mx.float16)

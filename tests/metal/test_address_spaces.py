@@ -16,7 +16,7 @@ import pytest
 
 from spqt_cli.backends import problems
 from spqt_cli.backends.gpu import backend as gpu
-from spqt_cli.backends.gpu import compensate, dequantize, first_use, geometry, kernel_text, rows
+from spqt_cli.backends.gpu import compensate, dequantize, experts, first_use, geometry, kernel_text, rows
 from spqt_cli.backends.gpu import launch as launching
 from tests.metal.emulator import clang_text, metal_text
 
@@ -99,6 +99,16 @@ def test_bodies_keep_to_their_address_spaces(clang, monkeypatch, tmp_path, kind,
         assert refusals(clang, text, tmp_path) == ""
 
 
+@pytest.mark.parametrize("pairs", [6, 8])  # of under eight indices the address space is another
+@pytest.mark.parametrize("cut", [WIDE, NARROW])
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32])
+def test_chosen_experts_keep_to_their_address_spaces(clang, tmp_path, dtype, cut, pairs):
+    _, stacks = problems.experts(problems.Case((128, 128), 100, 4, dtype=dtype), 3)
+    plan = experts.make_plan(dtype, stacks, cut._replace(stripe=100), pairs, pairs // 2)
+    arrays = [mx.zeros((2, 100), dtype), *plan.inputs, mx.zeros((pairs,), mx.uint32), plan.form]
+    assert refusals(clang, metal_text(plan.launch, arrays), tmp_path) == ""
+
+
 FEW = geometry.RowsGeometry(8, 8, 16, 8, 2, 256, 8, 1, 50)
 MATRIX = geometry.MatrixGeometry(16, 8, 128, 2, 64, 2, 4, 50)
 GEMM = geometry.GemmGeometry(64, 128, 32, 64, 32, 2, 4, 50)
@@ -150,7 +160,9 @@ def kernels():
     plan = launching.make_plan((1, 1, 100), mx.float16, problems.matrices(case), WIDE, launching.Form())
     spans = compensate.spans(4, 64, mx.float16, 1)
     whole = dequantize.make_plan(mx.float16, problems.matrices(case_of(1, 4))[0]).launch
-    launches = (plan.gemv, plan.reduce, plan.counts, spans, whole)
+    _, stacks = problems.experts(problems.Case((128,), 100), 2)
+    chosen = experts.make_plan(mx.float16, stacks, WIDE._replace(stripe=100), 8, 2).launch
+    launches = (plan.gemv, plan.reduce, plan.counts, spans, whole, chosen)
     every = [one.kernel for one in launches] + rows_plan(FEW, 2).kernels
     every += rows_plan(MATRIX, 1).kernels + rows_plan(GEMM, 1).kernels
     return {one.files[-1]: one for one in every}

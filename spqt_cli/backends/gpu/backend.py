@@ -14,13 +14,15 @@ from typing import cast
 import mlx.core as mx
 
 from spqt_cli.backends import stock
-from spqt_cli.backends.gpu import compensate, dequantize, first_use, geometry, rows, ways, weights
+from spqt_cli.backends.gpu import compensate, dequantize, experts, first_use, geometry, rows, ways, weights
 from spqt_cli.backends.gpu import launch as launching
 from spqt_cli.backends.gpu.launch import Form, Plan, launch
 from spqt_cli.backends.interface import (
     Backend,
     Calls,
     Count,
+    Experts,
+    ExpertsStep,
     FusedCalls,
     GatedStep,
     HeadStep,
@@ -31,6 +33,7 @@ from spqt_cli.backends.interface import (
     Step,
     Tail,
     TailStep,
+    pairs,
 )
 from spqt_cli.format import layout
 
@@ -57,6 +60,7 @@ def find() -> Backend | str | None:
                 fused=fused,
                 count_every=8,
                 traces=True,
+                skips_experts=True,
                 compensate=rounder,
                 many_rows=many_rows,
             )
@@ -174,6 +178,53 @@ def prepare_tail(x: mx.array, tail: Tail) -> TailStep | None:
         return y, [count, count_pair, count_down]
 
     return step
+
+
+def prepare_experts(layers: Sequence[Experts]) -> ExpertsStep:
+    """As `select.prepare_experts`, traced as `prepare` is; by MLX's own kernel where ours can't."""
+    whole = stock.prepare_experts(layers)
+
+    @mx.compile
+    def step(x: mx.array, indices: mx.array, counted: Count) -> tuple[list[mx.array], Count]:
+        plan = _experts_plan(x, indices, layers)
+        if plan is None:
+            return whole(x, indices, counted)
+        if x.shape[:-2] != (*indices.shape[:-1], 1):
+            x, indices = stock.spread(x, indices)
+        products, active = experts.launch(x, indices, plan)
+        outputs = [y.reshape(*indices.shape, 1, y.shape[-1]) for y in products]
+        for at, layer in enumerate(layers):
+            if (bias := layer.get("bias")) is not None:
+                outputs[at] += mx.expand_dims(bias[indices], -2).astype(x.dtype)
+        return outputs, None if counted is None else counted + active.sum(axis=0)
+
+    return step
+
+
+def _experts_plan(x: mx.array, indices: mx.array, layers: Sequence[Experts]) -> experts.ExpertsPlan | None:
+    """The plan of a call, made once; None if the kernel can't take these layers, or failed its check."""
+    each = indices.shape[-1] if x.shape[:-2] == (*indices.shape[:-1], 1) else 1
+    count = pairs(x, indices)
+    plans = weights.kept(layers[0]).plans
+    key = ("experts", count, each, x.dtype, *map(id, layers))
+    if key in plans:
+        known: experts.ExpertsPlan | None = plans[key]
+        if known is None or known.still_fits(layers):
+            return known
+    plan = None
+    if launching.one_launch(layers) and not launching.tiny(layers):
+        inputs, precise = layers[0].weight.shape[-2], x.dtype == mx.float32
+        cut = geometry.choose_experts(device_class(), launching.bands(layers), inputs, count, precise)
+        plan = experts.make_plan(x.dtype, layers, cut, count, each)
+        if first_use.experts_verdict(plan, x.dtype, layers, cut):
+            plan = None
+    plans[key] = plan
+    return plan
+
+
+def experts_matmul(x: mx.array, indices: mx.array, layer: Experts, sorted_indices: bool) -> mx.array:
+    """As `select.experts_matmul`."""
+    return stock.experts_matmul(x, indices, layer, sorted_indices)
 
 
 def _gated_plan(x: mx.array, pair: Sequence[Projection], norm: Norm | None) -> Plan | None:

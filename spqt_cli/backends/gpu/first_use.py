@@ -20,7 +20,7 @@ from typing import Any
 import mlx.core as mx
 
 from spqt_cli.backends import accuracy, interface, problems
-from spqt_cli.backends.gpu import dequantize, geometry, kernel_text, rows
+from spqt_cli.backends.gpu import dequantize, experts, geometry, kernel_text, rows
 from spqt_cli.backends.gpu.launch import Form, Plan, launch, make_plan, per_channel
 from spqt_cli.system import files
 from spqt_cli.version import __version__
@@ -63,6 +63,13 @@ def rows_verdict(plan: rows.RowsPlan, layers: Sequence[Any], *, dense: bool) -> 
 def whole_verdict(plan: dequantize.WholePlan, dtype: mx.Dtype, layer: Any) -> str:
     """As `verdict`, of the kernel that dequantizes."""
     return _verdict([plan.launch.kernel], lambda: whole_fault(dtype, layer))
+
+
+def experts_verdict(
+    plan: experts.ExpertsPlan, dtype: mx.Dtype, layers: Sequence[Any], cut: geometry.Geometry
+) -> str:
+    """As `verdict`, of the kernel for chosen experts."""
+    return _verdict([plan.launch.kernel], lambda: experts_fault(dtype, layers, cut, plan.pairs))
 
 
 def _verdict(kernels: Sequence[kernel_text.Kernel], fault_of: Callable[[], str]) -> str:
@@ -152,6 +159,33 @@ def rows_fault(dtype: mx.Dtype, layers: Sequence[Any], cut: rows.Cut, *, dense: 
         plan = rows.make_plan(dtype, matrices, small, dense)
         first, second = rows.launch(x, plan), rows.launch(x, plan)
         found = accuracy.judge_rows(x, matrices, first, second, rounded=not few)
+        if not found.passed:
+            return f"a GPU kernel is wrong on this machine ({found.words()})"
+    return ""
+
+
+def experts_fault(dtype: mx.Dtype, layers: Sequence[Any], cut: geometry.Geometry, pairs: int) -> str:
+    """What is wrong with the kernel of such a cut on a small random problem, run twice; empty if nothing is.
+
+    pairs: of the kernel; tried are two rows of x, three or four pairs for each, among three experts of two
+    bands.
+    """
+    dense, group = all(layer.threshold is None for layer in layers), layers[0].group_size
+    band = -(-cut.tile // group) * group
+    case = _small(dtype, layers, band, [3 + p for p in range(len(layers))], dense=dense)
+    case = dataclasses.replace(case, outputs=tuple(band + one for one in case.outputs), bias=False)
+    alone, stacks = problems.experts(case, 3)
+    if dense:
+        for one in (*stacks, *(each for some in alone for each in some)):
+            one.set_threshold(0.0)
+    x, each = problems.rows(case, 2).reshape(2, INPUTS), 3 if pairs < experts.SMALL else 4
+    chosen = [2, 0, 1, 1, 1, 2, 0, 2][: 2 * each]
+    plan = experts.make_plan(dtype, stacks, cut._replace(stripe=INPUTS), len(chosen), each)
+    results = [experts.launch(x, mx.array(chosen, mx.uint32), plan) for _ in range(2)]
+    for pair, expert in enumerate(chosen):
+        row = x[pair // each].reshape(1, 1, -1)
+        first, second = (([y[pair] for y in ys], active[pair]) for ys, active in results)
+        found = accuracy.judge(row, alone[expert], first, second)
         if not found.passed:
             return f"a GPU kernel is wrong on this machine ({found.words()})"
     return ""

@@ -11,6 +11,7 @@ OUTPUTS = 32  # of one lane: 64 were no faster, and halve the lanes that fit
 SLICE = 8  # sums per lane in threadgroup memory at one time: 12 KB at 384 threads
 LEAST_STRIPE = 32  # channels: below, collecting costs more than multiplying
 LEAST_WEIGHTS = 1 << 20  # below, one launch takes less time than two, however few cores it fills
+FEWEST_LANES = 4  # of a tile of experts: 128 outputs, 64 bytes of 4-bit codes of a channel
 MOST_LISTED = 2048  # channels: 8 KB of list
 
 # Metal: a tile is a whole band up to 8,192 outputs, so that no line of codes, scales or biases is
@@ -67,19 +68,42 @@ def choose(kind: str, bands: Sequence[tuple[int, int]], inputs: int, precise: bo
     kind: "cuda", or Metal's GPU class: "p", "g", "s" or "d" for phone, base and Pro, Max, Ultra. precise: x
     is float32, so that the rounding of sums shows; in 16 bits the result's own hides it.
     """
+    lanes = _widest(kind, bands)
+    tiles = _tiles(bands, lanes)
+    stripes = max(1, min(inputs // LEAST_STRIPE, THREADGROUPS[kind] // tiles))
+    if tiles * lanes * OUTPUTS * inputs <= LEAST_WEIGHTS:
+        stripes = 1
+    return _cut(kind, lanes, -(-inputs // stripes), precise)
+
+
+def choose_experts(
+    kind: str, bands: Sequence[tuple[int, int]], inputs: int, pairs: int, precise: bool = False
+) -> Geometry:
+    """As `choose`, for sparse_experts.metal and so many pairs of a row and an expert: in one stripe, and so
+    in narrower tiles where there are too few threadgroups.
+    """
+    lanes = _widest(kind, bands)
+    while lanes > FEWEST_LANES and _tiles(bands, lanes) * pairs < THREADGROUPS[kind]:
+        lanes = max(FEWEST_LANES, -(-lanes // 2))
+    return _cut(kind, lanes, inputs, precise)
+
+
+def _widest(kind: str, bands: Sequence[tuple[int, int]]) -> int:
+    """The lanes of the widest tile."""
     widest = _units(max(band for band, _ in bands))
-    parts = -(-widest // MOST_LANES.get(kind, METAL_LANES))
-    lanes = -(-widest // parts)
+    return -(-widest // -(-widest // MOST_LANES.get(kind, METAL_LANES)))
+
+
+def _tiles(bands: Sequence[tuple[int, int]], lanes: int) -> int:
+    return sum(-(-_units(band) // lanes) * number for band, number in bands)
+
+
+def _cut(kind: str, lanes: int, stripe: int, precise: bool) -> Geometry:
     # Narrow tiles share a simdgroup; else the rows are those of a tile of whole simdgroups.
     rows = max(
         1, MOST_THREADS.get(kind, METAL_THREADS) // (lanes if lanes <= 16 else -(-lanes // SIMD) * SIMD)
     )
     threads = -(-lanes * rows // SIMD) * SIMD
-    tiles = sum(-(-_units(band) // lanes) * number for band, number in bands)
-    stripes = max(1, min(inputs // LEAST_STRIPE, THREADGROUPS[kind] // tiles))
-    if tiles * lanes * OUTPUTS * inputs <= LEAST_WEIGHTS:
-        stripes = 1
-    stripe = -(-inputs // stripes)
     passes = -(-stripe // MOST_LISTED)
     listed = -(-stripe // (passes * threads)) * threads
     # Subnormal codes need no conversion, but Apple GPUs flush them to zero.

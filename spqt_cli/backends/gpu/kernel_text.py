@@ -130,6 +130,24 @@ def gemv_kernel(constants: Constants, threads: int, partial: bool) -> Kernel:
 
 
 @cache
+def experts_kernel(constants: Constants, threads: int) -> Kernel:
+    """sparse_experts.metal with its constants; form: pairs of each row of x, and the number of experts.
+
+    Arrays of under eight elements have another type in Metal: FEW_PAIRS says whether `indices` is one, so
+    that either kernel has a name of its own.
+    """
+    constants = (*constants, ("THREADS", threads), ("COUNTS", COUNTS))
+    ys = _names("y", int(dict(constants)["P"]))
+    call = THREAD + _projection("threadgroup_position_in_grid.x") + f"device T* y = {_pick(ys)};\n"
+    call += "const uint expert = indices[threadgroup_position_in_grid.y];\n"
+    call += "const uint each = form[0], experts = form[1];\n"
+    call += "sparse_experts(x, settings, packed, expert, each, experts, y, active, projection, memory, me);\n"
+    files = (*HELPERS, "sparse_gemv.metal", "sparse_experts.metal")
+    name, inputs = _name("experts", constants, call), ("x", "settings", "packed", "indices", "form")
+    return Kernel(name, inputs, (*ys, "active"), files, constants, "GemvMemory", call, threads)
+
+
+@cache
 def reduce_kernel(constants: Constants, then: Then) -> Kernel:
     """reduce_stripes.metal with its constants, and with what it does besides adding up."""
     shared = ("T", "P", "PER_CHANNEL", "HAS_BIAS", "OUTPUTS", "LANES")

@@ -130,7 +130,7 @@ def one_launch(layers: Sequence[Projection]) -> bool:
 def tiny(layers: Sequence[Projection], form: Form | None = None) -> bool:
     """Whether MLX would pass an array, under eight elements, in another address space: not worth a kernel."""
     sizes = [array.size for one in layers for array in (one.weight, one.scales, one.biases)]
-    sizes.append(layers[0].weight.shape[1])  # x
+    sizes.append(layers[0].weight.shape[-2])  # x
     if form and form.then == "residual":
         sizes.append(layers[0].outputs)
     return min(sizes) < 8
@@ -147,7 +147,7 @@ def make_plan(
     stripes = cut.stripes(shape[-1])
     tiles = sum(cut.tiles(band) * number for band, number in bands(layers))
     settings = settings_of(layers, joined, cut, form.dense, form.norm)
-    constants = _constants(dtype, layers, cut, form)
+    constants = constants_of(dtype, layers, cut, form)
     y_shapes = [_y_shape(shape, layer.outputs, form.then) for layer in layers]
     nothing = mx.zeros(len(layers), mx.uint32)
     known = tuple((layer.weight, layer.threshold) for layer in layers)
@@ -186,7 +186,7 @@ def turns(layers: Sequence[Projection], rotary: Rotary) -> bool:
 
 def bands(layers: Sequence[Projection]) -> list[tuple[int, int]]:
     """Per layer its band, in outputs, and the number of bands."""
-    return [(layer.weight.shape[2] * 32 // layer.bits, layer.weight.shape[0]) for layer in layers]
+    return [(layer.weight.shape[-1] * 32 // layer.bits, layer.weight.shape[-3]) for layer in layers]
 
 
 def settings_of(
@@ -195,9 +195,10 @@ def settings_of(
     cut: geometry.Cut,
     dense: bool,
     norm: Norm | None = None,
+    biased: bool | None = None,
 ) -> mx.array:
-    """The settings array of a launch: see metal/settings.h."""
-    inputs = layers[0].weight.shape[1]
+    """The settings array of a launch: see metal/settings.h. biased: with the layers' biases; None: if any."""
+    inputs = layers[0].weight.shape[-2]
     projections: list[ProjectionSettings] = []
     tiles = 0
     for layer, (band, number), one in zip(layers, bands(layers), joined, strict=True):
@@ -210,7 +211,7 @@ def settings_of(
     floats = [mx.zeros((1,)) if one is None else one.astype(mx.float32) for one in given]
     if per_channel(layers, dense=dense):
         floats = [mx.broadcast_to(one, (inputs,)) for one in floats]
-    if has_bias(layers):
+    if has_bias(layers) if biased is None else biased:
         biases = [layer.get("bias") for layer in layers]
         floats += [
             mx.zeros((layer.outputs,)) if bias is None else bias.astype(mx.float32)
@@ -232,9 +233,10 @@ def per_channel(layers: Sequence[Projection], *, dense: bool) -> bool:
     return not dense and any(one is not None and one.size > 1 for one in thresholds)
 
 
-def _constants(
+def constants_of(
     dtype: mx.Dtype, layers: Sequence[Projection], cut: geometry.Geometry, form: Form
 ) -> Constants:
+    """What sparse_gemv.metal takes for granted in a launch."""
     return (
         ("T", TYPES[dtype]),
         ("S", TYPES[layers[0].scales.dtype]),

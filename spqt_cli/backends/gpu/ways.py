@@ -217,7 +217,7 @@ def _layer(kind: Kind, seed: int) -> problems.Matrix:
     """A matrix of random codes; the caller's random numbers stay as they were."""
     outputs, inputs = SHAPE
     band = layout.band_of(outputs, kind.group_size)
-    codes, scales = layout.packed_shapes(outputs, inputs, kind.bits, kind.group_size, band)
+    codes, scales = layout.packed_shapes((outputs, inputs), kind.bits, kind.group_size, band)
     words = mx.random.randint(-(2**31), 2**31 - 1, codes, key=mx.random.key(seed)).view(mx.uint32)
     small = mx.full(scales, 0.01, kind.dtype)
     mx.eval(words, small)

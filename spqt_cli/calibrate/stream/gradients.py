@@ -14,7 +14,6 @@ import numpy as np
 from spqt_cli.calibrate import gradients
 from spqt_cli.calibrate.measurements import FIRST_TOKENS, OnProgress, check_counts, skippable
 from spqt_cli.calibrate.stream.blocks import Blocks, Run, through
-from spqt_cli.errors import UnsupportedError
 from spqt_cli.format import thresholds
 from spqt_cli.measure import many_rows, probes
 from spqt_cli.system import files
@@ -118,13 +117,9 @@ class _ThereAndBack:
         return cast(mx.array, by_input)[:, self._half :]  # the prompt is given: nothing goes through it
 
     def _second_half(self, path: str, x: mx.array) -> mx.array:
-        """The rows (half, inputs) of a window's second half, of a layer that sees one for each position."""
-        if x.size != self._tokens.shape[1] * x.shape[-1]:
-            raise UnsupportedError(
-                f"layer {path} does not see all positions at once",
-                "this model can't be calibrated block by block",
-            )
-        return x.reshape(-1, x.shape[-1])[self._half :]
+        """The rows (half, inputs) of a window's second half; of experts those of each position together."""
+        each = probes.rows_of_each(path, x, self._tokens.shape[1])
+        return x.reshape(-1, x.shape[-1])[self._half * each :]
 
     def _input_path(self, number: int) -> Path:
         return self._folder / f".spqt-hidden-input-{number}.npy"

@@ -4,6 +4,8 @@ Contract: a kernel with a planted fault is never used, is told once, and MLX's m
 is checked once per machine. The bound is accuracy.py's, derived in metal/README.md; it is not widened here.
 """
 
+import itertools
+
 import mlx.core as mx
 import pytest
 
@@ -34,7 +36,7 @@ def run_emulated(launch, inputs):
 def planted(monkeypatch, old, new):
     """The kernel body with one change."""
     real = kernel_text.body
-    assert old in real("sparse_gemv.metal")
+    assert old in real("sparse_gemv.metal") + real("sparse_experts.metal")
     monkeypatch.setattr(kernel_text, "body", lambda name: real(name).replace(old, new))
 
 
@@ -134,12 +136,23 @@ def test_selftest_table_shows_a_kernel_that_was_given_up(monkeypatch, fresh_trus
     monkeypatch.setattr(launching, "run", run_emulated)
     monkeypatch.setattr(select, "backend", lambda: EMULATED)
     monkeypatch.setattr(selftest, "_cases", lambda: [("one launch", Case((128,), 96))])
-    for checks in ("_reduction_checks", "_more_rows_checks", "_dense_checks"):
+    for checks in ("_reduction_checks", "_experts_checks", "_more_rows_checks", "_dense_checks"):
         monkeypatch.setattr(selftest, checks, list)
     use(monkeypatch, CUTS["narrow"])
     planted(monkeypatch, old, new)
     (row,) = selftest.run()
     assert not row["pass"]
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_selftest_table_judges_chosen_experts(monkeypatch, fresh_trust, wrong):
+    if wrong:
+        planted(monkeypatch, "ulong(expert) * bands", "ulong(0) * bands")
+    monkeypatch.setattr(launching, "run", run_emulated)
+    monkeypatch.setattr(select, "backend", lambda: EMULATED)
+    rows = [check() for check in itertools.islice(selftest._experts_checks(), 4)]
+    assert len(rows) == 4
+    assert {row["pass"] for row in rows} == {not wrong}
 
 
 @pytest.mark.parametrize("wrong", [False, True])
