@@ -15,7 +15,7 @@ from mlx import nn
 from spqt_cli.convert import card, encode
 from spqt_cli.convert.source import DTYPES
 from spqt_cli.decode import adapter_folder, session
-from spqt_cli.decode.layers import ZigzagLinear, base
+from spqt_cli.decode.layers import ZigzagLayer, base
 from spqt_cli.errors import SpqtError
 from spqt_cli.fit.weights_file import WeightsFile, copy_folder
 from spqt_cli.format import layout, locate
@@ -84,8 +84,10 @@ def _write(folder: Folder, adapter: Path, target: Path, config: dict[str, Any]) 
 def _tensors(path: str, adapter: Any, stored: Any) -> dict[str, mx.array]:
     """The stored tensors of one adapted layer, adapter and all, evaluated."""
     layer = base(adapter)
-    if isinstance(layer, ZigzagLinear):
-        whole = adapter.merged().astype(_dtype(stored[f"{path}.scales"]))
+    if isinstance(layer, ZigzagLayer):
+        from spqt_cli.decode import adapters  # builds on mlx-lm's tuner, which put the adapter on
+
+        whole = adapters.merged(adapter).astype(_dtype(stored[f"{path}.scales"]))
         parts = layout.quantize(whole, layer.bits, layer.group_size, layer.band)
         found = dict(zip(PACKED, parts, strict=True))
     else:

@@ -9,7 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 from mlx_lm.tuner.dora import DoRALinear
-from mlx_lm.tuner.lora import LoRALinear
+from mlx_lm.tuner.lora import LoRALinear, LoRASwitchLinear
 
 from spqt_cli.decode import foreign
 from spqt_cli.decode.layers import ZigzagLinear
@@ -49,6 +49,16 @@ def _matrix(adapter: Any) -> mx.array:
 
 def _refuse_fusing() -> UnsupportedError:
     return UnsupportedError("mlx-lm's fuse can't write Zigzag layers", "spqt fuse MODEL ADAPTER -o FOLDER")
+
+
+def merged(adapter: Any) -> mx.array:
+    """The matrix (outputs, inputs) of a Zigzag base and its adapter together, or its experts', float32."""
+    if isinstance(adapter, LoRASwitchLinear):  # mlx-lm's own class serves Zigzag experts
+        return (
+            adapter.linear.dequantized().astype(mx.float32) + adapter.scale * adapter.lora_b @ adapter.lora_a
+        )
+    matrix: mx.array = adapter.merged()
+    return matrix
 
 
 class ZigzagLoRALinear(LoRALinear):

@@ -17,6 +17,7 @@ from tests.conftest import tiny_checkpoint
 from tests.decode.test_generate import dequantized_copy
 from tests.lib import adapters
 from tests.lib.converting import contents, leftovers, run_path
+from tests.lib.mixture import PROJECTIONS, tiny_mixture
 
 KINDS = ("lora", "dora")
 
@@ -73,6 +74,28 @@ def test_heads_embeddings_and_biases(tmp_path):
     assert np.linalg.norm(fused - exact) < 0.4 * np.linalg.norm(bare - exact)
     stored = {name: tensor.dtype for name, tensor in Folder(output).tensors.items()}
     assert stored == {name: tensor.dtype for name, tensor in Folder(converted).tensors.items()}
+
+
+def test_experts(tmp_path):
+    """A mixture's experts have adapters of their own: the model with them, and what they are fused into."""
+    converted = run_path(tiny_mixture(tmp_path / "source"), tmp_path / "base")
+    keys = [f"mlp.switch_mlp.{name}_proj" for name in ("gate", "up", "down")]
+    adapter, plain = written(converted, tmp_path / "adapter", "lora", keys)
+    tokens = mx.array([[5, 9, 200, 31]])
+    exact = np.array(plain(tokens))
+    adapted = session.load(converted, dense=True, adapter_path=str(adapter)).model
+    bare = session.load(converted, dense=True).model
+    assert np.allclose(np.array(adapted(tokens)), exact, atol=1e-4)
+    result = fuser.fuse(str(converted), adapter, tmp_path / "out")
+    assert result.layers == len(PROJECTIONS)
+    fused, wanted = zigzag_layers(session.load(result.output, dense=True).model), dict(plain.named_modules())
+    for path in PROJECTIONS:
+        layer = fused[path]
+        form = {"outputs": layer.outputs, "bits": layer.bits, "group_size": layer.group_size}
+        rounded = layout.quantize(wanted[path].fuse().weight, layer.bits, layer.group_size, layer.band)
+        off = np.abs(np.array(layer.dequantized() - layout.dequantize(*rounded, **form)))
+        assert (off < 1e-4).mean() > 0.999
+    assert np.linalg.norm(np.array(bare(tokens)) - exact) > 0.01
 
 
 def test_nothing_is_written_where_it_fails(converted, tmp_path, monkeypatch):
