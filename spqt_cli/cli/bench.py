@@ -16,7 +16,7 @@ def bench(
     model: ModelArgument = None,
     model_option: ModelOption = None,
     shape: Annotated[
-        str | None, typer.Option(help="Random weights in the sizes of a known model: llama-3-8b, ...")
+        str | None, typer.Option(help="Random weights in the sizes of a known model, such as llama-3-8b.")
     ] = None,
     kernel: Annotated[
         bool, typer.Option("--kernel", help="Measure each projection alone, not tokens/s.")

@@ -26,10 +26,7 @@ def fit(
     quiet: Quiet = False,
     json_output: Json = False,
 ) -> None:
-    """Fit a converted model's weights to its source, so that rounding and skipping cost less.
-
-    Example: spqt fit model-spqt-4bit org/model -o model-fitted
-    """
+    """Fit a converted model's weights to its source, so that rounding and skipping cost less."""
     from spqt_cli.fit import fit as fitter
     from spqt_cli.fit.options import FitOptions
 

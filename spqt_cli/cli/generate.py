@@ -19,6 +19,9 @@ from spqt_cli.errors import UsageError
 
 def generate(
     model: ModelArgument = None,
+    words: Annotated[
+        str | None, typer.Argument(metavar="PROMPT", help="The prompt.", show_default=False)
+    ] = None,
     model_option: ModelOption = None,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="The prompt; '-' reads stdin.")] = None,
     prompt_file: Annotated[
@@ -72,8 +75,10 @@ def generate(
 ) -> None:
     """Write text from a prompt, decoding sparsely."""
     given = locals()  # by the names that the options have in decode/options.py
-    path = flags.needed(model, model_option, 'spqt generate MODEL --prompt "Hello"')
-    text = prompt_text(prompt, prompt_file)
+    if words is None and (prompt, prompt_file) == (None, None) and model_option not in (None, model):
+        model, words = None, model  # beside --model a lone argument is the prompt
+    path = flags.needed(model, model_option, 'spqt generate MODEL "Hello"')
+    text = prompt_text(prompt, prompt_file, words)
     if dense and sparsity is not None:
         raise UsageError("--dense and --sparsity exclude one another", "give one of them")
     from spqt_cli.decode import generate as generator

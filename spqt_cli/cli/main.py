@@ -25,7 +25,10 @@ from spqt_cli.cli import (
     fit,
     generate,
     inspect,
+    list_models,
     mlx_lm,
+    presets,
+    profile,
     serve,
     verify,
     worker,
@@ -86,19 +89,52 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "fit": fit.fit,
     "calibrate": calibrate.calibrate,
     "generate": generate.generate,
+    "run": generate.generate,
     "compare": compare.compare,
     "serve": serve.serve,
     "eval": evaluate.evaluate,
     "bench": bench.bench,
+    "list": list_models.list_models,
     "inspect": inspect.inspect,
     "verify": verify.verify,
+    "presets": presets.list_presets,
+    "profile": profile.profile,
     "doctor": doctor.doctor,
 }
+EXAMPLES = {
+    "convert": "spqt convert org/name -o my-model",
+    "fit": "spqt fit my-model org/name -o my-fitted-model",
+    "calibrate": "spqt calibrate my-model --sparsity 0.4",
+    "generate": 'spqt generate my-model --prompt "Why is the sky blue?"',
+    "run": 'spqt run my-model "Why is the sky blue?"',
+    "compare": 'spqt compare my-model --prompt "Why is the sky blue?" --sparsity 0,0.4',
+    "serve": "spqt serve my-model --port 8080",
+    "eval": "spqt eval my-model text.txt --sparsity 0.2:0.6:0.1",
+    "bench": "spqt bench my-model",
+    "list": "spqt list",
+    "inspect": "spqt inspect my-model",
+    "verify": "spqt verify my-model",
+    "presets": "spqt presets",
+    "profile": "spqt profile show",
+    "doctor": "spqt doctor --selftest",
+}
+SAME = {"run": "The same as generate."}  # commands by another name
+
+
+def _first_sentence(text: str) -> str:
+    """For the list of commands; Click would cut it at the line's end."""
+    return " ".join(text.split("\n\n", maxsplit=1)[0].split())
+
+
 for _name, _command in COMMANDS.items():
-    app.command(_name)(_until_the_pipe_closes(_command))
+    _summary = SAME.get(_name) or _first_sentence(_command.__doc__ or "")
+    app.command(_name, short_help=_summary, epilog=f"Example: {EXAMPLES[_name]}")(
+        _until_the_pipe_closes(_command)
+    )
 app.command(
     "mlx-lm",
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    short_help=_first_sentence(mlx_lm.mlx_lm.__doc__ or ""),
 )(mlx_lm.mlx_lm)
 
 

@@ -51,15 +51,12 @@ def _plain_lines() -> Callable[[float, float, str], None]:
 
 def as_json(value: Any) -> str:
     """A result (dataclass, Path and all) as one line of JSON; NaN and infinity, which JSON lacks, as null."""
-    plain = (
-        dataclasses.asdict(value)
-        if dataclasses.is_dataclass(value) and not isinstance(value, type)
-        else value
-    )
-    return json.dumps(_finite(plain), default=str, allow_nan=False)
+    return json.dumps(_finite(value), default=str, allow_nan=False)
 
 
 def _finite(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
     if isinstance(value, dict):
         return {key: _finite(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):

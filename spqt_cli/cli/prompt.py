@@ -6,11 +6,15 @@ from pathlib import Path
 from spqt_cli.errors import SpqtError, UsageError
 
 
-def prompt_text(prompt: str | None, prompt_file: Path | None) -> str:
+def prompt_text(prompt: str | None, prompt_file: Path | None, words: str | None = None) -> str:
     """The text of --prompt, of --prompt-file, or of stdin where neither is given or --prompt is "-".
 
-    Raises UsageError for both, for none on a terminal and for an empty text, SpqtError for what is not UTF-8.
+    words: the prompt as an argument, which is --prompt by another way. Raises UsageError for two, for none on
+    a terminal and for an empty text, SpqtError for what is not UTF-8.
     """
+    if prompt is not None and words is not None:
+        raise UsageError("two prompts are given", "give one: an argument, or --prompt")
+    prompt = prompt if words is None else words
     if prompt is not None and prompt_file is not None:
         raise UsageError("--prompt and --prompt-file exclude one another", "give one of them")
     if prompt is not None and prompt != "-":

@@ -107,7 +107,15 @@ def test_help_shows_both_ways(command):
 
 
 NO_FLAG = {"text", "cache", "on_token"}  # fields that generate fills itself
-OUTSIDE = {"model", "model_option", "prompt", "prompt_file", "quiet", "json_output"}  # flags of the command
+OUTSIDE = {
+    "model",
+    "model_option",
+    "words",
+    "prompt",
+    "prompt_file",
+    "quiet",
+    "json_output",
+}  # flags of the command
 
 
 def test_every_flag_of_generate_fills_an_option_of_its_name_and_default():
