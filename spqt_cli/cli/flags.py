@@ -35,6 +35,29 @@ FitData = Annotated[
     typer.Option(help="To fit: UTF-8 text to add to its own.", readable=False),
 ]
 FitSeed = Annotated[int, typer.Option(min=0, help="To fit: of the source's own text.")]
+# How text is drawn and prompts are run: of generate and chat; ranges are in decode/options.py.
+MaxTokens = Annotated[int, typer.Option("--max-tokens", "-m", help="Most tokens to write; -1: no limit.")]
+Dense = Annotated[bool, typer.Option("--dense", help="Skip nothing, exact zeros included, for comparison.")]
+Sparsity = Annotated[
+    float | None,
+    typer.Option(
+        help="Sparsity instead of the calibrated one, 0 to 0.95; 0 skips only exact zeros, without loss."
+    ),
+]
+Temp = Annotated[float, typer.Option(help="Temperature; 0 takes the likeliest token.")]
+TopP = Annotated[float, typer.Option(help="Nucleus sampling.")]
+MinP = Annotated[float, typer.Option(help="Least probability, relative to the likeliest.")]
+TopK = Annotated[int, typer.Option(help="Draw from the k likeliest; 0: from all.")]
+MinTokensToKeep = Annotated[int, typer.Option(help="Least tokens that min-p keeps.")]
+XtcProbability = Annotated[float, typer.Option(help="Chance of XTC sampling at each token.")]
+XtcThreshold = Annotated[float, typer.Option(help="Probability above which XTC drops tokens.")]
+RepetitionPenalty = Annotated[float | None, typer.Option(help="Above 1: discourage repeats.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of the sampler.")]
+Stop = Annotated[list[str] | None, typer.Option(help="End at this text; repeatable.")]
+SystemPrompt = Annotated[str | None, typer.Option(help="System message of the chat template.")]
+ChatTemplateConfig = Annotated[str | None, typer.Option(help="JSON object for the chat template.")]
+MaxKvSize = Annotated[int | None, typer.Option(help="Longest key-value cache, in tokens.")]
+PrefillStepSize = Annotated[int, typer.Option(help="Prompt tokens run at a time.")]
 Trust = Annotated[bool, typer.Option(help="Run code that comes with the model.")]
 
 

@@ -18,6 +18,7 @@ import typer
 from spqt_cli.cli import (
     bench,
     calibrate,
+    chat,
     compare,
     convert,
     doctor,
@@ -90,6 +91,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "calibrate": calibrate.calibrate,
     "generate": generate.generate,
     "run": generate.generate,
+    "chat": chat.chat,
     "compare": compare.compare,
     "serve": serve.serve,
     "eval": evaluate.evaluate,
@@ -107,6 +109,7 @@ EXAMPLES = {
     "calibrate": "spqt calibrate my-model --sparsity 0.4",
     "generate": 'spqt generate my-model --prompt "Why is the sky blue?"',
     "run": 'spqt run my-model "Why is the sky blue?"',
+    "chat": "spqt chat my-model --sparsity 0.4",
     "compare": 'spqt compare my-model --prompt "Why is the sky blue?" --sparsity 0,0.4',
     "serve": "spqt serve my-model --port 8080",
     "eval": "spqt eval my-model text.txt --sparsity 0.2:0.6:0.1",

@@ -3,11 +3,14 @@
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import typer
+
+from spqt_cli.system.terminal import harmless
 
 
 @contextmanager
@@ -47,6 +50,30 @@ def _plain_lines() -> Callable[[float, float, str], None]:
             typer.echo(f"{done / total:4.0%}  {what}" if total else what, err=True)
 
     return show
+
+
+def show(pieces: Iterable[Any], *, json_output: bool) -> Any:
+    """Print an answer as it comes, or in the end as one JSON object with its Statistics; returns those.
+
+    pieces: of `decode.generate.stream`, whose last is the Statistics.
+    """
+    shown = harmless if sys.stdout.isatty() else str
+    texts, statistics = [], None
+    for piece in pieces:
+        if not isinstance(piece, str):
+            statistics = piece
+        elif json_output:
+            texts.append(piece)
+        else:
+            sys.stdout.write(shown(piece))
+            sys.stdout.flush()
+    assert statistics is not None
+    if json_output:
+        typer.echo(as_json({"text": "".join(texts), **dataclasses.asdict(statistics)}))
+    else:
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+    return statistics
 
 
 def as_json(value: Any) -> str:

@@ -106,7 +106,7 @@ def test_help_shows_both_ways(command):
     assert "--model" in shown
 
 
-NO_FLAG = {"text", "cache", "on_token"}  # fields that generate fills itself
+NO_FLAG = {"text", "cache", "on_token", "history", "prompt_cache"}  # fields that generate fills itself
 OUTSIDE = {
     "model",
     "model_option",
