@@ -44,7 +44,14 @@ def bench(
         str | None, typer.Option(help="Of a shape: float16, bfloat16 or float32 [its own].")
     ] = None,
     delay: Annotated[float, typer.Option(help="Seconds of rest between repetitions.")] = 0.0,
-    output_format: Annotated[str, typer.Option("--format", help="md, csv, json or jsonl.")] = "md",
+    output_format: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            help="md, csv, json or jsonl.",
+            autocompletion=flags.values("md", "csv", "json", "jsonl"),
+        ),
+    ] = "md",
     write: Annotated[
         bool, typer.Option("--write", help="With --kernel: store the best way per layer for this device.")
     ] = False,

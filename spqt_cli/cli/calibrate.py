@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from spqt_cli.cli import flags
 from spqt_cli.cli.flags import Json, Preset, Quiet
 from spqt_cli.cli.output import as_json, progress
 
@@ -21,7 +22,13 @@ def calibrate(
         Path | None, typer.Option(help="UTF-8 text; default: the text that ships with spqt.", readable=False)
     ] = None,
     tokens: Annotated[int | None, typer.Option(help="Tokens of text to run.")] = None,
-    method: Annotated[str | None, typer.Option(help="auto, fast, paper or uniform.")] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help="auto, fast, paper or uniform.",
+            autocompletion=flags.values("auto", "fast", "paper", "uniform"),
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Which windows of the text are used.")] = 0,
     max_kl: Annotated[float | None, typer.Option(help="Instead of a sparsity: KL to dense, in nats.")] = None,
     max_ppl_increase: Annotated[

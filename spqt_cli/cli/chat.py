@@ -42,7 +42,7 @@ def chat(
     min_p: flags.MinP = 0.0,
     top_k: flags.TopK = 0,
     xtc_probability: flags.XtcProbability = 0.0,
-    xtc_threshold: flags.XtcThreshold = 0.0,
+    xtc_threshold: flags.XtcThreshold = 0.1,
     repetition_penalty: flags.RepetitionPenalty = None,
     seed: flags.Seed = None,
     stop: flags.Stop = None,

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from spqt_cli.cli.flags import FitData, FitSeed, Json, OwnText, Quiet, TrainSteps
+from spqt_cli.cli.flags import FitData, FitSeed, Json, OwnText, Quiet, TrainSteps, values
 from spqt_cli.cli.output import as_json, progress
 from spqt_cli.system.terminal import harmless
 
@@ -18,7 +18,12 @@ def fit(
         Path | None,
         typer.Option("--output", "-o", help="Folder to write; it must not exist.", readable=False),
     ] = None,
-    method: Annotated[str, typer.Option(help="gptq; full: trains scales and norms as well.")] = "gptq",
+    method: Annotated[
+        str,
+        typer.Option(
+            help="gptq; full: trains scales and norms as well.", autocompletion=values("gptq", "full")
+        ),
+    ] = "gptq",
     own_text: OwnText = None,
     train_steps: TrainSteps = None,
     data: FitData = None,

@@ -13,7 +13,7 @@ from spqt_cli.cli import flags
 from spqt_cli.cli.flags import Json, ModelArgument, ModelOption, Quiet, Revision, Trust
 from spqt_cli.cli.output import show
 from spqt_cli.cli.prompt import prompt_text
-from spqt_cli.errors import UsageError
+from spqt_cli.errors import UnsupportedError, UsageError
 
 
 def generate(
@@ -37,7 +37,7 @@ def generate(
     top_k: flags.TopK = 0,
     min_tokens_to_keep: flags.MinTokensToKeep = 1,
     xtc_probability: flags.XtcProbability = 0.0,
-    xtc_threshold: flags.XtcThreshold = 0.0,
+    xtc_threshold: flags.XtcThreshold = 0.1,
     repetition_penalty: flags.RepetitionPenalty = None,
     seed: flags.Seed = None,
     stop: flags.Stop = None,
@@ -46,6 +46,9 @@ def generate(
         bool, typer.Option("--ignore-chat-template", help="Send the raw prompt.")
     ] = False,
     chat_template_config: flags.ChatTemplateConfig = None,
+    use_default_chat_template: Annotated[
+        bool, typer.Option("--use-default-chat-template", help="Use the chat template, as by default.")
+    ] = False,
     max_kv_size: flags.MaxKvSize = None,
     prefill_step_size: flags.PrefillStepSize = 2048,
     kv_bits: Annotated[
@@ -56,6 +59,23 @@ def generate(
     adapter_path: Annotated[str | None, typer.Option(help="LoRA adapters (not on Zigzag layers).")] = None,
     draft_model: Annotated[str | None, typer.Option(help="A smaller model for speculative decoding.")] = None,
     num_draft_tokens: Annotated[int, typer.Option(help="Tokens that the draft model proposes.")] = 3,
+    prompt_cache_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="Go on after a prompt whose key-value cache mlx-lm's cache_prompt put into this file.",
+            readable=False,
+        ),
+    ] = None,
+    image: Annotated[
+        list[str] | None, typer.Option(help="mlx-lm's; refused, since only text models are converted.")
+    ] = None,
+    quantize_activations: Annotated[
+        bool,
+        typer.Option(
+            "--quantize-activations", "-qa", help="mlx-lm's; refused, since no Zigzag kernel does it."
+        ),
+    ] = False,
+    verbose: Annotated[str, typer.Option(metavar="BOOL", help="As in mlx-lm: false or f is --quiet.")] = "T",
     revision: Revision = None,
     trust_remote_code: Trust = False,
     quiet: Quiet = False,
@@ -69,14 +89,24 @@ def generate(
     text = prompt_text(prompt, prompt_file, words)
     if dense and sparsity is not None:
         raise UsageError("--dense and --sparsity exclude one another", "give one of them")
+    if use_default_chat_template and ignore_chat_template:
+        raise UsageError("--use- and --ignore-chat-template exclude one another", "give one of them")
+    _refuse(image, quantize_activations)
+    quiet = quiet or verbose.lower() in ("false", "f")
+    from spqt_cli.decode import cached_prompt, context, session
     from spqt_cli.decode import generate as generator
-    from spqt_cli.decode import session
     from spqt_cli.decode.options import Cache, Loading, Options, Prompt, Sampling, picked
 
     sampling, request = picked(Sampling, given), picked(Prompt, {**given, "text": text})
     options = picked(Options, {**given, "cache": picked(Cache, given)})
     loaded = session.load(path, **picked(Loading, given))
-    tokens = generator.encode(loaded, request)
+    if prompt_cache_file is None:
+        tokens = generator.encode(loaded, request)
+    else:
+        if draft_model is not None:
+            raise UsageError("--prompt-cache-file has no cache of a draft model", "leave one of them out")
+        options.prompt_cache = cached_prompt.read(prompt_cache_file, path, loaded, options.cache)
+        tokens = generator.encode_rest(loaded, request, context.held(options.prompt_cache))
     if not quiet:
         for line in filter(None, [loaded.note and f"note: {loaded.note}", loaded.warning]):
             typer.echo(line, err=True)
@@ -84,3 +114,15 @@ def generate(
     if not (quiet or json_output):
         typer.echo(statistics.line(), err=True)
         typer.echo(f"  {statistics.backend}: {statistics.backend_reason}", err=True)
+
+
+def _refuse(image: list[str] | None, quantize_activations: bool) -> None:
+    """Flags of mlx_lm.generate that a converted model can't follow."""
+    if image:
+        raise UnsupportedError(
+            "--image: spqt converts text models alone", "use mlx_lm.generate with the source"
+        )
+    if quantize_activations:
+        raise UnsupportedError(
+            "--quantize-activations: no Zigzag kernel does it", "use mlx_lm.generate with an nvfp4 model"
+        )

@@ -4,13 +4,13 @@ from typing import Annotated
 
 import typer
 
-from spqt_cli.cli.flags import Json, Revision
+from spqt_cli.cli.flags import Json, Revision, models
 from spqt_cli.cli.output import as_json
 from spqt_cli.system.terminal import harmless
 
 
 def inspect(
-    model: Annotated[str, typer.Argument(help="A converted folder or hub id.")],
+    model: Annotated[str, typer.Argument(help="A converted folder or hub id.", autocompletion=models)],
     revision: Revision = None,
     json_output: Json = False,
 ) -> None:

@@ -79,6 +79,27 @@ def encode(loaded: session.Loaded, prompt: Prompt) -> list[int]:
     return session.known(loaded, tokens)
 
 
+def encode_rest(loaded: session.Loaded, prompt: Prompt, held: int) -> list[int]:
+    """Token ids of a prompt without what the template puts before it, which a cache of `held` tokens has.
+
+    As `mlx_lm.generate --prompt-cache-file` takes it. Raises as `encode`.
+    """
+    encode(loaded, prompt)  # refuses what can't be a prompt
+    tokenizer = loaded.tokenizer
+    if prompt.ignore_chat_template or not tokenizer.has_chat_template:
+        tokens = text_borders.encode(tokenizer, prompt.text)
+    else:
+        _, _, after = _templated(tokenizer, replace(prompt, text=_mark(0))).partition(_mark(0))
+        if _spells_control(tokenizer, prompt):
+            tokens = tokenizer.encode(prompt.text, add_special_tokens=False, split_special_tokens=True)
+            tokens += tokenizer.encode(after, add_special_tokens=False)
+        else:
+            tokens = tokenizer.encode(prompt.text + after, add_special_tokens=False)
+    if (limit := context.tokens(loaded.config)) is not None:
+        context.room(limit, held + len(tokens))
+    return session.known(loaded, tokens)
+
+
 def _encode_literally(tokenizer: Any, prompt: Prompt) -> list[int]:
     """Token ids when a user's text spells a control token: the text stays text and forges no message.
 

@@ -60,7 +60,7 @@ class Sampling(_Ranged):
     top_k: int = _ranged(0, 0)
     min_tokens_to_keep: int = _ranged(1, 1)
     xtc_probability: float = _ranged(0.0, 0, 1)
-    xtc_threshold: float = _ranged(0.0, 0, 0.5)
+    xtc_threshold: float = _ranged(0.1, 0, 0.5)
     repetition_penalty: float | None = _ranged(None, 0, 1e6)
     seed: int | None = _ranged(None, 0, LARGEST_SEED)
 

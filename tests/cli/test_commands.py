@@ -327,26 +327,6 @@ def test_debug_shows_the_traceback(tmp_path):
     assert b"Traceback" in result.stderr
 
 
-def test_generate_takes_every_sampling_flag_of_mlx_lm():
-    """Same names, so that a command line can be moved over. What is left out is said here."""
-    from mlx_lm.generate import setup_arg_parser
-
-    left_out = {
-        "--help",
-        "--verbose",  # ours: --quiet and --json
-        "--use-default-chat-template",  # a no-op in mlx-lm's own main
-        "--image",
-        "--quantize-activations",  # not for Zigzag layers
-        "--prompt-cache-file",  # spqt mlx-lm generate
-    }
-    theirs = {
-        name for action in setup_arg_parser()._actions for name in action.option_strings if name[:2] == "--"
-    }
-    help_text = spqt("generate", "--help").stdout.decode()
-    missing = {name for name in theirs - left_out if name not in help_text}
-    assert not missing
-
-
 def test_readme_commands_exist():
     readme = (ROOT / "README.md").read_text()
     assert "make run" in readme
