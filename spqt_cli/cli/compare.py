@@ -23,7 +23,8 @@ def compare(
     baseline: Annotated[
         str | None,
         typer.Option(
-            metavar="SOURCE", help="The unquantized source: adds stock MLX's rounding of it, and KL to it."
+            metavar="SOURCE",
+            help="The unquantized source: adds stock MLX's rounding of it, and KL to it instead of to dense.",
         ),
     ] = None,
     text: Annotated[
@@ -31,6 +32,9 @@ def compare(
         typer.Option(help="UTF-8 text for the KL; default: the text that ships with spqt.", readable=False),
     ] = None,
     windows: Annotated[int, typer.Option(help="Windows of that text.")] = 4,
+    rounds: Annotated[
+        int, typer.Option(help="Rounds of timing, by turns, after one that warms up; at least 3.")
+    ] = 3,
     quiet: Quiet = False,
     json_output: Json = False,
 ) -> None:
@@ -45,13 +49,20 @@ def compare(
         ) from None
     from spqt_cli.decode.options import Prompt
     from spqt_cli.evaluate import compare as comparer
+    from spqt_cli.evaluate import compare_report
 
     def announce(what: str) -> None:
         if not (quiet or json_output):
-            typer.echo(f"{what} ...", err=True)
+            typer.echo(what, err=True)
 
-    reference = None if baseline is None else comparer.Reference(baseline, text, windows)
-    if text is not None and reference is None:
-        raise UsageError("KL on a text is KL to the source", "name it: --baseline SOURCE")
-    rows = comparer.compare(model, Prompt(asked), sparsities, max_tokens, announce, reference)
-    typer.echo(as_json([comparer.as_dict(row) for row in rows]) if json_output else comparer.report(rows))
+    effort = comparer.Effort(max_tokens, rounds)
+    announce(comparer.expectation(model, sparsities))
+    rows = comparer.compare(
+        model,
+        Prompt(asked),
+        sparsities,
+        effort,
+        lambda what: announce(f"{what} ..."),
+        comparer.Reference(baseline, text, windows),
+    )
+    typer.echo(as_json(rows) if json_output else compare_report.report(rows))

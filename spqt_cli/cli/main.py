@@ -27,8 +27,8 @@ from spqt_cli.cli import (
     generate,
     inspect,
     list_models,
+    list_presets,
     mlx_lm,
-    presets,
     profile,
     serve,
     verify,
@@ -99,7 +99,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "list": list_models.list_models,
     "inspect": inspect.inspect,
     "verify": verify.verify,
-    "presets": presets.list_presets,
+    "presets": list_presets.list_presets,
     "profile": profile.profile,
     "doctor": doctor.doctor,
 }

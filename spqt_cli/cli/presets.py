@@ -1,16 +1,11 @@
 """Reads presets: TOML settings of convert and calibrate, shipped in `configs/` or in a user's file."""
 
-import textwrap
 import tomllib
 from dataclasses import dataclass, fields
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import typer
-
-from spqt_cli.cli.flags import Json
-from spqt_cli.cli.output import as_json
 from spqt_cli.errors import SpqtError, UsageError
 from spqt_cli.format import layout, thresholds
 from spqt_cli.system import files
@@ -45,19 +40,6 @@ SECTIONS: dict[str, dict[str, type]] = {
 PROJECTIONS = "projections"  # a section of layers' own settings: k_proj = {bits = 8, group_size = 64}
 
 
-def list_presets(json_output: Json = False) -> None:
-    """List the presets of convert and calibrate, each with what it sets and why."""
-    found = {name: meaning(name) for name in names()}
-    if json_output:
-        settings = {name: vars(load_preset(name)) for name in found}
-        typer.echo(as_json([{"name": name, "meaning": found[name], **settings[name]} for name in found]))
-        return
-    for name, text in found.items():
-        lines = [line for part in (text, _settings(load_preset(name))) for line in _wrapped(part)]
-        typer.echo("\n".join([name, *lines, ""]))
-    typer.echo("use: spqt convert MODEL --preset NAME; calibrate takes one too; or a .toml file")
-
-
 def meaning(name: str) -> str:
     """What a shipped preset is for: the comment at the head of its file."""
     head = []
@@ -66,18 +48,6 @@ def meaning(name: str) -> str:
             break
         head.append(line.removeprefix("#").strip())
     return " ".join(head)
-
-
-def _settings(preset: Preset) -> str:
-    plain = {key: value for key, value in vars(preset).items() if isinstance(value, (int, float, str))}
-    said = [f"{key.replace('_', ' ')} {value}" for key, value in plain.items()]
-    said += [f"{suffix} {bits} bits, group {group}" for suffix, bits, group in preset.projections]
-    said += [f"row-grouped {suffix}" for suffix in preset.skip]
-    return "sets " + ", ".join(said)
-
-
-def _wrapped(text: str) -> list[str]:
-    return textwrap.wrap(text, 80, initial_indent="  ", subsequent_indent="  ")
 
 
 def _shipped(name: str) -> str:
