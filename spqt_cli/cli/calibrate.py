@@ -1,6 +1,7 @@
 """`spqt calibrate`: its flags."""
 
 import dataclasses
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -52,6 +53,7 @@ def calibrate(
     """Choose the thresholds below which channels are skipped."""
     from spqt_cli.calibrate import calibrate as calibrator
     from spqt_cli.cli import presets
+    from spqt_cli.decode import quality_warning
 
     if remove:
         calibrator.remove(model)
@@ -82,3 +84,7 @@ def calibrate(
         typer.echo(f"note: {result.note}", err=True)
     if result.warning:
         typer.echo(result.warning, err=True)
+    if not (quiet or json_output):
+        kl = result.tried[0].kl
+        typer.echo(f"KL to dense {kl:.3f} on held-out text: {quality_warning.judged(kl)}", err=True)
+        typer.echo(f'next: spqt compare {shlex.quote(str(model))} --prompt "Hello"', err=True)

@@ -43,6 +43,7 @@ INSTALL_HINT = (
     "on Apple silicon: pip install --force-reinstall spqt"
 )
 BUG = 70
+RESUMED = ("convert", "fit", "calibrate")  # commands that keep the progress of an interrupted run
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 app = typer.Typer(
@@ -155,18 +156,13 @@ def main() -> None:
         if worker.wanted(arguments):
             sys.exit(worker.run(["--debug", *arguments] if debug else arguments))
         worker.follow_parent()
-        sys.exit(app(standalone_mode=False, prog_name="spqt"))
+        sys.exit(_run(arguments))
     except SpqtError as error:
         _fail(error, debug, wants_json)
     except ImportError as error:
         if not _is_mlx(error):
             _bug(error, debug, wants_json)
-        cause = (
-            "MLX is not installed"
-            if isinstance(error, ModuleNotFoundError)
-            else f"MLX can't be loaded: {error}"
-        )
-        _fail(BackendError(cause, INSTALL_HINT), debug, wants_json)
+        _fail(_without_mlx(error), debug, wants_json)
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(128 + signal.SIGINT)
     except MemoryError:
@@ -187,6 +183,20 @@ def main() -> None:
             error.show()
             sys.exit(error.exit_code)
         _bug(error, debug, wants_json)
+
+
+def _without_mlx(error: ImportError) -> BackendError:
+    missing = isinstance(error, ModuleNotFoundError)
+    return BackendError("MLX is not installed" if missing else f"MLX can't be loaded: {error}", INSTALL_HINT)
+
+
+def _run(arguments: list[str]) -> int | None:
+    """The exit code of a command; Typer makes Ctrl-C one, and where it lost nothing that is said."""
+    code: int | None = app(standalone_mode=False, prog_name="spqt")
+    resumed = {*arguments[:2]} & set(RESUMED) and not {"--dry-run", "--remove"} & set(arguments)
+    if code == 128 + signal.SIGINT and resumed:
+        typer.echo("spqt: stopped; the same command goes on where it was", err=True)
+    return code
 
 
 def _is_mlx(error: ImportError) -> bool:

@@ -41,15 +41,25 @@ def progress(quiet: bool) -> Iterator[Callable[[float, float, str], None]]:
 def _plain_lines() -> Callable[[float, float, str], None]:
     from time import monotonic
 
-    last = monotonic()
+    began = last = monotonic()
 
     def show(done: float, total: float, what: str) -> None:
         nonlocal last
-        if monotonic() - last >= 2:  # a line every two seconds: alive, and not a flood in a log
-            last = monotonic()
-            typer.echo(f"{done / total:4.0%}  {what}" if total else what, err=True)
+        now = monotonic()
+        if now - last < 2:  # a line every two seconds: alive, and not a flood in a log
+            return
+        last = now
+        left = f", about {_seconds((now - began) * (total - done) / done)} left" if done else ""
+        typer.echo(f"{done / total:4.0%}  {what}{left}" if total else what, err=True)
 
     return show
+
+
+def _seconds(seconds: float) -> str:
+    """ "50 s", "12 min", "3.5 h"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def show(pieces: Iterable[Any], *, json_output: bool) -> Any:

@@ -35,7 +35,10 @@ def prompt_text(prompt: str | None, prompt_file: Path | None, words: str | None 
                 f"{where} is not UTF-8: byte {error.start}", "convert the text to UTF-8"
             ) from None
         except OSError as error:
-            raise SpqtError(f"{where} can't be read: {error.strerror}", "give a UTF-8 text file") from None
+            near = files.near(prompt_file) if prompt_file else ""
+            raise SpqtError(
+                f"{where} can't be read: {error.strerror}", "give a UTF-8 text file" + near
+            ) from None
     if not text.strip():
         raise UsageError("the prompt is empty", 'give one: --prompt "Hello", or pipe text in')
     return text

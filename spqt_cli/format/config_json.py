@@ -36,7 +36,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError):
         if not folder.is_dir():
             what = "is no folder" if folder.exists() else "is not found"
-            raise SpqtError(f"{folder} {what}", "give a model's folder") from None
+            raise SpqtError(f"{folder} {what}", "give a model's folder" + files.near(folder)) from None
         raise SpqtError(
             f"{folder} has no {CONFIG}", "give a model folder, a hub id or a .gguf file"
         ) from None

@@ -5,8 +5,10 @@ renamed last; errors of the disk become `ResourceError`.
 """
 
 import contextlib
+import difflib
 import errno
 import hashlib
+import itertools
 import os
 import platform
 import secrets
@@ -23,6 +25,7 @@ from spqt_cli.errors import BusyError, ResourceError, SpqtError
 FULL = {errno.ENOSPC, errno.EDQUOT}
 DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
 LONGEST_TEXT = 1 << 28  # bytes of a text to calibrate on, or of a prompt
+MOST_NAMES = 10_000  # of a folder, looked through for one like another
 LONGEST_NAME = 200  # bytes of a target's name; file systems allow 255 and ours add a prefix and suffix
 
 
@@ -57,6 +60,24 @@ def is_utf8(path: Path | str) -> bool:
 def expanded(path: Path | str) -> Path:
     """A path with `~` resolved; that of a user who does not exist stays as it is."""
     return Path(os.path.expanduser(path))
+
+
+def near(path: Path | str) -> str:
+    """The end of a hint where something of a similar name lies beside a path that is not there; else "".
+
+    Of a path whose folder is not there, what is like that folder.
+    """
+    missing = expanded(path)
+    if missing.exists():
+        return ""
+    while not missing.parent.is_dir() and missing.parent != missing:
+        missing = missing.parent
+    try:
+        names = [one.name for one in itertools.islice(missing.parent.iterdir(), MOST_NAMES)]
+    except OSError:
+        return ""
+    found = difflib.get_close_matches(missing.name, names, 3)
+    return f"; near it: {', '.join(str(missing.parent / name) for name in found)}" if found else ""
 
 
 def read_bounded(path: Path, longest: int = LONGEST_TEXT) -> bytes:

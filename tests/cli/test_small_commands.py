@@ -4,13 +4,14 @@ import json
 import os
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
 import typer
 from huggingface_hub import constants
 
-from spqt_cli.cli import main, presets, worker
+from spqt_cli.cli import main, output, presets, worker
 from spqt_cli.system import files
 from tests.cli.test_commands import assert_error, spqt
 
@@ -113,3 +114,48 @@ def test_run_is_generate_and_takes_the_prompt_as_an_argument(calibrated: Path):
     assert len({(one["text"], one["prompt_tokens"]) for one in answers}) == 1
     assert_error(spqt("run", calibrated, "the", "-p", "fox"), 2, "two prompts")
     assert_error(spqt("run", calibrated, "the", "--prompt-file", "x"), 2, "exclude")
+
+
+@pytest.mark.parametrize(("command", "says"), [("calibrate", True), ("inspect", False)])
+def test_ctrl_c_says_whether_the_same_command_goes_on(
+    calibrated: Path, monkeypatch: pytest.MonkeyPatch, command: str, says: bool
+):
+    from spqt_cli.calibrate import calibrate
+    from spqt_cli.cli import describe
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(calibrate, "calibrate", interrupted)
+    monkeypatch.setattr(describe, "describe", interrupted)
+    result = spqt(command, calibrated)
+    assert result.returncode == 130
+    assert (b"the same command goes on" in result.stderr) == says
+
+
+def test_calibrate_ends_with_a_judgement_and_what_is_next(converted: Path, tmp_path: Path):
+    folder = tmp_path / "a model"
+    shutil.copytree(converted, folder)
+    flags = ("--sparsity", 0.3, "--tokens", 1024, "--method", "fast")
+    *_, judgement, after = spqt("calibrate", folder, *flags).stderr.decode().splitlines()
+    assert re.fullmatch(r"KL to dense \d\.\d{3} on held-out text: .*, perplexity about \+\d+%", judgement)
+    assert after == f"next: spqt compare '{folder}' --prompt \"Hello\""
+    assert b"next" not in spqt("calibrate", folder, *flags, "-q").stderr
+
+
+def test_in_a_pipe_progress_says_how_long_is_left(monkeypatch: pytest.MonkeyPatch, capsys):
+    now = iter([0.0, 1.0, 3.0, 4.0, 120.0])
+    monkeypatch.setattr("time.monotonic", lambda: next(now))
+    show = output._plain_lines()
+    for done in (1, 3, 4, 60):
+        show(done, 120, "windows")
+    assert capsys.readouterr().err.splitlines() == [
+        "  2%  windows, about 2 min left",
+        " 50%  windows, about 2 min left",
+    ]
+
+
+def test_a_mistyped_path_names_what_is_near(calibrated: Path):
+    wrong = str(calibrated)[:-1]
+    for command in (["inspect", wrong], ["run", wrong, "hello"], ["calibrate", wrong], ["convert", wrong]):
+        assert_error(spqt(*command), 3, f"near it: {calibrated}")
