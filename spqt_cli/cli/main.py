@@ -34,14 +34,10 @@ from spqt_cli.cli import (
     verify,
     worker,
 )
-from spqt_cli.errors import BackendError, ResourceError, SpqtError, Terminated
+from spqt_cli.errors import ResourceError, SpqtError, Terminated, without_mlx
 from spqt_cli.system.terminal import harmless
 from spqt_cli.version import __version__
 
-INSTALL_HINT = (
-    'pip install "spqt[cpu]" (Linux without a GPU), "spqt[cuda13]" or "spqt[cuda12]" (NVIDIA); '
-    "on Apple silicon: pip install --force-reinstall spqt"
-)
 BUG = 70
 RESUMED = ("convert", "fit", "calibrate")  # commands that keep the progress of an interrupted run
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -160,9 +156,9 @@ def main() -> None:
     except SpqtError as error:
         _fail(error, debug, wants_json)
     except ImportError as error:
-        if not _is_mlx(error):
+        if (missing := without_mlx(error)) is None:
             _bug(error, debug, wants_json)
-        _fail(_without_mlx(error), debug, wants_json)
+        _fail(missing, debug, wants_json)
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(128 + signal.SIGINT)
     except MemoryError:
@@ -185,11 +181,6 @@ def main() -> None:
         _bug(error, debug, wants_json)
 
 
-def _without_mlx(error: ImportError) -> BackendError:
-    missing = isinstance(error, ModuleNotFoundError)
-    return BackendError("MLX is not installed" if missing else f"MLX can't be loaded: {error}", INSTALL_HINT)
-
-
 def _run(arguments: list[str]) -> int | None:
     """The exit code of a command; Typer makes Ctrl-C one, and where it lost nothing that is said."""
     code: int | None = app(standalone_mode=False, prog_name="spqt")
@@ -197,11 +188,6 @@ def _run(arguments: list[str]) -> int | None:
     if code == 128 + signal.SIGINT and resumed:
         typer.echo("spqt: stopped; the same command goes on where it was", err=True)
     return code
-
-
-def _is_mlx(error: ImportError) -> bool:
-    """True when it is MLX itself that is missing or broken, not one of our modules."""
-    return (error.name or "").split(".")[0] == "mlx" or "libmlx" in str(error)
 
 
 def _terminate(number: int, frame: Any) -> NoReturn:
