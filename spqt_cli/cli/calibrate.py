@@ -11,6 +11,7 @@ import typer
 from spqt_cli.cli import flags
 from spqt_cli.cli.flags import Json, Preset, Quiet
 from spqt_cli.cli.output import as_json, progress
+from spqt_cli.system import picture
 
 
 def calibrate(
@@ -47,6 +48,7 @@ def calibrate(
     remove: Annotated[
         bool, typer.Option("--remove", help="Remove the thresholds: decoding is dense again.")
     ] = False,
+    plot: flags.Plot = None,
     quiet: Quiet = False,
     json_output: Json = False,
 ) -> None:
@@ -55,6 +57,8 @@ def calibrate(
     from spqt_cli.cli import presets
     from spqt_cli.decode import quality_warning
 
+    if plot is not None:
+        picture.check(plot)
     if remove:
         calibrator.remove(model)
         typer.echo(
@@ -76,6 +80,10 @@ def calibrate(
     )
     with progress(quiet or json_output) as on_progress:
         result = calibrator.calibrate(model, options, on_progress)
+    if plot is not None:
+        from spqt_cli.cli import pictures
+
+        picture.save(pictures.of_calibration(result), plot)
     if json_output:
         typer.echo(as_json(result))
     elif not quiet:

@@ -10,6 +10,7 @@ from spqt_cli.cli.flags import Json, ModelArgument, ModelOption, Quiet
 from spqt_cli.cli.output import as_json
 from spqt_cli.cli.prompt import prompt_text
 from spqt_cli.errors import UsageError
+from spqt_cli.system import picture
 
 
 def compare(
@@ -35,6 +36,7 @@ def compare(
     rounds: Annotated[
         int, typer.Option(help="Rounds of timing, by turns, after one that warms up; at least 3.")
     ] = 3,
+    plot: flags.Plot = None,
     quiet: Quiet = False,
     json_output: Json = False,
 ) -> None:
@@ -47,6 +49,8 @@ def compare(
         raise UsageError(
             f"--sparsity {sparsity!r} is not a list of numbers", "for example 0,0.25,0.4"
         ) from None
+    if plot is not None:
+        picture.check(plot)
     from spqt_cli.decode.options import Prompt
     from spqt_cli.evaluate import compare as comparer
     from spqt_cli.evaluate import compare_report
@@ -65,4 +69,8 @@ def compare(
         lambda what: announce(f"{what} ..."),
         comparer.Reference(baseline, text, windows),
     )
+    if plot is not None:
+        from spqt_cli.cli import pictures
+
+        picture.save(pictures.of_comparison(rows), plot)
     typer.echo(as_json(rows) if json_output else compare_report.report(rows))

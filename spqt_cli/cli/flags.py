@@ -59,6 +59,10 @@ Preset = Annotated[
         autocompletion=presets,
     ),
 ]
+Plot = Annotated[
+    Path | None,
+    typer.Option("--plot", metavar="FILE", help="Also draw it: .png, .svg or .html.", readable=False),
+]
 OwnText = Annotated[
     int | None,
     typer.Option(
