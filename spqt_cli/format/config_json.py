@@ -4,8 +4,6 @@
 """
 
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -66,15 +64,4 @@ def write_config(folder: Path, config: dict[str, Any]) -> None:
     """
     if "quantization" in config:
         config["quantization_config"] = config["quantization"]
-    text = json.dumps(config, indent=1, sort_keys=True) + "\n"
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=".config-")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        files.sync(Path(temporary))
-        os.replace(temporary, folder / CONFIG)
-        files.sync(folder)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    files.replace_text(folder / CONFIG, json.dumps(config, indent=1, sort_keys=True) + "\n")

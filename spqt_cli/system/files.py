@@ -14,6 +14,7 @@ import platform
 import secrets
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -171,6 +172,21 @@ def write_text(path: Path, text: str) -> None:
     """Write a small UTF-8 file; it is made durable by `publish`."""
     with disk_errors(path):
         path.write_text(text, encoding="utf-8")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Replace a small UTF-8 file in one step: a power cut leaves the old one or the new one."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".spqt-text-")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(temporary, 0o644)
+        sync(Path(temporary))
+        os.replace(temporary, path)
+        sync(path.parent)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
 
 
 def copy(source: Path, target: Path) -> None:
