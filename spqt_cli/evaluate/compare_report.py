@@ -67,7 +67,7 @@ def verdict(rows: Sequence[Row]) -> str:
     if rows[0].stock:
         best = max(rows[1:], key=lambda row: row.speeds.median)
         times = best.speeds.median / rows[0].speeds.median
-        parts.append(f"{_title(best)} runs at {times:.2f} times stock's speed.")
+        parts.append(f"{_title(best).capitalize()} runs at {times:.2f} times stock's speed.")
     return " ".join(parts) or "Nothing to compare: name 0 (dense) and other sparsities."
 
 

@@ -46,7 +46,7 @@ def test_a_source_adds_stock_and_divergences(calibrated, checkpoint, tmp_path, m
     table = compare_report.report(rows)
     assert "KL to source" in table
     assert "2 windows of held-out.txt" in table
-    assert "dense runs at" in table or "40% runs at" in table
+    assert "Dense runs at" in table or "40% runs at" in table
 
 
 def test_a_foreign_source_is_refused_before_any_run(calibrated, tmp_path, monkeypatch):
