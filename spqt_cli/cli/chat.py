@@ -83,11 +83,11 @@ def chat(
         try:
             talk.take(line)
         except SpqtError as error:
-            if not interactive:
+            if not (interactive and talk.goes_on):
                 raise
             typer.echo(harmless(f"{error.cause}\n  hint: {error.hint}"), err=True)
         except KeyboardInterrupt:
-            if not interactive:
+            if not (interactive and talk.goes_on):
                 raise
             typer.echo("\n(answer ended)", err=True)
 
@@ -141,7 +141,12 @@ class Talk:
         else:
             near = difflib.get_close_matches(command, [*COMMANDS, *ENDS], 1)
             hint = f"did you mean {near[0]}?" if near else "/help lists them"
-            raise UsageError(f"{command} is no command", f"{hint} A message may begin with a space")
+            raise UsageError(f"{command} is no command", f"{hint}; a message may begin with a space")
+
+    @property
+    def goes_on(self) -> bool:
+        """False where /sparsity broke off while the model was loaded anew: there is none then."""
+        return hasattr(self.conversation, "loaded")
 
     def mode(self) -> str:
         """What is skipped."""

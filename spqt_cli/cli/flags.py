@@ -11,7 +11,7 @@ from spqt_cli.errors import UsageError
 
 
 def values(*known: str) -> Callable[[str], list[str]]:
-    """What a shell completes a flag's value with: those of `known` that begin as it was incomplete."""
+    """What a shell completes a flag's value with: those of `known` that begin as was typed."""
     return lambda incomplete: [one for one in known if one.startswith(incomplete)]
 
 

@@ -91,6 +91,8 @@ def generate(
         raise UsageError("--dense and --sparsity exclude one another", "give one of them")
     if use_default_chat_template and ignore_chat_template:
         raise UsageError("--use- and --ignore-chat-template exclude one another", "give one of them")
+    if prompt_cache_file is not None and draft_model is not None:
+        raise UsageError("--prompt-cache-file has no cache of a draft model", "leave one of them out")
     _refuse(image, quantize_activations)
     quiet = quiet or verbose.lower() in ("false", "f")
     from spqt_cli.decode import cached_prompt, context, session
@@ -103,8 +105,6 @@ def generate(
     if prompt_cache_file is None:
         tokens = generator.encode(loaded, request)
     else:
-        if draft_model is not None:
-            raise UsageError("--prompt-cache-file has no cache of a draft model", "leave one of them out")
         options.prompt_cache = cached_prompt.read(prompt_cache_file, path, loaded, options.cache)
         tokens = generator.encode_rest(loaded, request, context.held(options.prompt_cache))
     if not quiet:

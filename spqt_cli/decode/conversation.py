@@ -73,6 +73,7 @@ class Conversation:
 
         A device's profile repacks layers for one sparsity, and there is no way back. Raises UsageError for a
         sparsity out of range, SpqtError where the model has no thresholds; the conversation goes on then.
+        Where loading itself fails, `loaded` is gone.
         """
         folder = self.loaded.folder
         thresholds.check_sparsity(sparsity)

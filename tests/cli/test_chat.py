@@ -111,3 +111,22 @@ def test_ctrl_c_ends_the_answer_alone(calibrated: Path, monkeypatch: pytest.Monk
     assert result.returncode == 0, result.stderr.decode()
     assert b"(answer ended)" in result.stderr
     assert b"4 tokens" in result.stderr
+
+
+def test_a_model_that_is_gone_ends_the_conversation(calibrated: Path, monkeypatch: pytest.MonkeyPatch):
+    """Ctrl-C while /sparsity loads: the old model was let go, and the new one is not there."""
+    from spqt_cli.decode import session
+
+    real, loads = session.load, []
+
+    def load(*arguments, **options):
+        loads.append(None)
+        if len(loads) > 1:
+            raise KeyboardInterrupt
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(session, "load", load)
+    result = typed(calibrated, monkeypatch, "the fox", "/sparsity 0.6", "a dog")
+    assert result.returncode == 130
+    assert b"Traceback" not in result.stderr
+    assert result.stderr.count(b"4 tokens") == 1

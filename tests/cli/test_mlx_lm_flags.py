@@ -70,6 +70,7 @@ def test_the_comparison_can_fail(monkeypatch: pytest.MonkeyPatch):
         (["generate", "--image", "a.png"], 4, "text models"),
         (["generate", "-qa"], 4, "--quantize-activations"),
         (["generate", "--use-default-chat-template", "--ignore-chat-template"], 2, "exclude"),
+        (["generate", "--prompt-cache-file", "x", "--draft-model", "y"], 2, "draft model"),
         (["convert", "-d"], 4, "mlx_lm.convert -d"),
         (["convert", "-q", "-d"], 2, "exclude"),
         (["convert", "--q-mode", "mxfp4"], 4, "affine"),
