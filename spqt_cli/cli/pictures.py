@@ -24,10 +24,11 @@ DARK_FROM = 0.55  # share from which a cell's figure is white
 
 @dataclass(frozen=True)
 class Speed:
-    """Tokens/s at a sparsity (0: dense), repetition by repetition."""
+    """Tokens/s at a sparsity (0: dense), repetition by repetition; profiled: with the device's profile."""
 
     sparsity: float
     rates: Sequence[float]
+    profiled: bool = False
 
     @property
     def middle(self) -> float:
@@ -69,7 +70,11 @@ def of_bench(report: "Report") -> Picture:
     for test, depth in dict.fromkeys((row.test, row.depth) for row in rows if row.test.startswith("tg")):
         own = [row for row in rows if (row.test, row.depth) == (test, depth)]
         stock = next((row for row in own if row.variant == "stock"), None)
-        speeds = [Speed(row.sparsity or 0.0, row.rate.samples) for row in own if row is not stock]
+        speeds = [
+            Speed(row.sparsity or 0.0, row.rate.samples, row.variant.endswith(", profile"))
+            for row in own
+            if row is not stock
+        ]
         panels.append(_speed_panel(f"{test} at depth {depth}", speeds, stock.rate.samples if stock else ()))
     note = "Points are medians, bars ranges of repetitions."
     return Picture("Tokens per second over sparsity", panels, note)
@@ -94,15 +99,19 @@ def _speed_panel(name: str, speeds: Sequence[Speed], stock: Sequence[float]) -> 
 
 def _speed(axes: Any, name: str, speeds: Sequence[Speed], stock: Sequence[float]) -> None:
     tidy(axes, name, "sparsity, percent", "tokens per second")
-    ordered = sorted(speeds, key=lambda one: one.sparsity)
-    at = [one.sparsity * 100 for one in ordered]
-    middles = [one.middle for one in ordered]
-    below = [one.middle - min(one.rates) for one in ordered]
-    above = [max(one.rates) - one.middle for one in ordered]
-    axes.errorbar(
-        at, middles, [below, above], color=COLOURS[0][0], marker="o", linewidth=1.6, elinewidth=1, capsize=3
-    )
-    axes.set_xticks(at)
+    for profiled, colour, mark in ((False, COLOURS[0][0], "o"), (True, COLOURS[2][0], "s")):
+        own = sorted((one for one in speeds if one.profiled == profiled), key=lambda one: one.sparsity)
+        axes.errorbar(
+            [one.sparsity * 100 for one in own], [one.middle for one in own],
+            [[one.middle - min(one.rates) for one in own], [max(one.rates) - one.middle for one in own]],
+            color=colour, marker=mark, linewidth=1.6, elinewidth=1, capsize=3,
+        )  # fmt: skip
+        for one in own[-1:] if profiled else ():
+            axes.annotate(
+                "profile", (one.sparsity * 100, one.middle), (-6, 6),
+                textcoords="offset points", ha="right", fontsize=9, color=colour,
+            )  # fmt: skip
+    axes.set_xticks(sorted({one.sparsity * 100 for one in speeds}))
     if stock:
         middle = Speed(0.0, stock).middle
         axes.axhspan(min(stock), max(stock), color=COLOURS[1][0], alpha=0.15, linewidth=0)

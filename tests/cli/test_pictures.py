@@ -86,6 +86,19 @@ def test_the_histogram_holds_all_inputs_up_to_the_last_quantile(calibrated: Path
     assert skipped == pytest.approx(100 * target, abs=8)
 
 
+def test_variants_with_a_profile_are_a_line_of_their_own():
+    from matplotlib.figure import Figure
+
+    speeds = [
+        pictures.Speed(at, [5.0, 7.0, 6.0], profiled) for profiled in (False, True) for at in (0.0, 0.5)
+    ]
+    axes = Figure().add_subplot()
+    pictures._speed(axes, "tg4", speeds, [1.0, 2.0])
+    lines = [one for one in axes.containers if len(one.lines[0].get_xdata())]
+    assert [list(one.lines[0].get_xdata()) for one in lines] == [[0, 50], [0, 50]]
+    assert "profile" in [one.get_text() for one in axes.texts]
+
+
 @pytest.mark.parametrize(
     ("command", "code", "says"),
     [
