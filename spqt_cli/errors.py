@@ -1,5 +1,9 @@
 """Errors that the user can act on: a cause, a hint, and the exit code of their kind."""
 
+INSTALL_HINT = (
+    'pip install "spqt[cpu]" (Linux without a GPU), "spqt[cuda13]" or "spqt[cuda12]" (NVIDIA); '
+    "on Apple silicon: pip install --force-reinstall spqt"
+)
 # Hints for damaged files: of a source, and of a converted folder.
 AGAIN = "download it again"
 CONVERT_AGAIN = "download or convert the model again"
@@ -48,3 +52,11 @@ class BusyError(SpqtError):
 
 class Terminated(SystemExit):
     """SIGTERM came: the process ends with 143. Told apart from a library that exits the process."""
+
+
+def without_mlx(error: ImportError) -> BackendError | None:
+    """What to say where MLX is missing or broken; None where it is another module that can't be imported."""
+    if (error.name or "").split(".")[0] != "mlx" and "libmlx" not in str(error):
+        return None
+    missing = isinstance(error, ModuleNotFoundError)
+    return BackendError("MLX is not installed" if missing else f"MLX can't be loaded: {error}", INSTALL_HINT)

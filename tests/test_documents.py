@@ -105,3 +105,23 @@ def test_a_missing_name_is_found(tmp_path: Path) -> None:
     page.write_text("`gone.py`, docs/gone.md, `benchmarks/results/gone.json`, README.md, `cpu/pool.cpp`")
     gone = {name for name in names(page) if not exists(name, tmp_path)}
     assert gone == {"gone.py", "docs/gone.md", "benchmarks/results/gone.json"}
+
+
+def test_the_readme_shows_the_steps_of_make_run() -> None:
+    """Same commands, same flags, same values: what a reader types is what was shown."""
+    makefile = (ROOT / "Makefile").read_text().replace("\\\n", " ")
+    readme = (ROOT / "README.md").read_text().replace("\n    --", " --")
+    for command in ("convert", "calibrate", "compare"):
+        (made,) = re.findall(rf"^\t\$\(BIN\)/spqt {command} (.*)$", makefile, re.MULTILINE)
+        (shown,) = re.findall(rf"^\$ spqt {command} (.*)$", readme, re.MULTILINE)
+        made = made.replace("$(PROMPT)", re.findall(r"^PROMPT \?= (.*)$", makefile, re.MULTILINE)[0])
+        assert _flags(made) == _flags(shown), command
+    typed = re.findall(r"^spqt (?:convert|calibrate) .*$", readme, re.MULTILINE)
+    assert "--fit gptq" in typed[0]
+    assert "--sparsity 0.4" in typed[1]
+
+
+def _flags(line: str) -> dict[str, str]:
+    """Flag -> value; paths by what stands for them differ and are left out."""
+    found = dict(re.findall(r'(--[\w-]+) ("[^"]*"|\S+)', line))
+    return {name: value for name, value in found.items() if name not in ("--model", "--baseline")}

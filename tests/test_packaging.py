@@ -15,6 +15,7 @@ import pytest
 from tests import ROOT
 
 DATA = {
+    "spqt_cli/py.typed",
     "spqt_cli/configs/default.toml",
     "spqt_cli/configs/calibration.txt",
     "spqt_cli/metal/__init__.py",

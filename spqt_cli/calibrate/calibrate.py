@@ -23,6 +23,7 @@ from spqt_cli.calibrate.progress import Progress
 from spqt_cli.calibrate.result import Calibration, LayerRow, Tried, print_table
 from spqt_cli.calibrate.stream import blocks
 from spqt_cli.calibrate.stream.engine import Streamed
+from spqt_cli.convert import card
 from spqt_cli.decode import context, session
 from spqt_cli.errors import SpqtError, UnsupportedError
 from spqt_cli.format import thresholds
@@ -163,6 +164,7 @@ class _Run:
         folder = self.loaded.folder
         with files.disk_errors(folder.path):
             folder.write_calibration(chosen, record)
+            card.update(folder.path)
         self.progress.clear()
 
 
@@ -210,6 +212,7 @@ def remove(path: Path) -> None:
     """Take all thresholds out of a converted folder: it runs dense again."""
     with files.claim(path), files.disk_errors(path):
         remove_thresholds(path)
+        card.update(path)
 
 
 def _open(path: Path) -> Folder:

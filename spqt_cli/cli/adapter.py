@@ -15,10 +15,7 @@ def adapter(
     output: Output,
     json_output: Json = False,
 ) -> None:
-    """Convert a LoRA or DoRA adapter of Hugging Face's PEFT for --adapter-path.
-
-    Example: spqt adapter peft-folder -o adapters
-    """
+    """Convert a LoRA or DoRA adapter of Hugging Face's PEFT for --adapter-path."""
     from spqt_cli.adapt import peft
 
     result = peft.convert(source, output)

@@ -10,13 +10,14 @@ from spqt_cli.cli import flags
 from spqt_cli.cli.flags import Json, ModelArgument, ModelOption, Quiet
 from spqt_cli.cli.output import progress
 from spqt_cli.errors import ResourceError, UsageError
+from spqt_cli.system import picture
 
 
 def bench(
     model: ModelArgument = None,
     model_option: ModelOption = None,
     shape: Annotated[
-        str | None, typer.Option(help="Random weights in the sizes of a known model: llama-3-8b, ...")
+        str | None, typer.Option(help="Random weights in the sizes of a known model, such as llama-3-8b.")
     ] = None,
     kernel: Annotated[
         bool, typer.Option("--kernel", help="Measure each projection alone, not tokens/s.")
@@ -44,13 +45,21 @@ def bench(
         str | None, typer.Option(help="Of a shape: float16, bfloat16 or float32 [its own].")
     ] = None,
     delay: Annotated[float, typer.Option(help="Seconds of rest between repetitions.")] = 0.0,
-    output_format: Annotated[str, typer.Option("--format", help="md, csv, json or jsonl.")] = "md",
+    output_format: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            help="md, csv, json or jsonl.",
+            autocompletion=flags.values("md", "csv", "json", "jsonl"),
+        ),
+    ] = "md",
     write: Annotated[
         bool, typer.Option("--write", help="With --kernel: store the best way per layer for this device.")
     ] = False,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Also write JSON here.", readable=False)
     ] = None,
+    plot: flags.Plot = None,
     quiet: Quiet = False,
     json_output: Json = False,
 ) -> None:
@@ -62,6 +71,12 @@ def bench(
         raise UsageError("--bits, --group-size and --dtype go with --shape", "a converted model has its own")
     if not 0 <= delay < math.inf:
         raise UsageError(f"--delay {delay} is not a number of seconds", "0 or more")
+    if plot is not None:
+        if kernel:
+            raise UsageError("--plot draws tokens per second", "leave --kernel out")
+        if generation_tokens == 0:
+            raise UsageError("--plot draws decoding", "leave -g 0 out")
+        picture.check(plot)
     from spqt_cli.bench import bench as benches
     from spqt_cli.bench import results
 
@@ -85,6 +100,10 @@ def bench(
     )
     with progress(quiet or json_output) as on_progress:
         report = (benches.run_kernels if kernel else benches.run)(options, on_progress)
+    if plot is not None:
+        from spqt_cli.cli import pictures
+
+        picture.save(pictures.of_bench(report), plot)
     typer.echo(results.render(report, form))
     if output is not None:
         _write(output, results.render(report, "json") + "\n")

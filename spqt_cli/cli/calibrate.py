@@ -1,14 +1,17 @@
 """`spqt calibrate`: its flags."""
 
 import dataclasses
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from spqt_cli.cli import flags
 from spqt_cli.cli.flags import Json, Preset, Quiet
 from spqt_cli.cli.output import as_json, progress
+from spqt_cli.system import picture
 
 
 def calibrate(
@@ -21,7 +24,13 @@ def calibrate(
         Path | None, typer.Option(help="UTF-8 text; default: the text that ships with spqt.", readable=False)
     ] = None,
     tokens: Annotated[int | None, typer.Option(help="Tokens of text to run.")] = None,
-    method: Annotated[str | None, typer.Option(help="auto, fast, paper or uniform.")] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help="auto, fast, paper or uniform.",
+            autocompletion=flags.values("auto", "fast", "paper", "uniform"),
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Which windows of the text are used.")] = 0,
     max_kl: Annotated[float | None, typer.Option(help="Instead of a sparsity: KL to dense, in nats.")] = None,
     max_ppl_increase: Annotated[
@@ -39,13 +48,17 @@ def calibrate(
     remove: Annotated[
         bool, typer.Option("--remove", help="Remove the thresholds: decoding is dense again.")
     ] = False,
+    plot: flags.Plot = None,
     quiet: Quiet = False,
     json_output: Json = False,
 ) -> None:
     """Choose the thresholds below which channels are skipped."""
     from spqt_cli.calibrate import calibrate as calibrator
     from spqt_cli.cli import presets
+    from spqt_cli.decode import quality_warning
 
+    if plot is not None:
+        picture.check(plot)
     if remove:
         calibrator.remove(model)
         typer.echo(
@@ -67,6 +80,10 @@ def calibrate(
     )
     with progress(quiet or json_output) as on_progress:
         result = calibrator.calibrate(model, options, on_progress)
+    if plot is not None:
+        from spqt_cli.cli import pictures
+
+        picture.save(pictures.of_calibration(result), plot)
     if json_output:
         typer.echo(as_json(result))
     elif not quiet:
@@ -75,3 +92,7 @@ def calibrate(
         typer.echo(f"note: {result.note}", err=True)
     if result.warning:
         typer.echo(result.warning, err=True)
+    if not (quiet or json_output):
+        kl = result.tried[0].kl
+        typer.echo(f"KL to dense {kl:.3f} on held-out text: {quality_warning.judged(kl)}", err=True)
+        typer.echo(f'next: spqt compare {shlex.quote(str(model))} --prompt "Hello"', err=True)

@@ -10,6 +10,7 @@ from spqt_cli.cli.flags import Json, ModelArgument, ModelOption, Quiet
 from spqt_cli.cli.output import as_json
 from spqt_cli.cli.prompt import prompt_text
 from spqt_cli.errors import UsageError
+from spqt_cli.system import picture
 
 
 def compare(
@@ -23,7 +24,8 @@ def compare(
     baseline: Annotated[
         str | None,
         typer.Option(
-            metavar="SOURCE", help="The unquantized source: adds stock MLX's rounding of it, and KL to it."
+            metavar="SOURCE",
+            help="The unquantized source: adds stock MLX's rounding of it, and KL to it instead of to dense.",
         ),
     ] = None,
     text: Annotated[
@@ -31,6 +33,10 @@ def compare(
         typer.Option(help="UTF-8 text for the KL; default: the text that ships with spqt.", readable=False),
     ] = None,
     windows: Annotated[int, typer.Option(help="Windows of that text.")] = 4,
+    rounds: Annotated[
+        int, typer.Option(help="Rounds of timing, by turns, after one that warms up; at least 3.")
+    ] = 3,
+    plot: flags.Plot = None,
     quiet: Quiet = False,
     json_output: Json = False,
 ) -> None:
@@ -43,15 +49,28 @@ def compare(
         raise UsageError(
             f"--sparsity {sparsity!r} is not a list of numbers", "for example 0,0.25,0.4"
         ) from None
+    if plot is not None:
+        picture.check(plot)
     from spqt_cli.decode.options import Prompt
     from spqt_cli.evaluate import compare as comparer
+    from spqt_cli.evaluate import compare_report
 
     def announce(what: str) -> None:
         if not (quiet or json_output):
-            typer.echo(f"{what} ...", err=True)
+            typer.echo(what, err=True)
 
-    reference = None if baseline is None else comparer.Reference(baseline, text, windows)
-    if text is not None and reference is None:
-        raise UsageError("KL on a text is KL to the source", "name it: --baseline SOURCE")
-    rows = comparer.compare(model, Prompt(asked), sparsities, max_tokens, announce, reference)
-    typer.echo(as_json([comparer.as_dict(row) for row in rows]) if json_output else comparer.report(rows))
+    effort = comparer.Effort(max_tokens, rounds)
+    announce(comparer.expectation(model, sparsities))
+    rows = comparer.compare(
+        model,
+        Prompt(asked),
+        sparsities,
+        effort,
+        lambda what: announce(f"{what} ..."),
+        comparer.Reference(baseline, text, windows),
+    )
+    if plot is not None:
+        from spqt_cli.cli import pictures
+
+        picture.save(pictures.of_comparison(rows), plot)
+    typer.echo(as_json(rows) if json_output else compare_report.report(rows))

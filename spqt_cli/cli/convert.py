@@ -6,14 +6,18 @@ from typing import Annotated, Any
 
 import typer
 
-from spqt_cli.cli.flags import FitData, FitSeed, Json, OwnText, Preset, Quiet, Revision, TrainSteps
+from spqt_cli.cli import flags
+from spqt_cli.cli.flags import FitData, FitSeed, Json, OwnText, Preset, Revision, TrainSteps, values
 from spqt_cli.cli.output import as_json, progress
-from spqt_cli.errors import UsageError
+from spqt_cli.errors import UnsupportedError, UsageError
 from spqt_cli.system.terminal import harmless
 
 
 def convert(
-    model: Annotated[str | None, typer.Argument(help="HF folder, hub id (org/name) or .gguf file.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Argument(help="HF folder, hub id (org/name) or .gguf file.", autocompletion=flags.models),
+    ] = None,
     hf_path: Annotated[
         str | None, typer.Option("--hf-path", "--model", help="The same, as an option.")
     ] = None,
@@ -23,11 +27,27 @@ def convert(
     ] = None,
     q_bits: Annotated[int | None, typer.Option(help="Bits per weight: 2, 3, 4, 5, 6 or 8.")] = None,
     q_group_size: Annotated[int | None, typer.Option(help="Outputs per scale: 32, 64 or 128.")] = None,
+    quantize: Annotated[
+        bool, typer.Option("--quantize", "-q", help="mlx-lm's; convert always quantizes.")
+    ] = False,
+    q_mode: Annotated[
+        str, typer.Option(help="mlx-lm's; Zigzag has affine alone.", autocompletion=values("affine"))
+    ] = "affine",
+    quant_predicate: Annotated[
+        str | None, typer.Option(help="mlx-lm's mixed recipes; refused: --preset mixed is ours.")
+    ] = None,
+    dequantize: Annotated[
+        bool, typer.Option("--dequantize", "-d", help="mlx-lm's; refused: the result would not be Zigzag.")
+    ] = False,
     head_bits: Annotated[
         int | None, typer.Option(help="Bits of embedding and head; default: 5, or --q-bits where more.")
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="float16, bfloat16 or float32 for what stays unquantized.")
+        str | None,
+        typer.Option(
+            help="float16, bfloat16 or float32 for what stays unquantized.",
+            autocompletion=values("float16", "bfloat16", "float32"),
+        ),
     ] = None,
     preset: Preset = "default",
     profile: Annotated[
@@ -53,7 +73,8 @@ def convert(
         typer.Option(
             help="none: each weight is rounded by itself; gptq: for the inputs that a layer will see, on "
             "text that the model writes; full: scales and norms are trained as well. It says how "
-            "long it takes."
+            "long it takes.",
+            autocompletion=values("none", "gptq", "full"),
         ),
     ] = "none",
     own_text: OwnText = None,
@@ -64,10 +85,14 @@ def convert(
         bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")
     ] = False,
     force: Annotated[bool, typer.Option(help="Go on although memory looks short.")] = False,
-    quiet: Quiet = False,
+    quiet: flags.QuietAlone = False,
     json_output: Json = False,
 ) -> None:
-    """Re-quantize a checkpoint into the Zigzag layout."""
+    """Re-quantize a checkpoint into the Zigzag layout.
+
+    Flags are mlx_lm.convert's where it has them, -q too: no progress is --quiet here.
+    """
+    _refuse(quantize, q_mode, quant_predicate, dequantize)
     from spqt_cli.cli import presets
     from spqt_cli.convert import convert as converter
 
@@ -122,3 +147,18 @@ def convert(
         typer.echo(harmless(result.summary()))
         if not dry_run and not quiet:
             typer.echo(f"next: spqt calibrate {shlex.quote(str(target))}", err=True)
+
+
+def _refuse(quantize: bool, q_mode: str, quant_predicate: str | None, dequantize: bool) -> None:
+    """Flags of mlx_lm.convert that ask for something else than Zigzag."""
+    if quantize and dequantize:
+        raise UsageError("--quantize and --dequantize exclude one another", "leave both out")
+    if dequantize:
+        raise UnsupportedError("--dequantize: Zigzag weights are quantized", "use mlx_lm.convert -d")
+    if q_mode != "affine":
+        raise UnsupportedError(f"--q-mode {q_mode}: Zigzag has affine alone", "leave --q-mode out")
+    if quant_predicate is not None:
+        raise UnsupportedError(
+            f"--quant-predicate {quant_predicate}: mlx-lm's recipes are for its own layout",
+            "--preset mixed gives q, k and v more bits; a .toml preset names others",
+        )

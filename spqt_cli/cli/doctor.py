@@ -23,6 +23,8 @@ def doctor(
     report = examine()
     if not json_output:
         typer.echo(report.text())
+    if selftest and not json_output:
+        typer.echo(LEGEND)
     for row in judged() if selftest else ():
         if not json_output:
             head = [] if report.kernels else ["", line({name: name for name in row})]
@@ -35,6 +37,12 @@ def doctor(
         typer.echo("all kernels agree with the definition" if report.healthy else "A KERNEL IS WRONG")
     if not report.healthy:
         raise typer.Exit(6)
+
+
+LEGEND = (
+    "\nworst error: the largest difference from the definition, in units of what rounding may cost; up to 1\n"
+    "passes. shape: outputs x inputs; group: outputs that share a scale"
+)
 
 
 @dataclass

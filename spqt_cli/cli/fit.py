@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from spqt_cli.cli.flags import FitData, FitSeed, Json, OwnText, Quiet, TrainSteps
+from spqt_cli.cli.flags import FitData, FitSeed, Json, OwnText, Quiet, TrainSteps, values
 from spqt_cli.cli.output import as_json, progress
 from spqt_cli.system.terminal import harmless
 
@@ -18,7 +18,12 @@ def fit(
         Path | None,
         typer.Option("--output", "-o", help="Folder to write; it must not exist.", readable=False),
     ] = None,
-    method: Annotated[str, typer.Option(help="gptq; full: trains scales and norms as well.")] = "gptq",
+    method: Annotated[
+        str,
+        typer.Option(
+            help="gptq; full: trains scales and norms as well.", autocompletion=values("gptq", "full")
+        ),
+    ] = "gptq",
     own_text: OwnText = None,
     train_steps: TrainSteps = None,
     data: FitData = None,
@@ -26,10 +31,7 @@ def fit(
     quiet: Quiet = False,
     json_output: Json = False,
 ) -> None:
-    """Fit a converted model's weights to its source, so that rounding and skipping cost less.
-
-    Example: spqt fit model-spqt-4bit org/model -o model-fitted
-    """
+    """Fit a converted model's weights to its source, so that rounding and skipping cost less."""
     from spqt_cli.fit import fit as fitter
     from spqt_cli.fit.options import FitOptions
 

@@ -1,6 +1,7 @@
 """The flags that several commands share, and which model a command line names."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Annotated
 
@@ -8,15 +9,59 @@ import typer
 
 from spqt_cli.errors import UsageError
 
+
+def values(*known: str) -> Callable[[str], list[str]]:
+    """What a shell completes a flag's value with: those of `known` that begin as was typed."""
+    return lambda incomplete: [one for one in known if one.startswith(incomplete)]
+
+
+def presets(incomplete: str) -> list[str]:
+    """Completes the name of a preset."""
+    found = (item.name for item in resources.files("spqt_cli.configs").iterdir())
+    return sorted(name[:-5] for name in found if name.endswith(".toml") and name.startswith(incomplete))
+
+
+def models(incomplete: str) -> list[str]:
+    """Completes a model's folder: folders here, or below what was typed, that hold a config.json.
+
+    Others are completed with a slash, so that their content can be.
+    """
+    parent = Path(incomplete if incomplete.endswith("/") else Path(incomplete).parent)
+    prefix = incomplete[: incomplete.rfind("/") + 1]
+    try:
+        found = [path for path in parent.expanduser().iterdir() if path.is_dir() and path.name[0] != "."]
+    except OSError:
+        return []
+    names = [prefix + path.name + ("" if (path / "config.json").is_file() else "/") for path in found]
+    return sorted(name for name in names if name.startswith(incomplete))
+
+
 ModelArgument = Annotated[
-    str | None, typer.Argument(metavar="MODEL", help="A converted folder or hub id.", show_default=False)
+    str | None,
+    typer.Argument(
+        metavar="MODEL",
+        help="A converted folder or hub id.",
+        show_default=False,
+        autocompletion=models,
+    ),
 ]
-ModelOption = Annotated[str | None, typer.Option("--model", help="The model, as an option.")]
+ModelOption = Annotated[
+    str | None, typer.Option("--model", help="The model, as an option.", autocompletion=models)
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no statistics.")]
+QuietAlone = Annotated[bool, typer.Option("--quiet", help="No progress.")]  # where -q is mlx-lm's --quantize
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
 Preset = Annotated[
-    str, typer.Option(help="default, mixed, small, fast, exact, a family (smollm2) or a .toml file.")
+    str,
+    typer.Option(
+        help="default, mixed, small, fast, exact, a family (smollm2) or a .toml file; spqt presets tells.",
+        autocompletion=presets,
+    ),
+]
+Plot = Annotated[
+    Path | None,
+    typer.Option("--plot", metavar="FILE", help="Also draw it: .png, .svg or .html.", readable=False),
 ]
 OwnText = Annotated[
     int | None,
@@ -39,6 +84,29 @@ Adapter = Annotated[str | None, typer.Option(help="A folder of LoRA or DoRA adap
 Output = Annotated[
     Path, typer.Option("--output", "-o", help="Folder to write; it must not exist.", readable=False)
 ]
+# How text is drawn and prompts are run: of generate and chat; ranges are in decode/options.py.
+MaxTokens = Annotated[int, typer.Option("--max-tokens", "-m", help="Most tokens to write; -1: no limit.")]
+Dense = Annotated[bool, typer.Option("--dense", help="Skip nothing, exact zeros included, for comparison.")]
+Sparsity = Annotated[
+    float | None,
+    typer.Option(
+        help="Sparsity instead of the calibrated one, 0 to 0.95; 0 skips only exact zeros, without loss."
+    ),
+]
+Temp = Annotated[float, typer.Option(help="Temperature; 0 takes the likeliest token.")]
+TopP = Annotated[float, typer.Option(help="Nucleus sampling.")]
+MinP = Annotated[float, typer.Option(help="Least probability, relative to the likeliest.")]
+TopK = Annotated[int, typer.Option(help="Draw from the k likeliest; 0: from all.")]
+MinTokensToKeep = Annotated[int, typer.Option(help="Least tokens that min-p keeps.")]
+XtcProbability = Annotated[float, typer.Option(help="Chance of XTC sampling at each token.")]
+XtcThreshold = Annotated[float, typer.Option(help="Probability above which XTC drops tokens.")]
+RepetitionPenalty = Annotated[float | None, typer.Option(help="Above 1: discourage repeats.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of the sampler.")]
+Stop = Annotated[list[str] | None, typer.Option(help="End at this text; repeatable.")]
+SystemPrompt = Annotated[str | None, typer.Option(help="System message of the chat template.")]
+ChatTemplateConfig = Annotated[str | None, typer.Option(help="JSON object for the chat template.")]
+MaxKvSize = Annotated[int | None, typer.Option(help="Longest key-value cache, in tokens.")]
+PrefillStepSize = Annotated[int, typer.Option(help="Prompt tokens run at a time.")]
 Trust = Annotated[bool, typer.Option(help="Run code that comes with the model.")]
 
 

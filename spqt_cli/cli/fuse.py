@@ -20,10 +20,7 @@ def fuse(
     quiet: Quiet = False,
     json_output: Json = False,
 ) -> None:
-    """Write a converted model with an adapter in its weights, rounded again; without thresholds.
-
-    Example: spqt fuse model-spqt-4bit adapters -o model-mine
-    """
+    """Write a converted model with an adapter in its weights, rounded again; without thresholds."""
     from spqt_cli.adapt import fuse as fuser
 
     result = fuser.fuse(model, adapter, output)

@@ -4,59 +4,53 @@ A new flag is a parameter here and a field of the same name in decode/options.py
 decode/generate.py acts on it.
 """
 
-import json
-import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from spqt_cli.cli import flags
 from spqt_cli.cli.flags import Adapter, Json, ModelArgument, ModelOption, Quiet, Revision, Trust
+from spqt_cli.cli.output import show
 from spqt_cli.cli.prompt import prompt_text
-from spqt_cli.errors import UsageError
+from spqt_cli.errors import UnsupportedError, UsageError
 
 
 def generate(
     model: ModelArgument = None,
+    words: Annotated[
+        str | None, typer.Argument(metavar="PROMPT", help="The prompt.", show_default=False)
+    ] = None,
     model_option: ModelOption = None,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="The prompt; '-' reads stdin.")] = None,
     prompt_file: Annotated[
         Path | None, typer.Option("--prompt-file", "-f", help="A UTF-8 file.", readable=False)
     ] = None,
-    system_prompt: Annotated[str | None, typer.Option(help="System message of the chat template.")] = None,
+    system_prompt: flags.SystemPrompt = None,
     prefill_response: Annotated[str | None, typer.Option(help="Beginning of the answer.")] = None,
-    max_tokens: Annotated[
-        int, typer.Option("--max-tokens", "-m", help="Most tokens to write; -1: no limit.")
-    ] = 256,
-    dense: Annotated[
-        bool, typer.Option("--dense", help="Skip nothing, exact zeros included, for comparison.")
-    ] = False,
-    sparsity: Annotated[
-        float | None,
-        typer.Option(
-            help="Sparsity instead of the calibrated one, 0 to 0.95; 0 skips only exact zeros, without loss."
-        ),
-    ] = None,
-    temp: Annotated[float, typer.Option(help="Temperature; 0 takes the likeliest token.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Nucleus sampling.")] = 1.0,
-    min_p: Annotated[float, typer.Option(help="Least probability, relative to the likeliest.")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Draw from the k likeliest; 0: from all.")] = 0,
-    min_tokens_to_keep: Annotated[int, typer.Option(help="Least tokens that min-p keeps.")] = 1,
-    xtc_probability: Annotated[float, typer.Option(help="Chance of XTC sampling at each token.")] = 0.0,
-    xtc_threshold: Annotated[float, typer.Option(help="Probability above which XTC drops tokens.")] = 0.0,
-    repetition_penalty: Annotated[float | None, typer.Option(help="Above 1: discourage repeats.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the sampler.")] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="End at this text; repeatable.")] = None,
+    max_tokens: flags.MaxTokens = 256,
+    dense: flags.Dense = False,
+    sparsity: flags.Sparsity = None,
+    temp: flags.Temp = 0.0,
+    top_p: flags.TopP = 1.0,
+    min_p: flags.MinP = 0.0,
+    top_k: flags.TopK = 0,
+    min_tokens_to_keep: flags.MinTokensToKeep = 1,
+    xtc_probability: flags.XtcProbability = 0.0,
+    xtc_threshold: flags.XtcThreshold = 0.1,
+    repetition_penalty: flags.RepetitionPenalty = None,
+    seed: flags.Seed = None,
+    stop: flags.Stop = None,
     extra_eos_token: Annotated[list[str] | None, typer.Option(help="End at this token; repeatable.")] = None,
     ignore_chat_template: Annotated[
         bool, typer.Option("--ignore-chat-template", help="Send the raw prompt.")
     ] = False,
-    chat_template_config: Annotated[
-        str | None, typer.Option(help="JSON object for the chat template.")
-    ] = None,
-    max_kv_size: Annotated[int | None, typer.Option(help="Longest key-value cache, in tokens.")] = None,
-    prefill_step_size: Annotated[int, typer.Option(help="Prompt tokens run at a time.")] = 2048,
+    chat_template_config: flags.ChatTemplateConfig = None,
+    use_default_chat_template: Annotated[
+        bool, typer.Option("--use-default-chat-template", help="Use the chat template, as by default.")
+    ] = False,
+    max_kv_size: flags.MaxKvSize = None,
+    prefill_step_size: flags.PrefillStepSize = 2048,
     kv_bits: Annotated[
         int | None, typer.Option(help="Quantize the key-value cache to this many bits.")
     ] = None,
@@ -65,6 +59,23 @@ def generate(
     adapter_path: Adapter = None,
     draft_model: Annotated[str | None, typer.Option(help="A smaller model for speculative decoding.")] = None,
     num_draft_tokens: Annotated[int, typer.Option(help="Tokens that the draft model proposes.")] = 3,
+    prompt_cache_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="Go on after a prompt whose key-value cache mlx-lm's cache_prompt put into this file.",
+            readable=False,
+        ),
+    ] = None,
+    image: Annotated[
+        list[str] | None, typer.Option(help="mlx-lm's; refused, since only text models are converted.")
+    ] = None,
+    quantize_activations: Annotated[
+        bool,
+        typer.Option(
+            "--quantize-activations", "-qa", help="mlx-lm's; refused, since no Zigzag kernel does it."
+        ),
+    ] = False,
+    verbose: Annotated[str, typer.Option(metavar="BOOL", help="As in mlx-lm: false or f is --quiet.")] = "T",
     revision: Revision = None,
     trust_remote_code: Trust = False,
     quiet: Quiet = False,
@@ -72,46 +83,46 @@ def generate(
 ) -> None:
     """Write text from a prompt, decoding sparsely."""
     given = locals()  # by the names that the options have in decode/options.py
-    path = flags.needed(model, model_option, 'spqt generate MODEL --prompt "Hello"')
-    text = prompt_text(prompt, prompt_file)
+    if words is None and (prompt, prompt_file) == (None, None) and model_option not in (None, model):
+        model, words = None, model  # beside --model a lone argument is the prompt
+    path = flags.needed(model, model_option, 'spqt generate MODEL "Hello"')
+    text = prompt_text(prompt, prompt_file, words)
     if dense and sparsity is not None:
         raise UsageError("--dense and --sparsity exclude one another", "give one of them")
+    if use_default_chat_template and ignore_chat_template:
+        raise UsageError("--use- and --ignore-chat-template exclude one another", "give one of them")
+    if prompt_cache_file is not None and draft_model is not None:
+        raise UsageError("--prompt-cache-file has no cache of a draft model", "leave one of them out")
+    _refuse(image, quantize_activations)
+    quiet = quiet or verbose.lower() in ("false", "f")
+    from spqt_cli.decode import cached_prompt, context, session
     from spqt_cli.decode import generate as generator
-    from spqt_cli.decode import session
     from spqt_cli.decode.options import Cache, Loading, Options, Prompt, Sampling, picked
 
     sampling, request = picked(Sampling, given), picked(Prompt, {**given, "text": text})
     options = picked(Options, {**given, "cache": picked(Cache, given)})
     loaded = session.load(path, **picked(Loading, given))
-    tokens = generator.encode(loaded, request)
+    if prompt_cache_file is None:
+        tokens = generator.encode(loaded, request)
+    else:
+        options.prompt_cache = cached_prompt.read(prompt_cache_file, path, loaded, options.cache)
+        tokens = generator.encode_rest(loaded, request, context.held(options.prompt_cache))
     if not quiet:
         for line in filter(None, [loaded.note and f"note: {loaded.note}", loaded.warning]):
             typer.echo(line, err=True)
-    _print_stream(generator.stream(loaded, tokens, sampling, options), quiet, json_output)
-
-
-def _print_stream(pieces: Any, quiet: bool, json_output: bool) -> None:
-    """Text to stdout as it comes, statistics to stderr; or both as one JSON object."""
-    import dataclasses
-
-    from spqt_cli.system.terminal import harmless
-
-    shown = harmless if sys.stdout.isatty() else str
-    texts, statistics = [], None
-    for piece in pieces:
-        if not isinstance(piece, str):
-            statistics = piece
-        elif json_output:
-            texts.append(piece)
-        else:
-            sys.stdout.write(shown(piece))
-            sys.stdout.flush()
-    assert statistics is not None
-    if json_output:
-        typer.echo(json.dumps({"text": "".join(texts), **dataclasses.asdict(statistics)}))
-        return
-    sys.stdout.write("\n")
-    sys.stdout.flush()
-    if not quiet:
+    statistics = show(generator.stream(loaded, tokens, sampling, options), json_output=json_output)
+    if not (quiet or json_output):
         typer.echo(statistics.line(), err=True)
         typer.echo(f"  {statistics.backend}: {statistics.backend_reason}", err=True)
+
+
+def _refuse(image: list[str] | None, quantize_activations: bool) -> None:
+    """Flags of mlx_lm.generate that a converted model can't follow."""
+    if image:
+        raise UnsupportedError(
+            "--image: spqt converts text models alone", "use mlx_lm.generate with the source"
+        )
+    if quantize_activations:
+        raise UnsupportedError(
+            "--quantize-activations: no Zigzag kernel does it", "use mlx_lm.generate with an nvfp4 model"
+        )

@@ -19,6 +19,7 @@ from spqt_cli.cli import (
     adapter,
     bench,
     calibrate,
+    chat,
     compare,
     convert,
     doctor,
@@ -27,20 +28,20 @@ from spqt_cli.cli import (
     fuse,
     generate,
     inspect,
+    list_models,
+    list_presets,
     mlx_lm,
+    profile,
     serve,
     verify,
     worker,
 )
-from spqt_cli.errors import BackendError, ResourceError, SpqtError, Terminated
+from spqt_cli.errors import ResourceError, SpqtError, Terminated, without_mlx
 from spqt_cli.system.terminal import harmless
 from spqt_cli.version import __version__
 
-INSTALL_HINT = (
-    'pip install "spqt[cpu]" (Linux without a GPU), "spqt[cuda13]" or "spqt[cuda12]" (NVIDIA); '
-    "on Apple silicon: pip install --force-reinstall spqt"
-)
 BUG = 70
+RESUMED = ("convert", "fit", "calibrate")  # commands that keep the progress of an interrupted run
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 app = typer.Typer(
@@ -90,19 +91,56 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "fuse": fuse.fuse,
     "calibrate": calibrate.calibrate,
     "generate": generate.generate,
+    "run": generate.generate,
+    "chat": chat.chat,
     "compare": compare.compare,
     "serve": serve.serve,
     "eval": evaluate.evaluate,
     "bench": bench.bench,
+    "list": list_models.list_models,
     "inspect": inspect.inspect,
     "verify": verify.verify,
+    "presets": list_presets.list_presets,
+    "profile": profile.profile,
     "doctor": doctor.doctor,
 }
+EXAMPLES = {
+    "convert": "spqt convert org/name -o my-model",
+    "fit": "spqt fit my-model org/name -o my-fitted-model",
+    "adapter": "spqt adapter peft-folder -o my-adapter",
+    "fuse": "spqt fuse my-model my-adapter -o my-fused-model",
+    "calibrate": "spqt calibrate my-model --sparsity 0.4",
+    "generate": 'spqt generate my-model --prompt "Why is the sky blue?"',
+    "run": 'spqt run my-model "Why is the sky blue?"',
+    "chat": "spqt chat my-model --sparsity 0.4",
+    "compare": 'spqt compare my-model --prompt "Why is the sky blue?" --sparsity 0,0.4',
+    "serve": "spqt serve my-model --port 8080",
+    "eval": "spqt eval my-model text.txt --sparsity 0.2:0.6:0.1",
+    "bench": "spqt bench my-model",
+    "list": "spqt list",
+    "inspect": "spqt inspect my-model",
+    "verify": "spqt verify my-model",
+    "presets": "spqt presets",
+    "profile": "spqt profile show",
+    "doctor": "spqt doctor --selftest",
+}
+SAME = {"run": "The same as generate."}  # commands by another name
+
+
+def _first_sentence(text: str) -> str:
+    """For the list of commands; Click would cut it at the line's end."""
+    return " ".join(text.split("\n\n", maxsplit=1)[0].split())
+
+
 for _name, _command in COMMANDS.items():
-    app.command(_name)(_until_the_pipe_closes(_command))
+    _summary = SAME.get(_name) or _first_sentence(_command.__doc__ or "")
+    app.command(_name, short_help=_summary, epilog=f"Example: {EXAMPLES[_name]}")(
+        _until_the_pipe_closes(_command)
+    )
 app.command(
     "mlx-lm",
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    short_help=_first_sentence(mlx_lm.mlx_lm.__doc__ or ""),
 )(mlx_lm.mlx_lm)
 
 
@@ -120,18 +158,13 @@ def main() -> None:
         if worker.wanted(arguments):
             sys.exit(worker.run(["--debug", *arguments] if debug else arguments))
         worker.follow_parent()
-        sys.exit(app(standalone_mode=False, prog_name="spqt"))
+        sys.exit(_run(arguments))
     except SpqtError as error:
         _fail(error, debug, wants_json)
     except ImportError as error:
-        if not _is_mlx(error):
+        if (missing := without_mlx(error)) is None:
             _bug(error, debug, wants_json)
-        cause = (
-            "MLX is not installed"
-            if isinstance(error, ModuleNotFoundError)
-            else f"MLX can't be loaded: {error}"
-        )
-        _fail(BackendError(cause, INSTALL_HINT), debug, wants_json)
+        _fail(missing, debug, wants_json)
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(128 + signal.SIGINT)
     except MemoryError:
@@ -154,9 +187,13 @@ def main() -> None:
         _bug(error, debug, wants_json)
 
 
-def _is_mlx(error: ImportError) -> bool:
-    """True when it is MLX itself that is missing or broken, not one of our modules."""
-    return (error.name or "").split(".")[0] == "mlx" or "libmlx" in str(error)
+def _run(arguments: list[str]) -> int | None:
+    """The exit code of a command; Typer makes Ctrl-C one, and where it lost nothing that is said."""
+    code: int | None = app(standalone_mode=False, prog_name="spqt")
+    resumed = {*arguments[:2]} & set(RESUMED) and not {"--dry-run", "--remove"} & set(arguments)
+    if code == 128 + signal.SIGINT and resumed:
+        typer.echo("spqt: stopped; the same command goes on where it was", err=True)
+    return code
 
 
 def _terminate(number: int, frame: Any) -> NoReturn:

@@ -3,11 +3,14 @@
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import typer
+
+from spqt_cli.system.terminal import harmless
 
 
 @contextmanager
@@ -38,28 +41,59 @@ def progress(quiet: bool) -> Iterator[Callable[[float, float, str], None]]:
 def _plain_lines() -> Callable[[float, float, str], None]:
     from time import monotonic
 
-    last = monotonic()
+    began = last = monotonic()
 
     def show(done: float, total: float, what: str) -> None:
         nonlocal last
-        if monotonic() - last >= 2:  # a line every two seconds: alive, and not a flood in a log
-            last = monotonic()
-            typer.echo(f"{done / total:4.0%}  {what}" if total else what, err=True)
+        now = monotonic()
+        if now - last < 2:  # a line every two seconds: alive, and not a flood in a log
+            return
+        last = now
+        left = f", about {_seconds((now - began) * (total - done) / done)} left" if done else ""
+        typer.echo(f"{done / total:4.0%}  {what}{left}" if total else what, err=True)
 
     return show
 
 
+def _seconds(seconds: float) -> str:
+    """ "50 s", "12 min", "3.5 h"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def show(pieces: Iterable[Any], *, json_output: bool) -> Any:
+    """Print an answer as it comes, or in the end as one JSON object with its Statistics; returns those.
+
+    pieces: of `decode.generate.stream`, whose last is the Statistics.
+    """
+    shown = harmless if sys.stdout.isatty() else str
+    texts, statistics = [], None
+    for piece in pieces:
+        if not isinstance(piece, str):
+            statistics = piece
+        elif json_output:
+            texts.append(piece)
+        else:
+            sys.stdout.write(shown(piece))
+            sys.stdout.flush()
+    assert statistics is not None
+    if json_output:
+        typer.echo(as_json({"text": "".join(texts), **dataclasses.asdict(statistics)}))
+    else:
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+    return statistics
+
+
 def as_json(value: Any) -> str:
     """A result (dataclass, Path and all) as one line of JSON; NaN and infinity, which JSON lacks, as null."""
-    plain = (
-        dataclasses.asdict(value)
-        if dataclasses.is_dataclass(value) and not isinstance(value, type)
-        else value
-    )
-    return json.dumps(_finite(plain), default=str, allow_nan=False)
+    return json.dumps(_finite(value), default=str, allow_nan=False)
 
 
 def _finite(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
     if isinstance(value, dict):
         return {key: _finite(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):

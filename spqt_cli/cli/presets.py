@@ -40,6 +40,20 @@ SECTIONS: dict[str, dict[str, type]] = {
 PROJECTIONS = "projections"  # a section of layers' own settings: k_proj = {bits = 8, group_size = 64}
 
 
+def meaning(name: str) -> str:
+    """What a shipped preset is for: the comment at the head of its file."""
+    head = []
+    for line in _shipped(name).splitlines():
+        if not line.startswith("#"):
+            break
+        head.append(line.removeprefix("#").strip())
+    return " ".join(head)
+
+
+def _shipped(name: str) -> str:
+    return (resources.files("spqt_cli.configs") / f"{name}.toml").read_text(encoding="utf-8")
+
+
 def names() -> list[str]:
     """The shipped presets."""
     folder = resources.files("spqt_cli.configs")
@@ -49,7 +63,7 @@ def names() -> list[str]:
 def load_preset(name_or_path: str) -> Preset:
     """The preset of that name, or in that TOML file. Unknown sections and keys are errors."""
     if name_or_path in names():
-        text = (resources.files("spqt_cli.configs") / f"{name_or_path}.toml").read_text(encoding="utf-8")
+        text = _shipped(name_or_path)
     else:
         try:
             text = files.read_bounded(Path(name_or_path), LONGEST_BYTES).decode("utf-8")

@@ -6,11 +6,15 @@ from pathlib import Path
 from spqt_cli.errors import SpqtError, UsageError
 
 
-def prompt_text(prompt: str | None, prompt_file: Path | None) -> str:
+def prompt_text(prompt: str | None, prompt_file: Path | None, words: str | None = None) -> str:
     """The text of --prompt, of --prompt-file, or of stdin where neither is given or --prompt is "-".
 
-    Raises UsageError for both, for none on a terminal and for an empty text, SpqtError for what is not UTF-8.
+    words: the prompt as an argument, which is --prompt by another way. Raises UsageError for two, for none on
+    a terminal and for an empty text, SpqtError for what is not UTF-8.
     """
+    if prompt is not None and words is not None:
+        raise UsageError("two prompts are given", "give one: an argument, or --prompt")
+    prompt = prompt if words is None else words
     if prompt is not None and prompt_file is not None:
         raise UsageError("--prompt and --prompt-file exclude one another", "give one of them")
     if prompt is not None and prompt != "-":
@@ -31,7 +35,10 @@ def prompt_text(prompt: str | None, prompt_file: Path | None) -> str:
                 f"{where} is not UTF-8: byte {error.start}", "convert the text to UTF-8"
             ) from None
         except OSError as error:
-            raise SpqtError(f"{where} can't be read: {error.strerror}", "give a UTF-8 text file") from None
+            near = files.near(prompt_file) if prompt_file else ""
+            raise SpqtError(
+                f"{where} can't be read: {error.strerror}", "give a UTF-8 text file" + near
+            ) from None
     if not text.strip():
         raise UsageError("the prompt is empty", 'give one: --prompt "Hello", or pipe text in')
     return text

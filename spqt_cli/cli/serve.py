@@ -66,7 +66,13 @@ def serve(
     read_timeout: Annotated[
         float, typer.Option(min=0.1, max=3600, help="Seconds in which a request must come in, else 408.")
     ] = 20.0,
-    log_level: Annotated[str, typer.Option(help="DEBUG, INFO (each request), WARNING or ERROR.")] = "WARNING",
+    log_level: Annotated[
+        str,
+        typer.Option(
+            help="DEBUG, INFO (each request), WARNING or ERROR.",
+            autocompletion=flags.values("DEBUG", "INFO", "WARNING", "ERROR"),
+        ),
+    ] = "WARNING",
     revision: Revision = None,
     trust_remote_code: Trust = False,
 ) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from spqt_cli.errors import BackendError, ResourceError, SpqtError
 
 MARK = "SPQT_WORKER"  # set in the child's environment
-COMMANDS = ("generate", "compare", "eval", "bench", "calibrate", "serve")
+COMMANDS = ("generate", "run", "chat", "compare", "eval", "bench", "calibrate", "serve")
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 

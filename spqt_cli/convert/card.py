@@ -6,10 +6,14 @@ from typing import Any
 
 from spqt_cli.convert.plan import Plan
 from spqt_cli.convert.source import Checkpoint
+from spqt_cli.decode import quality_warning
 from spqt_cli.errors import SpqtError
-from spqt_cli.system import sandbox
+from spqt_cli.format.config_json import read_config
+from spqt_cli.system import files, sandbox
 
 NAME = "README.md"
+BEGIN, END = "<!-- spqt: results -->", "<!-- spqt: end of results -->"
+LONGEST_CARD = 1 << 20  # bytes of a card whose results are written again
 LICENCE_KEYS = ("license", "license_name", "license_link", "language")  # taken over from the source's card
 LONGEST_FRONT = 1 << 16  # bytes of a card that are read, and of a value that is taken over
 
@@ -34,20 +38,62 @@ Made from {origin} by spqt {versions["spqt"]} with MLX {versions["mlx"]}: {setti
 {settings["group_size"]}; {planned.zigzag_share:.0%} of the weight bytes are in the Zigzag layout, in which
 decoding can skip input channels.
 
-Plain mlx-lm refuses this model. With spqt:
+{_section(config)}
+Plain mlx-lm refuses this model. With spqt (on Linux `"spqt[cpu]"` or `"spqt[cuda13]"`), where MODEL is this
+repository's id or a folder:
 
 ```bash
-spqt calibrate FOLDER
-spqt generate --model FOLDER --prompt "Why is the sky blue?"
+pip install spqt
+spqt run MODEL "Why is the sky blue?"
 ```
 
 ```python
-import spqt_cli.patch  # lets mlx-lm load the layout
-from mlx_lm import load, generate
+import mlx_lm
+import spqt_cli
 
-model, tokenizer = load("FOLDER")
+model, tokenizer = spqt_cli.load("MODEL")
+prompt = tokenizer.apply_chat_template([{{"role": "user", "content": "Hello"}}], add_generation_prompt=True)
+print(mlx_lm.generate(model, tokenizer, prompt))
 ```
 """
+
+
+def update(folder: Path) -> None:
+    """Put what config.json says of fit and calibration into the card, between the marks that `text` made.
+
+    A card without them, or that is no text, is somebody's own and stays.
+    """
+    path = folder / NAME
+    try:
+        with path.open("rb") as file:
+            card = file.read(LONGEST_CARD + 1).decode("utf-8")
+    except (FileNotFoundError, UnicodeDecodeError):
+        return
+    before, begins, rest = card.partition(BEGIN)
+    _, ends, after = rest.partition(END)
+    if begins and ends and len(card) <= LONGEST_CARD:
+        section = _section(read_config(folder))
+        files.replace_text(path, before + section + after.removeprefix("\n"))
+
+
+def _section(config: dict[str, Any]) -> str:
+    """The results between their marks, and the line's end."""
+    section = config["spqt"]
+    fit, calibration = section.get("fit"), section.get("calibration")
+    lines = []
+    if isinstance(fit, dict):
+        lines.append(f"Fitted to its source ({fit.get('method')}), on {fit.get('windows')} texts.")
+    if isinstance(calibration, dict):
+        text = calibration.get("text") or {}
+        lines.append(
+            f"Calibrated to skip {calibration['sparsity']:.0%} of the input channels: "
+            f"{calibration['realised']:.1%} of the weights on held-out text. KL to its own dense run there: "
+            f"{calibration['kl']:.3f} nats per token ({quality_warning.judged(calibration['kl'])}); text: "
+            f"{text.get('name')}, {calibration['tokens']} tokens."
+        )
+    else:
+        lines.append("Not calibrated: decoding is dense until `spqt calibrate FOLDER`.")
+    return "\n".join([BEGIN, "## Results", "", *lines, END, ""])
 
 
 def _licence(path: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import mlx.core as mx
 import psutil
 
-from spqt_cli.convert import plan, source, tokenizer_files
+from spqt_cli.convert import plan, plan_table, source, tokenizer_files
 from spqt_cli.convert.job import Conversion, Progress
 from spqt_cli.convert.plan import ZIGZAG, Plan
 from spqt_cli.decode.bytes_read import Reads
@@ -73,8 +73,7 @@ class ConvertResult:
 
     def summary(self) -> str:
         """A few lines for people."""
-        lines = [f"{name:<50} {kind:<12} {bits or '':>2} {group or '':>4} {size / 1e6:>9.2f} MB"
-                 for name, kind, bits, group, size in (self.rows if self.dry_run else ())]  # fmt: skip
+        lines = plan_table.lines(self.rows) if self.dry_run else []
         verb = "would have" if self.dry_run else "has"
         lines.append(
             f"{self.output} {verb} {self.layers} Zigzag layers, {self.zigzag_share:.0%} of "

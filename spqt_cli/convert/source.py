@@ -174,7 +174,7 @@ def _open_path(path: Path, trust: Trust) -> Checkpoint:
     if is_file or path.exists():
         raise SpqtError(f"{path} is no model", "give a model folder, a hub id or a .gguf file")
     hint = "give a model folder, a hub id (org/name) or a .gguf file"
-    raise SpqtError(f"{path} is not found", hint + locate.elsewhere(str(path)))
+    raise SpqtError(f"{path} is not found", hint + locate.elsewhere(str(path)) + files.near(path))
 
 
 def open_folder(folder: Path, trust: Trust) -> Checkpoint:

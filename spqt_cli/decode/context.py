@@ -11,6 +11,10 @@ from spqt_cli.errors import SpqtError
 from spqt_cli.format import config_json
 
 
+class ContextError(SpqtError):
+    """A prompt leaves no room in the model's context."""
+
+
 def kept_to(config: dict[str, Any]) -> int | None:
     """Tokens up to which mlx-lm's class computes a converted model rightly; None for all."""
     section = config.get("spqt")
@@ -49,10 +53,12 @@ def held(cache: Sequence[Any] | None) -> int:
 def room(limit: int, prompt_tokens: int, wished: int = -1) -> int:
     """The tokens that may be generated after a prompt: what is wished (negative: all), or what is left.
 
-    Raises SpqtError for a prompt that leaves no room for one.
+    Raises ContextError for a prompt that leaves no room for one.
     """
     if prompt_tokens >= limit:
-        raise SpqtError(f"the prompt has {prompt_tokens} tokens, the model's context {limit}", "shorten it")
+        raise ContextError(
+            f"the prompt has {prompt_tokens} tokens, the model's context {limit}", "shorten it"
+        )
     left = limit - prompt_tokens
     return left if wished < 0 else min(wished, left)
 

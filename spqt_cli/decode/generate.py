@@ -5,7 +5,7 @@ It knows prompts, sampling and stop strings; the loop and the cache are mlx-lm's
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -68,7 +68,7 @@ def encode(loaded: session.Loaded, prompt: Prompt) -> list[int]:
     tokenizer = loaded.tokenizer
     if prompt.ignore_chat_template or not tokenizer.has_chat_template:
         tokens = text_borders.encode(tokenizer, prompt.text)
-    elif any(token in prompt.text for token in tokenizer.get_added_vocab()):
+    elif _spells_control(tokenizer, prompt):
         tokens = _encode_literally(tokenizer, prompt)
     else:
         tokens = tokenizer.encode(_templated(tokenizer, prompt), add_special_tokens=False)
@@ -79,22 +79,66 @@ def encode(loaded: session.Loaded, prompt: Prompt) -> list[int]:
     return session.known(loaded, tokens)
 
 
-def _encode_literally(tokenizer: Any, prompt: Prompt) -> list[int]:
-    """Token ids when the user's text spells a control token: the text stays text and forges no message.
+def encode_rest(loaded: session.Loaded, prompt: Prompt, held: int) -> list[int]:
+    """Token ids of a prompt without what the template puts before it, which a cache of `held` tokens has.
 
-    Template and text are tokenized apart, which other prompts are not: mlx-lm tokenizes them together.
+    As `mlx_lm.generate --prompt-cache-file` takes it. Raises as `encode`.
     """
-    mark = "\u2063prompt\u2063"  # invisible separators: in no template, and stripped by none
-    before, _, after = _templated(tokenizer, replace(prompt, text=mark)).partition(mark)
-    literal = tokenizer.encode(prompt.text, add_special_tokens=False, split_special_tokens=True)
-    first, last = (tokenizer.encode(part, add_special_tokens=False) for part in (before, after))
-    return first + literal + last
+    encode(loaded, prompt)  # refuses what can't be a prompt
+    tokenizer = loaded.tokenizer
+    if prompt.ignore_chat_template or not tokenizer.has_chat_template:
+        tokens = text_borders.encode(tokenizer, prompt.text)
+    else:
+        _, _, after = _templated(tokenizer, replace(prompt, text=_mark(0))).partition(_mark(0))
+        if _spells_control(tokenizer, prompt):
+            tokens = tokenizer.encode(prompt.text, add_special_tokens=False, split_special_tokens=True)
+            tokens += tokenizer.encode(after, add_special_tokens=False)
+        else:
+            tokens = tokenizer.encode(prompt.text + after, add_special_tokens=False)
+    if (limit := context.tokens(loaded.config)) is not None:
+        context.room(limit, held + len(tokens))
+    return session.known(loaded, tokens)
+
+
+def _encode_literally(tokenizer: Any, prompt: Prompt) -> list[int]:
+    """Token ids when a user's text spells a control token: the text stays text and forges no message.
+
+    Template and texts are tokenized apart, which other prompts are not: mlx-lm tokenizes them together.
+    """
+    texts: list[str] = []
+    history = []
+    for message in prompt.history:
+        typed = message["role"] == "user"
+        history.append({**message, "content": _mark(len(texts))} if typed else message)
+        texts += [message["content"]] if typed else []
+    texts.append(prompt.text)
+    rest = _templated(tokenizer, replace(prompt, text=_mark(len(texts) - 1), history=history))
+    tokens: list[int] = []
+    for number, text in enumerate(texts):
+        before, found, after = rest.partition(_mark(number))
+        if found:  # a template may leave messages out
+            tokens += tokenizer.encode(before, add_special_tokens=False)
+            tokens += tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+            rest = after
+    return tokens + list(tokenizer.encode(rest, add_special_tokens=False))
+
+
+def _mark(number: int) -> str:
+    """Stands for a user's text. Invisible separators are in no template, and stripped by none."""
+    return f"\u2063prompt {number}\u2063"
+
+
+def _spells_control(tokenizer: Any, prompt: Prompt) -> bool:
+    """Whether a user's text, this or an earlier one, spells a token that was added to the vocabulary."""
+    texts = [prompt.text, *(one["content"] for one in prompt.history if one["role"] == "user")]
+    return any(token in text for token in tokenizer.get_added_vocab() for text in texts)
 
 
 def _templated(tokenizer: Any, prompt: Prompt) -> str:
-    messages: list[dict[str, str | None]] = (
+    messages: list[Mapping[str, str | None]] = (
         [{"role": "system", "content": prompt.system_prompt}] if prompt.system_prompt is not None else []
     )
+    messages += [dict(one) for one in prompt.history]
     messages.append({"role": "user", "content": prompt.text})
     prefilled = prompt.prefill_response is not None
     if prefilled:
@@ -181,6 +225,8 @@ def _loop_arguments(loaded: session.Loaded, sampling: Sampling, options: Options
         arguments["logits_processors"] = make_logits_processors(
             repetition_penalty=sampling.repetition_penalty
         )
+    if options.prompt_cache is not None:
+        arguments["prompt_cache"] = options.prompt_cache
     if loaded.draft is not None:
         arguments |= {"draft_model": loaded.draft.model, "num_draft_tokens": options.num_draft_tokens}
     return arguments

@@ -60,7 +60,7 @@ class Sampling(_Ranged):
     top_k: int = _ranged(0, 0)
     min_tokens_to_keep: int = _ranged(1, 1)
     xtc_probability: float = _ranged(0.0, 0, 1)
-    xtc_threshold: float = _ranged(0.0, 0, 0.5)
+    xtc_threshold: float = _ranged(0.1, 0, 0.5)
     repetition_penalty: float | None = _ranged(None, 0, 1e6)
     seed: int | None = _ranged(None, 0, LARGEST_SEED)
 
@@ -78,13 +78,17 @@ class Cache(_Ranged):
 
 @dataclass
 class Prompt:
-    """What to answer. text: the user's words; the rest steers the chat template, as in mlx-lm."""
+    """What to answer. text: the user's words; the rest steers the chat template, as in mlx-lm.
+
+    history: messages before them, each with "role" (user or assistant) and "content".
+    """
 
     text: str
     system_prompt: str | None = None
     prefill_response: str | None = None
     ignore_chat_template: bool = False
     chat_template_config: str | None = None
+    history: Sequence[Mapping[str, str]] = ()
 
 
 @dataclass
@@ -92,7 +96,8 @@ class Options(_Ranged):
     """Length, stops and cache of one generation. max_tokens: -1 means no limit.
 
     num_draft_tokens: proposed at a time by the draft model, if there is one. on_token: called with the id of
-    each token of the text as it comes.
+    each token of the text as it comes. prompt_cache: mlx-lm's, of what comes before the tokens that are fed;
+    it is filled further. None: an empty one.
     """
 
     max_tokens: int = 256
@@ -101,6 +106,7 @@ class Options(_Ranged):
     num_draft_tokens: int = _ranged(3, 1)
     cache: Cache = field(default_factory=Cache)
     on_token: Callable[[int], object] = lambda _: None
+    prompt_cache: list[Any] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -8,6 +8,15 @@ from spqt_cli.format.contract import CalibrationRecord
 # 25 % cost 0.034 (perplexity +2.7 %), 40 % 0.14 (+13 %), 50 % 0.31 (+34 %): KL is about the logarithm of the
 # rise. At 0.1 perplexity is up by a tenth, between what reads well there and what does not (docs/quality.md).
 SUFFERS = 0.1
+UNSEEN = 0.01  # below it perplexity is up by less than a hundredth
+
+
+def judged(kl: float) -> str:
+    """What a KL to the dense model, in nats on held-out text, means for the text, in a few words."""
+    rise = f"perplexity about {math.expm1(min(max(kl, 0.0), 10)):+.0%}"
+    if kl < UNSEEN:
+        return f"no difference to be seen, {rise}"
+    return f"the text reads about as well, {rise}" if kl <= SUFFERS else f"the text suffers, {rise}"
 
 
 def warning(kl: float) -> str:

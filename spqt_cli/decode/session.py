@@ -282,7 +282,7 @@ def weight_bytes(model: nn.Module, config: dict[str, Any]) -> tuple[float, dict[
 
     Of a mixture of experts only the chosen experts count, of an embedding that is not also the head one row.
     """
-    layers = zigzag_layers(model)
+    layers = {id(layer) for layer in zigzag_layers(model).values()}
     zigzag: dict[int, float] = {}
     other = 0.0
     modules = dict(model.named_modules())
@@ -290,8 +290,9 @@ def weight_bytes(model: nn.Module, config: dict[str, Any]) -> tuple[float, dict[
     for path, module in modules.items():
         read = fractions.of(path)
         size = sum(value.nbytes for value in module.values() if hasattr(value, "nbytes"))
-        packed = sum(module[name].nbytes for name in ("weight", "scales", "biases")) if path in layers else 0
-        if packed:
+        packed = 0
+        if id(module) in layers:
+            packed = sum(module[name].nbytes for name in ("weight", "scales", "biases"))
             zigzag[id(module)] = packed * read
         other += (size - packed) * read
     return other, zigzag

@@ -1,56 +1,68 @@
 """`spqt compare`: one prompt at several sparsities, with text, speed, bytes read and quality of each.
 
-Quality is the perplexity that the dense model gives to each text after the same prompt, which needs no second
-model and no reference text. Where the source is named, MLX's own row-grouped rounding of it answers too, and
-all are held against the source on a text.
+Quality is the perplexity that the dense model gives to each text after the same prompt, and KL on a text: to
+the dense run, or to the source where that is named; then MLX's own row-grouped rounding of it answers too.
+Speeds are of equal lengths, by turns (`turns`).
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from spqt_cli.convert import source_model
-from spqt_cli.decode import context, generate, session
+from mlx import nn
+from mlx.utils import tree_flatten
+
+from spqt_cli.convert import parameters, source_model
+from spqt_cli.decode import context, generate, profile, session
 from spqt_cli.decode.only_mlx import check_unpatched, only_mlx
 from spqt_cli.decode.options import Options, Prompt, Sampling
-from spqt_cli.evaluate import several, variants
-from spqt_cli.evaluate.perplexity import windows
-from spqt_cli.evaluate.report import DENSE, ROWS, SOURCE, shown
+from spqt_cli.errors import UsageError
+from spqt_cli.evaluate import several, turns, variants
+from spqt_cli.evaluate.perplexity import evaluate, windows
+from spqt_cli.evaluate.report import DENSE, ROWS, SOURCE, Variant
 from spqt_cli.format import locate, thresholds
 from spqt_cli.format.folder import Folder
 from spqt_cli.measure import texts
-from spqt_cli.system.terminal import harmless
+
+LEAST_ROUNDS = 3
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What a model is held against. source: unquantized: a folder, hub id or .gguf file.
+    """What a model is held against. source: unquantized: a folder, hub id or .gguf file; None: its dense run.
 
     text: a file, None for the shipped one; windows: of it.
     """
 
-    source: str
+    source: str | None = None
     text: Path | None = None
     windows: int = 4
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """KL(source || row), nats per token, and its standard error over windows of a text."""
+    """KL(reference || row), nats per token, and its standard error over windows of a text.
+
+    reference: "source", or "dense" where no source was named.
+    """
 
     mean: float
     se: float
     text: str
     windows: int
+    reference: str = SOURCE
 
 
 @dataclass
 class Row:
     """One run. sparsity_target: 0 means dense. perplexity: of `text`, by the dense model.
 
-    divergence: from the source, if one was named. stock: MLX's row-grouped model ran, not ours.
+    stock: MLX's row-grouped model ran, not ours. speeds: by turns, `timed_tokens` each, ratios to dense where
+    that is among the rows, else to the first. kl_to_dense: nats per token on the text; None of dense and
+    stock rows.
     """
 
     sparsity_target: float
@@ -59,6 +71,9 @@ class Row:
     perplexity: float
     divergence: Divergence | None = None
     stock: bool = False
+    speeds: turns.Speeds = field(default_factory=lambda: turns.Speeds([], []))
+    timed_tokens: int = 0
+    kl_to_dense: float | None = None
 
     @property
     def name(self) -> str:
@@ -68,62 +83,129 @@ class Row:
         return f"{self.sparsity_target:.0%}" if self.sparsity_target else DENSE
 
 
+@dataclass(frozen=True)
+class Effort:
+    """How much is run. max_tokens: of each text. rounds: of timing, by turns, after one that warms up."""
+
+    max_tokens: int = 96
+    rounds: int = 3
+
+    def __post_init__(self) -> None:
+        if self.rounds < LEAST_ROUNDS:
+            raise UsageError(f"--rounds {self.rounds}: a range needs {LEAST_ROUNDS}", "leave --rounds out")
+
+
 def compare(
     path: str,
     prompt: Prompt,
     sparsities: Sequence[float],
-    max_tokens: int = 96,
+    effort: Effort = Effort(),
     on_row: Callable[[str], None] = lambda _: None,
-    reference: Reference | None = None,
+    reference: Reference = Reference(),
 ) -> list[Row]:
     """A row for each sparsity (0 to 0.95; 0 runs dense), greedy and so repeatable.
 
-    max_tokens: of each text. on_row: called with the name of what runs next. reference: adds the stock row,
-    first, and the KL of all. Raises UsageError for values out of range and SpqtError where a sparsity needs
-    thresholds and there are none, or for a source or text that won't do, all before a weight is read.
+    on_row: called with the name of what runs next. reference: what KL is measured on, and against; with a
+    source a stock row comes first. Raises UsageError for values out of range and SpqtError where a sparsity
+    needs thresholds and there are none, or for a source or text that won't do, all before a weight is read.
     """
     for sparsity in sparsities:
         thresholds.check_sparsity(sparsity)
     folder = locate.open_folder(path)
     folder.thresholds(max(sparsities))
-    rows, answers = [], []
-    if reference is not None:
-        _check(folder, reference)
+    _check(folder, reference)
+    ours, ways, rows, answers = _Ours(folder), [], [], []
+    if reference.source is not None:
         on_row("stock")
-        row, answer = _stock(folder, reference.source, prompt, max_tokens)
+        network, row, answer = _stock(folder, reference.source, prompt, effort.max_tokens)
+        ways.append(turns.Way(row.name, lambda: network, stock=True))
         rows.append(row)
         answers.append(answer)
-    for target in sparsities:
+    for target in dict.fromkeys(sparsities):
         answers.append([])
-        options = Options(max_tokens=max_tokens, on_token=answers[-1].append)
+        options = Options(max_tokens=effort.max_tokens, on_token=answers[-1].append)
         on_row(f"sparsity {target:.0%}" if target else "dense")
-        # Loaded anew each time: a profile repacks layers for one sparsity, and there is no way back.
-        loaded = session.load(folder, sparsity=target, dense=not target)
+        loaded = ours.at(target)
         tokens = generate.encode(loaded, prompt)
         *pieces, statistics = generate.stream(loaded, tokens, Sampling(), options)
         rows.append(Row(target, "".join(pieces), statistics, math.nan))
-        del loaded
-    judge = session.load(folder, dense=True)
+        ways.append(turns.Way(rows[-1].name, functools.partial(ours.model, target)))
+    on_the_clock = turns.room(folder.config, len(tokens), effort.max_tokens)
+    _time(rows, ways, turns.Clock(tokens, on_the_clock, effort.rounds), on_row)
+    judge = ours.at(0.0)
     for row, answer in zip(rows, answers, strict=True):
         row.perplexity = perplexity(judge, generate.encode(judge, prompt), answer)
-    del judge
-    if reference is not None:
-        on_row("divergence from the source")
-        _hold_against(rows, path, reference)
+    del judge, loaded, ours, ways
+    on_row("divergence")
+    _hold_against(rows, path, reference)
     return rows
+
+
+class _Ours:
+    """The converted model, at one sparsity at a time."""
+
+    def __init__(self, folder: Folder) -> None:
+        self._folder = folder
+        self._repacks = bool(profile.read()[0])
+        self._loaded: session.Loaded | None = None
+
+    def at(self, target: float) -> session.Loaded:
+        """The model as it runs at a sparsity; 0: dense.
+
+        Loaded anew where there is a profile: it repacks layers for one sparsity, and there is no way back.
+        """
+        if self._loaded is None or self._repacks:
+            self._loaded = None  # both would be in memory
+            self._loaded = session.load(self._folder, sparsity=target, dense=not target)
+        elif target:
+            session.set_sparsity(self._loaded, target)
+        else:
+            session.set_dense(self._loaded)
+        return self._loaded
+
+    def model(self, target: float) -> Any:
+        return self.at(target).model
+
+
+def expectation(path: str, sparsities: Sequence[float]) -> str:
+    """What can be hoped for, a line, from sizes alone: bytes bound decoding, and small models bear less."""
+    folder = locate.open_folder(path)
+    lazily = session.load_lazily(folder)
+    other, zigzag = session.weight_bytes(lazily.model, lazily.config)
+    skippable = sum(zigzag.values())
+    dense = other + skippable
+    arrays = dict(tree_flatten(parameters.build(folder.config, str(folder)).parameters())).values()
+    count = sum(array.size for array in arrays)
+    bounds = [f"{s:.0%}: {dense / (dense - s * skippable):.2f}" for s in sparsities if s]
+    at_most = f"; at most so many times dense's speed, by bytes: {', '.join(bounds)}" if bounds else ""
+    return (
+        f"{count / 1e9:.2g}B weights, {dense / 1e6:.0f} MB a token dense{at_most}; models of this size are "
+        f"calibrated for {thresholds.default_sparsity(count):.0%} unless told otherwise"
+    )
+
+
+def _time(
+    rows: list[Row], ways: Sequence[turns.Way], clock: turns.Clock, on_row: Callable[[str], None]
+) -> None:
+    """Put into each row its speeds by turns."""
+    base = DENSE if any(way.name == DENSE for way in ways) else ways[0].name
+    found = turns.take(ways, base, clock, on_row)
+    for row in rows:
+        row.speeds, row.timed_tokens = found[row.name], clock.tokens
 
 
 def _check(folder: Folder, reference: Reference) -> None:
     """Refuse a source, a text or a number of windows that can't work; no weight is read."""
     variants.check(variants.EvaluateOptions(windows=reference.windows))
     lazily = session.load_lazily(folder)
-    variants.check_source(reference.source, lazily)
+    if reference.source is not None:
+        variants.check_source(reference.source, lazily)
     size, _ = context.window(context.tokens(lazily.config), None, variants.WINDOW)
     windows(lazily, texts.read(reference.text), reference.windows, size)
 
 
-def _stock(folder: Folder, source: str, prompt: Prompt, max_tokens: int) -> tuple[Row, list[int]]:
-    """What mlx-lm answers with its own rounding of the source, bits and groups as in the folder."""
+def _stock(folder: Folder, source: str, prompt: Prompt, max_tokens: int) -> tuple[nn.Module, Row, list[int]]:
+    """mlx-lm's own rounding of the source, bits and groups as in the folder; its answer, in tokens too."""
     from mlx_lm.generate import stream_generate
 
     ours = session.load_lazily(folder)
@@ -148,21 +230,34 @@ def _stock(folder: Folder, source: str, prompt: Prompt, max_tokens: int) -> tupl
         finish_reason=last.finish_reason,
     )
     text = "".join(answer.text for answer in answers)
-    return Row(0.0, text, statistics, math.nan, stock=True), [answer.token for answer in answers]
+    return network, Row(0.0, text, statistics, math.nan, stock=True), [answer.token for answer in answers]
 
 
 def _hold_against(rows: Sequence[Row], path: str, reference: Reference) -> None:
-    """Put each row's divergence from the source in its place."""
+    """Put each row's divergences in their place: from the source if there is one, and from dense."""
     asked = ",".join(str(row.sparsity_target) for row in rows if row.sparsity_target)
-    options = variants.EvaluateOptions(
-        sparsity=asked or "0", baseline=reference.source, rows=True, windows=reference.windows
-    )
-    wishes = several.Wishes([path], [reference.text], options, (reference.windows,))
-    (found,) = several.evaluate(wishes, lambda *_: None).texts
-    by_name = {one.name: one for one in found.variants}
+    if reference.source is None:
+        if not asked:
+            return
+        options = variants.EvaluateOptions(sparsity=asked, windows=reference.windows)
+        quality = evaluate(path, reference.text, options, lambda *_: None)
+        named: Sequence[Variant] = quality.variants
+        text, count = quality.text, quality.windows
+    else:
+        options = variants.EvaluateOptions(
+            sparsity=asked or "0", baseline=reference.source, rows=True, windows=reference.windows
+        )
+        wishes = several.Wishes([path], [reference.text], options, (reference.windows,))
+        (found,) = several.evaluate(wishes, lambda *_: None).texts
+        named, text, count = found.variants, found.text, found.windows
+    to = DENSE if reference.source is None else SOURCE
+    by_name = {one.name: one.against for one in named}
     for row in rows:
-        one = by_name[ROWS if row.stock else row.name].against[SOURCE]
-        row.divergence = Divergence(one.kl, one.se, found.text, found.windows)
+        against = by_name[ROWS if row.stock else row.name]
+        if to in against:
+            row.divergence = Divergence(against[to].kl, against[to].se, text, count, to)
+        if row.sparsity_target and DENSE in against:
+            row.kl_to_dense = against[DENSE].kl
 
 
 def perplexity(loaded: session.Loaded, prompt_tokens: list[int], answer: list[int]) -> float:
@@ -171,7 +266,6 @@ def perplexity(loaded: session.Loaded, prompt_tokens: list[int], answer: list[in
     answer: the tokens as they were written; NaN where there are none.
     """
     import mlx.core as mx
-    import mlx.nn as nn
 
     if not answer:
         return math.nan
@@ -179,38 +273,3 @@ def perplexity(loaded: session.Loaded, prompt_tokens: list[int], answer: list[in
     logits = loaded.model(ids[:, :-1])[0, len(prompt_tokens) - 1 :]
     losses = nn.losses.cross_entropy(logits.astype(mx.float32), mx.array(answer))
     return float(mx.exp(losses.mean()))
-
-
-def as_dict(row: Row) -> dict[str, object]:
-    """A row as plain values, for JSON."""
-    return asdict(row)
-
-
-def report(rows: Sequence[Row]) -> str:
-    """Each text under its figures, then a table and what its columns mean."""
-    parts = []
-    for row in rows:
-        title = f"sparsity {row.name}" if row.sparsity_target else row.name
-        parts.append(f"--- {title} ---\n{harmless(row.text.strip())}\n")
-    held = rows[0].divergence
-    last = "" if held is None else f"{'KL to source':>17}"
-    parts.append(f"{'':>8}{'tok/s':>8}{'skipped':>9}{'MB/token':>10}{'perplexity by dense':>21}{last}")
-    for row in rows:
-        statistics = row.statistics
-        kl = f"{row.divergence.mean:.3f} ± {shown(row.divergence.se, 3)}" if row.divergence else ""
-        parts.append(
-            f"{row.name:>8}{statistics.generation_tps:8.1f}{statistics.sparsity:9.1%}"
-            f"{statistics.weight_bytes_per_token / 1e6:10.1f}{shown(row.perplexity, 2):>21}{kl:>17}".rstrip()
-        )
-        if statistics.note:
-            parts.append(f"{'':>8} {statistics.note}")
-    ours = rows[-1].statistics
-    parts.append(f"backend {ours.backend}: {ours.backend_reason}")
-    if held is not None:
-        parts.append(
-            "stock: the source as mlx-lm rounds it, row by row, in MLX's own kernels; nothing skipped"
-        )
-        parts.append(
-            f"KL: nats per token, on the first {held.windows} windows of {held.text}, ± standard error"
-        )
-    return "\n".join(parts)

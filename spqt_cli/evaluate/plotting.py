@@ -1,39 +1,25 @@
-"""Draws KL to the source over the bytes that a token reads: one panel per text, as PNG, SVG or HTML.
+"""Draws KL to the source over the bytes that a token reads: one panel per text.
 
-A converted model is a line over its sparsities; what runs dense alone is a mark. Matplotlib is an extra and
-is imported only here. A page is one file: its panels are inline SVG whose colours follow light and dark.
+A converted model is a line over its sparsities; what runs dense alone is a mark.
 """
 
-import html
-import importlib.util
-import io
-import re
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spqt_cli.errors import ResourceError, UnsupportedError, UsageError
+from spqt_cli.errors import UsageError
 from spqt_cli.evaluate.report import SOURCE
 from spqt_cli.evaluate.several_report import Compared, Several, TextResult
+from spqt_cli.system import picture
+from spqt_cli.system.picture import COLOURS
 
-KINDS = (".png", ".svg", ".html")
-WIDTH, HEIGHT = 6.4, 3.5  # inches of a panel
 EDGES = 0.7, 1.5, 0.55, 0.35  # inches left, right, below and above the axes; names stand at the right
 LONGEST_LABEL = 18  # characters
 LABEL_POINTS = 12  # between two labels, at least
 LOG_FROM = 3.0  # highest over lowest KL from which the axis is logarithmic
 TICKS = [base * scale for scale in (1e-4, 1e-3, 0.01, 0.1, 1.0, 10.0) for base in (1, 1.5, 2, 3, 4, 5, 7)]
-# Light, and what stands for it on a dark page.
-INK, FAINT, PAPER = ("#1b1b1d", "#ececee"), ("#c9c9cd", "#46464c"), ("#fffffe", "#141416")
-COLOURS = (
-    ("#005fa9", "#62b4ff"),
-    ("#b54a00", "#ff9d54"),
-    ("#00745a", "#46d3a8"),
-    ("#8b2d86", "#e694df"),
-    ("#6a6200", "#d9cf4a"),
-    ("#a3123f", "#ff86a4"),
-)
 MARKS = ("o", "^", "v", "s", "D", "P", "X", "<", ">", "p")
 
 
@@ -59,24 +45,24 @@ class Series:
 
 def check(path: Path, baseline: str | None) -> None:
     """Refuse, before any work, a picture that can't be drawn."""
-    if path.suffix.lower() not in KINDS:
-        raise UsageError(f"--plot {path} is no picture's name", f"end it in {', '.join(KINDS)}")
+    picture.check(path)
     if baseline is None:
         raise UsageError("--plot draws the KL to the source", "name it: --baseline SOURCE")
-    if not path.parent.is_dir():
-        raise UsageError(f"{path.parent} is no folder", "make it first")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UnsupportedError("matplotlib, which --plot draws with, is missing", "pip install 'spqt[plot]'")
 
 
 def draw(result: Several, path: Path) -> None:
     """Write the picture of an evaluation with a source. Raises ResourceError where it can't be written."""
-    kind = path.suffix.lower()
-    data = _page(result).encode() if kind == ".html" else _drawn(result.texts, kind[1:])
-    try:
-        path.write_bytes(data)
-    except OSError as error:
-        raise ResourceError(f"{path} can't be written: {error.strerror}", "choose another place") from None
+    panels = [
+        picture.Panel(
+            f"KL to the source over megabytes per token on {one.text}",
+            functools.partial(_panel, result=one),
+            edges=EDGES,
+        )
+        for one in result.texts
+    ]
+    title = "KL to the source over bytes per token"
+    note = "Nearer to the lower left is better. Bars are standard errors over windows."
+    picture.save(picture.Picture(title, panels, note, result.table()), path)
 
 
 def series(result: TextResult) -> list[Series]:
@@ -94,33 +80,6 @@ def series(result: TextResult) -> list[Series]:
     return found
 
 
-def _drawn(results: Sequence[TextResult], kind: str) -> bytes:
-    """The panels of these texts one below another."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    style: dict[Any, Any] = {
-        "text.parse_math": False,
-        "svg.fonttype": "none",
-        "svg.hashsalt": results[0].text,
-        "font.size": 10,
-        **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), INK[0]),
-        "axes.edgecolor": FAINT[0],
-    }
-    with matplotlib.rc_context(style):
-        total = HEIGHT * len(results)
-        figure = Figure(figsize=(WIDTH, total), facecolor=PAPER[0])
-        left, right, bottom, top = EDGES
-        for above, result in enumerate(results):
-            floor = (len(results) - 1 - above) * HEIGHT + bottom
-            wide, high = WIDTH - left - right, HEIGHT - bottom - top
-            place = (left / WIDTH, floor / total, wide / WIDTH, high / total)
-            _panel(figure.add_axes(place), result)
-        found = io.BytesIO()
-        figure.savefig(found, format=kind, dpi=160, metadata={"Date": None} if kind == "svg" else None)
-    return found.getvalue()
-
-
 def _panel(axes: Any, result: TextResult) -> None:
     every = series(result)
     for one in every:
@@ -130,13 +89,8 @@ def _panel(axes: Any, result: TextResult) -> None:
             color=one.colour, marker=one.mark, markersize=6, linewidth=1.6, elinewidth=1, capsize=2,
         )  # fmt: skip
     _scales(axes, [cost for one in every for cost in one.costs])
-    axes.set_title(f"{result.text}, {result.windows} windows", loc="left", fontsize=10.5)
-    axes.set_xlabel("MB of weights that a token reads")
-    axes.set_ylabel("KL to the source, nats")
-    axes.set_facecolor(PAPER[0])
-    axes.grid(color=FAINT[0], linewidth=0.5)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    title = f"{result.text}, {result.windows} windows"
+    picture.tidy(axes, title, "MB of weights that a token reads", "KL to the source, nats")
     _label_shares(axes, every)
     _label_series(axes, every)
 
@@ -183,41 +137,3 @@ def _label_series(axes: Any, every: Sequence[Series]) -> None:
             textcoords="figure points", va="center", fontsize=9.5, color=one.colour, annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": one.colour, "linewidth": 0.5, "shrinkA": 1, "shrinkB": 5},
         )  # fmt: skip
-
-
-def _page(result: Several) -> str:
-    """The panels as inline SVG, each as wide as a phone at least, and the tables below."""
-    panels = "\n".join(f"<figure>{_inline(one)}</figure>" for one in result.texts)
-    pairs = {"ink": INK, "faint": FAINT, "paper": PAPER}
-    pairs |= {f"c{at}": pair for at, pair in enumerate(COLOURS)}
-    light, dark = ("; ".join(f"--{name}: {pair[which]}" for name, pair in pairs.items()) for which in (0, 1))
-    style = (
-        f":root {{ color-scheme: light dark; {light} }}\n"
-        f"@media (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}\n"
-        "body { margin: 0 auto; padding: 1rem; max-width: 70rem; background: var(--paper);"
-        " color: var(--ink); font: 16px/1.5 system-ui, sans-serif }\n"
-        "main { display: grid; gap: 1rem;"
-        " grid-template-columns: repeat(auto-fit, minmax(min(100%, 27rem), 1fr)) }\n"
-        "figure { margin: 0 } svg { width: 100%; height: auto } pre { overflow-x: auto; font-size: 13px }"
-    )
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>KL to the source over bytes per token</title>\n<style>\n{style}\n</style></head>\n<body>\n"
-        "<h1>KL to the source over bytes per token</h1>\n<p>Nearer to the lower left is better. Bars are "
-        f"standard errors over windows.</p>\n<main>\n{panels}\n</main>\n"
-        f"<pre>{html.escape(result.table())}</pre>\n</body></html>\n"
-    )
-
-
-def _inline(result: TextResult) -> str:
-    """One panel's SVG for a page: colours as variables, nothing but what is drawn."""
-    text = _drawn([result], "svg").decode()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r' id="[\w.]+_\d+"', "", text)  # of groups, to which nothing refers
-    pairs = [("ink", INK), ("faint", FAINT), ("paper", PAPER)]
-    for name, (light, _) in [*pairs, *((f"c{at}", pair) for at, pair in enumerate(COLOURS))]:
-        text = text.replace(light, f"var(--{name})")
-    label = html.escape(f"KL to the source over megabytes per token on {result.text}", quote=True)
-    return text.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)

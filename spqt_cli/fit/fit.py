@@ -19,8 +19,8 @@ import numpy as np
 import psutil
 
 from spqt_cli.calibrate.options import note
+from spqt_cli.convert import card, source, source_model
 from spqt_cli.convert import convert as converter
-from spqt_cli.convert import source, source_model
 from spqt_cli.convert.convert import ConvertOptions, ConvertResult
 from spqt_cli.convert.journal import Journal, job_id
 from spqt_cli.convert.source import Checkpoint
@@ -167,6 +167,8 @@ class _Fit:
         with WeightsFile(self._folder) as output:
             output.finish("fit", said["config"])
         Folder(self._folder)
+        with files.disk_errors(self._folder):
+            card.update(self._folder)
         files.publish(self._folder, self._output)
         with files.disk_errors(self._work):
             shutil.rmtree(self._work)

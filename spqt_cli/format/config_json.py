@@ -4,8 +4,6 @@
 """
 
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +34,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError):
         if not folder.is_dir():
             what = "is no folder" if folder.exists() else "is not found"
-            raise SpqtError(f"{folder} {what}", "give a model's folder") from None
+            raise SpqtError(f"{folder} {what}", "give a model's folder" + files.near(folder)) from None
         raise SpqtError(
             f"{folder} has no {CONFIG}", "give a model folder, a hub id or a .gguf file"
         ) from None
@@ -66,15 +64,4 @@ def write_config(folder: Path, config: dict[str, Any]) -> None:
     """
     if "quantization" in config:
         config["quantization_config"] = config["quantization"]
-    text = json.dumps(config, indent=1, sort_keys=True) + "\n"
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=".config-")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        files.sync(Path(temporary))
-        os.replace(temporary, folder / CONFIG)
-        files.sync(folder)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    files.replace_text(folder / CONFIG, json.dumps(config, indent=1, sort_keys=True) + "\n")

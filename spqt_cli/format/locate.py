@@ -45,7 +45,8 @@ def _local(name: str, revision: str | None) -> Path | None:
         return None
     if not local.is_dir():
         what = "is no folder" if local.exists() else "is not found"
-        raise SpqtError(f"{name} {what}", "give a converted folder, or a hub id (org/name)" + elsewhere(name))
+        hint = "give a converted folder, or a hub id (org/name)"
+        raise SpqtError(f"{name} {what}", hint + elsewhere(name) + files.near(local))
     if revision is not None:
         raise UsageError(f"--revision is for hub ids, and {name} is a path", "leave --revision out")
     return local

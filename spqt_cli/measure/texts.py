@@ -47,7 +47,8 @@ def read(path: Path | None) -> Text:
         try:
             data = files.read_bounded(path)
         except OSError as error:
-            raise SpqtError(f"{path} can't be read: {error.strerror}", "give a UTF-8 text file") from None
+            hint = "give a UTF-8 text file" + files.near(path)
+            raise SpqtError(f"{path} can't be read: {error.strerror}", hint) from None
     try:
         content = data.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:

@@ -5,13 +5,16 @@ renamed last; errors of the disk become `ResourceError`.
 """
 
 import contextlib
+import difflib
 import errno
 import hashlib
+import itertools
 import os
 import platform
 import secrets
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -23,6 +26,7 @@ from spqt_cli.errors import BusyError, ResourceError, SpqtError
 FULL = {errno.ENOSPC, errno.EDQUOT}
 DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
 LONGEST_TEXT = 1 << 28  # bytes of a text to calibrate on, or of a prompt
+MOST_NAMES = 10_000  # of a folder, looked through for one like another
 LONGEST_NAME = 200  # bytes of a target's name; file systems allow 255 and ours add a prefix and suffix
 
 
@@ -57,6 +61,24 @@ def is_utf8(path: Path | str) -> bool:
 def expanded(path: Path | str) -> Path:
     """A path with `~` resolved; that of a user who does not exist stays as it is."""
     return Path(os.path.expanduser(path))
+
+
+def near(path: Path | str) -> str:
+    """The end of a hint where something of a similar name lies beside a path that is not there; else "".
+
+    Of a path whose folder is not there, what is like that folder.
+    """
+    missing = expanded(path)
+    if missing.exists():
+        return ""
+    while not missing.parent.is_dir() and missing.parent != missing:
+        missing = missing.parent
+    try:
+        names = [one.name for one in itertools.islice(missing.parent.iterdir(), MOST_NAMES)]
+    except OSError:
+        return ""
+    found = difflib.get_close_matches(missing.name, names, 3)
+    return f"; near it: {', '.join(str(missing.parent / name) for name in found)}" if found else ""
 
 
 def read_bounded(path: Path, longest: int = LONGEST_TEXT) -> bytes:
@@ -150,6 +172,21 @@ def write_text(path: Path, text: str) -> None:
     """Write a small UTF-8 file; it is made durable by `publish`."""
     with disk_errors(path):
         path.write_text(text, encoding="utf-8")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Replace a small UTF-8 file in one step: a power cut leaves the old one or the new one."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".spqt-text-")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(temporary, 0o644)
+        sync(Path(temporary))
+        os.replace(temporary, path)
+        sync(path.parent)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
 
 
 def copy(source: Path, target: Path) -> None:

@@ -123,7 +123,7 @@ def test_the_prompt_comes_from_stdin(calibrated, arguments):
 def test_compare_shows_each_sparsity(calibrated):
     result = spqt("compare", "--model", calibrated, "-p", "the fox", "--sparsity", "0,0.3", "-m", "6")
     assert result.returncode == 0, result.stderr.decode()
-    for word in (b"dense", b"30%", b"perplexity by dense"):
+    for word in (b"dense", b"30%", b"KL to dense", b"skipped: of the Zigzag", b"kipping"):
         assert word in result.stdout
 
 
@@ -325,26 +325,6 @@ def test_fault_69_no_token_in_any_output():
 def test_debug_shows_the_traceback(tmp_path):
     result = process("--debug", "inspect", tmp_path / "nowhere")
     assert b"Traceback" in result.stderr
-
-
-def test_generate_takes_every_sampling_flag_of_mlx_lm():
-    """Same names, so that a command line can be moved over. What is left out is said here."""
-    from mlx_lm.generate import setup_arg_parser
-
-    left_out = {
-        "--help",
-        "--verbose",  # ours: --quiet and --json
-        "--use-default-chat-template",  # a no-op in mlx-lm's own main
-        "--image",
-        "--quantize-activations",  # not for Zigzag layers
-        "--prompt-cache-file",  # spqt mlx-lm generate
-    }
-    theirs = {
-        name for action in setup_arg_parser()._actions for name in action.option_strings if name[:2] == "--"
-    }
-    help_text = spqt("generate", "--help").stdout.decode()
-    missing = {name for name in theirs - left_out if name not in help_text}
-    assert not missing
 
 
 def test_readme_commands_exist():

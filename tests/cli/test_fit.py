@@ -14,6 +14,7 @@ def test_convert_fits_at_once_and_inspect_says_so(checkpoint, tmp_path):
     made = spqt("convert", checkpoint, "-o", tmp_path / "m", "--q-group-size", 32, "--fit", "gptq", *QUICK)
     assert made.returncode == 0, made.stderr
     assert b"layers fitted (gptq) on 4 texts" in made.stdout
+    assert "Fitted to its source (gptq), on 4 texts." in (tmp_path / "m" / "README.md").read_text()
     assert b"fitting takes about" in made.stderr  # said before it starts
     assert b"fitted: method gptq, windows 4, own 4" in spqt("inspect", tmp_path / "m").stdout
 

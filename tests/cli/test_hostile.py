@@ -221,5 +221,5 @@ def test_a_path_that_may_not_be_read_is_bad_input() -> None:
     """Typer would call it a wrong flag. Root may read anything, so the declarations are looked at."""
     hints = [get_type_hints(command, include_extras=True) for command in main.COMMANDS.values()]
     paths = [hint for each in hints for hint in each.values() if "Path" in str(hint)]
-    assert len(paths) == 18
+    assert len(paths) == 26
     assert not [str(hint) for hint in paths if hint.__metadata__[0].readable or hint.__metadata__[0].exists]

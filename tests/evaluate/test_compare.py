@@ -5,7 +5,7 @@ import pytest
 from spqt_cli.decode import only_mlx, session
 from spqt_cli.decode.options import Prompt
 from spqt_cli.errors import SpqtError
-from spqt_cli.evaluate import compare, several
+from spqt_cli.evaluate import compare, compare_report, several, turns
 from spqt_cli.evaluate.several import Wishes
 from spqt_cli.evaluate.variants import EvaluateOptions
 from tests.evaluate.test_variants import with_swapped_tokens
@@ -19,7 +19,7 @@ def test_missing_thresholds_are_told_before_the_dense_run(converted, monkeypatch
 
 
 def test_dense_alone_needs_no_thresholds(converted):
-    (row,) = compare.compare(str(converted), Prompt("fox"), [0.0], max_tokens=2)
+    (row,) = compare.compare(str(converted), Prompt("fox"), [0.0], compare.Effort(2))
     assert row.statistics.generation_tokens == 2
 
 
@@ -29,11 +29,12 @@ def test_a_source_adds_stock_and_divergences(calibrated, checkpoint, tmp_path, m
     text.write_text("pack my box with the quick brown fox " * 300)
     checked = []
     found = only_mlx.check_unpatched
-    monkeypatch.setattr(compare, "check_unpatched", lambda model: checked.append(found(model)))
+    for module in (compare, turns):
+        monkeypatch.setattr(module, "check_unpatched", lambda model: checked.append(found(model)))
     reference = compare.Reference(str(checkpoint), text, 2)
-    rows = compare.compare(str(calibrated), Prompt("fox"), [0.0, 0.4], 6, reference=reference)
+    rows = compare.compare(str(calibrated), Prompt("fox"), [0.0, 0.4], compare.Effort(6), reference=reference)
     assert [row.name for row in rows] == ["stock", "dense", "40%"]
-    assert checked == [None]
+    assert checked == [None] * 5  # when it answers, and in four turns
     assert rows[0].statistics.generation_tokens == 6
     assert rows[0].statistics.weight_bytes_per_token > 0
     options = EvaluateOptions(2, sparsity="0.4", baseline=str(checkpoint), rows=True)
@@ -42,10 +43,10 @@ def test_a_source_adds_stock_and_divergences(calibrated, checkpoint, tmp_path, m
     assert [row.divergence.mean for row in rows] == [
         by_name[name] for name in ("row-grouped", "dense", "40%")
     ]
-    table = compare.report(rows)
+    table = compare_report.report(rows)
     assert "KL to source" in table
     assert "2 windows of held-out.txt" in table
-    assert all(len(line) <= 110 for line in table.splitlines())
+    assert "Dense runs at" in table or "40% runs at" in table
 
 
 def test_a_foreign_source_is_refused_before_any_run(calibrated, tmp_path, monkeypatch):
@@ -71,3 +72,107 @@ def test_a_text_that_wont_do_is_refused_before_any_run(calibrated, checkpoint, t
         compare.compare(
             str(calibrated), Prompt("fox"), [0.0], reference=compare.Reference(str(checkpoint), path, count)
         )
+
+
+def test_turns_are_of_equal_length_interleaved_and_warmed_up(calibrated, monkeypatch):
+    taken, real = [], turns._turn
+
+    def turn(way, prompt, tokens):
+        taken.append((way.name, tokens))
+        return real(way, prompt, tokens)
+
+    monkeypatch.setattr(turns, "_turn", turn)
+    rows = compare.compare(str(calibrated), Prompt("fox"), [0.0, 0.2, 0.4], compare.Effort(5, rounds=3))
+    assert taken == [("dense", 5), ("20%", 5), ("40%", 5)] * 4
+    assert [len(row.speeds.rounds) for row in rows] == [3, 3, 3]
+    assert rows[0].speeds.ratios == [1, 1, 1]
+    for row in rows:
+        wanted = [one / dense for one, dense in zip(row.speeds.rounds, rows[0].speeds.rounds, strict=True)]
+        assert row.speeds.ratios == wanted
+
+
+def test_a_turn_runs_on_past_the_end_of_an_answer(calibrated):
+    """Answers end where the model ends them, and so would be timed over few tokens."""
+    loaded = session.load(calibrated, dense=True)
+    fed, call = [], type(loaded.model).__call__
+
+    class Ending(type(loaded.model)):
+        def __call__(self, inputs, **options):
+            fed.append(inputs.shape[1])
+            logits = call(self, inputs, **options)
+            logits[..., 2] = 1e4  # the token that ends a text is the likeliest
+            return logits
+
+    loaded.model.__class__ = Ending
+    assert turns._turn(turns.Way("x", lambda: loaded.model), [5, 6, 7], 6) > 0
+    assert fed.count(1) >= 6 + turns.WARM_TOKENS - 1
+
+
+def test_kl_to_dense_needs_no_source(calibrated, tmp_path):
+    text = tmp_path / "held-out.txt"
+    text.write_text("pack my box with the quick brown fox " * 300)
+    reference = compare.Reference(None, text, 2)
+    dense, sparse = compare.compare(
+        str(calibrated), Prompt("fox"), [0.0, 0.4], compare.Effort(4), reference=reference
+    )
+    assert dense.divergence is None
+    assert sparse.divergence.reference == "dense"
+    assert sparse.kl_to_dense == sparse.divergence.mean > 0
+    assert "KL to dense" in compare_report.report([dense, sparse])
+
+
+def test_a_profile_loads_the_model_anew_for_every_turn(calibrated, monkeypatch):
+    from spqt_cli.decode import profile
+
+    loads, real = [], session.load
+    monkeypatch.setattr(profile, "read", lambda: ({"unit": object()}, ""))
+    monkeypatch.setattr(session, "apply_profile", lambda _: "")
+    monkeypatch.setattr(session, "load", lambda *a, **k: loads.append(k) or real(*a, **k))
+    ours = compare._Ours(compare.locate.open_folder(str(calibrated)))
+    first, second = ours.at(0.4), ours.at(0.0)
+    assert first is not second
+    assert loads == [{"sparsity": 0.4, "dense": False}, {"sparsity": 0.0, "dense": True}]
+
+
+def row(target: float, ratios: list[float], **more) -> compare.Row:
+    from spqt_cli.decode.generate import Statistics
+
+    size = 100 * (1 - target / 2)
+    statistics = Statistics(9, 1.0, 9, 1.0, 1.0, "cpu", "test", target, size, 100.0, "length")
+    speeds = turns.Speeds([10 * one for one in ratios], ratios)
+    return compare.Row(target, "text", statistics, 2.0, speeds=speeds, timed_tokens=32, **more)
+
+
+@pytest.mark.parametrize(
+    ("ratios", "says"),
+    [
+        ([1.3, 1.2, 1.4], "Skipping gains here: at 40% 1.30 times as fast as dense (1.20 to 1.40 times"),
+        ([0.97, 0.98, 0.99], "Skipping does not gain here: at 40% it is slower than dense"),
+        ([0.9, 1.1, 1.2], "Skipping gains nothing that is sure here"),
+    ],
+)
+def test_the_verdict(ratios, says):
+    found = compare_report.verdict([row(0.0, [1, 1, 1]), row(0.4, ratios, kl_to_dense=0.2)])
+    assert says in found
+    assert "20% fewer bytes" in found
+    assert ("--dense" in found) == (ratios[0] == 0.97)
+    assert ("the text suffers, perplexity about +22%" in found) == (ratios[0] != 0.97)
+
+
+def test_one_way_alone_gives_no_verdict():
+    assert "Nothing to compare" in compare_report.verdict([row(0.0, [1, 1, 1])])
+
+
+def test_fewer_rounds_than_a_range_needs_are_refused():
+    with pytest.raises(SpqtError, match="--rounds 2"):
+        compare.Effort(rounds=2)
+
+
+def test_the_expectation_is_of_sizes(calibrated):
+    line = compare.expectation(str(calibrated), [0.0, 0.5])
+    assert "calibrated for 25%" in line
+    loaded = session.load(calibrated, dense=True)
+    other, zigzag = session.weight_bytes(loaded.model, loaded.config)
+    skippable = sum(zigzag.values())
+    assert f"50%: {(other + skippable) / (other + skippable / 2):.2f}" in line
+    assert "0%:" not in line.replace("50%:", "")

@@ -14,6 +14,7 @@ from spqt_cli.errors import ResourceError, UsageError
 from spqt_cli.evaluate import plotting
 from spqt_cli.evaluate.several_report import Compared, Several, TextResult, hold_against
 from spqt_cli.measure.scoring import Against
+from spqt_cli.system import picture
 from tests.cli.test_commands import assert_error, spqt
 
 pytest.importorskip("matplotlib", reason="the extra `plot`")
@@ -62,7 +63,7 @@ def test_png_has_its_size_by_its_panels(result, tmp_path):
     data = (tmp_path / "two.png").read_bytes()
     assert data.startswith(b"\x89PNG")
     width, height = (int.from_bytes(data[at : at + 4], "big") for at in (16, 20))
-    assert height / width == pytest.approx(2 * plotting.HEIGHT / plotting.WIDTH, rel=0.01)
+    assert height / width == pytest.approx(2 * picture.HEIGHT / picture.WIDTH, rel=0.01)
 
 
 def texts_of(svg: ET.Element) -> list[str]:

@@ -208,3 +208,14 @@ def test_journal_of_another_job_is_not_used(tmp_path: Path) -> None:
     assert not Journal.belongs(tmp_path, "another")
     assert Journal.belongs(tmp_path, "job")
     assert Journal(tmp_path, "another").done == {}
+
+
+def test_names_near_one_that_is_not_there(tmp_path: Path) -> None:
+    for name in ("my-model", "my-modem", "other"):
+        (tmp_path / name).mkdir()
+    near = files.near(tmp_path / "my-modle")
+    assert str(tmp_path / "my-model") in near
+    assert "other" not in near
+    assert files.near(tmp_path / "my-model") == ""  # it is there
+    assert files.near(tmp_path / "zzz") == ""
+    assert str(tmp_path / "other") in files.near(tmp_path / "othr" / "deep" / "file.txt")

@@ -1,0 +1,132 @@
+"""--plot of calibrate, inspect, bench and compare: what is drawn; what is refused first."""
+
+import os
+import re
+import shutil
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+
+from spqt_cli.cli import pictures, worker
+from spqt_cli.format.folder import Folder
+from spqt_cli.system import picture
+from tests.cli.test_commands import assert_error, spqt
+
+pytest.importorskip("matplotlib", reason="the extra `plot`")
+
+
+@pytest.fixture(autouse=True)
+def _without_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(worker.MARK, str(os.getpid()))
+
+
+def texts(svg: Path) -> list[str]:
+    """What is written in a picture."""
+    return [one.text or "" for one in ET.parse(svg).iter("{http://www.w3.org/2000/svg}text")]
+
+
+def test_inspect_draws_every_layer_and_the_inputs_of_one(calibrated: Path, tmp_path: Path):
+    path = tmp_path / "model.svg"
+    assert spqt("inspect", calibrated, "--plot", path).returncode == 0
+    written = texts(path)
+    folder = Folder(calibrated)
+    rows = folder.calibration.record["layers"]
+    for name in folder.layers:
+        assert f"{rows[name]['realised']:.0%}"[:-1] in written
+    assert {"q_proj", "down_proj"} <= set(written)
+    most = max(rows, key=lambda name: rows[name]["realised"])
+    assert f"inputs of {most}" in written
+    assert any(
+        re.match(r"magnitude of an input; below [\d.e-]+ \(the line\) it is skipped", text)
+        for text in written
+    )
+    other = next(name for name in rows if name != most)
+    assert spqt("inspect", calibrated, "--plot", path, "--layer", other).returncode == 0
+    assert f"inputs of {other}" in texts(path)
+
+
+def test_a_page_is_one_file_that_needs_no_other(calibrated: Path, tmp_path: Path):
+    path = tmp_path / "model.html"
+    assert spqt("inspect", calibrated, "--plot", path).returncode == 0
+    text = path.read_text()
+    assert text.count("<svg ") == text.count('role="img"') == 2
+    assert not re.search(r'(?:src|href)="(?!#)', text)
+    assert "prefers-color-scheme: dark" in text
+    assert picture.INK[0] not in text.split("</style>")[1]
+
+
+def test_calibrate_and_bench_and_compare_draw(converted: Path, tmp_path: Path):
+    folder = tmp_path / "model"
+    shutil.copytree(converted, folder)
+    flags = ("--sparsity", 0.3, "--tokens", 1024, "--method", "fast")
+    assert spqt("calibrate", folder, *flags, "--plot", tmp_path / "a.svg").returncode == 0
+    assert "up_proj" in texts(tmp_path / "a.svg")
+    bench = spqt("bench", folder, "-p", 0, "-g", 4, "-r", 2, "--plot", tmp_path / "b.svg", "--json")
+    assert bench.returncode == 0, bench.stderr.decode()
+    assert {"tg4 at depth 0", "tokens per second", "stock mlx-lm", "25", "50"} <= set(
+        texts(tmp_path / "b.svg")
+    )
+    compared = ("compare", folder, "-p", "fox", "-m", 4, "--sparsity", "0,0.3", "--plot", tmp_path / "c.png")
+    assert spqt(*compared).returncode == 0
+    assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_histogram_holds_all_inputs_up_to_the_last_quantile(calibrated: Path):
+    from matplotlib.figure import Figure
+
+    folder = Folder(calibrated)
+    name, layer = next((path, one) for path, one in folder.layers.items() if one.threshold)
+    axes = Figure().add_subplot()
+    pictures._inputs(axes, name, layer.curve, layer.threshold)
+    assert sum(bar.get_height() for bar in axes.patches) == pytest.approx(98, abs=0.1)
+    last = axes.patches[-1].get_facecolor()
+    skipped = sum(bar.get_height() for bar in axes.patches if bar.get_facecolor() != last)
+    target = folder.calibration.record["layers"][name]["target"]
+    assert skipped == pytest.approx(100 * target, abs=8)
+
+
+def test_variants_with_a_profile_are_a_line_of_their_own():
+    from matplotlib.figure import Figure
+
+    speeds = [
+        pictures.Speed(at, [5.0, 7.0, 6.0], profiled) for profiled in (False, True) for at in (0.0, 0.5)
+    ]
+    axes = Figure().add_subplot()
+    pictures._speed(axes, "tg4", speeds, [1.0, 2.0])
+    lines = [one for one in axes.containers if len(one.lines[0].get_xdata())]
+    assert [list(one.lines[0].get_xdata()) for one in lines] == [[0, 50], [0, 50]]
+    assert "profile" in [one.get_text() for one in axes.texts]
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "says"),
+    [
+        (["inspect", "M", "--plot", "x.gif"], 2, "no picture's name"),
+        (["inspect", "M", "--plot", "gone/x.png"], 2, "no folder"),
+        (["inspect", "M", "--layer", "q"], 2, "--plot"),
+        (["inspect", "M", "--plot", "x.png", "--layer", "q"], 3, "no Zigzag layer q"),
+        (["calibrate", "M", "--plot", "x.gif"], 2, "no picture's name"),
+        (["compare", "M", "-p", "fox", "--plot", "x.gif"], 2, "no picture's name"),
+        (["bench", "M", "--plot", "x.gif"], 2, "no picture's name"),
+        (["bench", "M", "--kernel", "--plot", "x.png"], 2, "tokens per second"),
+        (["bench", "M", "-g", "0", "--plot", "x.png"], 2, "decoding"),
+    ],
+)
+def test_what_can_not_be_drawn_is_refused(
+    calibrated: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    command: list[str],
+    code: int,
+    says: str,
+):
+    monkeypatch.chdir(tmp_path)
+    assert_error(spqt(*(str(calibrated) if one == "M" else one for one in command)), code, says)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_without_thresholds_has_nothing_to_draw(converted: Path, tmp_path: Path):
+    assert_error(
+        spqt("inspect", converted, "--plot", tmp_path / "x.png"), 3, "no thresholds", "spqt calibrate"
+    )
