@@ -142,6 +142,9 @@ class Kills:
         self.before = contents(self.source) if job is calibrate else None
         self.seconds = 0.0
         self.whole = self.unbroken()
+        self.between = self.whole
+        if self.before is not None:  # a calibration is in config.json; then the card tells of it
+            self.between = {**self.whole, "README.md": self.before["README.md"]}
 
     def start(self) -> Path:
         output = self.work / "out" / "model-x"
@@ -168,7 +171,7 @@ class Kills:
         for _ in range(rng.randint(1, 3)):
             code, _ = run_for(self.job, self.source, output, rng.uniform(0, self.seconds))
             found = visible(output)
-            if found not in (self.before, self.whole):
+            if found not in (self.before, self.whole, self.between):
                 return "half-written output", strikes
             if code == -signal.SIGKILL:
                 strikes.append("after" if found == self.whole else "amid" if begun(output) else "before")

@@ -136,21 +136,25 @@ class ZigzagLinear(ZigzagLayer, nn.QuantizedLinear):
         return select.matmul(x, self) if decodes else self._differentiable(x)
 
     def _differentiable(self, x: mx.array) -> mx.array:
-        """y for x (..., inputs), all channels; its gradient is by x alone. Unfrozen layers are left to their
-        backend, which refuses to differentiate by packed weights where it is asked to.
+        """y for x (..., inputs), all channels. Its gradient by x is the backend's product, by scales and
+        biases MLX's. Unfrozen layers are left to their backend, which refuses to differentiate by codes.
         """
         if self.trainable_parameters():
             return select.matmul(x, self)
+        forward = mx.custom_function(lambda x, scales, biases: select.matmul(x, self))
 
-        @mx.custom_function
-        def forward(x: mx.array) -> mx.array:
-            return select.matmul(x, self)
+        def backward(primals: list[mx.array], slope: mx.array, _: mx.array) -> list[mx.array]:
+            x, scales, biases = primals
 
-        @forward.vjp
-        def backward(x: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
-            return select.matmul_transposed(cotangent, self).astype(x.dtype)
+            def stock(scales: mx.array, biases: mx.array) -> mx.array:
+                form = {"outputs": self.outputs, "bits": self.bits, "group_size": self.group_size}
+                return layout.matmul(x, self["weight"], scales, biases, **form)
 
-        return cast(mx.array, forward(x))
+            by_x = select.matmul_transposed(slope, self).astype(x.dtype)
+            return [by_x, *mx.vjp(stock, [scales, biases], [slope])[1]]
+
+        forward.vjp(backward)
+        return cast(mx.array, forward(x, self["scales"], self["biases"]))
 
     def _masked(self, x: mx.array, threshold: mx.array) -> mx.array:
         """y for x (..., inputs) of many rows, each masked by itself; all weights are read."""

@@ -137,7 +137,7 @@ def compare(
         row.perplexity = perplexity(judge, generate.encode(judge, prompt), answer)
     del judge, loaded, ours, ways
     on_row("divergence")
-    _hold_against(rows, path, reference)
+    _hold_against(rows, folder, reference)
     return rows
 
 
@@ -233,21 +233,21 @@ def _stock(folder: Folder, source: str, prompt: Prompt, max_tokens: int) -> tupl
     return network, Row(0.0, text, statistics, math.nan, stock=True), [answer.token for answer in answers]
 
 
-def _hold_against(rows: Sequence[Row], path: str, reference: Reference) -> None:
+def _hold_against(rows: Sequence[Row], folder: Folder, reference: Reference) -> None:
     """Put each row's divergences in their place: from the source if there is one, and from dense."""
     asked = ",".join(str(row.sparsity_target) for row in rows if row.sparsity_target)
     if reference.source is None:
         if not asked:
             return
         options = variants.EvaluateOptions(sparsity=asked, windows=reference.windows)
-        quality = evaluate(path, reference.text, options, lambda *_: None)
+        quality = evaluate(folder, reference.text, options, lambda *_: None)
         named: Sequence[Variant] = quality.variants
         text, count = quality.text, quality.windows
     else:
         options = variants.EvaluateOptions(
             sparsity=asked or "0", baseline=reference.source, rows=True, windows=reference.windows
         )
-        wishes = several.Wishes([path], [reference.text], options, (reference.windows,))
+        wishes = several.Wishes([str(folder)], [reference.text], options, (reference.windows,))
         (found,) = several.evaluate(wishes, lambda *_: None).texts
         named, text, count = found.variants, found.text, found.windows
     to = DENSE if reference.source is None else SOURCE

@@ -15,6 +15,7 @@ from spqt_cli.decode import context, session
 from spqt_cli.evaluate import variants
 from spqt_cli.evaluate.report import DENSE, SOURCE, Quality, Variant
 from spqt_cli.evaluate.variants import Choice, EvaluateOptions, OnProgress
+from spqt_cli.format.folder import Folder
 from spqt_cli.measure import many_rows, probes, scoring, texts
 
 MOST_WINDOWS = 2  # at once
@@ -22,7 +23,7 @@ LOGITS_BYTES = 256 << 20  # of one variant at once, if that is more than a windo
 
 
 def evaluate(
-    path: str | Path, text: Path | None, options: EvaluateOptions, on_progress: OnProgress
+    path: str | Path | Folder, text: Path | None, options: EvaluateOptions, on_progress: OnProgress
 ) -> Quality:
     """Score a converted model on a text: dense and at each sparsity, against dense and its source.
 

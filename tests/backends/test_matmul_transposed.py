@@ -3,8 +3,10 @@
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx import nn
 
 from spqt_cli.backends import cpu, stock
+from spqt_cli.decode import hooks
 from spqt_cli.decode.layers import ZigzagLinear
 from spqt_cli.format import layout
 from tests.lib import numpy_backend
@@ -59,3 +61,30 @@ def test_row_grouped_matrices_go_back(bits):
         y = mx.random.normal((*lead, 130))
         found = cpu.head_matmul_transposed(y, *packed, bits, 64)
         assert_product(found, y, mx.dequantize(*packed, 64, bits))
+
+
+@pytest.mark.parametrize("rows", [True, False])
+def test_scales_and_biases_have_slopes_too(rows):
+    """A frozen layer's are not asked for by mlx-lm's trainers, but may be by a loop of one's own."""
+    hooks.install()
+    layer = zigzag(200, 64, 128, 4, 32)
+    if rows:
+        layer = nn.QuantizedLinear(64, 200, group_size=32, bits=4)
+    x = mx.random.normal((3, 5, 64))
+
+    def loss(arrays):
+        x, layer.scales, layer.biases = arrays
+        return (layer(x) ** 2).sum()
+
+    def definition(arrays):
+        x, scales, biases = arrays
+        if rows:
+            y = mx.quantized_matmul(x, layer.weight, scales, biases, group_size=32, bits=4)
+        else:
+            y = layout.matmul(x, layer.weight, scales, biases, outputs=200, bits=4, group_size=32)
+        return ((y + layer.bias) ** 2).sum()
+
+    arrays = [x, layer.scales, layer.biases]
+    for found, expected in zip(mx.grad(loss)(arrays), mx.grad(definition)(arrays), strict=True):
+        assert mx.abs(expected).max() > 1
+        assert mx.allclose(found, expected, rtol=1e-4, atol=1e-5 * mx.abs(expected).max().item())

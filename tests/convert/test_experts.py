@@ -134,5 +134,5 @@ def test_the_command_asks_for_them_by_a_flag(tmp_path: Path) -> None:
     folder, _ = gpt_oss(tmp_path)
     for flags, kind in (((), b"kept"), (("--zigzag-experts",), b"zigzag")):
         shown = spqt("convert", str(folder), "--q-group-size", "32", "--dry-run", *flags).stdout
-        (line,) = [one for one in shown.splitlines() if b"layers.1.mlp.experts.up_proj.weight" in one]
+        (line,) = [one for one in shown.splitlines() if b"mlp.experts.up_proj " in one]
         assert kind in line

@@ -14,7 +14,7 @@ from spqt_cli.decode import hooks, profile, session
 from spqt_cli.decode.layers import ZigzagLinear
 from spqt_cli.decode.options import Prompt
 from spqt_cli.decode.profile import ROWS, SPARSE, ZIGZAG, Choice
-from spqt_cli.evaluate import compare, lm_eval, perplexity
+from spqt_cli.evaluate import compare, compare_report, lm_eval, perplexity
 from spqt_cli.evaluate.variants import EvaluateOptions
 
 
@@ -57,11 +57,11 @@ def test_every_way_to_load_a_model_follows_the_profile(calibrated, followed):
 
 
 def test_compare_follows_the_profile(calibrated, followed):
-    dense, sparse = compare.compare(str(calibrated), Prompt("fox"), [0.0, 0.4], max_tokens=4)
+    dense, sparse = compare.compare(str(calibrated), Prompt("fox"), [0.0, 0.4], compare.Effort(4))
     assert "profile" not in dense.statistics.note
     assert "profile of this device: 2 zigzag, 2 row-grouped layers" in sparse.statistics.note
-    assert "row-grouped" in compare.report([dense, sparse])
-    alone = compare.compare(str(calibrated), Prompt("fox"), [0.0], max_tokens=4)
+    assert "row-grouped" in compare_report.report([dense, sparse])
+    alone = compare.compare(str(calibrated), Prompt("fox"), [0.0], compare.Effort(4))
     assert dense.perplexity == alone[0].perplexity
 
 

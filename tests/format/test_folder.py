@@ -231,7 +231,7 @@ def test_written_thresholds_are_read_back(folder: Path) -> None:
             folder, CalibrateOptions(sparsity=0.3, tokens=128, window=64, method="uniform"), lambda *_: None
         ),
         lambda folder: compare.compare(
-            str(folder), Prompt("fox", ignore_chat_template=True), [0, 0.4], max_tokens=1
+            str(folder), Prompt("fox", ignore_chat_template=True), [0, 0.4], compare.Effort(1)
         ),
     ],
     ids=["load", "inspect", "verify", "bench", "calibrate", "compare"],
