@@ -6,6 +6,7 @@ A loop that decodes several requests together says whose rows they are (`rows_of
 them apart.
 """
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -15,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 Request = int | str
-_counter: "Counter | None" = None
+_here = threading.local()  # each thread's counter: a server may decode in one while another does
 _rows_of: ContextVar[tuple[Request, ...]] = ContextVar("spqt_rows_of", default=())
 
 
@@ -164,7 +165,7 @@ class Counter:
 
 def current() -> Counter | None:
     """The counter of the block that this runs in, if there is one."""
-    return _counter
+    return getattr(_here, "counter", None)
 
 
 @contextmanager
@@ -180,9 +181,10 @@ def rows_of(requests: Sequence[Request]) -> Iterator[None]:
 @contextmanager
 def counting(every: int = 1) -> Iterator[Counter]:
     """Count in this block, every `every`-th step: `with counting() as counter`."""
-    global _counter  # noqa: PLW0603 - one decode loop per process owns it
-    previous, _counter = _counter, Counter(every)
+    previous, counter = current(), Counter(every)
+    _here.counter = counter
     try:
-        yield _counter
+        yield counter
     finally:
-        _counter = previous
+        if current() is counter:  # else a loop that was left half done ends late, while another counts
+            _here.counter = previous

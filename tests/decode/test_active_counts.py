@@ -1,5 +1,7 @@
 """Running counts: on from step to step, past what one uint32 holds, merged where a layer ran in two ways."""
 
+import threading
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -102,3 +104,26 @@ def test_a_matrix_that_eight_rows_each_read_again_counts_once():
         count(counter.tally(one, 9), [[*[10] * 9, 20]])
     (share,) = counter.shares()
     assert (share.active, share.read) == (1.0, 1.0)
+
+
+def test_a_loop_that_ends_late_leaves_another_s_counter():
+    def left() -> Iterator[None]:
+        with active_counts.counting():
+            yield
+
+    unfinished = left()
+    next(unfinished)
+    with active_counts.counting() as counter:
+        unfinished.close()
+        assert active_counts.current() is counter
+
+
+def test_threads_count_apart():
+    """A server decodes in a thread of its own."""
+    seen = []
+    with active_counts.counting() as counter:
+        thread = threading.Thread(target=lambda: seen.append(active_counts.current()))
+        thread.start()
+        thread.join()
+        assert active_counts.current() is counter
+    assert seen == [None]
