@@ -16,7 +16,16 @@ import mlx.core as mx
 import numpy as np
 
 Request = int | str
-_here = threading.local()  # each thread's counter: a server may decode in one while another does
+
+
+class _Here(threading.local):
+    """A thread's counters, the innermost block's last: a server decodes in a thread of its own."""
+
+    def __init__(self) -> None:
+        self.counters: list[Counter] = []
+
+
+_here = _Here()
 _rows_of: ContextVar[tuple[Request, ...]] = ContextVar("spqt_rows_of", default=())
 
 
@@ -165,7 +174,7 @@ class Counter:
 
 def current() -> Counter | None:
     """The counter of the block that this runs in, if there is one."""
-    return getattr(_here, "counter", None)
+    return _here.counters[-1] if _here.counters else None
 
 
 @contextmanager
@@ -181,10 +190,9 @@ def rows_of(requests: Sequence[Request]) -> Iterator[None]:
 @contextmanager
 def counting(every: int = 1) -> Iterator[Counter]:
     """Count in this block, every `every`-th step: `with counting() as counter`."""
-    previous, counter = current(), Counter(every)
-    _here.counter = counter
+    counter, counters = Counter(every), _here.counters
+    counters.append(counter)
     try:
         yield counter
-    finally:
-        if current() is counter:  # else a loop that was left half done ends late, while another counts
-            _here.counter = previous
+    finally:  # maybe late, while another counts: where a loop was left half done
+        counters.remove(counter)

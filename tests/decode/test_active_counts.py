@@ -116,6 +116,7 @@ def test_a_loop_that_ends_late_leaves_another_s_counter():
     with active_counts.counting() as counter:
         unfinished.close()
         assert active_counts.current() is counter
+    assert active_counts.current() is None
 
 
 def test_threads_count_apart():
