@@ -16,7 +16,7 @@ SOLVING = 6.0  # factors, and rounding channel by channel
 TRAINING = 3.0  # steps of the training
 TIMED = 0.2  # seconds
 # What a GPU waits for its host, in seconds, on an H200: Gemma-3-270M, Qwen2.5-Coder-1.5B and 8B shapes
-HOST_ROUNDING = 1e-7  # each fitted weight
+HOST_ROUNDING = 3e-12  # each fitted weight and token
 HOST_WRITING = 2.5e-4  # each layer and step
 HOST_TRAINING = 0.01  # each layer and step
 WRITTEN = 512  # steps of writing: all texts take them together
@@ -40,7 +40,9 @@ def seconds(
     operations += TRAINING * each * steps * batch
     waiting = 0.0
     if not many_rows.on_cpu():
-        waiting = HOST_ROUNDING * fitted + len(shapes) * (HOST_TRAINING * steps + HOST_WRITING * WRITTEN)
+        waiting = HOST_ROUNDING * fitted * rounded_on + len(shapes) * (
+            HOST_TRAINING * steps + HOST_WRITING * WRITTEN
+        )
     return operations / speed() + waiting
 
 

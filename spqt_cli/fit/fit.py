@@ -30,7 +30,7 @@ from spqt_cli.errors import ResourceError, SpqtError, UnsupportedError
 from spqt_cli.fit import cost, distill, own_text, text
 from spqt_cli.fit.compress import Compression, lines
 from spqt_cli.fit.hessian_gpu import ask_for_float32
-from spqt_cli.fit.options import ROUNDED_ON, FitOptions
+from spqt_cli.fit.options import FitOptions
 from spqt_cli.fit.source_blocks import SourceBlocks
 from spqt_cli.fit.store import Store
 from spqt_cli.fit.weights_file import WeightsFile, copy_folder
@@ -202,7 +202,7 @@ class _Fit:
         windows = np.random.default_rng(self._options.seed).permutation(chosen.windows)
         store = Store(self._work / "states")
         with WeightsFile(self._folder) as output:
-            notes = self._rounded_for_inputs(loaded, windows[:ROUNDED_ON], store, output)
+            notes = self._rounded_for_inputs(loaded, windows[: self._options.rounded_on], store, output)
             trained = {}
             if self._options.method == "full":
                 try:
@@ -249,7 +249,10 @@ class _Fit:
         wishes = self._options
         assert wishes.steps is not None
         assert wishes.batch is not None
-        options = distill.Options(steps=wishes.steps, batch=wishes.batch, seed=wishes.seed)
+        assert wishes.sparsities is not None
+        options = distill.Options(
+            steps=wishes.steps, batch=wishes.batch, sparsities=wishes.sparsities, seed=wishes.seed
+        )
         training = distill.Distillation(loaded, source, windows, store, self._on_progress, options)
         found = training.run(output, self._journal)
         return {"steps": found.steps, "loss": [found.first, found.last], "trained": found.kept}
@@ -266,7 +269,7 @@ class _Fit:
             linear_layers(loaded.model).values(),
             get_total_parameters(loaded.model),
             own=own * options.window,
-            rounded_on=min(texts_used, ROUNDED_ON) * options.window,
+            rounded_on=min(texts_used, options.rounded_on or 0) * options.window,
             steps=steps,
             batch=(options.batch or 0) * options.window,
         )

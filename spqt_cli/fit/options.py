@@ -12,16 +12,22 @@ OWN = 40  # texts that the source writes for gptq
 
 @dataclass(frozen=True)
 class Training:
-    """own: texts that the source writes. batch: of them in a step."""
+    """own: texts that the source writes. rounded_on: of these, at most; the rest improves the training alone.
+    batch: texts in a step. sparsities: of the masks, one is drawn for each step.
+    """
 
     own: int
+    rounded_on: int
     steps: int
     batch: int
+    sparsities: tuple[float, ...]
 
 
-# SmolLM2-135M takes some 10 minutes of training in both (docs/fitting.md): two cores, and an H200.
-TRAINING = {"cpu": Training(own=72, steps=90, batch=2), "gpu": Training(own=448, steps=400, batch=8)}
-ROUNDED_ON = 64  # texts at most; more of them improve the training alone
+# SmolLM2-135M takes some 10 minutes of training on two cores, 5 on an H200 (docs/fitting.md).
+TRAINING = {
+    "cpu": Training(own=72, rounded_on=64, steps=90, batch=2, sparsities=(0.5,)),
+    "gpu": Training(own=448, rounded_on=240, steps=400, batch=8, sparsities=(0.4, 0.5)),
+}
 MIN_WINDOW = 32
 
 
@@ -29,7 +35,8 @@ MIN_WINDOW = 32
 class FitOptions:
     """method: gptq rounds for the inputs; full also trains scales, biases and norms. own: texts that the
     source writes itself. data: a file of text to add. window: tokens of a text. seed: of the model's own
-    text. steps: of the training, of `batch` texts each. None: what suits method and device, see `settled`.
+    text. steps: of the training, of `batch` texts each; rounded_on, sparsities: as in `Training`.
+    None: what suits method and device, see `settled`.
     """
 
     method: str = "gptq"
@@ -39,6 +46,8 @@ class FitOptions:
     seed: int = 0
     steps: int | None = None
     batch: int | None = None
+    rounded_on: int | None = None
+    sparsities: tuple[float, ...] | None = None
 
     def settled(self) -> "FitOptions":
         """These, with nothing left open."""
@@ -49,6 +58,8 @@ class FitOptions:
             own=own if self.own is None else self.own,
             steps=default.steps if self.steps is None else self.steps,
             batch=default.batch if self.batch is None else self.batch,
+            rounded_on=default.rounded_on if self.rounded_on is None else self.rounded_on,
+            sparsities=default.sparsities if self.sparsities is None else self.sparsities,
         )
 
     def check(self) -> None:

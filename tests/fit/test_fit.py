@@ -175,7 +175,7 @@ def test_a_file_of_text_in_place_of_own(checkpoint, tmp_path):
 
 
 def test_what_is_left_open_suits_method_and_device(monkeypatch):
-    asked = FitOptions(method="full", own=7, steps=5, batch=3)
+    asked = FitOptions(method="full", own=7, steps=5, batch=3, rounded_on=6, sparsities=(0.3,))
     assert asked.settled() == asked
     assert FitOptions().settled().own == 40
     for method, on_cpu in (("gptq", True), ("full", True), ("full", False)):
@@ -183,6 +183,7 @@ def test_what_is_left_open_suits_method_and_device(monkeypatch):
         found = FitOptions(method=method).settled()
         want = TRAINING["cpu" if on_cpu else "gpu"]
         assert (found.steps, found.batch) == (want.steps, want.batch)
+        assert (found.rounded_on, found.sparsities) == (want.rounded_on, want.sparsities)
         assert found.own == (want.own if method == "full" else 40)
 
 
