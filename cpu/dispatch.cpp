@@ -7,10 +7,23 @@ extern const Kernels kernels_baseline;
 #if defined(__x86_64__)
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
-extern const Kernels kernels_avx512vnni;
+extern const HeadKernels head_avx512vnni;
 #endif
 
 namespace {
+
+#if defined(__x86_64__)
+const Kernels& kernels_avx512vnni() {
+  static const Kernels table = [] {
+    Kernels found = kernels_avx512;
+    found.name = "avx512vnni";
+    found.prepare = head_avx512vnni.prepare;
+    found.rows = head_avx512vnni.rows;
+    return found;
+  }();
+  return table;
+}
+#endif
 
 const Kernels* supported(const char* name) {
 #if defined(__x86_64__)
@@ -20,7 +33,7 @@ const Kernels* supported(const char* name) {
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512cd");
   bool vnni = avx512 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
-  if (vnni && !std::strcmp(name, "avx512vnni")) return &kernels_avx512vnni;
+  if (vnni && !std::strcmp(name, "avx512vnni")) return &kernels_avx512vnni();
   if (avx512 && !std::strcmp(name, "avx512")) return &kernels_avx512;
   if (avx2 && !std::strcmp(name, "avx2")) return &kernels_avx2;
 #endif

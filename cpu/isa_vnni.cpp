@@ -1,5 +1,5 @@
-// The kernels of AVX-512 with VNNI and VBMI (Ice Lake, Zen 4 and later): those of AVX-512, but for matrices in MLX's
-// own layout, whose products are integer dot products.
+// Of AVX-512 with VNNI and VBMI (Ice Lake, Zen 4 and later): products with matrices in MLX's own layout are integer dot
+// products. Its other kernels are those of AVX-512 (dispatch.cpp).
 #include "kernels.h"
 
 #include <type_traits>
@@ -17,12 +17,5 @@ namespace {
 
 #include "clean.h"
 
-extern const Kernels kernels_avx512;
-extern const Kernels kernels_avx512vnni;
-const Kernels kernels_avx512vnni = [] {
-  Kernels table = kernels_avx512;
-  table.name = "avx512vnni";
-  table.prepare = Clean<prepare_dots>::call;
-  table.rows = Clean<dots>::call;
-  return table;
-}();
+extern const HeadKernels head_avx512vnni;
+constinit const HeadKernels head_avx512vnni = {Clean<prepare_dots>::call, Clean<dots>::call};

@@ -174,6 +174,13 @@ struct Kernels {
   void (*compensate)(const Compensate&, float* work);
 };
 
+// Those for matrices in MLX's own layout. What an instruction set's object defines is constinit, as are its tables:
+// what would be computed when the library is loaded would run on machines that lack the instructions.
+struct HeadKernels {
+  decltype(Kernels::prepare) prepare;
+  decltype(Kernels::rows) rows;
+};
+
 constexpr const char* ISAS[] = {"avx512vnni", "avx512", "avx2", "baseline"};  // widest first; the last is SSE2 or NEON
 
 // The best table for this machine, or the one chosen by use_isa.

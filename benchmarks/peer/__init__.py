@@ -8,6 +8,8 @@ import sys
 import tarfile
 from pathlib import Path
 
+import psutil
+
 HERE = Path(__file__).resolve().parent
 BUILD = HERE.parent.parent / "build" / "peer"
 
@@ -57,6 +59,16 @@ class Peer:
         """Make `decode` and `prompt` run a GGUF file."""
         if self._line(f"load {model}") != "ok":
             sys.exit(f"{model}: llama.cpp can't load it")
+
+    def quantize(self, model: Path, output: Path) -> None:
+        """Write a GGUF file as another one of Q4_0, whatever its own types are."""
+        if self._line(f"quantize {model}\t{output}") != "ok":
+            sys.exit(f"{model}: llama.cpp can't quantize it")
+
+    def cpu_seconds(self) -> float:
+        """What all threads of the program have spent so far."""
+        times = psutil.Process(self._process.pid).cpu_times()
+        return times.user + times.system
 
     def _line(self, command: str) -> str:
         assert self._process.stdin is not None

@@ -1,6 +1,7 @@
 // Times llama.cpp's work on request, so that a benchmark can take turns with it. One command a line:
 //   mul OUTPUTS INPUTS THREADS         microseconds of one Q4_0 product, weights in its default (repacked) form
 //   load MODEL.gguf                    "ok"
+//   quantize MODEL.gguf<tab>OUT.gguf   "ok"; OUT is of Q4_0
 //   decode TOKENS DEPTH THREADS        tokens per second after DEPTH tokens of context
 //   prompt TOKENS THREADS              tokens per second
 #include <algorithm>
@@ -163,6 +164,13 @@ int main() {
     if (command == "load") {
       std::getline(words >> std::ws, path);
       std::cout << (model.load(path) ? "ok" : "failed") << std::endl;
+    } else if (command == "quantize") {
+      std::string output;
+      std::getline(std::getline(words >> std::ws, path, '\t'), output);
+      llama_model_quantize_params params = llama_model_quantize_default_params();
+      params.ftype = LLAMA_FTYPE_MOSTLY_Q4_0;
+      params.allow_requantize = true;
+      std::cout << (llama_model_quantize(path.c_str(), output.c_str(), &params) ? "failed" : "ok") << std::endl;
     } else if (command == "mul" && words >> a >> b >> c) {
       std::cout << multiply(a, b, c) << std::endl;
     } else if (command == "decode" && words >> a >> b >> c) {
