@@ -45,12 +45,10 @@ def find() -> Backend | str | None:
     """The kernels of this process's GPU; or why they can't run; None if the device is no GPU."""
     if mx.default_device() != mx.Device(mx.gpu):
         return None
-    if first_use.broken():
-        return first_use.broken()[0]
     for name, module, kind in (("metal", mx.metal, "Metal"), ("cuda", mx.cuda, "CUDA")):
         if module.is_available():
             # Counts are handed from step to step by the host, which is the slower of the two here.
-            reason, this = f"MLX has a {kind} GPU", sys.modules[__name__]
+            reason, this = f"MLX has a {kind} GPU{_without()}", sys.modules[__name__]
             calls, fused = cast(Calls, this), cast(FusedCalls, this)
             rounder = compensate.compensate
             return Backend(
@@ -63,8 +61,15 @@ def find() -> Backend | str | None:
                 skips_experts=True,
                 compensate=rounder,
                 many_rows=many_rows,
+                check=check,
             )
     return "MLX has no GPU here"
+
+
+def _without() -> str:
+    """Which kernels this process does without, for the backend's reason; "" where none."""
+    found = first_use.refused()
+    return f"; without {len(found)} of our kernels: {'; '.join(found)}" if found else ""
 
 
 @cache
@@ -83,7 +88,7 @@ def sparse_gemv(x: mx.array, layers: Sequence[Projection]) -> tuple[list[mx.arra
     Returns y per layer, (..., outputs) in x's dtype, and the active channels per layer, (n,) uint32.
     """
     plan = _plan(x, layers, Form())
-    if plan is None:
+    if plan is None or (plan.gemv is None and len(layers) > 1):
         parts = [sparse_gemv(x, [layer]) for layer in layers]
         return [ys[0] for ys, _ in parts], mx.concatenate([active for _, active in parts])
     if plan.gemv is None:
@@ -296,9 +301,53 @@ def _masked_rows(x: mx.array, layer: Projection, way: str) -> tuple[list[mx.arra
 
 def many_rows() -> list[str]:
     """How many rows are multiplied on this device, a line for each kind of layer; timed now if nobody did."""
-    if not ways.report() and not first_use.broken():
+    if not ways.report():
         ways.choice_for(ways.Kind(mx.bfloat16, 4, 64), WAYS)
     return ways.report()
+
+
+def check(groups: Sequence[Sequence[Projection]]) -> list[str]:
+    """As `Backend.check`. Prompts of other lengths may want other kernels, which are checked when they come.
+
+    On CUDA those for more than one row are left to their first use: each takes a second or more to compile,
+    and their ways are timed.
+    """
+    seen = set()
+    for layers in groups:
+        kind = tuple(map(_kind, layers))
+        if kind in seen or layers[0].weight.ndim > 3:  # experts are checked by the step that runs them
+            continue
+        seen.add(kind)
+        dtype, inputs = layers[0].scales.dtype, layers[0].weight.shape[-2]
+        for form in (Form(), Form(dense=True)):
+            _plan(mx.zeros((1, 1, inputs), dtype), layers, form)
+        for layer in layers:
+            _plan(mx.zeros((1, 1, inputs), dtype), [layer], Form(dense=True))  # a prompt of one token
+        if mx.cuda.is_available():
+            continue
+        for count in geometry.FEW_ROWS["metal"]:
+            x = mx.zeros((1, count, inputs), dtype)
+            if launching.one_launch(layers):
+                _rows_plan("few", x, layers, dense=all(layer.threshold is None for layer in layers))
+            for layer in layers:
+                _rows_plan("few", x, [layer], dense=True)
+        for layer in layers:
+            _whole_plan(dtype, layer)
+    return first_use.refused()
+
+
+def _kind(layer: Projection) -> tuple[object, ...]:
+    """All that decides which kernels a layer takes."""
+    threshold, bias = layer.threshold, layer.get("bias")
+    return (
+        layer.weight.shape,
+        layer.outputs,
+        layer.bits,
+        layer.group_size,
+        layer.scales.dtype,
+        None if threshold is None else threshold.size,
+        bias is None,
+    )
 
 
 def _few(x: mx.array, layer: Projection) -> mx.array:

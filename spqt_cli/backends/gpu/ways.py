@@ -101,7 +101,7 @@ def choice_for(kind: Kind, calls: Mapping[str, Call]) -> Choice:
         key = f"{here()}, {kind.words()}"
         if key not in known():
             known()[key] = measured(kind, calls)
-            if not first_use.broken():  # else MLX's own matmul stood in for our kernels
+            if not first_use.refused():  # else others stood in for our kernels
                 first_use.store(_file(), {name: choice._asdict() for name, choice in known().items()})
         _chosen[kind] = known()[key]
     return _chosen[kind]
