@@ -89,9 +89,9 @@ def test_a_model_that_mlx_lm_loads_is_checked_too(folder, device):
 def test_more_rows_wait_for_their_first_use_on_cuda(folder, device, monkeypatch):
     judged, _ = device
     monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(ways, "many_rows", lambda: [], raising=False)
     session.load(folder)
-    assert {one.name.split("_")[1] for one in judged} == {"gemv", "reduce", "count"}
+    tokens = {dict(one.constants)["TOKENS"] for one in judged if "TOKENS" in dict(one.constants)}
+    assert tokens == {2}  # of the two tokens that every load tries the model's code on
 
 
 def test_the_first_token_prepares_as_if_nothing_had_run(folder, device, monkeypatch):

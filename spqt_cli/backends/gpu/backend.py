@@ -218,11 +218,11 @@ def _experts_plan(x: mx.array, indices: mx.array, layers: Sequence[Experts]) -> 
             return known
     plan = None
     if launching.one_launch(layers) and not launching.tiny(layers):
-        inputs, precise = layers[0].weight.shape[-2], x.dtype == mx.float32
-        cut = geometry.choose_experts(device_class(), launching.bands(layers), inputs, count, precise)
-        plan = experts.make_plan(x.dtype, layers, cut, count, each)
-        if first_use.experts_verdict(plan, x.dtype, layers, cut):
-            plan = None
+        for cut in _decodings(choose_experts(layers, x.dtype, count)):
+            made = experts.make_plan(x.dtype, layers, cut, count, each)
+            if not first_use.experts_verdict(made, x.dtype, layers, cut):
+                plan = made
+                break
     plans[key] = plan
     return plan
 
@@ -465,19 +465,42 @@ def _plan(x: mx.array, layers: Sequence[Projection], form: Form) -> Plan | None:
 
 def _checked(x: mx.array, layers: Sequence[Projection], form: Form) -> Plan:
     """A plan whose kernels were checked; without launches where they failed or can't take the arrays."""
-    cut = choose(layers, x.dtype)
-    plan = launching.make_plan(x.shape, x.dtype, layers, cut, form)
-    if plan.gemv is None:
-        return plan
-    if launching.tiny(layers, form) or first_use.verdict(plan, x.dtype, layers, cut):
-        return plan._replace(gemv=None)
-    return plan
+    for cut in _decodings(choose(layers, x.dtype)):
+        plan = launching.make_plan(x.shape, x.dtype, layers, cut, form)
+        if plan.gemv is None or launching.tiny(layers, form):
+            break
+        if not first_use.verdict(plan, x.dtype, layers, cut):
+            return plan
+    return plan._replace(gemv=None)
 
 
 def choose(layers: Sequence[Projection], dtype: mx.Dtype) -> geometry.Geometry:
     """The launch geometry of these projections on this device, for an x of this dtype."""
     inputs = layers[0].weight.shape[1]
-    return geometry.choose(device_class(), launching.bands(layers), inputs, dtype == mx.float32)
+    cut = geometry.choose(device_class(), launching.bands(layers), inputs, dtype == mx.float32)
+    return _decodings(cut)[0]
+
+
+def choose_experts(layers: Sequence[Projection], dtype: mx.Dtype, pairs: int) -> geometry.Geometry:
+    """As `choose`, for experts and so many pairs of a row and an expert."""
+    bands, inputs = launching.bands(layers), layers[0].weight.shape[-2]
+    cut = geometry.choose_experts(device_class(), bands, inputs, pairs, dtype == mx.float32)
+    return _decodings(cut)[0]
+
+
+def _decodings(cut: geometry.Geometry) -> list[geometry.Geometry]:
+    """The cut, then the same with converted codes: for GPUs that don't read them as subnormal halves."""
+    if cut.decode != geometry.HALVES:
+        return [cut]
+    converted = cut._replace(decode=geometry.CONVERT)
+    return [cut, converted] if keeps_subnormal_halves() else [converted]
+
+
+@cache
+def keeps_subnormal_halves() -> bool:
+    """Whether this device turns subnormal numbers of 16 bits into floats, which Metal leaves to it."""
+    five = mx.array([5], mx.uint16).view(mx.float16)  # 5 times 2^-24
+    return bool((five.astype(mx.float32) * 2.0**24 == 5.0).item())
 
 
 WAYS: dict[str, ways.Call] = {

@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol
 
 SIMD = 32  # lanes of a simdgroup (warp)
 OUTPUTS = 32  # of one lane: 64 were no faster, and halve the lanes that fit
+SUBTRACT, CONVERT, SUBNORMAL, HALVES = 0, 1, 2, 3  # how a code becomes a float: DECODE of sparse_gemv.metal
 SLICE = 8  # sums per lane in threadgroup memory at one time: 12 KB at 384 threads
 LEAST_STRIPE = 32  # channels: below, collecting costs more than multiplying
 LEAST_WEIGHTS = 1 << 20  # below, one launch takes less time than two, however few cores it fills
@@ -44,8 +45,9 @@ class Geometry(NamedTuple):
     unroll: int  # channels that a lane loads before it multiplies
     list: int  # channels collected at one time
     slice: int  # sums per lane that are added over the rows at one time
-    decode: int  # 0 exponent and subtract, 1 convert, 2 subnormal
+    decode: int
     stripe: int  # channels of one threadgroup
+    padded: int = 1  # 1: lists are filled up so that all rows take equally many turns; 0: the last is clipped
 
     @property
     def threads(self) -> int:
@@ -106,11 +108,12 @@ def _cut(kind: str, lanes: int, stripe: int, precise: bool) -> Geometry:
     threads = -(-lanes * rows // SIMD) * SIMD
     passes = -(-stripe // MOST_LISTED)
     listed = -(-stripe // (passes * threads)) * threads
-    # Subnormal codes need no conversion, but Apple GPUs flush them to zero.
-    unroll, decode = (4, 2) if kind == "cuda" else (2, 1)
+    # Subnormal codes need no conversion, which costs an Apple GPU four times a mask. Those of 32 bits it
+    # flushes to zero, those of 16 it keeps.
+    unroll, decode, padded = (4, SUBNORMAL, 0) if kind == "cuda" else (2, HALVES, 1)
     if precise:
-        decode = 0  # codes around their middle
-    return Geometry(OUTPUTS, lanes, rows, unroll, listed, SLICE, decode, stripe)
+        decode = SUBTRACT  # codes around their middle
+    return Geometry(OUTPUTS, lanes, rows, unroll, listed, SLICE, decode, stripe, padded)
 
 
 def _units(band: int) -> int:

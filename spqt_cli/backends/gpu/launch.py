@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from spqt_cli.backends.gpu import geometry, kernel_text, weights
 from spqt_cli.backends.gpu.kernel_text import COUNTS, Constants, Kernel, Rotary, Then
-from spqt_cli.backends.gpu.settings import LaunchSettings, ProjectionSettings, pack
+from spqt_cli.backends.gpu.settings import BOTH, LaunchSettings, ProjectionSettings, pack
 from spqt_cli.backends.interface import Count, Norm, Projection
 
 MAX_SHARED = 6  # projections in one launch; Metal binds at most 31 buffers, this takes P + 5
@@ -216,7 +216,7 @@ def settings_of(
         projections.append(own)
         tiles += own.tiles * number
     eps = norm.eps if norm else 0.0
-    launch = LaunchSettings(inputs, cut.stripe, tiles * cut.tile + COUNTS, len(layers), eps)
+    launch = LaunchSettings(inputs, cut.stripe, tiles * cut.tile + COUNTS, len(layers), BOTH, eps)
     given = [None if dense else layer.threshold for layer in layers]
     floats = [mx.zeros((1,)) if one is None else one.astype(mx.float32) for one in given]
     if per_channel(layers, dense=dense):
@@ -263,4 +263,5 @@ def constants_of(
         ("LIST", cut.list),
         ("SLICE", cut.slice),
         ("DECODE", cut.decode),
+        ("PADDED", cut.padded),
     )

@@ -102,8 +102,8 @@ def test_chosen_experts(on_metal):
 def test_mlx_copies_inputs_on_cuda_alone(monkeypatch, kind):
     told = []
     monkeypatch.setattr(mx.metal, "is_available", lambda: kind == "metal")
-    for name in ("metal_kernel", "cuda_kernel"):
-        monkeypatch.setattr(mx.fast, name, lambda name=name, **how: told.append((name, how)))
+    for kernel in ("metal_kernel", "cuda_kernel"):
+        monkeypatch.setattr(mx.fast, kernel, lambda kernel=kernel, **how: told.append((kernel, how)))
     launching._built.__wrapped__(kernel_text.count_kernel())
     ((made, how),) = told
     assert made == f"{kind}_kernel"

@@ -119,15 +119,16 @@ def test_the_backend_names_what_it_does_without(monkeypatch):
 
 
 def test_a_way_that_others_stood_in_for_is_not_remembered(monkeypatch, fresh_trust):
-    kept = []
+    kept, choices = [], {}
     monkeypatch.setattr(first_use, "store", lambda *_: kept.append(1))
     monkeypatch.setattr(ways, "measured", lambda *_: ways.Choice(["few"] * len(ways.COUNTS), {}, 0.0, 0.0))
     monkeypatch.setattr(ways, "_chosen", {})
-    monkeypatch.setattr(ways, "known", dict)
+    monkeypatch.setattr(ways, "known", lambda: choices)
     first_use._refused["key"] = "refused"
     ways.choice_for(ways.Kind(mx.float16, 4, 64), {})
     assert kept == []
     ways._chosen.clear()
+    choices.clear()
     first_use._refused.clear()
     ways.choice_for(ways.Kind(mx.float16, 4, 64), {})
     assert kept == [1]
