@@ -5,6 +5,7 @@ tensors are Q4_0, head and embedding too, which is less to read than what llama-
 """
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -87,12 +88,13 @@ def build(folder: Path) -> Path:
         card = f"{info['compute_capability_major']}{info['compute_capability_minor']}"
         kind = f"cuda-{card}"
         settings += ["-DGGML_CUDA=ON", f"-DCMAKE_CUDA_ARCHITECTURES={card}", "-DGGML_CUDA_FA=OFF"]
+    jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or str(os.cpu_count() or 1)
     target, log = BUILD.parent / f"llama-bench-{kind}", BUILD.parent / "llama-bench.log"
     target.mkdir(parents=True, exist_ok=True)
     with log.open("w") as sink:
         for command in (
             ["cmake", "-S", str(folder), "-B", str(target), *settings],
-            ["cmake", "--build", str(target), "--target", "llama-bench", "-j"],
+            ["cmake", "--build", str(target), "--target", "llama-bench", "-j", jobs],
         ):
             if subprocess.run(command, stdout=sink, stderr=sink, check=False).returncode:
                 sys.exit(f"llama-bench did not build: see {log}")

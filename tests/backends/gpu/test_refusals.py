@@ -10,7 +10,7 @@ import pytest
 
 from spqt_cli.backends import accuracy, problems, stock
 from spqt_cli.backends.gpu import backend as gpu
-from spqt_cli.backends.gpu import first_use, ways
+from spqt_cli.backends.gpu import first_use, geometry, kernel_text, ways
 from spqt_cli.backends.gpu import launch as launching
 from spqt_cli.backends.problems import Case
 from tests.backends.gpu.test_first_use import fresh_trust
@@ -103,6 +103,31 @@ def test_a_step_that_was_prepared_runs_without_the_kernel(refusing, monkeypatch)
     (expected,), active = stock.sparse_gemv(x, some)
     assert mx.array_equal(y, expected).item()
     assert np.array_equal(np.array(counted), np.array(active))
+
+
+def test_codes_are_converted_where_a_gpu_flushes_halves(refusing, monkeypatch, capfd):
+    """Metal allows it. A sum of MLX's tells at once; where only our kernel meets it, its check does."""
+    _, launches = refusing
+    case = Case((128,), 96)
+    x, wide = problems.vector(case), CUTS["narrow"]._replace(decode=geometry.HALVES)
+    use(monkeypatch, wide)
+    monkeypatch.setattr(gpu, "keeps_subnormal_halves", lambda: False)
+    assert gpu.choose(problems.matrices(case), x.dtype).decode == geometry.CONVERT
+    assert_right(x, problems.matrices(case))
+    assert capfd.readouterr().err == ""
+
+    monkeypatch.setattr(gpu, "keeps_subnormal_halves", lambda: True)
+    real, kept = kernel_text.body, "code = float(as_type<float16_t>(half_of(pair, high)));"
+    assert kept in real("sparse_gemv.metal")
+    monkeypatch.setattr(kernel_text, "body", lambda name: real(name).replace(kept, "code = 0.0f;"))
+    launches.clear()
+    assert_right(x, problems.matrices(case))
+    assert len(set(launches)) == 2  # that of halves, and then that which converts: MLX's matmul is not needed
+    assert capfd.readouterr().err.count("a GPU kernel is wrong") == 1
+
+
+def test_this_machine_keeps_subnormal_halves():
+    assert gpu.keeps_subnormal_halves()
 
 
 def test_the_backend_names_what_it_does_without(monkeypatch):
