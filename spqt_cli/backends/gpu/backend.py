@@ -14,7 +14,17 @@ from typing import cast
 import mlx.core as mx
 
 from spqt_cli.backends import stock
-from spqt_cli.backends.gpu import compensate, dequantize, experts, first_use, geometry, rows, ways, weights
+from spqt_cli.backends.gpu import (
+    compensate,
+    dequantize,
+    experts,
+    first_use,
+    geometry,
+    rows,
+    tiles,
+    ways,
+    weights,
+)
 from spqt_cli.backends.gpu import launch as launching
 from spqt_cli.backends.gpu.launch import Form, Plan, launch
 from spqt_cli.backends.interface import (
@@ -48,7 +58,7 @@ def find() -> Backend | str | None:
     for name, module, kind in (("metal", mx.metal, "Metal"), ("cuda", mx.cuda, "CUDA")):
         if module.is_available():
             # Counts are handed from step to step by the host, which is the slower of the two here.
-            reason, this = f"MLX has a {kind} GPU{_without()}", sys.modules[__name__]
+            reason, this = f"MLX has a {kind} GPU{_found_out()}", sys.modules[__name__]
             calls, fused = cast(Calls, this), cast(FusedCalls, this)
             rounder = compensate.compensate
             return Backend(
@@ -66,10 +76,11 @@ def find() -> Backend | str | None:
     return "MLX has no GPU here"
 
 
-def _without() -> str:
-    """Which kernels this process does without, for the backend's reason; "" where none."""
-    found = first_use.refused()
-    return f"; without {len(found)} of our kernels: {'; '.join(found)}" if found else ""
+def _found_out() -> str:
+    """What was timed here, and which kernels this process does without, for the backend's reason."""
+    found = "".join(f"; {line}" for line in tiles.report())
+    refused = first_use.refused()
+    return f"{found}; without {len(refused)} of our kernels: {'; '.join(refused)}" if refused else found
 
 
 @cache
@@ -476,9 +487,19 @@ def _checked(x: mx.array, layers: Sequence[Projection], form: Form) -> Plan:
 
 def choose(layers: Sequence[Projection], dtype: mx.Dtype) -> geometry.Geometry:
     """The launch geometry of these projections on this device, for an x of this dtype."""
-    inputs = layers[0].weight.shape[1]
-    cut = geometry.choose(device_class(), launching.bands(layers), inputs, dtype == mx.float32)
+    first, precise = layers[0], dtype == mx.float32
+    kind = ways.Kind(dtype, first.bits, first.group_size)
+    tile = "" if precise else tiles.best(device_class(), kind, _product_by)
+    cut = geometry.choose(device_class(), launching.bands(layers), first.weight.shape[1], precise, tile)
     return _decodings(cut)[0]
+
+
+def _product_by(x: mx.array, layer: Projection, tile: str) -> tiles.Product:
+    """The sparse product of a layer in such tiles, for x of this shape; the kernels are not checked."""
+    bands, inputs = launching.bands([layer]), layer.weight.shape[1]
+    cut = _decodings(geometry.choose(device_class(), bands, inputs, False, tile))[0]
+    plan = launching.make_plan(x.shape, x.dtype, [layer], cut, Form())
+    return lambda row: launch(row, plan)[0][0]
 
 
 def choose_experts(layers: Sequence[Projection], dtype: mx.Dtype, pairs: int) -> geometry.Geometry:

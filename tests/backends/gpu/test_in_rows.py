@@ -11,7 +11,7 @@ import pytest
 
 from spqt_cli.backends import interface, problems
 from spqt_cli.backends.gpu import backend as gpu
-from spqt_cli.backends.gpu import experts, first_use, kernel_text, rows
+from spqt_cli.backends.gpu import experts, first_use, kernel_text, rows, tiles
 from spqt_cli.backends.gpu import launch as launching
 from spqt_cli.backends.problems import Case
 from tests.backends.gpu.test_kernels import CUTS, use
@@ -33,6 +33,7 @@ def on_metal(monkeypatch):
 
     monkeypatch.setattr(launching, "run", run)
     monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    monkeypatch.setattr(tiles, "best", lambda *_: "")  # nothing is timed
     for name in ("verdict", "rows_verdict", "experts_verdict", "whole_verdict"):
         monkeypatch.setattr(first_use, name, lambda *_, **__: "")
     mx.disable_compile()  # a traced array has no bytes that an emulator could read

@@ -278,12 +278,14 @@ def test_a_new_threshold_is_not_missed_by_the_plan(emulated, monkeypatch):
     assert gpu.sparse_gemv(x, [matrix])[1].item() == 0
 
 
-@pytest.mark.parametrize("kind", geometry.THREADGROUPS)
+@pytest.mark.parametrize(
+    ("kind", "tile"), [(kind, tile) for kind in geometry.THREADGROUPS for tile in geometry.tiles_of(kind)]
+)
 @pytest.mark.parametrize("outputs", [1, 64, 576, 1024, 2752 * 4, 4288, 14336, 27392, 32064, 151936])
-def test_rule_keeps_within_what_devices_offer(kind, outputs):
+def test_rule_keeps_within_what_devices_offer(kind, tile, outputs):
     for inputs, group in itertools.product((1, 64, 4095, 28672), layout.GROUP_SIZES):
         band = layout.band_of(outputs, group)
-        cut = geometry.choose(kind, [(band, -(-outputs // band))], inputs)
+        cut = geometry.choose(kind, [(band, -(-outputs // band))], inputs, tile=tile)
         assert cut.threads <= 384  # runs at any register count of an Apple GPU
         assert cut.list % cut.threads == 0
         assert cut.list // cut.threads <= 32
