@@ -163,7 +163,7 @@ METAL_FUNC void multiply(const device T* x, const device uint32_t* settings, con
     const uint tested = pass + me.simdgroup * (EACH * 32) + me.in_simdgroup;
     uint kept = 0;  // bit set over the EACH tests of this lane
     uint mine = 0;
-#pragma unroll
+#pragma unroll 4
     for (int e = 0; e < EACH; ++e) {
       const uint k = tested + e * 32;
       if (k < stripe_last) {
@@ -181,22 +181,24 @@ METAL_FUNC void multiply(const device T* x, const device uint32_t* settings, con
     threadgroup_barrier(mem_flags::mem_threadgroup);
     uint count = 0;
     uint at = before;
+    uint begins = tested * groups;
 #pragma unroll
     for (uint g = 0; g < uint(THREADS / 32); ++g) {
       const uint in_group = memory.simdgroup_count[g];
       at += g < me.simdgroup ? in_group : 0;
       count += in_group;
     }
-#pragma unroll
+#pragma unroll 2
     for (int e = 0; e < EACH; ++e) {
       if (kept & (1u << e)) {
         const uint k = tested + e * 32;
         uint2 entry;
-        entry.x = k * groups;
+        entry.x = begins;
         entry.y = as_type<uint>(float(multiplied(x, norm, factor, k)) * LIFT);
         memory.list[at] = entry;
         at += 1;
       }
+      begins += 32 * groups;
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
     total += count;
