@@ -1,7 +1,7 @@
 """A model's kernels are compiled and checked when it is loaded.
 
-Contract: what one-row steps, prompts of one token, and two to eight rows launch afterwards was judged during
-the load, for every layer kind; on CUDA all but the kernels for more rows; the model then starts as if it had
+Contract: what one-row steps, prompts of one token, and two to 64 rows launch afterwards was judged during the
+load, for every layer kind; on CUDA all but the kernels for more rows; the model then starts as if it had
 not run; a refused kernel is known when the load ends; backends that compile nothing run nothing.
 """
 
@@ -55,10 +55,10 @@ def device(monkeypatch):
 
 
 def runs(model):
-    """One row as a prompt and as decode steps, and two to eight rows as both."""
+    """One row as a prompt and as decode steps, and two to 64 rows as both."""
     from mlx_lm.models.cache import make_prompt_cache
 
-    for count in (1, 2, 3, 4, 8):
+    for count in (1, 2, 3, 4, 8, 13, 40, 64):
         tokens, cache = mx.ones((1, count), mx.int32), make_prompt_cache(model)
         mx.eval(model(tokens, cache=cache))
         with phase.decoding():

@@ -318,10 +318,8 @@ def many_rows() -> list[str]:
 
 
 def check(groups: Sequence[Sequence[Projection]]) -> list[str]:
-    """As `Backend.check`. Prompts of other lengths may want other kernels, which are checked when they come.
-
-    On CUDA those for more than one row are left to their first use: each takes a second or more to compile,
-    and their ways are timed.
+    """As `Backend.check`. On CUDA kernels for more than one row wait for their first use: each takes a second or
+    more to compile.
     """
     seen = set()
     for layers in groups:
@@ -336,7 +334,7 @@ def check(groups: Sequence[Sequence[Projection]]) -> list[str]:
             _plan(mx.zeros((1, 1, inputs), dtype), [layer], Form(dense=True))  # a prompt of one token
         if mx.cuda.is_available():
             continue
-        for count in geometry.FEW_ROWS["metal"]:
+        for count in range(2, ways.MOST_FEW + 1):
             x = mx.zeros((1, count, inputs), dtype)
             if launching.one_launch(layers):
                 _rows_plan("few", x, layers, dense=all(layer.threshold is None for layer in layers))
