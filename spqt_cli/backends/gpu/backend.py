@@ -318,8 +318,8 @@ def many_rows() -> list[str]:
 
 
 def check(groups: Sequence[Sequence[Projection]]) -> list[str]:
-    """As `Backend.check`. On CUDA kernels for more rows than one wait for their first use: each takes more than
-    a second to compile.
+    """As `Backend.check`. On CUDA kernels for more rows than one wait for their first use: each takes over a
+    second to compile.
     """
     seen = set()
     for layers in groups:
