@@ -3,16 +3,20 @@
     python -m benchmarks.apple_model                   # the fit, then predictions for every chip
     python -m benchmarks.apple_model --compare FILE    # with what `spqt bench --kernel --json` measured
 
-Time of one projection = launches + the larger of (memory lines / bandwidth) and (instructions / ALU rate).
+Time of one projection = launches + the larger of (memory lines / bandwidth) and (cycles of its instructions).
 Launch cost and the reachable fraction of the bandwidth come from the dense rows of one public table; its
-sparse rows were not fitted and show how far to trust the model. Written without a Mac.
+sparse rows were not fitted and show how far to trust the model. Instructions are counted, ours in LLVM IR
+(benchmarks/metal_counts.py). A range says what the model leaves open: lines of 32 or 128 bytes in the place
+of the best, pipes that work side by side or one after the other. Written without a Mac.
 """
 
 import argparse
+import dataclasses
 import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +25,6 @@ import numpy as np
 from spqt_cli.bench import projections, shapes
 from spqt_cli.format import layout
 
-INSTRUCTIONS = 4  # per weight: mask, set exponent, subtract, multiply-add (metal/sparse_gemv.metal)
 SCALE_BYTES = 2
 LINES = (32, 64, 128)  # candidate sizes of a memory transaction; the table decides
 LANES = 128  # of one GPU core, one instruction a cycle each
@@ -43,6 +46,28 @@ PUBLIC = {
 }
 
 
+SLOW_CYCLES = 4  # of a conversion or a shift, as measured on an M1 (philipturner/metal-benchmarks)
+
+
+@dataclass(frozen=True)
+class Work:
+    """Instructions of a kernel's inner loop per weight. slow: those that take SLOW_CYCLES."""
+
+    plain: float
+    slow: float
+
+    def cycles(self, *, side_by_side: bool = False) -> float:
+        """Of one lane. side_by_side: slow ones, which have a pipe of their own, cost no issue slot."""
+        slow = SLOW_CYCLES * self.slow
+        return max(self.plain, slow) if side_by_side else self.plain + slow
+
+
+# Ours at 4 bits as counted: multiply-adds, masks, addresses; shifts. Converted: for GPUs that flush halves.
+OURS, CONVERTED = Work(1.78, 0.16), Work(1.53, 1.03)
+# MLX's: mask, convert, multiply-add of every weight, by its source, addresses left out. mlx-SpQt's: likewise.
+PEERS = Work(2.0, 1.0)
+
+
 @dataclass(frozen=True)
 class Chip:
     """A GPU. gb_per_s: of its memory, as published; ghz: of its GPU, as others measured, to about 10 %."""
@@ -52,7 +77,7 @@ class Chip:
     ghz: float
 
     @property
-    def instructions_per_s(self) -> float:
+    def lane_cycles_per_s(self) -> float:
         return self.cores * LANES * self.ghz * 1e9
 
 
@@ -66,6 +91,7 @@ CHIPS = {
     "M3 Ultra": Chip(819.2, 80, 1.40),
     "M4": Chip(120.0, 10, 1.50), "M4 Pro": Chip(273.1, 20, 1.50), "M4 Max": Chip(546.1, 40, 1.50),
 }  # fmt: skip
+STOCK_LAUNCHES, OUR_LAUNCHES = 17, 11  # of one block (docs/log/gpu.md, benchmarks/metal_counts.py)
 CACHED_MB = 24  # stored matrices up to here are read from the system-level cache in the table's loop
 
 
@@ -83,6 +109,7 @@ def matrix_bytes(outputs: int, inputs: int, bits: int = 4, group_size: int = 64)
     return outputs * inputs * (bits / 8 + 2 * SCALE_BYTES / group_size)
 
 
+@cache
 def touched(
     outputs: int, inputs: int, density: float, band: int, line: int, form: tuple[int, int] = (4, 64)
 ) -> int:
@@ -175,7 +202,7 @@ def _summary(errors: Sequence[float]) -> str:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Of one launch: its parts in microseconds."""
+    """Of one call: its parts in microseconds."""
 
     launch_us: float
     memory_us: float
@@ -186,28 +213,66 @@ class Prediction:
         return self.launch_us + max(self.memory_us, self.alu_us)
 
 
+@dataclass(frozen=True)
+class Kernel:
+    """Whose kernel, on which layout. band: outputs of a stored band, None for the rule's; rows: row-grouped.
+
+    shared: projections of one input take one call of two launches, else one launch each. form: bits and group
+    size.
+    """
+
+    work: Work
+    band: int | None = None
+    rows: bool = False
+    shared: bool = False
+    form: tuple[int, int] = (4, 64)
+
+    def bytes_read(self, sizes: Sequence[tuple[int, int]], density: float, line: int) -> float:
+        """In whole lines, for projections (outputs, inputs) of one input."""
+        if self.rows:
+            return sum(matrix_bytes(*size, *self.form) for size in sizes)
+        bands = [self.band or layout.band_of(outputs, self.form[1]) for outputs, _ in sizes]
+        pairs = zip(sizes, bands, strict=True)
+        return sum(touched(*size, density, band, line, self.form) for size, band in pairs)
+
+
+STOCK, SPQT = Kernel(PEERS, rows=True), Kernel(OURS, shared=True)
+MLX_SPQT = Kernel(PEERS, band=PUBLIC_BAND)  # collecting its indices is not counted, as in its table
+
+
 def predict(
     chip: Chip, found: Fit, sizes: Sequence[tuple[int, int]], density: float | None, line: int,
-    form: tuple[int, int] = (4, 64),
+    kernel: Kernel = SPQT,
 ) -> Prediction:  # fmt: skip
     """One call on projections (outputs, inputs) of one input, weights not in a cache.
 
-    density: share of active channels; None: stock's dense product, one launch for each projection.
-    form: bits and group size.
+    density: share of active channels; None: stock's dense product in the kernel's form, one launch for each
+    projection.
     """
     if density is None:
-        read: float = sum(matrix_bytes(*size, *form) for size in sizes)
-    else:
-        bands = [layout.band_of(outputs, form[1]) for outputs, _ in sizes]
-        read = sum(touched(*size, density, band, line, form) for size, band in zip(sizes, bands, strict=True))
-    weights = sum(outputs * inputs for outputs, inputs in sizes) * (1.0 if density is None else density)
+        kernel, density = dataclasses.replace(STOCK, form=kernel.form), 1.0
+    weights = sum(outputs * inputs for outputs, inputs in sizes) * density
     # Ours always counts two launches, the product and the sum over stripes.
-    launches = len(sizes) if density is None else 2
+    launches = 2 if kernel.shared else len(sizes)
     return Prediction(
         found.launch_us * launches,
-        read / (found.share * chip.gb_per_s * 1e3),
-        weights * INSTRUCTIONS / chip.instructions_per_s * 1e6,
+        kernel.bytes_read(sizes, density, line) / (found.share * chip.gb_per_s * 1e3),
+        weights * kernel.work.cycles() / chip.lane_cycles_per_s * 1e6,
     )
+
+
+def span(
+    chip: Chip, found: Fit, sizes: Sequence[tuple[int, int]], density: float, kernel: Kernel = SPQT
+) -> tuple[float, float]:
+    """The least and the most microseconds of a call that the model leaves open.
+
+    Least: lines of 32 bytes, pipes side by side, one launch hidden. Most: lines of 128 bytes, and arithmetic
+    after the loads in the place of beside them.
+    """
+    low, high = (predict(chip, found, sizes, density, line, kernel=kernel) for line in (LINES[0], LINES[-1]))
+    share = kernel.work.cycles(side_by_side=True) / kernel.work.cycles()
+    least = low.launch_us / 2 + max(low.memory_us, low.alu_us * share)
+    return least, high.launch_us + high.memory_us + high.alu_us
 
 
 def units(shape: str) -> list[list[tuple[int, int]]]:
@@ -223,46 +288,75 @@ def units(shape: str) -> list[list[tuple[int, int]]]:
     ]
 
 
-def token_ms(chip: Chip, found: Fit, shape: str, density: float | None, line: int) -> float:
+def token_ms(
+    chip: Chip, found: Fit, shape: str, density: float | None, line: int, kernel: Kernel = SPQT
+) -> float:
     """Milliseconds that the weights of one token take: all blocks, and the head, which is always dense.
 
     Launches are left out: in a decode step they are queued ahead, and the table says nothing of that
     case. So are attention, norms and the host. The ratio of two of these is an upper bound.
     """
     c = shapes.config(shape)
-    block = sum(
-        max(p.memory_us, p.alu_us) for p in (predict(chip, found, u, density, line) for u in units(shape))
-    )
+    each = (predict(chip, found, u, density, line, kernel=kernel) for u in units(shape))
+    block = sum(max(p.memory_us, p.alu_us) for p in each)
     head = predict(chip, found, [(int(c["vocab_size"]), int(c["hidden_size"]))], None, line)
     return (block * c["num_hidden_layers"] + head.memory_us) / 1e3
+
+
+def launches_ms(found: Fit, shape: str, each_block: int) -> float:
+    """Milliseconds of all launches of a token's blocks if none is hidden, at the table's cost of one."""
+    return found.launch_us * each_block * int(shapes.config(shape)["num_hidden_layers"]) / 1e3
 
 
 def report(shape: str) -> str:
     """The fit with its errors, and the predictions for every chip, as markdown."""
     found = fit()
     line = best_line(found)
-    calls, tokens = [], []
-    for name, chip in CHIPS.items():
-        for sizes in units(shape):
-            stock = predict(chip, found, sizes, None, line)
-            ours = [predict(chip, found, sizes, density, line) for density in (1.0, 0.75, 0.5, 0.25)]
-            times = [f"{one.us:.0f}" for one in (stock, *ours)]
-            alu = f"{ours[2].alu_us / ours[2].memory_us:.0%}"
-            calls.append([name, _names(sizes), *times, f"{stock.us / ours[2].us:.2f}", alu])
-        ms = [token_ms(chip, found, shape, density, line) for density in (None, 1.0, 0.75, 0.5)]
-        tokens.append([name, *(f"{one:.1f}" for one in ms), *(f"{ms[0] / one:.2f}" for one in ms[2:])])
-    per_call = ["chip", "projections", "stock", "0 % skipped", "25 %", "50 %", "75 %"]
-    per_token = ["chip", "stock", "0 % skipped", "25 %", "50 %", "at most, 25 %", "at most, 50 %"]
+    calls = [_call(name, sizes, found, line) for name in CHIPS for sizes in units(shape)]
+    tokens = [_token(name, shape, found, line) for name in CHIPS]
+    per_call = ["chip", "projections", "stock", "mlx-SpQt, 50 %", "0 % skipped", "25 %", "50 %", "75 %"]
+    per_token = ["chip", "stock", "mlx-SpQt, 50 %", "0 % skipped", "25 %", "50 %", "at most, 25 %"]
+    cycles = f"{OURS.cycles():.1f} cycles a weight ({CONVERTED.cycles():.1f} where codes are converted)"
+    stock, ours = (launches_ms(found, shape, each) for each in (STOCK_LAUNCHES, OUR_LAUNCHES))
+    ratios = ["stock / ours at 50 %", "ALU / memory: stock, ours at 50 %"]
     return "\n\n".join([
         fit_report(found),
         f"us per call on the {PUBLIC_CHIP}, table (model):",
         _table(["outputs x inputs", "stock", "half active", "quarter active"], _public(found, line)),
-        f"PREDICTION, not a measurement: {shape}, 4 bits, group 64, us per call, weights in memory.",
-        _table([*per_call, "stock / ours at 50 %", "ALU / memory at 50 %"], calls),
+        f"PREDICTION, not a measurement: {shape}, 4 bits, group 64, us per call, weights in memory; ours\n"
+        f"takes {cycles}, stock and mlx-SpQt {PEERS.cycles():.1f}.",
+        _table([*per_call, "open at 50 %", *ratios], calls),
         "PREDICTION: ms a token for the weights alone (no launches, attention, norms or host), and the\n"
-        "ratio to stock that this would allow at most.",
-        _table(per_token, tokens),
+        "ratio to stock that this would allow at most. Launches, if none were hidden: stock\n"
+        f"{stock:.1f} ms, ours {ours:.1f}.",
+        _table([*per_token, "at most, 50 %", "50 %, all launches"], tokens),
     ])  # fmt: skip
+
+
+def _call(name: str, sizes: list[tuple[int, int]], found: Fit, line: int) -> list[str]:
+    """A chip's row for one call."""
+    chip = CHIPS[name]
+    stock = predict(chip, found, sizes, None, line)
+    other = predict(chip, found, sizes, 0.5, line, kernel=MLX_SPQT)
+    ours = [predict(chip, found, sizes, density, line) for density in (1.0, 0.75, 0.5, 0.25)]
+    least, most = span(chip, found, sizes, 0.5)
+    alu = f"{stock.alu_us / stock.memory_us:.0%}, {ours[2].alu_us / ours[2].memory_us:.0%}"
+    times = [f"{one.us:.0f}" for one in (stock, other, *ours)]
+    return [name, _names(sizes), *times, f"{least:.0f} to {most:.0f}", f"{stock.us / ours[2].us:.2f}", alu]
+
+
+def _token(name: str, shape: str, found: Fit, line: int) -> list[str]:
+    """A chip's row for one token."""
+    chip = CHIPS[name]
+    stock = token_ms(chip, found, shape, None, line)
+    other = token_ms(chip, found, shape, 0.5, line, MLX_SPQT)
+    ours = [token_ms(chip, found, shape, density, line) for density in (1.0, 0.75, 0.5)]
+    whole = [
+        stock + launches_ms(found, shape, STOCK_LAUNCHES),
+        ours[2] + launches_ms(found, shape, OUR_LAUNCHES),
+    ]
+    ratios = [stock / ours[1], stock / ours[2], whole[0] / whole[1]]
+    return [name, *(f"{one:.1f}" for one in (stock, other, *ours)), *(f"{one:.2f}" for one in ratios)]
 
 
 def _public(found: Fit, line: int) -> list[list[str]]:
@@ -287,13 +381,14 @@ def compare(document: dict[str, Any], chip_name: str | None) -> str:
     found = fit()
     line = best_line(found)
     form = (document["settings"].get("bits", 4), document["settings"].get("group_size", 64))
+    kernel = dataclasses.replace(SPQT, form=form)
     rows, errors = [], []
     for row in document["rows"]:
         sizes = [(int(o), int(i)) for o, i in (part.split("x") for part in row["shape"].split("+"))]
         if row["variant"] not in ("stock", "zigzag dense") and row["sparsity"] is None:
             continue  # a kernel that the model knows nothing of
         density = None if row["variant"] == "stock" else 1 - row["sparsity"]
-        predicted = predict(CHIPS[name], found, sizes, density, line, form).us
+        predicted = predict(CHIPS[name], found, sizes, density, line, kernel).us
         measured = row["time"]["median"]
         errors.append(math.log(measured / predicted))
         rows.append(

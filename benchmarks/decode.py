@@ -3,11 +3,14 @@
     python -m benchmarks.decode models --output decode.json
     python -m benchmarks.decode models --output prompts.json --shapes llama-3-8b --depth 0 \\
         --prompt-tokens 512,2048,8192
+    python -m benchmarks.decode models --output peers.json --shapes llama-3-8b --llama-cpp CHECKOUT
     python -m benchmarks.decode host --shapes llama-3-8b --blocks 8 --depth 0,8192 --output host.json
 
 `models` measures each shape: with --profile first the kernels, whose crossovers become this device's profile;
-then 0 % and --sparsity at every depth. Tables go to stdout. The JSON file holds every sample and is rewritten
-after each shape. A shape that fails is reported and the others still run; the exit code is then 1.
+then 0 % and --sparsity at every depth. With --llama-cpp its llama-bench is built for this machine and takes
+turns with stock and ours on random Q4_0 weights of the same shape; a second table holds ours against the
+better of the two. Tables go to stdout. The JSON file holds every sample and is rewritten after each shape. A
+shape that fails is reported and the others still run; the exit code is then 1.
 
 `host` shows the host's part of a decode step, in microseconds per block: `build` is Python up to the lazy
 result, `encode` is mx.async_eval, which also waits when the device is far behind, `step` is the whole step.
@@ -32,8 +35,9 @@ from_bare_tree()
 import mlx.core as mx
 from mlx_lm.models.cache import trim_prompt_cache
 
+from benchmarks.peer import BUILD, llama_bench
 from spqt_cli.backends import select
-from spqt_cli.bench import bench, models, results
+from spqt_cli.bench import bench, model_timing, models, results, shapes
 from spqt_cli.decode import active_counts, fused, phase
 from spqt_cli.decode.layers import zigzag_layers
 
@@ -77,8 +81,32 @@ def measure(shape: str, arguments: argparse.Namespace) -> list[results.Report]:
     if arguments.profile:
         reports.append(bench.run_kernels(options, show))
         bench.write_profile(reports[-1])
-    reports.append(bench.run(options, show))
+    peers: list[model_timing.Peer] = []
+    if arguments.llama_cpp:
+        config = shapes.config(shape, arguments.blocks)
+        peers.append(llama_bench.LlamaBench(arguments.llama_cpp, config, arguments.gguf_folder))
+    reports.append(bench.run(options, show, peers))
     return reports
+
+
+def against_better_peer(report: results.Report) -> str:
+    """Each of our variants against the faster of stock and the other programs, repetition by repetition.
+
+    Faster by the median in that test. Empty where stock alone was there.
+    """
+    lines = []
+    rows = [row for row in report.rows if isinstance(row, results.ModelRow)]
+    for key in dict.fromkeys((row.test, row.depth) for row in rows):
+        of_test = [row for row in rows if (row.test, row.depth) == key]
+        others = [row for row in of_test if row.sparsity is None]
+        best = max(others, key=lambda row: row.rate.median)
+        for row in of_test:
+            if row.sparsity is not None and len(others) > 1:
+                found = results.ratio(row.rate, best.rate, of_times=False)
+                ranged = f"{found.median:.2f} ({min(found.samples):.2f}-{max(found.samples):.2f})"
+                lines.append(f"| {key[0]} @ d{key[1]} | {row.variant} | {best.variant} | {ranged} |")
+    head = "| test | variant | better peer | x better peer (median, range) |\n|---|---|---|---|\n"
+    return head + "\n".join(lines) if lines else ""
 
 
 def measure_models(arguments: argparse.Namespace) -> int:
@@ -93,6 +121,8 @@ def measure_models(arguments: argparse.Namespace) -> int:
             continue
         for report in reports:
             print(results.render(report, "md") + "\n", flush=True)
+            if headline := against_better_peer(report):
+                print(headline + "\n", flush=True)
             documents.append(results.plain(report))
         arguments.output.write_text(json.dumps(documents) + "\n")
     return failed
@@ -214,6 +244,10 @@ def main() -> int:
     parser.add_argument("--blocks", type=int, help=f"transformer blocks: all; `host` {HOST_BLOCKS}")
     parser.add_argument("--dtype", help="default: the model's own")
     parser.add_argument("--profile", action="store_true", help="measure kernels first and follow them")
+    parser.add_argument("--llama-cpp", type=Path, help="llama.cpp checkout, or llama-cpp-python's sources")
+    parser.add_argument(
+        "--gguf-folder", type=Path, default=BUILD.parent, help="where models for llama.cpp are written"
+    )
     parser.add_argument("--commit", help="where git is not there to name it")
     arguments = parser.parse_args()
     if arguments.what == "models" and arguments.output is None:

@@ -390,7 +390,8 @@ def candidates(outputs: int, inputs: int) -> list[geometry.Geometry]:
     for rows, unroll, groups in itertools.product((8, 16), (2, 4, 6), (128, 264)):
         if rows * unroll <= 64:
             cuts.append(cut_of(lanes, rows, unroll, (outputs, inputs), groups))
-    cuts += [cut_of(lanes, 8, 4, (outputs, inputs), 128, decode=decode) for decode in (0, 1)]
+    cuts += [cut_of(lanes, 8, unroll, (outputs, inputs), 264, padded=1) for unroll in (2, 4)]
+    cuts += [cut_of(lanes, 8, 4, (outputs, inputs), 128, decode=decode) for decode in (0, 1, 3)]
     cuts += [cut_of(-(-lanes // 2), 16, unroll, (outputs, inputs), 128, outputs=64) for unroll in (1, 2)]
     return list(dict.fromkeys(cuts))
 
@@ -399,7 +400,7 @@ def cut_of(
     lanes: int, rows: int, unroll: int, shape: tuple[int, int], groups: int, **more: int
 ) -> geometry.Geometry:
     outputs, inputs = shape
-    settings = {"outputs": 32, "slice": 8, "decode": 2, **more}
+    settings = {"outputs": 32, "slice": 8, "decode": 2, "padded": 0, **more}
     band = layout.band_of(outputs, 64)
     tiles = -(-band // (lanes * settings["outputs"])) * -(-outputs // band)
     stripe = -(-inputs // max(1, groups // tiles))
@@ -433,6 +434,7 @@ def sweep(outputs: int, inputs: int) -> list[dict]:
         cut = geometry.Geometry(**row["cut"])
         times = "  ".join(f"{d}: {row[str(d)]:7.2f} ({base['us'] / row[str(d)]:.2f}x)" for d in DENSITIES)
         form = f"{cut.outputs} x {cut.lanes:2} x {cut.rows:3} unroll {cut.unroll} decode {cut.decode}"
+        form += f" padded {cut.padded}"
         print(f"  {form} list {cut.list:4} stripe {cut.stripe:5}  {times}")
     return rows
 

@@ -21,7 +21,10 @@
 //   UNROLL       channels a lane loads before it multiplies: bytes in flight
 //   LIST         channels collected at one time, a multiple of THREADS, at most 32 THREADS and 65536
 //   SLICE        sums per lane that are added over the rows at one time; a power of two
-//   DECODE       how a code becomes a float: 0 exponent and subtract, 1 convert, 2 subnormal
+//   DECODE       how a code becomes a float: 0 exponent and subtract, 1 convert, 2 subnormal, 3 subnormal of
+//                16 bits, for codes of 2, 4 or 8 bits; others are converted
+//   PADDED       1: the list ends in channels times zero, so that all rows take equally many turns; 0: the
+//                last turn is clipped
 //   PER_CHANNEL, HAS_BIAS, NORMED  0 or 1: what settings holds, and whether x is normalized
 // Grid: (tiles of all projections, stripes) threadgroups of THREADS.
 //
@@ -52,9 +55,8 @@ enum : int {
 };
 
 struct GemvMemory {
-  // Active channels of this pass, counted from its first, and x there.
-  ushort channel_list[LIST];
-  T value_list[LIST];
+  // Of each active channel of this pass where its scales begin in the band's, and x there as a float's bits.
+  uint2 list[LIST + PADDED * ROWS * UNROLL];
   uint simdgroup_count[THREADS / 32];
   float square_sum[NORMED ? THREADS / 32 : 1];  // every threadgroup needs that of the whole x
   float partial[SUMMANDS * WIDTH];
@@ -63,6 +65,18 @@ struct GemvMemory {
 // x of channel k as it is multiplied: with NORMED rounded twice, as mx.fast.rms_norm rounds.
 METAL_FUNC T multiplied(const device T* x, const device float* norm, float factor, uint k) {
   return NORMED ? T(norm[k] * float(T(float(x[k]) * factor))) : x[k];
+}
+
+// One number of 16 bits of a word.
+METAL_FUNC ushort half_of(uint word, bool high) {
+  const ushort2 pair = as_type<ushort2>(word);
+  return high ? pair.y : pair.x;
+}
+
+// The lowest byte of a half.
+METAL_FUNC unsigned char byte_of(uint word, bool high) {
+  const uchar4 bytes = as_type<uchar4>(word);
+  return high ? bytes.z : bytes.x;
 }
 
 // One threadgroup's tile and stripe. y: with PARTIAL the place of the tile's sums, else the projection's.
@@ -99,18 +113,24 @@ METAL_FUNC void multiply(const device T* x, const device uint32_t* settings, con
   const device float* norm = thresholds + threshold_count + (HAS_BIAS ? biases_before(settings, P) : 0);
 
   // Codes are used where they lie in the word, so output c of a lane holds its sum times 2^shift(c):
-  // a code that starts late in its word is taken from a view that begins 16 bits later.
+  // a code that starts late in its word is taken from a view that begins some bits later.
+  constexpr bool PAIRED = 8 % BITS == 0;  // codes lie alike in both halves of a word: one mask serves two
+  constexpr int WAY = DECODE == 3 && !PAIRED ? 1 : DECODE;
   constexpr uint MASK = (1u << BITS) - 1u;
-  constexpr int ROOM = DECODE == 1 ? 32 : 23;  // bits of a word where a code keeps its value
+  constexpr int ROOM = WAY == 1 ? 32 : 23;  // bits of a word where a code keeps its value
+  constexpr int HALF_ROOM = 10;             // of a half, whose lowest bits count 2^-24 as a subnormal number
   constexpr float TWO_TO_23 = 8388608.0f;
   constexpr uint TWO_TO_23_BITS = 0x4B000000u;  // of that float, whose mantissa counts ones
-  constexpr float LIFT = 18446744073709551616.0f;  // 2^64: a subnormal code times this is in normal range
-  // 2^85 = 2^149 / LIFT: a code read as a float's lowest bits is that many 2^-149.
-  constexpr float SUBNORMAL_ONE = 38685626227668133590597632.0f;
+  // x is multiplied by this on its way in, so that subnormal codes times x are in normal range: 2^64, 2^24.
+  constexpr float LIFT = WAY == 2 ? 18446744073709551616.0f : WAY == 3 ? 16777216.0f : 1.0f;
+  // A code of one times LIFT is one over this: 2^85 = 2^149 / 2^64 where a float's lowest bits count 2^-149.
+  constexpr float CODE_ONE = WAY == 2 ? 38685626227668133590597632.0f : 1.0f;
   // Taken off each code: smaller sums, less rounding.
-  constexpr uint MIDDLE = DECODE == 0 ? 1u << (BITS - 1) : 0;
-  constexpr bool TOP_UNMASKED = DECODE == 1 && 32 % BITS == 0;  // one instruction less; undone below
+  constexpr uint MIDDLE = WAY == 0 ? 1u << (BITS - 1) : 0;
+  // Codes are converted with all below them in their half: fewer masks; undone below.
+  constexpr bool UNMASKED_BELOW = WAY == 1 && PAIRED;
 
+  const uint both = launch.both;
   float sums[OUTPUTS] = {};
   float constant_part[SCALES] = {};  // of the biases: the same for all outputs of a group
   uint total = 0;
@@ -143,7 +163,7 @@ METAL_FUNC void multiply(const device T* x, const device uint32_t* settings, con
     const uint tested = pass + me.simdgroup * (EACH * 32) + me.in_simdgroup;
     uint kept = 0;  // bit set over the EACH tests of this lane
     uint mine = 0;
-#pragma unroll
+#pragma unroll 4
     for (int e = 0; e < EACH; ++e) {
       const uint k = tested + e * 32;
       if (k < stripe_last) {
@@ -161,36 +181,51 @@ METAL_FUNC void multiply(const device T* x, const device uint32_t* settings, con
     threadgroup_barrier(mem_flags::mem_threadgroup);
     uint count = 0;
     uint at = before;
+    uint begins = tested * groups;
 #pragma unroll
     for (uint g = 0; g < uint(THREADS / 32); ++g) {
       const uint in_group = memory.simdgroup_count[g];
       at += g < me.simdgroup ? in_group : 0;
       count += in_group;
     }
-#pragma unroll
+#pragma unroll 2
     for (int e = 0; e < EACH; ++e) {
       if (kept & (1u << e)) {
         const uint k = tested + e * 32;
-        memory.channel_list[at] = ushort(k - pass);
-        memory.value_list[at] = multiplied(x, norm, factor, k);
+        uint2 entry;
+        entry.x = begins;
+        entry.y = as_type<uint>(float(multiplied(x, norm, factor, k)) * LIFT);
+        memory.list[at] = entry;
         at += 1;
       }
+      begins += 32 * groups;
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
     total += count;
+    uint end = count;
+    if (PADDED && count > 0) {
+      // With the last channel again, times zero: it is in the cache, and no turn needs a branch.
+      end = (count + ROWS * UNROLL - 1) / (ROWS * UNROLL) * (ROWS * UNROLL);
+      uint2 last = memory.list[count - 1];
+      last.y = 0;
+      for (uint i = count + lane; i < end; i += THREADS) {
+        memory.list[i] = last;
+      }
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+    }
 
     // Multiply. All loads of UNROLL channels first, so that they are in flight together.
     const bool owns = row < uint(ROWS) && output < band;
-    for (uint first = owns ? row : count; first < count; first += ROWS * UNROLL) {
+    for (int first = owns ? row : end; first < int(end); first += ROWS * UNROLL) {
       uint word[UNROLL][WORDS + 1];
       float step[UNROLL][SCALES];
 #pragma unroll
       for (int u = 0; u < UNROLL; ++u) {
-        // Past the end: the last channel again, times zero. It is in the cache, and no branch is needed.
-        const uint entry = min(first + u * ROWS, count - 1);
-        const uint k = pass + memory.channel_list[entry];
-        const float value = first + u * ROWS < count ? float(memory.value_list[entry]) : 0.0f;
-        const device uint32_t* chunk = codes + ulong(k) * words;
+        const int place = first + u * ROWS;
+        const uint2 entry = memory.list[PADDED ? place : min(place, int(count) - 1)];
+        const float value = PADDED || place < int(count) ? as_type<float>(entry.y) : 0.0f;
+        const ulong group_at = entry.x;
+        const device uint32_t* chunk = codes + group_at * (GROUP * BITS / 32);
         if (BITS % 4 == 0) {
 #pragma unroll
           for (int j = 0; j < WORDS / 4; ++j) {
@@ -216,10 +251,10 @@ METAL_FUNC void multiply(const device T* x, const device uint32_t* settings, con
         word[u][WORDS] = 0;
 #pragma unroll
         for (int g = 0; g < SCALES; ++g) {
-          const uint group_at = k * groups + g;
-          step[u][g] = float(scale[group_at]) * value * (DECODE == 2 ? LIFT : 1.0f);
-          const float least = float(offset[group_at]);
-          const float constant_weight = MIDDLE > 0 ? fma(float(MIDDLE), float(scale[group_at]), least) : least;
+          const float unit_weight = float(scale[group_at + g]);
+          const float least = float(offset[group_at + g]);
+          const float constant_weight = MIDDLE > 0 ? fma(float(MIDDLE), unit_weight, least) : least;
+          step[u][g] = unit_weight * value;
           constant_part[g] = fma(constant_weight, value, constant_part[g]);
         }
       }
@@ -233,14 +268,24 @@ METAL_FUNC void multiply(const device T* x, const device uint32_t* settings, con
           const uint here = word[u][c * BITS / 32];
           const uint next = word[u][c * BITS / 32 + 1];
           const uint view = early ? here : (here >> 16 | next << 16);
+          const bool high = start >= 16;
+          const int bits_before = start % 16 + BITS;  // of the half, this code's included
           float code;
-          if (DECODE == 0) {
+          if (WAY == 0) {
             const uint bits = (view | TWO_TO_23_BITS) & (TWO_TO_23_BITS | MASK << shift);
             code = as_type<float>(bits) - (TWO_TO_23 + float(MIDDLE << shift));
-          } else if (DECODE == 1) {
-            code = float(TOP_UNMASKED && start + BITS == 32 ? here : view & MASK << shift);
-          } else {
+          } else if (WAY == 2) {
             code = as_type<float>(view & MASK << shift);
+          } else if (WAY == 3) {
+            const bool fits = bits_before <= HALF_ROOM;
+            const uint pair = (fits ? here : here >> 8) & (MASK << (fits ? start : start - 8) % 16) * both;
+            code = float(as_type<float16_t>(half_of(pair, high)));
+          } else if (!UNMASKED_BELOW) {
+            code = float(view & MASK << shift);
+          } else if (bits_before == 8) {
+            code = float(byte_of(here, high));
+          } else {
+            code = float(half_of(bits_before == 16 ? here : here & ((1u << bits_before) - 1u) * both, high));
           }
           sums[c] = fma(code, step[u][c * SCALES / OUTPUTS], sums[c]);
         }
@@ -249,27 +294,23 @@ METAL_FUNC void multiply(const device T* x, const device uint32_t* settings, con
     threadgroup_barrier(mem_flags::mem_threadgroup);  // before the next pass writes the list
   }
 
-  // The top code of a word was taken with all codes below it: their sums, on the same scale, go out again.
+  // A code was converted with those below it in its half: their sum, on the same scale, goes out again.
 #pragma unroll
-  for (int c = 0; c < OUTPUTS; ++c) {
-    const int codes_below = (c * BITS % 32) / BITS;
-    if (TOP_UNMASKED && (c + 1) * BITS % 32 == 0) {
-      float below = 0.0f;
-#pragma unroll
-      for (int other = c - codes_below; other < c; ++other) {
-        below += sums[other];
-      }
-      sums[c] -= below;
-    }
+  for (int c = OUTPUTS - 1; c > 0; --c) {
+    sums[c] -= UNMASKED_BELOW && c * BITS % 16 != 0 ? sums[c - 1] : 0.0f;
   }
 
   // Undo the shifts; add what is the same for the whole group.
 #pragma unroll
   for (int c = 0; c < OUTPUTS; ++c) {
     const int start = c * BITS % 32;
-    const int shift = start + BITS <= ROOM ? start : start - 16;
-    const float unit_of_code = 1.0f / float(1u << shift) * (DECODE == 2 ? SUBNORMAL_ONE : 1.0f);
-    sums[c] = fma(sums[c], unit_of_code, constant_part[c * SCALES / OUTPUTS]);
+    const int in_half = start % 16 + BITS <= HALF_ROOM ? start % 16 : (start - 8) % 16;
+    const int shift = WAY == 3        ? in_half
+                      : UNMASKED_BELOW ? start % 16
+                      : start + BITS <= ROOM ? start
+                                             : start - 16;
+    const float unit_of_code = 1.0f / float(1u << shift) * CODE_ONE;
+    sums[c] = fma(sums[c], unit_of_code, constant_part[c * SCALES / OUTPUTS] * (1.0f / LIFT));
   }
 
   // Sum over the rows: where a simdgroup holds several, its lanes first trade halves of their sums.

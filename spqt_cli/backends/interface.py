@@ -195,7 +195,9 @@ class Backend:
     sums_in_half: float16 products are added up in float16, so that only float32 can be judged.
     skips_experts: of chosen experts its kernels read the active channels alone; else all are read.
     compensate: its kernel for error-compensating rounding, if it has one. many_rows: says how it multiplies
-    many rows, a line for each kind of layer; where that is measured, it measures.
+    many rows, a line for each kind of layer; where that is measured, it measures. check: where kernels are
+    compiled as they are used, compiles and checks those for groups of layers that run in one launch, and says
+    which kernels are not used in this process, a line each.
     """
 
     name: str
@@ -210,3 +212,4 @@ class Backend:
     skips_experts: bool = False
     compensate: Callable[..., Any] | None = None
     many_rows: Callable[[], list[str]] | None = None
+    check: Callable[[Sequence[Sequence[Any]]], list[str]] | None = None

@@ -136,8 +136,7 @@ def _experts_checks() -> Iterator[Check]:
 
 def _experts(case: Case, pairs: int) -> Row:
     layers = matrices(case)
-    bands, kind = bands_of(layers), gpu.device_class()
-    cut = geometry.choose_experts(kind, bands, case.inputs, pairs, case.dtype == mx.float32)
+    cut = gpu.choose_experts(layers, case.dtype, pairs)
     judge = partial(first_use.experts_fault, case.dtype, layers, cut, pairs)
     return _fault_row(f"chosen experts, {pairs} pairs", case, "within", judge)
 

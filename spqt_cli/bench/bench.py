@@ -83,20 +83,22 @@ def _check(options: Options) -> None:
         thresholds.check_sparsity(sparsity)
 
 
-def run(options: Options, on_progress: Progress = lambda *_: None) -> Report:
-    """Measure prompt and decode speed of every variant at every depth."""
+def run(
+    options: Options, on_progress: Progress = lambda *_: None, peers: Sequence[model_timing.Peer] = ()
+) -> Report:
+    """Measure prompt and decode speed of every variant, and of other programs, at every depth."""
     asked, options = options, options.complete()
     on_progress(0, 1, "making the models")
     subject = make_subject(options)
     options, shortened = _within(context.kept_to(subject.config), asked, options)
     copy = hardware.copy_bandwidth()
-    runs = model_timing.Runs(subject, options.sparsities, hardware.Energy(), copy)
+    runs = model_timing.Runs(subject, options.sparsities, hardware.Energy(), copy, peers)
     by_test: list[list[ModelRow]] = []
     tests = list(_tests(options))
     for at, test in enumerate(tests):
         show = partial(_show, on_progress, at, len(tests))
         by_test.append(runs.run(test, options.repetitions or 0, show, options.delay_seconds))
-    runs.notes += shortened
+    runs.notes += [*shortened, *(peer.note for peer in peers)]
     runs.notes.append(runs.host.note([quiet for rows in by_test for quiet in runs.judge(rows)]))
     machine = {**hardware.describe(options.commit), "copy_gb_per_s": round(copy / 1e9, 1)}
     machine |= {"energy": runs.energy.source, "host_loop_us": round(runs.host.fastest_us, 1)}

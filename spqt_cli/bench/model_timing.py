@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 from mlx import nn
@@ -45,6 +45,20 @@ class Test:
     @property
     def decodes(self) -> bool:
         return self.kind == "decode"
+
+
+class Peer(Protocol):
+    """Another program on a model of the same shape. note: what a reader must know of it."""
+
+    name: str
+    note: str
+
+    def rate(self, test: Test) -> float:
+        """Tokens per second of one sample."""
+        ...  # pragma: no cover
+
+    @property
+    def weight_bytes(self) -> int: ...  # pragma: no cover
 
 
 @dataclass
@@ -88,8 +102,9 @@ class Runs:
         sparsities: Sequence[float],
         energy: hardware.Energy,
         copy_bandwidth: float,
+        peers: Sequence[Peer] = (),
     ) -> None:
-        self.subject, self.sparsities = subject, sparsities
+        self.subject, self.sparsities, self.peers = subject, sparsities, peers
         self.energy, self.copy_bandwidth = energy, copy_bandwidth
         self.host = quiet_host.Watch()
         self.layers = zigzag_layers(subject.zigzag)
@@ -112,16 +127,19 @@ class Runs:
         caches = models.caches(self.subject, test.depth)
         variants = self.variants(test, caches["zigzag"])
         trials = [Trial() for _ in variants]
+        others = [Trial() for _ in self.peers]
         for repetition in range(repetitions + 1):
             for at, (variant, trial) in enumerate(zip(variants, trials, strict=True)):
                 on_progress((repetition + at / len(variants)) / (repetitions + 1), f"{what}: {variant.name}")
                 counted = trial if repetition else Trial()  # the first repetition warms up
                 self.sample(test, variant, caches[variant.side], counted)
+            for peer, trial in zip(self.peers, others, strict=True):
+                on_progress((repetition + 1) / (repetitions + 1), f"{what}: {peer.name}")
+                self.ask(test, peer, trial if repetition else Trial())
             time.sleep(rest_seconds)
         stock = Stat(trials[0].rates)
-        return [
-            self.row(test, variant, trial, stock) for variant, trial in zip(variants, trials, strict=True)
-        ]
+        rows = [self.row(test, *pair, stock) for pair in zip(variants, trials, strict=True)]
+        return rows + [self.peer_row(test, *pair, stock) for pair in zip(self.peers, others, strict=True)]
 
     def judge(self, rows: list[ModelRow]) -> list[bool]:
         """Record in a test's rows in which repetitions the host was quiet, and return that; after all tests.
@@ -224,6 +242,34 @@ class Runs:
         trial.densities += counter.densities()
         if trims:
             trim_prompt_cache(used, tokens + 1)
+
+    def ask(self, test: Test, peer: Peer, trial: Trial) -> None:
+        """Let another program run once and add its rate to `trial`; nothing of ours runs meanwhile."""
+        mx.synchronize()
+        host_us = self.host.look()
+        trial.rates.append(peer.rate(test))
+        trial.host_us.append((host_us, self.host.look()))
+
+    def peer_row(self, test: Test, peer: Peer, trial: Trial, stock: Stat) -> ModelRow:
+        """As `row`; energy and working memory of another program are not measured."""
+        rate = Stat(trial.rates)
+        read = float(peer.weight_bytes) if test.decodes else None
+        bandwidth = read * rate.median if read else None
+        return ModelRow(
+            test=test.name,
+            depth=test.depth,
+            variant=peer.name,
+            sparsity=None,
+            skipped=None,
+            rate=rate,
+            speedup=results.ratio(rate, stock, of_times=False),
+            weight_bytes=read,
+            bandwidth=bandwidth,
+            copy_share=bandwidth / self.copy_bandwidth if bandwidth else None,
+            memory_bytes=peer.weight_bytes,
+            joules=None,
+            host_us=trial.host_us,
+        )
 
     def row(self, test: Test, variant: Variant, trial: Trial, stock: Stat) -> ModelRow:
         """What the samples amount to."""

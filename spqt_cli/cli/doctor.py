@@ -24,7 +24,7 @@ def doctor(
     if not json_output:
         typer.echo(report.text())
     if selftest and not json_output:
-        typer.echo(LEGEND)
+        typer.echo(legend())
     for row in judged() if selftest else ():
         if not json_output:
             head = [] if report.kernels else ["", line({name: name for name in row})]
@@ -43,6 +43,13 @@ LEGEND = (
     "\nworst error: the largest difference from the definition, in units of what rounding may cost; up to 1\n"
     "passes. shape: outputs x inputs; group: outputs that share a scale"
 )
+
+
+def legend() -> str:
+    """What the table's columns and its last rows mean, with units and limits."""
+    from spqt_cli.bench import thousand_tokens
+
+    return f"{LEGEND}\n{thousand_tokens.LEGEND}"
 
 
 @dataclass
@@ -88,10 +95,12 @@ def examine() -> Report:
 
 
 def judged() -> Iterator[dict[str, Any]]:
-    """The self-test's rows: every kernel of the backend against the definition."""
+    """The self-test's rows: each kernel of the backend against the definition, then a model decoded twice."""
     from spqt_cli.backends import selftest
+    from spqt_cli.bench import thousand_tokens
 
-    return selftest.run()
+    yield from selftest.run()
+    yield from thousand_tokens.rows()
 
 
 def _machine() -> dict[str, str]:

@@ -15,6 +15,7 @@ MEANINGS = {
     "profile-*.json": "how each layer runs fastest on a device; from spqt bench --kernel --write",
     "kernels.json": "GPU kernels that agreed with their definition",
     "many-rows.json": "how prompts and batches multiply fastest on a GPU",
+    "tiles.json": "which tiles of outputs multiply one row fastest on an Apple GPU",
     "verified/*": "a model from the hub whose hashes were checked",
 }
 

@@ -42,6 +42,14 @@ def install(model: nn.Module) -> None:
             install_attention(module)
 
 
+def forget(model: nn.Module) -> None:
+    """Let the next token prepare each module's step, and hold it against its own code, as the first does."""
+    for module in model.modules():
+        for name in (BLOCK, MLP):
+            if (step := module.__dict__.get(name)) is not None:
+                step.forget()
+
+
 def install_mlp(module: nn.Module) -> None:
     """Let a module with Zigzag gate, up and down run as one call, if that is what its class computes."""
     names = recognize.gated(module) if MLP not in module.__dict__ else None
@@ -142,6 +150,10 @@ class FusedMLP:
         self._groups: list[SharedInput] = []  # gate and up; down
         self._skips = False
 
+    def forget(self) -> None:
+        """Prepare anew with the next token."""
+        self._form = ()
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "FusedMLP":
         """The same for the copied module; what was prepared belongs to the old one."""
         return FusedMLP(copy.deepcopy(self.module, memo), self.names)
@@ -196,6 +208,10 @@ class FusedBlock:
         self._traced: TracedStep | None = None
         self._groups: list[SharedInput] = []  # q/k/v; o; gate and up; down
         self._skips = False
+
+    def forget(self) -> None:
+        """Prepare anew with the next token."""
+        self._form = ()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "FusedBlock":
         """The same for the copied module; what was prepared belongs to the old one."""

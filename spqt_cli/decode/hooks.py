@@ -28,6 +28,7 @@ from spqt_cli.decode import (
     fused,
     hooks_cpu,
     hooks_generate,
+    kernel_check,
     profile,
 )
 from spqt_cli.decode.layers import ZigzagLayer, ZigzagLinear, share_inputs, zigzag_layers
@@ -147,7 +148,10 @@ def _hook_loading(utils: Any) -> None:
     @functools.wraps(stock)
     def load_model(path: Any, lazy: bool = False, strict: bool = True, **kw: Any) -> Any:
         get = kw.pop("get_model_classes", utils._get_classes)
-        return stock(path, lazy, strict, get_model_classes=lambda config: exact.classes(get, config), **kw)
+        found = stock(path, lazy, strict, get_model_classes=lambda config: exact.classes(get, config), **kw)
+        if not lazy and _follows_profile.get():  # else whoever loads it has more to do first: session.py
+            kernel_check.check(found[0])
+        return found
 
     hooked: Any = load_model
     hooked.is_exact = True

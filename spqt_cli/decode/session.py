@@ -21,6 +21,7 @@ from spqt_cli.decode import (
     architecture,
     bytes_read,
     hooks,
+    kernel_check,
     profile,
     quality_warning,
 )
@@ -98,6 +99,8 @@ def load(path: str | Path | Folder, **options: Unpack[Loading]) -> Loaded:
     if not dense:
         loaded.add_note(apply_profile(loaded))
         loaded.add_note(_read_whole(loaded))
+    with _load_errors(folder.path):
+        kernel_check.check(loaded.model)
     if draft := options.get("draft_model"):
         loaded.draft = load_draft(draft, loaded, dense=dense)
         if loaded.sparsity:

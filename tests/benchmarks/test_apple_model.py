@@ -1,6 +1,7 @@
 """The paper model of Apple GPUs: its arithmetic, its fit, and memory lines against the emulator."""
 
 import json
+import re
 import sys
 
 import mlx.core as mx
@@ -8,11 +9,13 @@ import numpy as np
 import pytest
 
 from spqt_cli.backends.gpu import backend as gpu
+from spqt_cli.backends.gpu import geometry
 from spqt_cli.backends.gpu import launch as launching
 from spqt_cli.bench import projections
 from spqt_cli.decode.layers import ZigzagLinear, nn
 from spqt_cli.format import layout
 from tests import ROOT
+from tests.metal import count_instructions
 
 apple_model = pytest.importorskip(
     "benchmarks.apple_model", reason="benchmarks/ is not part of a source archive"
@@ -73,6 +76,39 @@ def test_a_call_counts_its_launches(found):
     three = [(4096, 4096), (1024, 4096), (1024, 4096)]
     assert apple_model.predict(chip, found, three, None, 64).launch_us == 3 * found.launch_us
     assert apple_model.predict(chip, found, three, 0.5, 64).launch_us == 2 * found.launch_us
+
+
+@pytest.mark.parametrize(("decode", "work"), [(geometry.HALVES, "OURS"), (geometry.CONVERT, "CONVERTED")])
+def test_the_work_of_our_kernel_is_what_is_counted(decode, work):
+    """Two digits, as metal/README.md has them; conversions and shifts are the slow ones."""
+    clang = count_instructions.clang_path()
+    if clang is None:
+        pytest.skip("no clang (Debian's package is clang-14)")
+    text = count_instructions.ir(4, decode, clang)
+    loop = count_instructions.inner_loop(text, "@_Z3fmafff(", "threadgroup_barrier")
+    loop = count_instructions.halves_moved(loop)
+    counts = count_instructions.ir_counts(text)
+    each = count_instructions.weights(counts)
+    slow = len(re.findall(r"= (?:lshr|shl|ashr|uitofp) ", loop)) / each
+    found = getattr(apple_model, work)
+    assert found.slow == pytest.approx(slow, abs=0.005)
+    assert found.plain + found.slow == pytest.approx(count_instructions.everything(counts), abs=0.01)
+
+
+def test_what_is_left_open_holds_the_prediction(found):
+    for name in ("M1", "M4 Max"):
+        chip, sizes = apple_model.CHIPS[name], [(14336, 4096)] * 2
+        least, most = apple_model.span(chip, found, sizes, 0.5)
+        assert least < apple_model.predict(chip, found, sizes, 0.5, 64).us < most
+
+
+def test_a_peer_with_narrow_chunks_reads_more(found):
+    chip, sizes = apple_model.CHIPS["M4 Pro"], [(4096, 4096)]
+    ours = apple_model.predict(chip, found, sizes, 0.5, 64)
+    other = apple_model.predict(chip, found, sizes, 0.5, 64, apple_model.MLX_SPQT)
+    assert other.launch_us == found.launch_us
+    assert other.memory_us > 1.3 * ours.memory_us
+    assert apple_model.PEERS.cycles(side_by_side=True) == 4.0
 
 
 def test_arithmetic_can_be_the_limit():
@@ -155,6 +191,6 @@ def test_the_page_shows_what_the_command_prints():
     page = (ROOT / "docs" / "apple-model.md").read_text(encoding="utf-8")
     printed = apple_model.report("llama-3-8b").splitlines()
     numbers = [line for line in page.splitlines() if line.startswith("| ") and any(map(str.isdigit, line))]
-    assert len(numbers) == 17
+    assert len(numbers) == 17 + 6  # four chips' calls, five chips' tokens, and the heads
     assert [line for line in numbers if line not in printed] == []
     assert [line for line in printed[:8] if line not in page] == []

@@ -207,5 +207,5 @@ def test_the_first_use_check_judges_the_residual_sum(monkeypatch, fresh_trust, c
     case = problems.Case((128,), 301)
     layers, x = problems.matrices(case), problems.vector(case)
     assert (gpu._plan(x, layers, launching.Form(then="residual")).gemv is None) is wrong
-    assert bool(first_use.broken()) is wrong
+    assert bool(first_use.refused()) is wrong
     assert ("y + residual is off" in capfd.readouterr().err) is wrong

@@ -144,7 +144,7 @@ def test_one_stripe_is_no_fault_of_the_kernels(monkeypatch, fresh_trust):
     some, x = problems.matrices(problems.Case((128, 128), 301)), problems.vector(problems.Case((128,), 301))
     assert gpu.prepare_gated(x, some, some[0]) is None
     assert gpu._plan(x, some[:1], launching.Form(then="residual")).gemv is None
-    assert first_use.broken() == []
+    assert first_use.refused() == []
 
 
 @pytest.mark.parametrize("wrong", [False, True])
@@ -159,5 +159,5 @@ def test_the_first_use_check_judges_the_gated_reduction(monkeypatch, fresh_trust
     some = problems.matrices(problems.Case((128, 128), 301))
     x = problems.vector(problems.Case((128, 128), 301))
     assert (gpu.prepare_gated(x, some, some[0]) is None) is wrong
-    assert bool(first_use.broken()) is wrong
+    assert bool(first_use.refused()) is wrong
     assert ("silu(gate) * up is off" in capfd.readouterr().err) is wrong

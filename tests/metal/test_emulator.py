@@ -118,16 +118,19 @@ def test_bfloat16_rounds_to_nearest_even():
     assert mx.array_equal(y, values.astype(mx.bfloat16)).item()
 
 
-BODY_FAULTS = [
-    (
-        "const uint entry = min(first + u * ROWS, count - 1);",
-        "const uint entry = first + u * ROWS;",
-        "uninit",
-    ),
-    ("offset[group_at]", "offset[group_at + 64]", "out of bounds"),
-    ("total += count;", "total += count; memory.value_list[count] = T(0.0f);", "race"),
+BODY_FAULTS = [  # an address is never what was not written: the emulator reports an access, and makes it
+    ("as_type<float>(entry.y) : 0.0f", "as_type<float>(memory.list[place + ROWS].y) : 0.0f", "uninit"),
+    ("memory.list[i] = last;", "memory.list[i].x = last.x;", "uninit"),
+    ("memory.list[i] = last;", "memory.list[i] = memory.list[count - 1] = last;", "race"),
+    ("offset[group_at + g]", "offset[group_at + g + 64]", "out of bounds"),
+    ("total += count;", "total += count; memory.list[count].x = 0;", "race"),
     ("in_band < band && at < own.outputs", "in_band < band + 32", "out of bounds"),
-    ("threadgroup_barrier(mem_flags::mem_threadgroup);\n    total", "    total", "race"),
+    (
+        "threadgroup_barrier(mem_flags::mem_threadgroup);\n    }\n    const bool owns",
+        "}\n    const bool owns",
+        "race",
+    ),
+    ("threadgroup_barrier(mem_flags::mem_threadgroup);\n    uint rows =", "uint rows =", "race"),
 ]
 
 

@@ -14,7 +14,17 @@ from typing import cast
 import mlx.core as mx
 
 from spqt_cli.backends import stock
-from spqt_cli.backends.gpu import compensate, dequantize, experts, first_use, geometry, rows, ways, weights
+from spqt_cli.backends.gpu import (
+    compensate,
+    dequantize,
+    experts,
+    first_use,
+    geometry,
+    rows,
+    tiles,
+    ways,
+    weights,
+)
 from spqt_cli.backends.gpu import launch as launching
 from spqt_cli.backends.gpu.launch import Form, Plan, launch
 from spqt_cli.backends.interface import (
@@ -45,12 +55,10 @@ def find() -> Backend | str | None:
     """The kernels of this process's GPU; or why they can't run; None if the device is no GPU."""
     if mx.default_device() != mx.Device(mx.gpu):
         return None
-    if first_use.broken():
-        return first_use.broken()[0]
     for name, module, kind in (("metal", mx.metal, "Metal"), ("cuda", mx.cuda, "CUDA")):
         if module.is_available():
             # Counts are handed from step to step by the host, which is the slower of the two here.
-            reason, this = f"MLX has a {kind} GPU", sys.modules[__name__]
+            reason, this = f"MLX has a {kind} GPU{_found_out()}", sys.modules[__name__]
             calls, fused = cast(Calls, this), cast(FusedCalls, this)
             rounder = compensate.compensate
             return Backend(
@@ -63,8 +71,16 @@ def find() -> Backend | str | None:
                 skips_experts=True,
                 compensate=rounder,
                 many_rows=many_rows,
+                check=check,
             )
     return "MLX has no GPU here"
+
+
+def _found_out() -> str:
+    """What was timed here, and which kernels this process does without, for the backend's reason."""
+    found = "".join(f"; {line}" for line in tiles.report())
+    refused = first_use.refused()
+    return f"{found}; without {len(refused)} of our kernels: {'; '.join(refused)}" if refused else found
 
 
 @cache
@@ -83,7 +99,7 @@ def sparse_gemv(x: mx.array, layers: Sequence[Projection]) -> tuple[list[mx.arra
     Returns y per layer, (..., outputs) in x's dtype, and the active channels per layer, (n,) uint32.
     """
     plan = _plan(x, layers, Form())
-    if plan is None:
+    if plan is None or (plan.gemv is None and len(layers) > 1):
         parts = [sparse_gemv(x, [layer]) for layer in layers]
         return [ys[0] for ys, _ in parts], mx.concatenate([active for _, active in parts])
     if plan.gemv is None:
@@ -213,11 +229,11 @@ def _experts_plan(x: mx.array, indices: mx.array, layers: Sequence[Experts]) -> 
             return known
     plan = None
     if launching.one_launch(layers) and not launching.tiny(layers):
-        inputs, precise = layers[0].weight.shape[-2], x.dtype == mx.float32
-        cut = geometry.choose_experts(device_class(), launching.bands(layers), inputs, count, precise)
-        plan = experts.make_plan(x.dtype, layers, cut, count, each)
-        if first_use.experts_verdict(plan, x.dtype, layers, cut):
-            plan = None
+        for cut in _decodings(choose_experts(layers, x.dtype, count)):
+            made = experts.make_plan(x.dtype, layers, cut, count, each)
+            if not first_use.experts_verdict(made, x.dtype, layers, cut):
+                plan = made
+                break
     plans[key] = plan
     return plan
 
@@ -296,9 +312,51 @@ def _masked_rows(x: mx.array, layer: Projection, way: str) -> tuple[list[mx.arra
 
 def many_rows() -> list[str]:
     """How many rows are multiplied on this device, a line for each kind of layer; timed now if nobody did."""
-    if not ways.report() and not first_use.broken():
+    if not ways.report():
         ways.choice_for(ways.Kind(mx.bfloat16, 4, 64), WAYS)
     return ways.report()
+
+
+def check(groups: Sequence[Sequence[Projection]]) -> list[str]:
+    """As `Backend.check`. On CUDA kernels for more rows than one wait for their first use: each takes over a
+    second to compile.
+    """
+    seen = set()
+    for layers in groups:
+        kind = tuple(map(_kind, layers))
+        if kind in seen or layers[0].weight.ndim > 3:  # experts are checked by the step that runs them
+            continue
+        seen.add(kind)
+        dtype, inputs = layers[0].scales.dtype, layers[0].weight.shape[-2]
+        for form in (Form(), Form(dense=True)):
+            _plan(mx.zeros((1, 1, inputs), dtype), layers, form)
+        for layer in layers:
+            _plan(mx.zeros((1, 1, inputs), dtype), [layer], Form(dense=True))  # a prompt of one token
+        if mx.cuda.is_available():
+            continue
+        for count in range(2, ways.MOST_FEW + 1):
+            x = mx.zeros((1, count, inputs), dtype)
+            if launching.one_launch(layers):
+                _rows_plan("few", x, layers, dense=all(layer.threshold is None for layer in layers))
+            for layer in layers:
+                _rows_plan("few", x, [layer], dense=True)
+        for layer in layers:
+            _whole_plan(dtype, layer)
+    return first_use.refused()
+
+
+def _kind(layer: Projection) -> tuple[object, ...]:
+    """All that decides which kernels a layer takes."""
+    threshold, bias = layer.threshold, layer.get("bias")
+    return (
+        layer.weight.shape,
+        layer.outputs,
+        layer.bits,
+        layer.group_size,
+        layer.scales.dtype,
+        None if threshold is None else threshold.size,
+        bias is None,
+    )
 
 
 def _few(x: mx.array, layer: Projection) -> mx.array:
@@ -416,19 +474,52 @@ def _plan(x: mx.array, layers: Sequence[Projection], form: Form) -> Plan | None:
 
 def _checked(x: mx.array, layers: Sequence[Projection], form: Form) -> Plan:
     """A plan whose kernels were checked; without launches where they failed or can't take the arrays."""
-    cut = choose(layers, x.dtype)
-    plan = launching.make_plan(x.shape, x.dtype, layers, cut, form)
-    if plan.gemv is None:
-        return plan
-    if launching.tiny(layers, form) or first_use.verdict(plan, x.dtype, layers, cut):
-        return plan._replace(gemv=None)
-    return plan
+    for cut in _decodings(choose(layers, x.dtype)):
+        plan = launching.make_plan(x.shape, x.dtype, layers, cut, form)
+        if plan.gemv is None or launching.tiny(layers, form):
+            break
+        if not first_use.verdict(plan, x.dtype, layers, cut):
+            return plan
+    return plan._replace(gemv=None)
 
 
 def choose(layers: Sequence[Projection], dtype: mx.Dtype) -> geometry.Geometry:
     """The launch geometry of these projections on this device, for an x of this dtype."""
-    inputs = layers[0].weight.shape[1]
-    return geometry.choose(device_class(), launching.bands(layers), inputs, dtype == mx.float32)
+    first, precise = layers[0], dtype == mx.float32
+    kind = ways.Kind(dtype, first.bits, first.group_size)
+    tile = "" if precise else tiles.best(device_class(), kind, _product_by)
+    cut = geometry.choose(device_class(), launching.bands(layers), first.weight.shape[1], precise, tile)
+    return _decodings(cut)[0]
+
+
+def _product_by(x: mx.array, layer: Projection, tile: str) -> tiles.Product:
+    """The sparse product of a layer in such tiles, for x of this shape; the kernels are not checked."""
+    bands, inputs = launching.bands([layer]), layer.weight.shape[1]
+    cut = _decodings(geometry.choose(device_class(), bands, inputs, False, tile))[0]
+    plan = launching.make_plan(x.shape, x.dtype, [layer], cut, Form())
+    return lambda row: launch(row, plan)[0][0]
+
+
+def choose_experts(layers: Sequence[Projection], dtype: mx.Dtype, pairs: int) -> geometry.Geometry:
+    """As `choose`, for experts and so many pairs of a row and an expert."""
+    bands, inputs = launching.bands(layers), layers[0].weight.shape[-2]
+    cut = geometry.choose_experts(device_class(), bands, inputs, pairs, dtype == mx.float32)
+    return _decodings(cut)[0]
+
+
+def _decodings(cut: geometry.Geometry) -> list[geometry.Geometry]:
+    """The cut, then the same with converted codes: for GPUs that don't read them as subnormal halves."""
+    if cut.decode != geometry.HALVES:
+        return [cut]
+    converted = cut._replace(decode=geometry.CONVERT)
+    return [cut, converted] if keeps_subnormal_halves() else [converted]
+
+
+@cache
+def keeps_subnormal_halves() -> bool:
+    """Whether this device turns subnormal numbers of 16 bits into floats, which Metal leaves to it."""
+    five = mx.array([5], mx.uint16).view(mx.float16)  # 5 times 2^-24
+    return bool((five.astype(mx.float32) * 2.0**24 == 5.0).item())
 
 
 WAYS: dict[str, ways.Call] = {

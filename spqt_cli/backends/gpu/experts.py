@@ -57,6 +57,6 @@ def launch(x: mx.array, indices: mx.array, plan: ExpertsPlan) -> tuple[list[mx.a
 
     x: (pairs / each, inputs) in any shape; indices: (pairs,) in any shape.
     """
-    chosen = indices.reshape(-1).astype(mx.uint32)
+    x, chosen = launching.in_rows(x), launching.in_rows(indices.reshape(-1).astype(mx.uint32))
     *outputs, active = launching.run(plan.launch, [x, *plan.inputs, chosen, plan.form])
     return outputs, active

@@ -27,13 +27,13 @@ from spqt_cli.version import __version__
 
 INPUTS = 300  # channels of the problem: several rows and stripes, no multiple of anything
 WHOLE_INPUTS = 304  # in halves too a multiple of 16 bytes of x
-_broken: list[str] = []
+_refused: dict[str, str] = {}  # why kernels are not used in this process, by what they are
 _suspended: list[bool] = []  # one entry for each `suspended` block that is open
 
 
-def broken() -> list[str]:
-    """Why GPU kernels are not used in this process, the first reason first; empty while they are."""
-    return _broken
+def refused() -> list[str]:
+    """Why some GPU kernels are not used in this process, in the order in which they failed."""
+    return list(_refused.values())
 
 
 @contextlib.contextmanager
@@ -49,7 +49,8 @@ def suspended() -> Iterator[None]:
 def verdict(plan: Plan, dtype: mx.Dtype, layers: Sequence[Any], cut: geometry.Geometry) -> str:
     """Why the kernels of these layers' plan must not be used; empty if they are right.
 
-    The first failure of a process is printed in one line; all later layers of the process use MLX's matmul.
+    Each kernel that fails is told in one line, once. Layers that want it do without, by other kernels or by
+    MLX's matmul; all other kernels stay in use.
     """
     kernels = [one.kernel for one in (plan.gemv, plan.reduce, plan.counts) if one is not None]
     return _verdict(kernels, lambda: fault(dtype, layers, cut, plan.form))
@@ -75,18 +76,16 @@ def experts_verdict(
 def _verdict(kernels: Sequence[kernel_text.Kernel], fault_of: Callable[[], str]) -> str:
     if _suspended:
         return ""
-    if _broken:
-        return _broken[0]
     key = _key(kernels)
-    if key in _passed():
-        return ""
+    if key in _refused or key in _passed():
+        return _refused.get(key, "")
     try:
         reason = fault_of()
     except RuntimeError as error:  # MLX's word for a kernel that does not compile or start
         reason = f"a kernel does not run: {str(error).strip().splitlines()[0][:200]}"
     if reason:
-        _broken.append(reason)
-        print(f"spqt: {reason}; using MLX's own matmul; see spqt doctor --selftest", file=sys.stderr)
+        _refused[key] = reason = f"{reason} [{kernels[0].name}]"
+        print(f"spqt: {reason}; doing without this kernel; see spqt doctor --selftest", file=sys.stderr)
     else:
         _remember(key)
     return reason

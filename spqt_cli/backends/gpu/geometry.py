@@ -8,17 +8,20 @@ from typing import NamedTuple, Protocol
 
 SIMD = 32  # lanes of a simdgroup (warp)
 OUTPUTS = 32  # of one lane: 64 were no faster, and halve the lanes that fit
+SUBTRACT, CONVERT, SUBNORMAL, HALVES = 0, 1, 2, 3  # how a code becomes a float: DECODE of sparse_gemv.metal
 SLICE = 8  # sums per lane in threadgroup memory at one time: 12 KB at 384 threads
 LEAST_STRIPE = 32  # channels: below, collecting costs more than multiplying
 LEAST_WEIGHTS = 1 << 20  # below, one launch takes less time than two, however few cores it fills
 FEWEST_LANES = 4  # of a tile of experts: 128 outputs, 64 bytes of 4-bit codes of a channel
 MOST_LISTED = 2048  # channels: 8 KB of list
 
-# Metal: a tile is a whole band up to 8,192 outputs, so that no line of codes, scales or biases is
-# read by two threadgroups. 384 threads run at any register count that Metal's compiler may choose.
-METAL_LANES, METAL_THREADS = 256, 384
-# CUDA: a warp on 1,024 outputs reads whole 32-byte sectors of scales; more lanes gained nothing.
-MOST_LANES, MOST_THREADS = {"cuda": 32}, {"cuda": 256}
+# Most lanes of a tile, and threads. Wide: a whole band up to 8,192 outputs, so that no line of codes, scales
+# or biases is read by two threadgroups; 384 threads run at any register count that Metal's compiler may
+# choose. Narrow: a warp on 1,024 outputs reads whole 32-byte sectors of scales; on CUDA more lanes gained
+# nothing.
+TILES = {"wide": (256, 384), "narrow": (32, 256)}
+# What a class may take, the first unless tiles.py measured another to be faster; all not named: both.
+TILES_OF = {"cuda": ("narrow",)}
 # Enough threadgroups for the GPU's cores; each stripe costs a write and a read of all sums. CUDA: two for
 # each of an H200's multiprocessors. One is enough while independent launches fill the rest, as in a
 # benchmark of one product; in a model each waits for the one before.
@@ -44,8 +47,9 @@ class Geometry(NamedTuple):
     unroll: int  # channels that a lane loads before it multiplies
     list: int  # channels collected at one time
     slice: int  # sums per lane that are added over the rows at one time
-    decode: int  # 0 exponent and subtract, 1 convert, 2 subnormal
+    decode: int
     stripe: int  # channels of one threadgroup
+    padded: int = 1  # 1: lists are filled up so that all rows take equally many turns; 0: the last is clipped
 
     @property
     def threads(self) -> int:
@@ -62,18 +66,27 @@ class Geometry(NamedTuple):
         return -(-inputs // self.stripe)
 
 
-def choose(kind: str, bands: Sequence[tuple[int, int]], inputs: int, precise: bool = False) -> Geometry:
+def tiles_of(kind: str) -> tuple[str, ...]:
+    """The names of TILES that a class may take."""
+    return TILES_OF.get(kind, tuple(TILES))
+
+
+def choose(
+    kind: str, bands: Sequence[tuple[int, int]], inputs: int, precise: bool = False, tile: str = ""
+) -> Geometry:
     """The geometry for projections with these (band, number of bands) and `inputs` channels.
 
     kind: "cuda", or Metal's GPU class: "p", "g", "s" or "d" for phone, base and Pro, Max, Ultra. precise: x
-    is float32, so that the rounding of sums shows; in 16 bits the result's own hides it.
+    is float32, so that the rounding of sums shows; in 16 bits the result's own hides it. tile: of TILES, the
+    class's first unless said.
     """
-    lanes = _widest(kind, bands)
+    tile = tile or tiles_of(kind)[0]
+    lanes = _widest(tile, bands)
     tiles = _tiles(bands, lanes)
     stripes = max(1, min(inputs // LEAST_STRIPE, THREADGROUPS[kind] // tiles))
     if tiles * lanes * OUTPUTS * inputs <= LEAST_WEIGHTS:
         stripes = 1
-    return _cut(kind, lanes, -(-inputs // stripes), precise)
+    return _cut(kind, tile, lanes, -(-inputs // stripes), precise)
 
 
 def choose_experts(
@@ -82,35 +95,35 @@ def choose_experts(
     """As `choose`, for sparse_experts.metal and so many pairs of a row and an expert: in one stripe, and so
     in narrower tiles where there are too few threadgroups.
     """
-    lanes = _widest(kind, bands)
+    tile = tiles_of(kind)[0]
+    lanes = _widest(tile, bands)
     while lanes > FEWEST_LANES and _tiles(bands, lanes) * pairs < THREADGROUPS[kind]:
         lanes = max(FEWEST_LANES, -(-lanes // 2))
-    return _cut(kind, lanes, inputs, precise)
+    return _cut(kind, tile, lanes, inputs, precise)
 
 
-def _widest(kind: str, bands: Sequence[tuple[int, int]]) -> int:
+def _widest(tile: str, bands: Sequence[tuple[int, int]]) -> int:
     """The lanes of the widest tile."""
     widest = _units(max(band for band, _ in bands))
-    return -(-widest // -(-widest // MOST_LANES.get(kind, METAL_LANES)))
+    return -(-widest // -(-widest // TILES[tile][0]))
 
 
 def _tiles(bands: Sequence[tuple[int, int]], lanes: int) -> int:
     return sum(-(-_units(band) // lanes) * number for band, number in bands)
 
 
-def _cut(kind: str, lanes: int, stripe: int, precise: bool) -> Geometry:
+def _cut(kind: str, tile: str, lanes: int, stripe: int, precise: bool) -> Geometry:
     # Narrow tiles share a simdgroup; else the rows are those of a tile of whole simdgroups.
-    rows = max(
-        1, MOST_THREADS.get(kind, METAL_THREADS) // (lanes if lanes <= 16 else -(-lanes // SIMD) * SIMD)
-    )
+    rows = max(1, TILES[tile][1] // (lanes if lanes <= 16 else -(-lanes // SIMD) * SIMD))
     threads = -(-lanes * rows // SIMD) * SIMD
     passes = -(-stripe // MOST_LISTED)
     listed = -(-stripe // (passes * threads)) * threads
-    # Subnormal codes need no conversion, but Apple GPUs flush them to zero.
-    unroll, decode = (4, 2) if kind == "cuda" else (2, 1)
+    # Subnormal codes need no conversion, which costs an Apple GPU four times a mask. Those of 32 bits it
+    # flushes to zero, those of 16 it keeps.
+    unroll, decode, padded = (4, SUBNORMAL, 0) if kind == "cuda" else (2, HALVES, 1)
     if precise:
-        decode = 0  # codes around their middle
-    return Geometry(OUTPUTS, lanes, rows, unroll, listed, SLICE, decode, stripe)
+        decode = SUBTRACT  # codes around their middle
+    return Geometry(OUTPUTS, lanes, rows, unroll, listed, SLICE, decode, stripe, padded)
 
 
 def _units(band: int) -> int:

@@ -6,16 +6,17 @@ A plan holds all that a call can reuse. backend.py says which plans a step takes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import mlx.core as mx
 
 from spqt_cli.backends.gpu import geometry, kernel_text, weights
 from spqt_cli.backends.gpu.kernel_text import COUNTS, Constants, Kernel, Rotary, Then
-from spqt_cli.backends.gpu.settings import LaunchSettings, ProjectionSettings, pack
+from spqt_cli.backends.gpu.settings import BOTH, LaunchSettings, ProjectionSettings, pack
 from spqt_cli.backends.interface import Count, Norm, Projection
 
 MAX_SHARED = 6  # projections in one launch; Metal binds at most 31 buffers, this takes P + 5
+Array = TypeVar("Array", mx.array, mx.array | None)
 TYPES = {mx.float16: "float16_t", mx.bfloat16: "bfloat16_t", mx.float32: "float"}
 
 
@@ -77,6 +78,7 @@ def launch(
     other: what the reduction takes with the sums: the residual stream, or a position's cosines and sines.
     """
     assert plan.gemv is not None
+    x, counted, other = in_rows(x), in_rows(counted), in_rows(other)
     *outputs, last = run(plan.gemv, plan.first_inputs(x, counted))
     if plan.reduce is None or plan.counts is None:
         return outputs, last
@@ -89,8 +91,18 @@ def launch(
     return mx.depends(outputs, [active]), active
 
 
+def in_rows(array: Array) -> Array:
+    """The array as the kernels index it, its elements in rows; None stays None.
+
+    Everything that others computed goes through here. MLX can copy a strided input of a custom kernel itself,
+    but on Metal it may free that copy while the GPU still reads it (mlx issue 3347): there it is told not to,
+    and the copy is an operation of the graph. On CUDA its own copies live long enough and cost less.
+    """
+    return mx.contiguous(array) if array is not None and mx.metal.is_available() else array
+
+
 def run(launch: Launch, inputs: list[mx.array]) -> list[mx.array]:
-    """The outputs of one kernel call; lazy."""
+    """The outputs of one kernel call; lazy. inputs: in rows."""
     if launch.built is None:
         launch.built = _built(launch.kernel)
     x, y = launch.threadgroups
@@ -106,18 +118,16 @@ def run(launch: Launch, inputs: list[mx.array]) -> list[mx.array]:
 
 @cache
 def _built(kernel: Kernel) -> Callable[..., list[mx.array]]:
-    if mx.metal.is_available():
-        make: Any = mx.fast.metal_kernel
-        source, head = kernel_text.metal(kernel)
-    else:
-        make = mx.fast.cuda_kernel
-        source, head = kernel_text.cuda(kernel)
+    metal = mx.metal.is_available()
+    make: Any = mx.fast.metal_kernel if metal else mx.fast.cuda_kernel
+    source, head = kernel_text.metal(kernel) if metal else kernel_text.cuda(kernel)
     return make(
         name=kernel.name,
         input_names=list(kernel.inputs),
         output_names=list(kernel.outputs),
         source=source,
         header=head,
+        ensure_row_contiguous=not metal,  # see `in_rows`
     )
 
 
@@ -206,7 +216,7 @@ def settings_of(
         projections.append(own)
         tiles += own.tiles * number
     eps = norm.eps if norm else 0.0
-    launch = LaunchSettings(inputs, cut.stripe, tiles * cut.tile + COUNTS, len(layers), eps)
+    launch = LaunchSettings(inputs, cut.stripe, tiles * cut.tile + COUNTS, len(layers), BOTH, eps)
     given = [None if dense else layer.threshold for layer in layers]
     floats = [mx.zeros((1,)) if one is None else one.astype(mx.float32) for one in given]
     if per_channel(layers, dense=dense):
@@ -253,4 +263,5 @@ def constants_of(
         ("LIST", cut.list),
         ("SLICE", cut.slice),
         ("DECODE", cut.decode),
+        ("PADDED", cut.padded),
     )

@@ -59,7 +59,7 @@ def launch(x: mx.array, plan: RowsPlan) -> tuple[list[mx.array], mx.array]:
         plan.launches[x.shape] = _launches(x.shape, rows, plan)
     product, reduce = plan.launches[x.shape]
     count = _count(rows)
-    *ys, last = launching.run(product, [x, *plan.inputs, count])
+    *ys, last = launching.run(product, [launching.in_rows(x), *plan.inputs, count])
     if reduce is not None:
         *ys, last = launching.run(reduce, [last, plan.inputs[0], count])
     return ys, last

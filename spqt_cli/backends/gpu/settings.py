@@ -12,6 +12,9 @@ import mlx.core as mx
 # Numbers in the array, 16 KB: MLX's CUDA allocator hands smaller arrays out of buffers that the host wrote
 # before, which lie in managed memory; where the host touches their page again, a kernel waits 10 us for it.
 LEAST_NUMBERS = 4096
+# A one in both halves of a word. Kernels read it, since of a mask that it knows a compiler makes two, one for
+# each half of the masked word.
+BOTH = 0x00010001
 
 
 class LaunchSettings(NamedTuple):
@@ -21,6 +24,7 @@ class LaunchSettings(NamedTuple):
     stripe: int  # channels of one threadgroup
     positions: int  # numbers of one stripe in `partials`: the sums of all tiles, and the counts
     projections: int
+    both: int  # BOTH
     eps: float  # added to the mean square of x before it is normalized
 
 

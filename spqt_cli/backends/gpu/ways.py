@@ -101,7 +101,7 @@ def choice_for(kind: Kind, calls: Mapping[str, Call]) -> Choice:
         key = f"{here()}, {kind.words()}"
         if key not in known():
             known()[key] = measured(kind, calls)
-            if not first_use.broken():  # else MLX's own matmul stood in for our kernels
+            if not first_use.refused():  # else others stood in for our kernels
                 first_use.store(_file(), {name: choice._asdict() for name, choice in known().items()})
         _chosen[kind] = known()[key]
     return _chosen[kind]
@@ -214,8 +214,12 @@ def _microseconds(call: Call, x: mx.array, layers: list[problems.Matrix]) -> flo
 
 
 def _layer(kind: Kind, seed: int) -> problems.Matrix:
-    """A matrix of random codes; the caller's random numbers stay as they were."""
-    outputs, inputs = SHAPE
+    return filled(kind, SHAPE, seed)
+
+
+def filled(kind: Kind, shape: tuple[int, int], seed: int) -> problems.Matrix:
+    """A matrix (outputs, inputs) of random codes; the caller's random numbers stay as they were."""
+    outputs, inputs = shape
     band = layout.band_of(outputs, kind.group_size)
     codes, scales = layout.packed_shapes((outputs, inputs), kind.bits, kind.group_size, band)
     words = mx.random.randint(-(2**31), 2**31 - 1, codes, key=mx.random.key(seed)).view(mx.uint32)

@@ -110,4 +110,4 @@ def test_a_wrong_kernel_is_never_used(monkeypatch, fresh_trust, capfd):
     for _ in range(2):
         assert mx.allclose(gpu._dequantized_matmul(x, matrix), stock.matmul(x, matrix), atol=0.1).item()
     assert capfd.readouterr().err.count("a GPU kernel is wrong") == 1
-    assert first_use.broken()
+    assert first_use.refused()

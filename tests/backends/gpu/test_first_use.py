@@ -23,7 +23,7 @@ from tests.metal.emulator import emulate
 def fresh_trust(monkeypatch, tmp_path):
     """No verdicts, kept or remembered, and a cache of its own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(first_use, "_broken", [])
+    monkeypatch.setattr(first_use, "_refused", {})
     first_use._passed.cache_clear()
     yield
     first_use._passed.cache_clear()
@@ -130,9 +130,19 @@ def test_selftest_is_shared_by_processes_where_kernels_compile_slowly(monkeypatc
     assert list(selftest.run()) == alone
 
 
+class Everything(dict):
+    """Every kernel was found wrong before."""
+
+    def __contains__(self, key):
+        return True
+
+    def get(self, key, default=None):
+        return "found wrong before"
+
+
 @pytest.mark.parametrize(("old", "new"), [(fault[0], fault[1]) for fault in WRONG_BODIES])
 def test_selftest_table_shows_a_kernel_that_was_given_up(monkeypatch, fresh_trust, old, new):
-    monkeypatch.setattr(first_use, "_broken", ["found wrong before"])
+    monkeypatch.setattr(first_use, "_refused", Everything())
     monkeypatch.setattr(launching, "run", run_emulated)
     monkeypatch.setattr(select, "backend", lambda: EMULATED)
     monkeypatch.setattr(selftest, "_cases", lambda: [("one launch", Case((128,), 96))])

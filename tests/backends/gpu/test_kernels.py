@@ -64,6 +64,7 @@ CUTS = {
     "narrowest": geometry.Geometry(32, 1, 64, 1, 128, 1, 0, 150),
     "ragged": geometry.Geometry(32, 9, 11, 3, 128, 8, 0, 130),
     "eight lanes": geometry.Geometry(32, 8, 16, 2, 128, 4, 0, 100),
+    "clipped": geometry.Geometry(32, 16, 12, 3, 192, 8, 0, 100, padded=0),
     "wider": geometry.Geometry(64, 16, 8, 2, 256, 8, 0, 1000),
     "across simdgroups": geometry.Geometry(64, 40, 3, 1, 128, 16, 0, 90),
 }
@@ -72,7 +73,7 @@ CUTS = {
 DTYPES = (mx.float16, mx.bfloat16, mx.float32)
 
 
-@pytest.mark.parametrize("decode", [0, 1, 2])
+@pytest.mark.parametrize("decode", [0, 1, 2, 3])
 @pytest.mark.parametrize("bits", layout.BITS)
 def test_every_width_of_code(emulated, monkeypatch, bits, decode):
     use(monkeypatch, CUTS["wide"]._replace(decode=decode))
@@ -277,19 +278,22 @@ def test_a_new_threshold_is_not_missed_by_the_plan(emulated, monkeypatch):
     assert gpu.sparse_gemv(x, [matrix])[1].item() == 0
 
 
-@pytest.mark.parametrize("kind", geometry.THREADGROUPS)
+@pytest.mark.parametrize(
+    ("kind", "tile"), [(kind, tile) for kind in geometry.THREADGROUPS for tile in geometry.tiles_of(kind)]
+)
 @pytest.mark.parametrize("outputs", [1, 64, 576, 1024, 2752 * 4, 4288, 14336, 27392, 32064, 151936])
-def test_rule_keeps_within_what_devices_offer(kind, outputs):
+def test_rule_keeps_within_what_devices_offer(kind, tile, outputs):
     for inputs, group in itertools.product((1, 64, 4095, 28672), layout.GROUP_SIZES):
         band = layout.band_of(outputs, group)
-        cut = geometry.choose(kind, [(band, -(-outputs // band))], inputs)
+        cut = geometry.choose(kind, [(band, -(-outputs // band))], inputs, tile=tile)
         assert cut.threads <= 384  # runs at any register count of an Apple GPU
         assert cut.list % cut.threads == 0
         assert cut.list // cut.threads <= 32
         summands = cut.threads // 32 if cut.lanes < 32 and 32 % cut.lanes == 0 else cut.rows
         columns = 32 if cut.lanes < 32 and 32 % cut.lanes == 0 else cut.lanes
         held = cut.outputs * cut.lanes // 32 if columns == 32 and cut.lanes < 32 else cut.outputs
-        memory = cut.list * 6 + 4 * summands * columns * min(cut.slice, held) + cut.threads // 8
+        listed = cut.list + cut.padded * cut.rows * cut.unroll
+        memory = 8 * listed + 4 * summands * columns * min(cut.slice, held) + cut.threads // 8
         assert memory <= 32768  # bytes of threadgroup memory
         assert cut.stripes(inputs) * cut.stripe >= inputs
         assert cut.tiles(band) * cut.tile >= band

@@ -77,4 +77,4 @@ def test_a_wrong_turn_is_found_on_first_use(monkeypatch, fresh_trust, capfd, wro
     layers, x = problems.matrices(case), problems.vector(case)
     assert gpu._plan(x, layers, launching.Form(then=FORMS["halves"])).gemv is None
     assert "a GPU kernel is wrong" in capfd.readouterr().err
-    assert first_use.broken()
+    assert first_use.refused()

@@ -50,7 +50,8 @@ def found(plan: launch.Plan, x: mx.array, numbers: mx.array):
 def planned():
     x = problems.vector(CASE)
     form = launch.Form(norm=Norm(mx.ones((CASE.inputs,), CASE.dtype), 1e-5))
-    plan = launch.make_plan(x.shape, x.dtype, problems.matrices(CASE), CUTS["wide"]._replace(stripe=40), form)
+    cut = CUTS["wide"]._replace(stripe=40, decode=3)
+    plan = launch.make_plan(x.shape, x.dtype, problems.matrices(CASE), cut, form)
     return plan, x, found(plan, x, plan.inputs[0])
 
 

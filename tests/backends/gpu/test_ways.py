@@ -30,7 +30,7 @@ def device(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
     monkeypatch.setattr(mx, "device_info", lambda: {"compute_capability_major": 9, "device_name": "some"})
-    monkeypatch.setattr(first_use, "_broken", [])
+    monkeypatch.setattr(first_use, "_refused", {})
     for cached in (first_use.machine, ways.here, ways.known):
         cached.cache_clear()
     monkeypatch.setattr(ways, "SHAPE", (64, 32))
@@ -98,7 +98,7 @@ def test_other_kernels_are_timed_again(device, monkeypatch):
 
 
 def test_kernels_found_wrong_leave_no_choice_behind(device, monkeypatch):
-    monkeypatch.setattr(first_use, "_broken", ["found wrong"])
+    monkeypatch.setattr(first_use, "_refused", {"a kernel": "found wrong"})
     ways.choice_for(KIND, CALLS)
     assert not ways._file().exists()
 

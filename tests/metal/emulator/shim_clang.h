@@ -16,6 +16,8 @@ typedef unsigned long ulong;
 #define double static_assert(false, "Metal has no double");
 
 typedef uint uint2 __attribute__((ext_vector_type(2)));
+typedef ushort ushort2 __attribute__((ext_vector_type(2)));
+typedef unsigned char uchar4 __attribute__((ext_vector_type(4)));
 typedef uint uint3 __attribute__((ext_vector_type(3)));
 typedef uint uint4 __attribute__((ext_vector_type(4)));
 typedef float float2 __attribute__((ext_vector_type(2)));

@@ -11,6 +11,8 @@
 typedef unsigned char uint8_t;
 typedef unsigned int uint32_t;
 typedef unsigned int uint2 __attribute__((ext_vector_type(2)));
+typedef unsigned short ushort2 __attribute__((ext_vector_type(2)));
+typedef unsigned char uchar4 __attribute__((ext_vector_type(4)));
 typedef unsigned int uint4 __attribute__((ext_vector_type(4)));
 typedef float float2 __attribute__((ext_vector_type(2)));
 typedef float float4 __attribute__((ext_vector_type(4)));
@@ -47,6 +49,7 @@ __device__ inline float rsqrt(float a) { return 1.0f / __builtin_sqrtf(a); }
 __device__ inline float rint(float a) { return __builtin_rintf(a); }
 __device__ inline float fabs(float a) { return __builtin_fabsf(a); }
 __device__ inline unsigned int min(unsigned int a, unsigned int b) { return a < b ? a : b; }
+__device__ inline int min(int a, int b) { return a < b ? a : b; }
 __device__ inline unsigned long __cvta_generic_to_shared(const void* at) {
   return (unsigned long)(__attribute__((address_space(3))) const void*)at;
 }

@@ -15,6 +15,12 @@ typedef unsigned long ulong;
 struct uint3 {
   uint x, y, z;
 };
+struct alignas(4) ushort2 {
+  ushort x, y;
+};
+struct alignas(4) uchar4 {
+  unsigned char x, y, z, w;
+};
 struct alignas(8) uint2 {
   uint x, y;
 };
@@ -78,6 +84,7 @@ inline float rsqrt(float a) { return 1.0f / __builtin_sqrtf(a); }
 inline float rint(float a) { return __builtin_rintf(a); }
 inline float fabs(float a) { return __builtin_fabsf(a); }
 inline uint min(uint a, uint b) { return a < b ? a : b; }
+inline int min(int a, int b) { return a < b ? a : b; }
 
 typedef _Float16 half;
 typedef _Float16 float16_t;
