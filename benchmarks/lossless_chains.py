@@ -34,9 +34,9 @@ def chained(prompt: int) -> Iterator[None]:
     1 to s, and before them those of stream 0. prompt: positions before the queries, equal in all streams.
     """
 
-    def attend(q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Any = None) -> mx.array:
-        if mask != "causal":
-            raise NotImplementedError("attention has a mask of its own")
+    def attend(q: mx.array, k: mx.array, v: mx.array, *, scale: float, **others: Any) -> mx.array:
+        if others.pop("mask") != "causal" or any(value is not None for value in others.values()):
+            raise NotImplementedError("attention has masks or sinks of its own")
         queries, keys, values = host(q) * np.float32(scale), host(k), host(v)
         streams, _, count, width = queries.shape
         grouped = queries.reshape(streams, keys.shape[1], -1, count, width)
