@@ -82,7 +82,9 @@ def logits(
     tokens, split = window
     cache = probes.prompt_cache(model, mx.array([tokens[:split]]))
     for entry in cache:
-        entry.state = tuple(mx.repeat(array, 1 + drafts, axis=0) for array in entry.state)
+        entry.keys, entry.values = (
+            mx.repeat(array, 1 + drafts, axis=0) for array in (entry.keys, entry.values)
+        )
     streams = np.repeat(np.array([tokens[split:-1]]), 1 + drafts, axis=0)
     rows = np.ones(streams.shape, bool)
     rows[0] = False

@@ -42,7 +42,8 @@ def test_chains_at_once_are_steps_after_dense_rows(calibrated: Path) -> None:
             at = start - SPLIT + place
             assert mx.allclose(found[1 + place, at], step, **close), (start, place)
             assert mx.abs(step - dense[at]).max() > 0.05
-            others = [other for other in range(DRAFTS) if other != place]
+            # Where a chain would begin in the prompt it is a shorter one; farther on they all differ.
+            others = [other for other in range(DRAFTS) if other != place and start > SPLIT + DRAFTS]
             assert all(mx.abs(found[1 + other, at] - step).max() > 1e-3 for other in others)
 
 
