@@ -67,9 +67,15 @@ def measured(
     for rule, chances in found.items():
         firsts = np.array([chance[0].mean() for chance in chances])
         row[rule] = {
-            "each": np.mean([chance.mean(axis=1) for chance in chances], axis=0).round(4).tolist(),
+            "each": np.mean([chance.mean(axis=1) for chance in chances], axis=0)
+            .astype(float)
+            .round(4)
+            .tolist(),
             "se": round(scoring.standard_error(firsts), 4),
-            "accepted": np.mean([chains.means(chance) for chance in chances], axis=0).round(4).tolist(),
+            "accepted": np.mean([chains.means(chance) for chance in chances], axis=0)
+            .astype(float)
+            .round(4)
+            .tolist(),
         }
     return row
 
