@@ -3,6 +3,7 @@
     python -m benchmarks.cpu speed [--llama-cpp SOURCES --gguf MODEL.gguf] [--only kernel,prefill,decode]
     python -m benchmarks.cpu ops [--threads 1]     # the operations other than the Zigzag product: a table
     python -m benchmarks.cpu rows                  # products of 1 to 32 rows
+    python -m benchmarks.cpu experts               # decoding at a mixture's shape
     python -m benchmarks.cpu bands                 # CPU time by stored band, one thread
     python -m benchmarks.cpu table benchmarks/results/cpu.json    # the tables of docs/performance.md
 
@@ -218,7 +219,7 @@ def decode_rows(peer: Peer | None, shape: str, counts: list[int], repetitions: i
     small = config["hidden_size"] < 1024
     stock = models.stock_twin(zigzag, config) if small else None
     text = mx.random.randint(0, config["vocab_size"], (64,))
-    fitted = models.fit_thresholds(zigzag, 0.5, text, _cache(zigzag))
+    fitted = models.fit_thresholds(zigzag, 0.5, text, fresh_cache(zigzag))
     rows = []
     for threads in counts:
         cpu.set_threads(threads)
@@ -227,10 +228,12 @@ def decode_rows(peer: Peer | None, shape: str, counts: list[int], repetitions: i
             for name, thresholds in (("dense", {}), ("half", fitted)):
                 for path, layer in layers.zigzag_layers(zigzag).items():
                     layer.set_threshold(thresholds.get(path))
-                samples.setdefault(name, []).append(decode_rate(zigzag, _cache(zigzag), 64 if small else 16))
+                samples.setdefault(name, []).append(
+                    decode_rate(zigzag, fresh_cache(zigzag), 64 if small else 16)
+                )
             if stock is not None:
                 with only_mlx():
-                    samples.setdefault("stock", []).append(decode_rate(stock, _cache(stock), 12))
+                    samples.setdefault("stock", []).append(decode_rate(stock, fresh_cache(stock), 12))
             if peer and small:
                 samples.setdefault("llama.cpp", []).append(peer.ask(f"decode 64 1 {threads}"))
         row = {name: summary(values) for name, values in samples.items()}
@@ -240,7 +243,8 @@ def decode_rows(peer: Peer | None, shape: str, counts: list[int], repetitions: i
     return rows
 
 
-def _cache(model: Any) -> list[Any]:
+def fresh_cache(model: Any) -> list[Any]:
+    """A model's cache before any token."""
     from mlx_lm.models.cache import make_prompt_cache
 
     return make_prompt_cache(model)
@@ -460,7 +464,7 @@ def measure_speed(options: argparse.Namespace) -> None:
     if "decode" in options.only:
         result["decode"] = [
             row
-            for shape in options.shape.split(",")
+            for shape in (options.shape or "smollm2-135m,llama-3.2-1b").split(",")
             for row in decode_rows(whole, shape, counts, options.repetitions)
         ]
     result["load_after"] = os.getloadavg()
@@ -475,6 +479,16 @@ def measure_rows(options: argparse.Namespace) -> None:
     finish(result | {"rows": cpu_rows.measure(options.repetitions)}, options)
 
 
+def measure_experts(options: argparse.Namespace) -> None:
+    from benchmarks import cpu_experts
+
+    options.shape = options.shape or "olmoe-1b-7b"
+    result: dict[str, Any] = {"machine": facts(), "kernels": cpu.status()[1], "load_before": os.getloadavg()}
+    print(result["machine"], result["kernels"], sep="\n", flush=True)
+    result["decode"] = cpu_experts.measure(options)
+    finish(result | {"load_after": os.getloadavg()}, options)
+
+
 def finish(result: dict[str, Any], options: argparse.Namespace) -> None:
     document = json.dumps(result)
     if options.output:
@@ -485,6 +499,7 @@ def finish(result: dict[str, Any], options: argparse.Namespace) -> None:
 COMMANDS = {
     "speed": measure_speed,
     "rows": measure_rows,
+    "experts": measure_experts,
     "ops": ops_table,
     "bands": measure_bands,
     "table": print_tables,
@@ -506,7 +521,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--only", default="kernel,prefill,decode", help="sections of `speed`")
     parser.add_argument("--threads", help="thread counts of `speed` (1,2), or of `ops` (1)")
     parser.add_argument("--repetitions", type=int, default=15, help="of kernels; at least 6")
-    parser.add_argument("--shape", default="smollm2-135m,llama-3.2-1b", help="of the decode section")
+    parser.add_argument("--shape", help="of the decode section (smollm2-135m,llama-3.2-1b) or of `experts`")
+    parser.add_argument("--blocks", type=int, help="of `experts`: build only so many")
     parser.add_argument("--output", type=Path, help="file for the JSON document")
     return parser.parse_args()
 

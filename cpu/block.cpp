@@ -88,6 +88,36 @@ class Tail : public OnCpu {
   std::vector<bool> counted_;
 };
 
+// outputs: h, norm(h), count of out
+class Middle : public OnCpu {
+ public:
+  Middle(mx::Stream stream, float eps, Shape out, bool counted)
+      : OnCpu(stream), eps_(eps), out_{out}, counted_(counted) {}
+
+  // inputs: x, the norm's weight, attended, arrays of out as SparseGemv's, then its count
+  void eval_cpu(const Arrays& inputs, Arrays& outputs) override {
+    const Arrays in = ready(inputs, outputs, 0);
+    const int width = out_[0].outputs, rows = rows_of(in[0]).rows;
+    float *h = outputs[0].data<float>(), *normed = outputs[1].data<float>();
+    const float* x = in[0].data<float>();
+    const Counts counts{outputs[2].data<uint32_t>(), counted_ ? in.back().data<uint32_t>() : nullptr};
+    auto job = plan(out_, rows_of(in[2]), {in, 3}, {{h, FLOAT32}}, counts, stream());
+    const Norm norm{h, in[1].data<float>(), normed, rows, width, eps_};
+    mx::cpu::get_command_encoder(stream()).dispatch([=]() {
+      run_job(*job);
+      add_to(h, x, rows * width);
+      kernels().rms_norm(norm);
+    });
+  }
+
+  const char* name() const override { return "SpqtMiddle"; }
+
+ private:
+  float eps_;
+  std::vector<Shape> out_;
+  bool counted_;
+};
+
 void require_norm(const mx::array& weight, int width) {
   require(weight.dtype() == mx::float32 && weight.size() == (size_t)width, "a norm's weight must be float32, (inputs,).");
 }
@@ -148,6 +178,28 @@ std::pair<mx::array, Arrays> TailStep::operator()(
   auto found = mx::array::make_arrays({x.shape(), counts_shape(EACH[0], rows), counts_shape(EACH[1], rows), counts_shape(EACH[2], rows)},
                                       {mx::float32, mx::uint32, mx::uint32, mx::uint32}, std::move(tail), std::move(in));
   return {found[0], Arrays(found.begin() + 1, found.end())};
+}
+
+MiddleStep::MiddleStep(const Projection& out, const mx::array& weight, float eps)
+    : inputs_(inputs_of({out})), eps_(eps), out_(taken({out}, inputs_, arrays_)[0]) {
+  require_norm(weight, out_.outputs);
+  arrays_.insert(arrays_.begin(), weight);
+}
+
+std::pair<std::pair<mx::array, mx::array>, Arrays> MiddleStep::operator()(
+    const mx::array& attended,
+    const mx::array& x,
+    const std::vector<Count>& counted) const {
+  const int rows = require_float_rows(x, out_.outputs);
+  require(require_float_rows(attended, inputs_) == rows, "attended and x must have as many rows.");
+  require(counted.size() == 1, "one count must be given.");
+  Arrays in{x, arrays_[0], attended};
+  in.insert(in.end(), arrays_.begin() + 1, arrays_.end());
+  add_counts(in, counted[0], 1, rows);
+  auto middle = std::make_shared<Middle>(cpu_stream(), eps_, out_, counted[0].has_value());
+  auto found = mx::array::make_arrays({x.shape(), x.shape(), counts_shape(1, rows)}, {mx::float32, mx::float32, mx::uint32},
+                                      std::move(middle), std::move(in));
+  return {{found[0], found[1]}, {found[2]}};
 }
 
 }  // namespace spqt

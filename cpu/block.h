@@ -52,4 +52,22 @@ class TailStep {
   GatedShape gated_;
 };
 
+// h = x + out(attended), and norm(h): what stands between attention and a feed-forward module of another form.
+class MiddleStep {
+ public:
+  MiddleStep(const Projection& out, const mlx::core::array& weight, float eps);
+
+  // Returns h and norm(h), and the count of out, as TailStep's.
+  std::pair<std::pair<mlx::core::array, mlx::core::array>, std::vector<mlx::core::array>> operator()(
+      const mlx::core::array& attended,
+      const mlx::core::array& x,
+      const std::vector<std::optional<mlx::core::array>>& counted) const;
+
+ private:
+  int inputs_;  // of out
+  float eps_;
+  std::vector<mlx::core::array> arrays_;  // before the shape, which fills it
+  ProjectionShape out_;
+};
+
 }  // namespace spqt

@@ -44,6 +44,9 @@ NB_MODULE(_cpu, m) {
       .def(nb::init<const spqt::Projection&, const mlx::core::array&, float, const std::vector<spqt::Projection>&,
                     const spqt::Projection&>())
       .def("__call__", &spqt::TailStep::operator());
+  nb::class_<spqt::MiddleStep>(m, "MiddleStep")
+      .def(nb::init<const spqt::Projection&, const mlx::core::array&, float>())
+      .def("__call__", &spqt::MiddleStep::operator());
   m.def("zigzag_matmul", &spqt::zigzag_matmul, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(),
         nb::arg(), nb::arg());
   m.def("experts_matmul", &spqt::experts_matmul, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),

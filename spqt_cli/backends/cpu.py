@@ -25,6 +25,8 @@ from spqt_cli.backends.interface import (
     FusedCalls,
     GatedStep,
     HeadStep,
+    Middle,
+    MiddleStep,
     Norm,
     Rotary,
     RotaryStep,
@@ -155,6 +157,13 @@ def prepare_tail(x: mx.array, tail: Tail) -> TailStep | None:
         return None
     out, *pair, down = (_packed(layer, layer.threshold) for layer in (tail.out, *tail.pair, tail.down))
     return _native().TailStep(out, *tail.norm, pair, down)
+
+
+def prepare_middle(x: mx.array, middle: Middle) -> MiddleStep | None:
+    """As `select.prepare_middle`: one operation; None for another type than float32."""
+    if x.dtype != mx.float32 or middle.norm.weight.dtype != mx.float32:
+        return None
+    return _native().MiddleStep(_packed(middle.out, middle.out.threshold), *middle.norm)
 
 
 def matmul(x: mx.array, layer: Any) -> mx.array:

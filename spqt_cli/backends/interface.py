@@ -103,6 +103,13 @@ class Tail(NamedTuple):
     down: Projection
 
 
+class Middle(NamedTuple):
+    """What follows attention, up to a feed-forward module of another form: h = x + out(attended), norm(h)."""
+
+    out: Projection
+    norm: Norm
+
+
 class HeadStep(Protocol):
     """One token through a norm and projections of its result: x -> norm(x), y of each, and counts."""
 
@@ -132,6 +139,17 @@ class TailStep(Protocol):
     def __call__(
         self, attended: mx.array, x: mx.array, counted: Sequence[Count], /
     ) -> tuple[mx.array, Sequence[Count]]: ...  # pragma: no cover
+
+
+class MiddleStep(Protocol):
+    """One token through a `Middle`: attended and x, one row each -> h and norm(h), and the count of out.
+
+    The count, as in `Step`, is in a list.
+    """
+
+    def __call__(
+        self, attended: mx.array, x: mx.array, counted: Sequence[Count], /
+    ) -> tuple[tuple[mx.array, mx.array], Sequence[Count]]: ...  # pragma: no cover
 
 
 class Rotary(NamedTuple):
@@ -180,6 +198,7 @@ class FusedCalls(Protocol):
         self, x: mx.array, norm: Norm, layers: Sequence[Projection], rotary: Rotary, /
     ) -> RotaryStep | None: ...
     def prepare_tail(self, x: mx.array, tail: Tail, /) -> TailStep | None: ...
+    def prepare_middle(self, x: mx.array, middle: Middle, /) -> MiddleStep | None: ...
 
 
 @dataclass(frozen=True)

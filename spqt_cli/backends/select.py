@@ -18,6 +18,8 @@ from spqt_cli.backends.interface import (
     ExpertsStep,
     GatedStep,
     HeadStep,
+    Middle,
+    MiddleStep,
     Norm,
     Projection,
     Rotary,
@@ -128,6 +130,15 @@ def prepare_tail(x: mx.array, tail: Tail) -> TailStep | None:
     """
     fused = backend().fused
     return fused.prepare_tail(x, tail) if fused else None
+
+
+def prepare_middle(x: mx.array, middle: Middle) -> MiddleStep | None:
+    """What stands between attention and a feed-forward module of another form, in one call.
+
+    x: such an input as the steps will get. None if the backend has no such step.
+    """
+    fused = backend().fused
+    return fused.prepare_middle(x, middle) if fused else None
 
 
 def prepare_experts(layers: Sequence[Experts]) -> ExpertsStep:

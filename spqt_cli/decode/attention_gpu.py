@@ -110,7 +110,7 @@ class TracedStep:
         block: Block,
         own: OwnAttention,
         front: interface.HeadStep,
-        tail: interface.TailStep,
+        tail: interface.TailStep | interface.MiddleStep,
     ) -> None:
         self._own, self._front = own, front
         self._around = around = AroundProduct(own)
@@ -125,7 +125,7 @@ class TracedStep:
             return around.before(normed, products, offset), count
 
         @mx.compile
-        def after(attended: mx.array, x: mx.array, counted: Counts) -> tuple[mx.array, Counts]:
+        def after(attended: mx.array, x: mx.array, counted: Counts) -> tuple[Any, Counts]:
             return tail(around.after(attended), x, counted)
 
         self._before: interface.RotaryStep = before
@@ -142,8 +142,8 @@ class TracedStep:
             self._before, self._position = step, _table(frequencies(rope)).at
             self._around.settings = {"scale": module.scale}
 
-    def step(self, x: mx.array, mask: None, cache: Any, counted: Counts) -> tuple[mx.array, Counts]:
-        """y for x, one row, and the counts after `counted`: of q/k/v; o; gate and up; down."""
+    def step(self, x: mx.array, mask: None, cache: Any, counted: Counts) -> tuple[Any, Counts]:
+        """What the tail gives for x, one row, and the counts after `counted`, of `Block.launches`."""
         (queries, keys, values), count = self._before(x, self._position(cache.offset), counted[0])
         attended = self._around.product(queries, keys, values, cache)
         y, counts = self._after(attended, x, counted[1:])

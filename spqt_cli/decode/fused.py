@@ -3,9 +3,10 @@
     block: h = x + attention(norm(x)), y = h + mlp(norm(h));  mlp: down(silu(gate(x)) * up(x))
 
 A block takes one call before attention, norm and q/k/v, and one after it: o, the residual sum, norm, the
-gated module and the second sum. On a GPU at 8B shapes Python and MLX's graph cost more than the weights; this
-asks for less of both. Attention itself is one operation on the CPU (attention_cpu.py), and on a GPU traced
-around its product, or else the model's own code (attention_gpu.py). Other modules run as they are.
+gated module and the second sum; of a mixture of experts up to the norm, then its own code. On a GPU at 8B
+shapes Python and MLX's graph cost more than the weights; this asks for less of both. Attention itself is one
+operation on the CPU (attention_cpu.py), and on a GPU traced around its product, or else the model's own code
+(attention_gpu.py). Other modules run as they are.
 """
 
 import copy
@@ -26,7 +27,6 @@ from spqt_cli.decode.layers import SharedInput
 Counts = Sequence[interface.Count]
 Place = tuple[dict[str, Any], str]  # where something is kept: a module, or its attributes, and a key
 BLOCK, MLP = "_fused_block", "_fused_mlp"  # under which a module keeps its step
-_UNCOUNTED: Counts = (None, None, None, None)
 
 
 def install(model: nn.Module) -> None:
@@ -202,11 +202,12 @@ class FusedBlock:
         self._form: tuple[Any, ...] = ()
         self._sources = _Sources([])
         self._front: interface.HeadStep | None = None
-        self._tail: interface.TailStep | None = None
+        self._tail: interface.TailStep | interface.MiddleStep | None = None
+        self._rest: str | None = None  # under which the module has what the tail leaves out
         self._own: OwnAttention | None = None
         self._cached: attention_cpu.CachedAttention | None = None
         self._traced: TracedStep | None = None
-        self._groups: list[SharedInput] = []  # q/k/v; o; gate and up; down
+        self._groups: list[SharedInput] = []  # as `Block.launches`
         self._skips = False
 
     def forget(self) -> None:
@@ -231,10 +232,14 @@ class FusedBlock:
         counter = active_counts.current() if self._skips else None
         tally = None if counter is None else counter.tally(self._groups, x.size // x.shape[-1])
         if tally is None:
-            return step(x, mask, cache, _UNCOUNTED)[0]
-        y, counted = step(x, mask, cache, tally.running)
-        tally.keep(counted)
-        return y
+            y, _ = step(x, mask, cache, [None] * len(self._groups))
+        else:
+            y, counted = step(x, mask, cache, tally.running)
+            tally.keep(counted)
+        if self._rest is None:
+            return y
+        h, normed = y
+        return h + self.module[self._rest](normed)
 
     @property
     def attention(self) -> str:
@@ -245,8 +250,8 @@ class FusedBlock:
             return self._traced.reason or ""
         return "it is not rotary positions and the product alone" if select.backend().native_float32 else ""
 
-    def _step(self, x: mx.array, mask: Any, cache: Any, counted: Counts) -> tuple[mx.array, Counts]:
-        """y, and the counts, by two calls and attention between them."""
+    def _step(self, x: mx.array, mask: Any, cache: Any, counted: Counts) -> tuple[Any, Counts]:
+        """What the tail gives, and the counts, by two calls and attention between them."""
         assert self._front is not None
         assert self._tail is not None
         assert self._own is not None
@@ -260,7 +265,8 @@ class FusedBlock:
 
     def _prepare(self, x: mx.array) -> None:
         module = self.module
-        attention, mlp = module["self_attn"], module["mlp"]
+        parts = recognize.parts(module)
+        first, attention, second, mlp = (module[name] for name in parts)
         names = recognize.gated(mlp) or ()
         zigzag = [attention.get(name) for name in (*recognize.PROJECTIONS, recognize.OUT)]
         zigzag += [mlp.get(name) for name in names]
@@ -268,29 +274,30 @@ class FusedBlock:
         self._form = (x.dtype, x.ndim)
         self._sources = _Sources(
             [
-                *((module, name) for name in recognize.PARTS),
-                *((module[name], "weight") for name in (recognize.PARTS[0], recognize.PARTS[2])),
+                *((module, name) for name in parts),
+                *((norm, "weight") for norm in (first, second)),
                 *_within(attention),
                 *((mlp, name) for name in names),
                 *_of_layers(zigzag),
             ]
         )
-        self._traced = self._cached = self._own = None
+        self._traced = self._cached = self._own = self._rest = None
         backend = select.backend()
         found = recognize.block(module, backend)
         if isinstance(found, str):
             self.reason = found
             return
         self._front = select.prepare_head(found.norm, found.projections)
-        self._tail = select.prepare_tail(x, found.tail)
+        if isinstance(found.tail, interface.Tail):
+            self._tail = select.prepare_tail(x, found.tail)
+        else:
+            self._tail, self._rest = select.prepare_middle(x, found.tail), parts[3]
         if self._front is None or self._tail is None:
             self.reason = f"backend {backend.name} has no fused step for {x.dtype} and these sizes"
             return
         self.reason = ""
-        gate, out = found.tail.pair[0], found.tail.out
-        firsts: list[Any] = [found.projections[0], out, gate, found.tail.down]
-        self._groups = [layer.shared_input for layer in firsts]
-        self._skips = any(layer.threshold is not None for layer in found.layers)
+        self._groups = [layers[0].shared_input for layers in found.launches]
+        self._skips = any(group.skips for group in self._groups)
         self._own = OwnAttention(attention, found.projections)
         if backend.traces:
             self._traced = TracedStep(x, found, self._own, self._front, self._tail)
@@ -303,19 +310,21 @@ class Report:
     """How many of a model's transformer blocks run fused; why others do not: reason -> number of blocks.
 
     attention: of the fused ones, those with their own code between the two calls, by the reason.
+    experts: those with a mixture's own code after them.
     """
 
     blocks: int = 0
     fused: int = 0
     reasons: dict[str, int] = field(default_factory=dict)
     attention: dict[str, int] = field(default_factory=dict)
+    experts: int = 0
 
     def line(self) -> str:
         """One line of text."""
         text = f"{self.fused} of {self.blocks} blocks run fused"
         for verb, counted in (("do not", self.reasons), ("by attention's own code", self.attention)):
             text += "".join(f"; {count} {verb}: {reason}" for reason, count in _by_count(counted))
-        return text
+        return f"{text}; {self.experts} up to their experts" if self.experts else text
 
 
 def _by_count(counted: dict[str, int]) -> list[tuple[str, int]]:
@@ -336,6 +345,7 @@ def report(model: nn.Module, zigzag: Callable[[Any], bool] = recognize.is_zigzag
         own = block.attention if block is not None else ""
         found.blocks += 1
         found.fused += not reason
+        found.experts += not reason and recognize.has_experts(module[recognize.parts(module)[3]])
         for said, counts in ((reason, found.reasons), (own, found.attention)):
             if said:
                 counts[said] = counts.get(said, 0) + 1

@@ -85,7 +85,7 @@ def units(model: nn.Module) -> list[Unit]:
 
 
 def traced_blocks(model: nn.Module) -> list[str]:
-    """The paths of the blocks that run fused, or will when loaded; none where that saves no launches."""
+    """The paths of what runs fused of blocks, or will when loaded; none where that saves no launches."""
     return list(recognize.formed(model)) if select.backend().traces else []
 
 

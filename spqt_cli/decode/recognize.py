@@ -2,6 +2,7 @@
 
     h = x + out(attention(norm(x))),  y = h + down(silu(gate(n)) * up(n)) with n = norm(h)
 
+or, of a mixture of experts, y = h + mlp(n), whose code is the module's own.
 Names prove nothing: a class is run once with small functions in the place of its parts, and its result is
 held against the formula. The CPU, the GPU, profiles and `spqt inspect` ask here. It prepares no steps.
 """
@@ -19,12 +20,13 @@ import mlx.nn as nn
 
 from spqt_cli.backends import interface
 from spqt_cli.decode import foreign
-from spqt_cli.decode.bytes_read import BLOCK
+from spqt_cli.decode.bytes_read import BLOCK, is_experts
 from spqt_cli.decode.exact import ExactRoPE
 from spqt_cli.decode.layers import is_adapter
 from spqt_cli.format import contract
 
-PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
+PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm")
+FEED_FORWARD = ("mlp", "block_sparse_moe")  # the last part, by names in mlx-lm's models
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 OUT = "o_proj"
 GATED = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))  # gate, up and down in mlx-lm's models
@@ -47,18 +49,21 @@ class Block(NamedTuple):
 
     projections: of the first norm's result, in one launch: q, and k and v where they are Zigzag layers.
     rope: None where attention does more than rotate q and k and ask for the product with its cache.
-    tail: attention's last layer and all that follows it.
+    tail: attention's last layer and all that follows it; of a mixture, up to its experts.
     """
 
     norm: interface.Norm
     projections: list[Any]
     rope: Rope | None
-    tail: interface.Tail
+    tail: interface.Tail | interface.Middle
 
     @property
-    def layers(self) -> list[Any]:
-        """All Zigzag layers: of attention, then gate, up and down."""
-        return [*self.projections, self.tail.out, *self.tail.pair, self.tail.down]
+    def launches(self) -> list[list[Any]]:
+        """The Zigzag layers that run together: q/k/v; o; then gate and up, and down, where they are fused."""
+        found = [self.projections, [self.tail.out]]
+        if isinstance(self.tail, interface.Tail):
+            found += [list(self.tail.pair), [self.tail.down]]
+        return found
 
 
 def is_zigzag(layer: Any) -> bool:
@@ -70,15 +75,18 @@ def block(module: Any, backend: interface.Backend) -> Block | str:
     """What a fused step of a transformer block is made of, or in a few words why there can be none."""
     if reason := why_not(module, backend):
         return reason
-    before, attention, after, mlp = (module[name] for name in PARTS)
-    gate, up, down = (mlp[name] for name in gated(mlp) or ())
+    before, attention, after, mlp = (module[name] for name in parts(module))
     q, out = attention[PROJECTIONS[0]], attention[OUT]
-    groups = [list(map(id, layer.shared_input.layers)) for layer in (out, gate, up, down)]
-    if groups != [[id(out)], [id(gate), id(up)], [id(gate), id(up)], [id(down)]]:
-        return "gate and up do not run in one launch"
+    middle = interface.Middle(out, interface.Norm(after["weight"], after.eps))
+    tail: interface.Tail | interface.Middle = middle
+    if names := gated(mlp):
+        gate, up, down = (mlp[name] for name in names)
+        groups = [list(map(id, layer.shared_input.layers)) for layer in (out, gate, up, down)]
+        if groups != [[id(out)], [id(gate), id(up)], [id(gate), id(up)], [id(down)]]:
+            return "gate and up do not run in one launch"
+        tail = interface.Tail(*middle, [gate, up], down)
     projections = list(q.shared_input.layers)
     own = [id(attention.get(name)) for name in PROJECTIONS] == list(map(id, projections))
-    tail = interface.Tail(out, interface.Norm(after["weight"], after.eps), [gate, up], down)
     norm = interface.Norm(before["weight"], before.eps)
     return Block(norm, projections, cached_attention(attention) if own else None, tail)
 
@@ -89,7 +97,7 @@ def why_not(module: Any, backend: interface.Backend, zigzag: IsZigzag = is_zigza
         return f"backend {backend.name} has no fused steps"
     if reason := form(module):
         return reason
-    attention, mlp = module["self_attn"], module["mlp"]
+    _, attention, _, mlp = (module[name] for name in parts(module))
     names = (PROJECTIONS[0], OUT, *(gated(mlp) or ()))
     within = (*PROJECTIONS, *names[1:])
     if adapted := [name for name in within if is_adapter(attention.get(name) or mlp.get(name))]:
@@ -100,12 +108,13 @@ def why_not(module: Any, backend: interface.Backend, zigzag: IsZigzag = is_zigza
 
 def form(module: Any) -> str:
     """Why a block's classes compute another formula than the one above; "" where they compute it."""
-    if missing := [name for name in PARTS if name not in module]:
+    names = parts(module)
+    if missing := [name for name in names if name not in module]:
         return f"it has no {missing[0]}"
-    kind, attention = foreign.own_class(module), module["self_attn"]
-    if not _is_block(kind):
+    kind, attention, mlp = foreign.own_class(module), module[names[1]], module[names[3]]
+    if not _is_block(kind, names[3]):
         return f"{kind.__name__} adds up norms, attention and mlp in another way"
-    if any(type(module[name]) is not nn.RMSNorm for name in (PARTS[0], PARTS[2])):
+    if any(type(module[name]) is not nn.RMSNorm for name in (names[0], names[2])):
         return "its norms are not nn.RMSNorm"
     if PROJECTIONS[0] not in attention:
         return f"attention has no {PROJECTIONS[0]}"
@@ -113,9 +122,19 @@ def form(module: Any) -> str:
         return "attention makes the mask of its own window"
     if reason := _more_than_out(foreign.own_class(attention)):
         return reason
-    if gated(module["mlp"]) is None:
+    if gated(mlp) is None and not has_experts(mlp):
         return "mlp is not down(silu(gate) * up)"
     return ""
+
+
+def parts(module: Any) -> tuple[str, str, str, str]:
+    """The names of a block's parts: norm, attention, norm, feed-forward module; it may lack some."""
+    return *PARTS, next((name for name in FEED_FORWARD if name in module), FEED_FORWARD[0])
+
+
+def has_experts(mlp: nn.Module) -> bool:
+    """Whether a feed-forward module is a mixture of experts."""
+    return any(map(is_experts, mlp.modules()))
 
 
 def blocks(model: nn.Module, zigzag: IsZigzag = is_zigzag) -> dict[str, nn.Module]:
@@ -130,8 +149,13 @@ def blocks(model: nn.Module, zigzag: IsZigzag = is_zigzag) -> dict[str, nn.Modul
 
 
 def formed(model: nn.Module) -> Iterator[str]:
-    """The paths of a model's blocks whose classes compute the formula, whatever layout its layers have."""
-    return (path for path, module in model.named_modules() if not form(module))
+    """The paths of what fused steps compute of a model's blocks, whatever layout its layers have: the whole
+    block, or where a mixture follows its attention module.
+    """
+    for path, module in model.named_modules():
+        if not form(module):
+            _, attention, _, mlp = parts(module)
+            yield f"{path}.{attention}" if has_experts(module[mlp]) else path
 
 
 def gated(module: Any) -> tuple[str, str, str] | None:
@@ -182,7 +206,7 @@ def _is_gated(kind: Any, names: tuple[str, str, str]) -> bool:
 
 
 @cache
-def _is_block(kind: Any) -> bool:
+def _is_block(kind: Any, feed_forward: str = FEED_FORWARD[0]) -> bool:
     mask, cache, calls = object(), object(), []
 
     def attention(*args: Any, **kwargs: Any) -> mx.array:
@@ -190,7 +214,8 @@ def _is_block(kind: Any) -> bool:
         return mx.sin(args[0])
 
     parts = (lambda x: x * 2.0, attention, lambda h: h * 3.0 + 1.0, mx.tanh)
-    module, h = SimpleNamespace(**dict(zip(PARTS, parts, strict=True))), _ROW + mx.sin(_ROW * 2.0)
+    names, h = (*PARTS, feed_forward), _ROW + mx.sin(_ROW * 2.0)
+    module = SimpleNamespace(**dict(zip(names, parts, strict=True)))
     right = _computes(
         lambda: kind.__call__(module, _ROW, mask, cache), lambda: h + mx.tanh(h * 3.0 + 1.0), 1e-5
     )

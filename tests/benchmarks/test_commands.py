@@ -7,7 +7,14 @@ import pytest
 
 from tests import ROOT
 
-PARTS = ("machine", "cpu_rows", "gpu_rows")  # of other commands
+PARTS = (
+    "machine",
+    "cpu_experts",
+    "cpu_rows",
+    "gpu_rows",
+    "lossless_chains",
+    "lossless_costs",
+)  # of other commands
 SCRIPTS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if path.stem not in PARTS)
 if not SCRIPTS:
     pytest.skip("benchmarks/ is not part of a source archive", allow_module_level=True)

@@ -36,6 +36,8 @@ from spqt_cli.backends.interface import (
     FusedCalls,
     GatedStep,
     HeadStep,
+    Middle,
+    MiddleStep,
     Norm,
     Projection,
     Rotary,
@@ -192,6 +194,20 @@ def prepare_tail(x: mx.array, tail: Tail) -> TailStep | None:
         (gated,), count_pair = launch(h, plan, counted[1])
         y, count_down = down(gated, h, counted[2])
         return y, [count, count_pair, count_down]
+
+    return step
+
+
+def prepare_middle(x: mx.array, middle: Middle) -> MiddleStep:
+    """As `select.prepare_middle`: one traced call; the residual stream is added in the reduction."""
+    out = _residual(middle.out)
+
+    @mx.compile
+    def step(
+        attended: mx.array, x: mx.array, counted: Sequence[Count]
+    ) -> tuple[tuple[mx.array, mx.array], list[Count]]:
+        h, count = out(attended, x, counted[0])
+        return (h, mx.fast.rms_norm(h, middle.norm.weight, middle.norm.eps)), [count]
 
     return step
 
