@@ -60,6 +60,7 @@ def bench(
         Path | None, typer.Option("--output", "-o", help="Also write JSON here.", readable=False)
     ] = None,
     plot: flags.Plot = None,
+    pipeline: flags.Pipeline = False,
     quiet: Quiet = False,
     json_output: Json = False,
 ) -> None:
@@ -79,6 +80,10 @@ def bench(
         picture.check(plot)
     from spqt_cli.bench import bench as benches
     from spqt_cli.bench import results
+    from spqt_cli.decode import parallel
+
+    if kernel:
+        parallel.alone("bench --kernel")
 
     form = "json" if json_output else output_format
     results.check_format(form)
@@ -97,6 +102,7 @@ def bench(
         group_size=64 if group_size is None else group_size,
         dtype=dtype,
         delay_seconds=delay,
+        processes=parallel.join(pipeline=pipeline),
     )
     with progress(quiet or json_output) as on_progress:
         report = (benches.run_kernels if kernel else benches.run)(options, on_progress)

@@ -37,6 +37,7 @@ from spqt_cli.cli import (
     worker,
 )
 from spqt_cli.errors import ResourceError, SpqtError, Terminated, without_mlx
+from spqt_cli.system import launched
 from spqt_cli.system.terminal import harmless
 from spqt_cli.version import __version__
 
@@ -146,13 +147,24 @@ app.command(
 
 def main() -> None:
     """Run the command line and exit with the code of what happened."""
+    if launched.size() == 1:
+        _main()
+        return
+    from spqt_cli.cli import several
+
+    with several.one_of_them("--debug" in sys.argv):
+        _main()
+
+
+def _main() -> None:
     arguments = sys.argv[1:]
     passthrough = "mlx-lm" in arguments[:2]  # its own options follow; ours would be taken from them
     debug = "--debug" in (arguments[: arguments.index("mlx-lm")] if passthrough else arguments)
     if debug:
         arguments = [argument for argument in arguments if argument != "--debug"]
         sys.argv[1:] = arguments
-    signal.signal(signal.SIGTERM, _terminate)
+    if launched.size() == 1:  # else it ends at once: it may wait for the others where Python is not asked
+        signal.signal(signal.SIGTERM, _terminate)
     wants_json = "--json" in arguments and not passthrough
     try:
         if worker.wanted(arguments):
@@ -204,6 +216,10 @@ def _fail(error: SpqtError, debug: bool, wants_json: bool) -> NoReturn:
     if debug:
         raise error
     code = error.exit_code
+    if launched.size() > 1:
+        from spqt_cli.cli import several
+
+        several.fail(error)
     if wants_json:
         _as_json(error.cause, error.hint, code)
     for line in [f"spqt: {error.cause}"] + ([f"  hint: {error.hint}"] if error.hint else []):
