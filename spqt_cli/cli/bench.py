@@ -82,9 +82,6 @@ def bench(
     from spqt_cli.bench import results
     from spqt_cli.decode import parallel
 
-    if kernel:
-        parallel.alone("bench --kernel")
-
     form = "json" if json_output else output_format
     results.check_format(form)
     if output is not None:

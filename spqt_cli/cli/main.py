@@ -33,6 +33,7 @@ from spqt_cli.cli import (
     mlx_lm,
     profile,
     serve,
+    several,
     verify,
     worker,
 )
@@ -150,8 +151,6 @@ def main() -> None:
     if launched.size() == 1:
         _main()
         return
-    from spqt_cli.cli import several
-
     with several.one_of_them("--debug" in sys.argv):
         _main()
 
@@ -201,6 +200,8 @@ def _main() -> None:
 
 def _run(arguments: list[str]) -> int | None:
     """The exit code of a command; Typer makes Ctrl-C one, and where it lost nothing that is said."""
+    if launched.size() > 1:
+        several.check(arguments)
     code: int | None = app(standalone_mode=False, prog_name="spqt")
     resumed = {*arguments[:2]} & set(RESUMED) and not {"--dry-run", "--remove"} & set(arguments)
     if code == 128 + signal.SIGINT and resumed:
@@ -217,8 +218,6 @@ def _fail(error: SpqtError, debug: bool, wants_json: bool) -> NoReturn:
         raise error
     code = error.exit_code
     if launched.size() > 1:
-        from spqt_cli.cli import several
-
         several.fail(error)
     if wants_json:
         _as_json(error.cause, error.hint, code)

@@ -8,11 +8,25 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from spqt_cli.errors import ElsewhereError, SpqtError, UsageError
 from spqt_cli.system import launched
+
+TOGETHER = ("generate", "run", "serve", "bench", "mlx-lm")  # commands that several processes run together
+
+
+def check(arguments: Sequence[str]) -> None:
+    """Refuse (exit 2) a command line that runs in one process, where several were started."""
+    command = next((one for one in arguments if not one.startswith("-")), "")
+    if command == "bench" and "--kernel" in arguments:
+        command = "bench --kernel"
+    if command and command not in TOGETHER:
+        raise UsageError(
+            f"spqt {command} runs in one process, and {launched.size()} were started",
+            f"start it without mlx.launch; these run in several: {', '.join(TOGETHER)}",
+        )
 
 
 @contextlib.contextmanager

@@ -97,15 +97,6 @@ def join(*, pipeline: bool = False) -> Processes | None:
     return Processes(group, group.rank(), group.size(), pipeline)
 
 
-def alone(command: str) -> None:
-    """Refuse a command that runs in one process where several were started."""
-    if (size := launched.size()) > 1:
-        raise UsageError(
-            f"spqt {command} runs in one process, and {size} were started",
-            "start it without mlx.launch; generate, serve, bench and mlx-lm run in several",
-        )
-
-
 @contextlib.contextmanager
 def sharding(pipeline_group: Any, tensor_group: Any) -> Iterator[None]:
     """In this block models are loaded to be cut, as mlx-lm's `sharded_load` is told by these two."""
