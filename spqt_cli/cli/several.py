@@ -51,9 +51,8 @@ def one_of_them(debug: bool) -> Iterator[None]:
 
 def fail(error: SpqtError) -> None:
     """Say which process failed, where it is not the first. What all of them find wrong the first one says."""
-    if launched.rank() == 0:
-        return
-    if not isinstance(error, (UsageError, ElsewhereError)):
+    told = getattr(error, "told_by_first", isinstance(error, (UsageError, ElsewhereError)))
+    if launched.rank() and not told:
         print(f"spqt: process {launched.rank()}: {error.cause}"[:1000], file=sys.__stderr__, flush=True)
 
 

@@ -49,6 +49,8 @@ REPLACED = (
          "decode/hooks.py", "load() does not forward get_model_classes, by which a class is completed"),
     Hook("mlx_lm.utils", "sharded_load", ("repo", "pipeline_group", "tensor_group", "return_config"),
          "decode/hooks.py", "fused calls are formed once a model is cut, and not before"),
+    Hook("mlx.core.distributed", "all_sum", ("x", "group", "stream"), "decode/parallel.py",
+         "where sharded_load waits for all processes, an error of one of them would be lost"),
     Hook(f"{_SHARDING}.QuantizedAllToShardedLinear", "from_quantized_linear",
          ("quantized_linear_layer", "segments", "group"), "decode/hooks_sharding.py",
          "shard_linear asks it for a layer's outputs on one process; it knows rows alone"),

@@ -15,12 +15,13 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from spqt_cli.decode import shard_blocks
+from spqt_cli.decode import foreign, shard_blocks
 from spqt_cli.errors import BackendError, ElsewhereError, UnsupportedError, UsageError
 from spqt_cli.format import config_json
 from spqt_cli.system import launched
 
 LAUNCH = "mlx.launch -n 2 -- spqt ..."
+_meets_later: ContextVar[bool] = ContextVar("meets_later", default=False)
 _cut: ContextVar[tuple[bool, int] | None] = ContextVar("cut", default=None)  # (pipeline, processes)
 
 
@@ -50,18 +51,24 @@ class Processes:
     def together(self) -> Iterator[None]:
         """A block in which each process may fail by itself: then all leave it by an error.
 
-        Raises what this process raised, ElsewhereError where others alone did.
+        Raises what this process raised, whose `told_by_first` says whether the first one failed as well;
+        ElsewhereError where others alone did.
         """
-        error: BaseException | None = None
+        error: Exception | None = None
+        token = _meets_later.set(True)
         try:
             yield
         except Exception as raised:
             error = raised
-        failed = int(self.all([float(error is not None)])[0])
+        finally:
+            _meets_later.reset(token)
+        failed = self.all([float(error is not None and rank == self.rank) for rank in range(self.size)])
         if error is not None:
+            error.told_by_first = failed[0] > 0 and self.rank > 0  # type: ignore[attr-defined]
             raise error
-        if failed:
-            raise ElsewhereError(f"{failed} of {self.size} processes failed", "see what they printed")
+        if any(failed):
+            count = sum(one > 0 for one in failed)
+            raise ElsewhereError(f"{count} of {self.size} processes failed", "see what they printed")
 
     def agreed(self, token: mx.array) -> mx.array:
         """The first process's token, (n,) whole numbers, on all: rounding may differ between machines."""
@@ -99,14 +106,21 @@ def join(*, pipeline: bool = False) -> Processes | None:
 
 @contextlib.contextmanager
 def sharding(pipeline_group: Any, tensor_group: Any) -> Iterator[None]:
-    """In this block models are loaded to be cut, as mlx-lm's `sharded_load` is told by these two."""
+    """In this block models are loaded to be cut, as mlx-lm's `sharded_load` is told by these two.
+
+    Nothing is added up in it: where `sharded_load` waits for the others, an error of theirs would be lost.
+    Afterwards the processes meet, here or at the end of `together`.
+    """
     pipeline = pipeline_group is not None
     group = pipeline_group or tensor_group or mx.distributed.init()
     token = _cut.set((pipeline, group.size()))
     try:
-        yield
+        with foreign.replaced([(mx.distributed, "all_sum", lambda x, **_: x)]):
+            yield
     finally:
         _cut.reset(token)
+    if not _meets_later.get():
+        mx.eval(mx.distributed.all_sum(mx.array(1.0), group=group))
 
 
 def prepare(model: Any, config: dict[str, Any]) -> None:

@@ -112,13 +112,10 @@ def load(path: str | Path | Folder, **options: Unpack[Loading]) -> Loaded:
 
 def _load_part(path: str | Path | Folder, options: Loading, processes: parallel.Processes) -> Loaded:
     """As `load`, of this process's part. This device's profile is of whole layers and is not followed."""
-    for name in ("adapter_path", "draft_model"):
-        if options.get(name) is not None:
-            flag = "--" + name.replace("_", "-")
-            raise UnsupportedError(f"{flag}: mlx-lm runs neither adapters nor drafts in several processes",
-                                   "leave it out, or start one process")  # fmt: skip
-    trusted = options.get("trust_remote_code", False)
+    trusted, sparsity = options.get("trust_remote_code", False), options.get("sparsity")
     with processes.together():
+        _refuse_more(options)
+        sparsity = wished_sparsity() if sparsity is None else sparsity
         folder = path
         if not isinstance(folder, Folder):
             folder = locate.open_folder(str(path), options.get("revision"), trust_remote_code=trusted)
@@ -126,11 +123,17 @@ def _load_part(path: str | Path | Folder, options: Loading, processes: parallel.
     with processes.together():
         wishes = {"trust_remote_code": trusted, "processes": processes}
         loaded = Loaded(*_through_mlx_lm(folder, wishes), folder, processes=processes)
-        sparsity = options.get("sparsity")
-        _set_thresholds(
-            loaded, wished_sparsity() if sparsity is None else sparsity, options.get("dense", False)
-        )
+        _set_thresholds(loaded, sparsity, options.get("dense", False))
     return loaded
+
+
+def _refuse_more(options: Loading) -> None:
+    for name in ("adapter_path", "draft_model"):
+        if options.get(name) is not None:
+            raise UnsupportedError(
+                f"--{name.replace('_', '-')}: mlx-lm runs neither adapters nor drafts in several processes",
+                "leave it out, or start one process",
+            )
 
 
 def apply_profile(loaded: Loaded) -> str:

@@ -44,7 +44,7 @@ def _ring(
 ) -> list[Ended]:
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as files:
         hosts = Path(folder) / "hosts.json"
-        hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in _free_ports(count)]))
+        hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(count)]))
         children, outputs = [], []
         for rank in range(count):
             pair = [files.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2)]
@@ -74,7 +74,7 @@ def _wait(children: list[subprocess.Popen[bytes]], timeout: float) -> None:
         time.sleep(0.02)
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     with contextlib.ExitStack() as held:
         sockets = [held.enter_context(socket.socket()) for _ in range(count)]
         for one in sockets:
