@@ -124,6 +124,8 @@ def _load_part(path: str | Path | Folder, options: Loading, processes: parallel.
         wishes = {"trust_remote_code": trusted, "processes": processes}
         loaded = Loaded(*_through_mlx_lm(folder, wishes), folder, processes=processes)
         _set_thresholds(loaded, sparsity, options.get("dense", False))
+    if loaded.sparsity:
+        loaded.add_note(_read_whole(loaded))
     return loaded
 
 
