@@ -10,7 +10,7 @@ from spqt_cli.cli import flags
 from spqt_cli.cli.flags import Json, ModelArgument, ModelOption, Quiet
 from spqt_cli.cli.output import progress
 from spqt_cli.errors import ResourceError, UsageError
-from spqt_cli.system import picture
+from spqt_cli.system import peers, picture
 
 
 def bench(
@@ -103,6 +103,7 @@ def bench(
     )
     with progress(quiet or json_output) as on_progress:
         report = (benches.run_kernels if kernel else benches.run)(options, on_progress)
+    peers.stop()
     if plot is not None:
         from spqt_cli.cli import pictures
 

@@ -14,7 +14,7 @@ from spqt_cli.cli.flags import Adapter, Json, ModelArgument, ModelOption, Quiet,
 from spqt_cli.cli.output import show
 from spqt_cli.cli.prompt import prompt_text
 from spqt_cli.errors import UnsupportedError, UsageError
-from spqt_cli.system import launched
+from spqt_cli.system import launched, peers
 
 
 def generate(
@@ -116,6 +116,7 @@ def generate(
         for line in filter(None, [loaded.note and f"note: {loaded.note}", loaded.warning]):
             typer.echo(line, err=True)
     statistics = show(generator.stream(loaded, tokens, sampling, options), json_output=json_output)
+    peers.stop()
     if not (quiet or json_output):
         typer.echo(statistics.line(), err=True)
         typer.echo(f"  {statistics.backend}: {statistics.backend_reason}", err=True)

@@ -184,6 +184,7 @@ def _sharded(stock: Callable[..., Any]) -> Callable[..., Any]:
     def sharded_load(repo: Any, pipeline_group: Any = None, tensor_group: Any = None, *args: Any, **kw: Any):
         with cut_later(), parallel.sharding(pipeline_group, tensor_group):
             found = stock(repo, pipeline_group, tensor_group, *args, **kw)
+        parallel.meet(pipeline_group or tensor_group)
         if zigzag_layers(found[0]):
             make_ready(found[0])
         return found

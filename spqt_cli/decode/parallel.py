@@ -18,7 +18,7 @@ import numpy as np
 from spqt_cli.decode import foreign, shard_blocks
 from spqt_cli.errors import BackendError, ElsewhereError, UnsupportedError, UsageError
 from spqt_cli.format import config_json
-from spqt_cli.system import launched
+from spqt_cli.system import launched, peers
 
 LAUNCH = "mlx.launch -n 2 -- spqt ..."
 _meets_later: ContextVar[bool] = ContextVar("meets_later", default=False)
@@ -101,6 +101,7 @@ def join(*, pipeline: bool = False) -> Processes | None:
         raise UnsupportedError(
             "--pipeline: MLX's NCCL backend can't send from one GPU to the next", "leave --pipeline out"
         )
+    peers.watch()
     return Processes(group, group.rank(), group.size(), pipeline)
 
 
@@ -109,7 +110,7 @@ def sharding(pipeline_group: Any, tensor_group: Any) -> Iterator[None]:
     """In this block models are loaded to be cut, as mlx-lm's `sharded_load` is told by these two.
 
     Nothing is added up in it: where `sharded_load` waits for the others, an error of theirs would be lost.
-    Afterwards the processes meet, here or at the end of `together`.
+    They are to `meet` afterwards.
     """
     pipeline = pipeline_group is not None
     group = pipeline_group or tensor_group or mx.distributed.init()
@@ -119,6 +120,10 @@ def sharding(pipeline_group: Any, tensor_group: Any) -> Iterator[None]:
             yield
     finally:
         _cut.reset(token)
+
+
+def meet(group: Any) -> None:
+    """Wait for all processes, unless they meet at the end of `together`."""
     if not _meets_later.get():
         mx.eval(mx.distributed.all_sum(mx.array(1.0), group=group))
 
