@@ -1,7 +1,7 @@
 """Decode speed of one and of several processes at a known model's shape, random weights, tensor parallel.
 
     python -m benchmarks.distributed speed --shape llama-3-70b --output OUT      # GPUs of one host
-    python -m benchmarks.distributed speed --shape smollm2-135m --backend ring   # CPUs, loopback
+    python -m benchmarks.distributed speed --shape llama-3.2-1b --blocks 2 --backend ring  # CPUs, loopback
 
 `speed` starts the processes itself, in stages: ours in several, ours in one, stock mlx-lm in several and in
 `speed` starts the processes itself, in stages: ours in several, ours in one, stock mlx-lm in several and in
@@ -92,7 +92,16 @@ def environments(stage: Stage, backend: str, folder: Path) -> list[dict[str, str
 def run_stage(stage: Stage, arguments: argparse.Namespace, until: float) -> list[dict[str, Any]]:
     """The rows of a stage, as many as came; every process has ended afterwards."""
     command = [sys.executable, "-m", "benchmarks.distributed", "part", "--side", stage.side]
-    for name in ("shape", "blocks", "sparsity", "repetitions", "generation_tokens", "dtype", "device"):
+    for name in (
+        "shape",
+        "blocks",
+        "vocabulary",
+        "sparsity",
+        "repetitions",
+        "generation_tokens",
+        "dtype",
+        "device",
+    ):
         if (value := getattr(arguments, name)) is not None:
             command += ["--" + name.replace("_", "-"), str(value)]
     found: dict[str, dict[str, Any]] = {}
@@ -208,7 +217,9 @@ def measure_part(arguments: argparse.Namespace) -> int:
 
     processes = parallel.join()
     config = shapes.config(arguments.shape, arguments.blocks)
-    form = 4, 64, models.stored_dtype(config, arguments.dtype)
+    config["vocab_size"] = arguments.vocabulary or config["vocab_size"]
+    cpu = mx.default_device().type == mx.DeviceType.cpu
+    form = 4, 64, models.stored_dtype(config, arguments.dtype or ("float32" if cpu else None))
     mx.random.seed(models.SEED)
     say(processes, "making the model")
     if arguments.side == "stock":
@@ -275,12 +286,13 @@ def main() -> int:
     parser.add_argument("what", choices=COMMANDS, help="`part` is what `speed` starts")
     parser.add_argument("--shape", default="llama-3-70b")
     parser.add_argument("--blocks", type=int, help="transformer blocks: all")
+    parser.add_argument("--vocabulary", type=int, help="of so many tokens, to try the command")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--backend", choices=("nccl", "ring"), default="nccl")
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--generation-tokens", type=int, default=32)
-    parser.add_argument("--dtype", help="default: the shape's own")
+    parser.add_argument("--dtype", help="default: the shape's own, on a CPU float32")
     parser.add_argument("--device", choices=("cpu", "gpu"), help="default: MLX's own choice")
     parser.add_argument("--limit", type=float, default=300, help="seconds in all")
     parser.add_argument("--only", help="stages whose name holds this")

@@ -7,6 +7,7 @@ order; one that raises an error tells the others where they meet next, and other
 """
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -44,6 +45,7 @@ class Processes:
 
     def all(self, numbers: list[float], reduce: Callable[..., mx.array] | None = None) -> list[float]:
         """Numbers added up over the processes, or reduced otherwise; every process must call it."""
+        _finish_decoding()
         found = (reduce or mx.distributed.all_sum)(mx.array(numbers, mx.float32), group=self.group)
         return [float(one) for one in np.array(found)]
 
@@ -103,6 +105,16 @@ def join(*, pipeline: bool = False) -> Processes | None:
         )
     peers.watch()
     return Processes(group, group.rank(), group.size(), pipeline)
+
+
+def _finish_decoding() -> None:
+    """Wait for mlx-lm's loop: it runs a step ahead, on a stream of its own, and messages of two streams at
+    one time would be mixed up.
+    """
+    if "mlx_lm.generate" in sys.modules:
+        from mlx_lm.generate import generation_stream
+
+        mx.synchronize(generation_stream)
 
 
 @contextlib.contextmanager
