@@ -28,9 +28,6 @@ from typing import Any
 from benchmarks.machine import ROOT, facts, from_bare_tree
 
 WARM_STEPS = 8  # for thresholds
-# NCCL's own settings where nothing else is set: without multicast, which not every host allows; without
-# registering each captured buffer, since MLX captures new ones for every token.
-NCCL = {"NCCL_NVLS_ENABLE": "0", "NCCL_GRAPH_REGISTER": "0", "NCCL_GRAPH_MIXING_SUPPORT": "0"}
 
 
 @dataclass(frozen=True)
@@ -81,7 +78,7 @@ def environments(stage: Stage, backend: str, folder: Path) -> list[dict[str, str
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     devices = visible.split(",") if visible else [str(one) for one in range(stage.processes)]
     port = free_ports(1)[0]
-    common = NCCL | known | {"NCCL_HOST_IP": "127.0.0.1", "NCCL_PORT": str(port)}
+    common = known | {"NCCL_HOST_IP": "127.0.0.1", "NCCL_PORT": str(port)}
     common |= {"MLX_WORLD_SIZE": str(stage.processes)}
     return [
         common | {"MLX_RANK": str(rank), "CUDA_VISIBLE_DEVICES": devices[rank]}
@@ -268,6 +265,8 @@ def measured(model: Any, arguments: argparse.Namespace, config: dict[str, Any]) 
             for path, layer in layers.items():
                 layer.set_threshold(thresholds[path] if name == "sparse" else None)
             with only_mlx.only_mlx() if stock else contextlib.nullcontext():
+                if stock:
+                    only_mlx.check_unpatched(model)
                 rate = model_timing._decode_rate(model, text[:1], make_prompt_cache(model), tokens)
             if repetition:  # the first one warms up
                 found.append(rate)

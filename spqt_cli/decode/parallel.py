@@ -7,6 +7,7 @@ order; one that raises an error tells the others where they meet next, and other
 """
 
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -21,6 +22,10 @@ from spqt_cli.errors import BackendError, ElsewhereError, UnsupportedError, Usag
 from spqt_cli.format import config_json
 from spqt_cli.system import launched, peers
 
+# NCCL's settings where nobody set others: no multicast, which not every host allows; buffers captured in a CUDA
+# graph are not registered, since MLX captures other ones for every token; and graphs are not ordered among one
+# another, which the stream does already.
+NCCL = {"NCCL_NVLS_ENABLE": "0", "NCCL_GRAPH_REGISTER": "0", "NCCL_GRAPH_MIXING_SUPPORT": "0"}
 LAUNCH = "mlx.launch -n 2 -- spqt ..."
 _meets_later: ContextVar[bool] = ContextVar("meets_later", default=False)
 _cut: ContextVar[tuple[bool, int] | None] = ContextVar("cut", default=None)  # (pipeline, processes)
@@ -88,6 +93,9 @@ def join(*, pipeline: bool = False) -> Processes | None:
         if pipeline:
             raise UsageError("--pipeline needs several processes", f"start them: {LAUNCH}")
         return None
+    if launched.by_nccl():
+        for name, value in NCCL.items():
+            os.environ.setdefault(name, value)
     try:
         group = mx.distributed.init(strict=True)
     except Exception as error:  # sockets, files and libraries of several backends

@@ -49,6 +49,7 @@ def _ring(
         for rank in range(count):
             pair = [files.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2)]
             environment = os.environ | {"MLX_HOSTFILE": str(hosts), "MLX_RANK": str(rank)}
+            environment |= {"SPQT_THREADS": "1"}  # more would wait for one another by spinning
             environment |= changes[rank] if changes else {}
             outputs.append(pair)
             streams = {"stdin": subprocess.DEVNULL, "stdout": pair[0], "stderr": pair[1]}
