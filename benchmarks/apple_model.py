@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from spqt_cli.bench import projections, shapes
+from spqt_cli.bench.chips import GB_PER_S
 from spqt_cli.format import layout
 
 SCALE_BYTES = 2
@@ -81,16 +82,14 @@ class Chip:
         return self.cores * LANES * self.ghz * 1e9
 
 
-# The largest GPU sold under each name.
-CHIPS = {
-    "M1": Chip(68.3, 8, 1.28), "M1 Pro": Chip(204.8, 16, 1.28), "M1 Max": Chip(409.6, 32, 1.28),
-    "M1 Ultra": Chip(819.2, 64, 1.28),
-    "M2": Chip(102.4, 10, 1.40), "M2 Pro": Chip(204.8, 19, 1.40), "M2 Max": Chip(409.6, 38, 1.40),
-    "M2 Ultra": Chip(819.2, 76, 1.40),
-    "M3": Chip(102.4, 10, 1.40), "M3 Pro": Chip(153.6, 18, 1.40), "M3 Max": Chip(409.6, 40, 1.40),
-    "M3 Ultra": Chip(819.2, 80, 1.40),
-    "M4": Chip(120.0, 10, 1.50), "M4 Pro": Chip(273.1, 20, 1.50), "M4 Max": Chip(546.1, 40, 1.50),
+# The largest GPU sold under each name: (cores, GHz).
+_GPUS = {
+    "M1": (8, 1.28), "M1 Pro": (16, 1.28), "M1 Max": (32, 1.28), "M1 Ultra": (64, 1.28),
+    "M2": (10, 1.40), "M2 Pro": (19, 1.40), "M2 Max": (38, 1.40), "M2 Ultra": (76, 1.40),
+    "M3": (10, 1.40), "M3 Pro": (18, 1.40), "M3 Max": (40, 1.40), "M3 Ultra": (80, 1.40),
+    "M4": (10, 1.50), "M4 Pro": (20, 1.50), "M4 Max": (40, 1.50),
 }  # fmt: skip
+CHIPS = {name: Chip(GB_PER_S[name], *gpu) for name, gpu in _GPUS.items()}
 STOCK_LAUNCHES, OUR_LAUNCHES = 17, 11  # of one block (docs/log/gpu.md, benchmarks/metal_counts.py)
 CACHED_MB = 24  # stored matrices up to here are read from the system-level cache in the table's loop
 

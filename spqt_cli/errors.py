@@ -50,6 +50,10 @@ class BusyError(SpqtError):
     exit_code = 7
 
 
+class ElsewhereError(SpqtError):
+    """Another of the processes that run a model together failed (exit 3), and said why itself."""
+
+
 class Terminated(SystemExit):
     """SIGTERM came: the process ends with 143. Told apart from a library that exits the process."""
 

@@ -20,6 +20,7 @@ from spqt_cli.backends import stock
 from spqt_cli.backends.interface import (
     Backend,
     Calls,
+    Count,
     Experts,
     ExpertsStep,
     FusedCalls,
@@ -33,6 +34,7 @@ from spqt_cli.backends.interface import (
     Step,
     Tail,
     TailStep,
+    Total,
     is_token_each,
 )
 from spqt_cli.errors import BackendError, UsageError
@@ -152,9 +154,14 @@ def prepare_rotary(x: mx.array, norm: Norm, layers: Sequence[Any], rotary: Rotar
 
 
 def prepare_tail(x: mx.array, tail: Tail) -> TailStep | None:
-    """As `select.prepare_tail`: one operation; None for another type than float32."""
+    """As `select.prepare_tail`: one operation, or two sums of several processes and what lies around them.
+
+    None for another type than float32.
+    """
     if x.dtype != mx.float32 or tail.norm.weight.dtype != mx.float32:
         return None
+    if tail.total is not None:
+        return _tail_of_parts(x, tail, tail.total)
     out, *pair, down = (_packed(layer, layer.threshold) for layer in (tail.out, *tail.pair, tail.down))
     return _native().TailStep(out, *tail.norm, pair, down)
 
@@ -164,6 +171,20 @@ def prepare_middle(x: mx.array, middle: Middle) -> MiddleStep | None:
     if x.dtype != mx.float32 or middle.norm.weight.dtype != mx.float32:
         return None
     return _native().MiddleStep(_packed(middle.out, middle.out.threshold), *middle.norm)
+
+
+def _tail_of_parts(x: mx.array, tail: Tail, total: Total) -> TailStep | None:
+    out, gated = prepare([tail.out]), prepare_gated(x, tail.pair, tail.down)
+    if gated is None:
+        return None
+
+    def step(attended: mx.array, x: mx.array, counted: Sequence[Count]) -> tuple[mx.array, list[Count]]:
+        (y,), count = out(attended, counted[0])
+        h = x + total.all(y)
+        y, count_pair, count_down = gated(rms_norm(h, *tail.norm), counted[1], counted[2])
+        return h + total.all(y), [count, count_pair, count_down]
+
+    return step
 
 
 def matmul(x: mx.array, layer: Any) -> mx.array:

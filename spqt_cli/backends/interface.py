@@ -94,13 +94,27 @@ class Norm(NamedTuple):
     eps: float
 
 
+class Total(NamedTuple):
+    """Adds up what several processes computed, each of its part of the inputs.
+
+    all: y, of any shape -> the sum over them. is_first: this process adds what is to be added once.
+    """
+
+    all: Callable[[mx.array], mx.array]
+    is_first: bool
+
+
 class Tail(NamedTuple):
-    """What follows attention in a block: h = x + out(attended), y = h + down(silu(gate) * up of norm(h))."""
+    """What follows attention in a block: h = x + out(attended), y = h + down(silu(gate) * up of norm(h)).
+
+    total: adds up the products of out, and of down, where several processes have a part each.
+    """
 
     out: Projection
     norm: Norm
     pair: Sequence[Projection]  # gate and up
     down: Projection
+    total: Total | None = None
 
 
 class Middle(NamedTuple):

@@ -19,7 +19,7 @@ from mlx import nn
 from spqt_cli.bench import hardware, kernel_timing, model_timing, models, projections, shapes
 from spqt_cli.bench.models import Subject
 from spqt_cli.bench.results import Crossover, KernelRow, ModelRow, Report
-from spqt_cli.decode import context, profile
+from spqt_cli.decode import context, parallel, profile
 from spqt_cli.errors import UsageError
 from spqt_cli.format import config_json, layout, thresholds
 
@@ -35,7 +35,8 @@ class Options:
     None leaves prompt_tokens (lengths of prompts), generation_tokens and repetitions to the device: a
     CPU does less.
     blocks: of the shape's transformer blocks. bits, group_size, dtype: of random weights.
-    delay_seconds: rest between repetitions. commit: where git can't tell it.
+    delay_seconds: rest between repetitions. commit: where git can't tell it. processes: those that run the
+    models together; each measures, and the first one's figures count.
     """
 
     model: str | None = None
@@ -51,6 +52,7 @@ class Options:
     dtype: str | None = None
     delay_seconds: float = 0.0
     commit: str | None = None
+    processes: parallel.Processes | None = None
 
     def complete(self) -> "Options":
         """These options with the device's defaults filled in; raises UsageError for nonsense."""
@@ -190,16 +192,21 @@ def _lazy_model(options: Options) -> tuple[nn.Module, str]:
 
 def make_subject(options: Options) -> Subject:
     """The models that `options` name."""
+    processes = options.processes
     if options.model is not None:
-        return models.loaded_subject(options.model)
+        return models.loaded_subject(options.model, processes)
     assert options.shape is not None
     config = shapes.config(options.shape, options.blocks)
     dtype = models.stored_dtype(config, options.dtype)
-    return models.random_subject(options.shape, config, options.bits, options.group_size, dtype)
+    form = options.bits, options.group_size, dtype
+    return models.random_subject(options.shape, config, *form, processes=processes)
 
 
 def _settings(options: Options, subject: Subject) -> dict[str, Any]:
     blocks = config_json.size(subject.config, "num_hidden_layers")
-    return {
+    found = {
         "model": subject.name, "blocks": blocks, **subject.settings, "repetitions": options.repetitions,
     }  # fmt: skip
+    if options.processes is not None:
+        found |= {"processes": options.processes.size, "parallel": options.processes.how}
+    return found

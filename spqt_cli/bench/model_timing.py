@@ -110,7 +110,7 @@ class Runs:
         self.layers = zigzag_layers(subject.zigzag)
         self.units = profile.units(subject.zigzag)
         self.stock_layers = dict(subject.stock.named_modules())
-        self.choices, fault = profile.read()
+        self.choices, fault = profile.read() if subject.processes is None else ({}, "")  # of whole layers
         self.head = relayout.find_head(subject.zigzag)
         self.other_head: nn.Module | None = None
         choice = self.choices.get(self.head.key) if self.head is not None else None

@@ -15,7 +15,7 @@ from mlx import nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from spqt_cli.convert import plan
-from spqt_cli.decode import architecture, exact, hooks
+from spqt_cli.decode import architecture, exact, hooks, parallel
 from spqt_cli.decode.layers import ZigzagLayer, zigzag_layers
 from spqt_cli.errors import ResourceError, SpqtError
 from spqt_cli.format import layout, locate
@@ -30,7 +30,7 @@ class Subject:
     """What is measured. tokens: of prompts, repeated as needed; settings: shown in the report.
 
     thresholds(sparsity, cache, tokens): the threshold of each layer by path, for decoding `tokens`
-    more tokens after what `cache` holds.
+    more tokens after what `cache` holds. processes: those that have a part of the models each.
     """
 
     name: str
@@ -40,6 +40,7 @@ class Subject:
     tokens: list[int]
     settings: dict[str, Any]
     thresholds: Callable[[float, list[Any], int], dict[str, mx.array]]
+    processes: parallel.Processes | None = None
 
     def prompt(self, start: int, count: int) -> mx.array:
         """`count` tokens from position `start` of the endlessly repeated text: (count,) int32."""
@@ -68,10 +69,17 @@ def arrays(model: nn.Module) -> dict[str, mx.array]:
     return dict(tree_flatten(model.parameters()))
 
 
-def random_subject(name: str, config: dict[str, Any], bits: int, group_size: int, dtype: mx.Dtype) -> Subject:
+def random_subject(
+    name: str,
+    config: dict[str, Any],
+    bits: int,
+    group_size: int,
+    dtype: mx.Dtype,
+    processes: parallel.Processes | None = None,
+) -> Subject:
     """A model of that config with seeded random weights, made on the device layer by layer."""
     mx.random.seed(SEED)
-    zigzag = random_model(config, bits, group_size, dtype)
+    zigzag = random_model(config, bits, group_size, dtype, processes)
     check_memory(zigzag, name)
     evaluate(zigzag)
     text = mx.random.randint(0, config["vocab_size"], (4096,))
@@ -84,15 +92,16 @@ def random_subject(name: str, config: dict[str, Any], bits: int, group_size: int
         "weights": "random",
         **packing(zigzag),
     }
-    return Subject(name, config, zigzag, stock_twin(zigzag, config), tokens, settings, thresholds)
+    twin = stock_twin(zigzag, config, processes)
+    return Subject(name, config, zigzag, twin, tokens, settings, thresholds, processes)
 
 
-def loaded_subject(path: str) -> Subject:
+def loaded_subject(path: str, processes: parallel.Processes | None = None) -> Subject:
     """A converted and calibrated model; prompts are the shipped calibration text."""
     from spqt_cli.decode import session
     from spqt_cli.measure import texts
 
-    loaded = session.load(path, dense=True)
+    loaded = session.load(path, dense=True, processes=processes)
     calibration = loaded.folder.calibration
     if calibration is None:
         raise SpqtError(f"{path} has no thresholds, so nothing would be skipped", f"spqt calibrate {path}")
@@ -104,8 +113,9 @@ def loaded_subject(path: str) -> Subject:
 
     tokens = texts.tokens(texts.read(None), loaded.tokenizer)
     settings = {**packing(loaded.model), "calibrated": calibration.sparsity}
-    twin = stock_twin(loaded.model, loaded.config)
-    return Subject(loaded.folder.path.name, loaded.config, loaded.model, twin, tokens, settings, stored)
+    twin = stock_twin(loaded.model, loaded.config, processes)
+    name = loaded.folder.path.name
+    return Subject(name, loaded.config, loaded.model, twin, tokens, settings, stored, processes)
 
 
 def lazy_model(path: str) -> nn.Module:
@@ -115,9 +125,54 @@ def lazy_model(path: str) -> nn.Module:
     return session.load_lazily(locate.open_folder(path)).model
 
 
-def random_model(config: dict[str, Any], bits: int, group_size: int, dtype: mx.Dtype) -> nn.Module:
-    """mlx-lm's model of a config, its layers quantized as `spqt convert` would; nothing is evaluated."""
-    model = _build(config)
+def random_model(
+    config: dict[str, Any],
+    bits: int,
+    group_size: int,
+    dtype: mx.Dtype,
+    processes: parallel.Processes | None = None,
+) -> nn.Module:
+    """mlx-lm's model of a config, its layers quantized as `spqt convert` would; nothing is evaluated.
+
+    processes: keep this one's part alone; that evaluates it, layer by layer.
+    """
+    model, settings = _random(config, "zigzag", (bits, group_size, dtype))
+    hooks.install()
+    nn.quantize(model, class_predicate=settings)
+    if processes is None:
+        model.load_weights([], strict=False)  # as after a real load, so that hooks.py makes the model ready
+        return model
+    with hooks.cut_later():
+        model.load_weights([], strict=False)
+    _cut(model, config, processes)
+    hooks.make_ready(model)
+    return model
+
+
+def random_stock(
+    config: dict[str, Any],
+    bits: int,
+    group_size: int,
+    dtype: mx.Dtype,
+    processes: parallel.Processes | None = None,
+) -> nn.Module:
+    """Stock mlx-lm's model with other random weights of the same form, or this process's part; evaluated."""
+    model, settings = _random(config, "affine", (bits, group_size, dtype))
+    nn.quantize(model, class_predicate=settings)
+    if processes is not None:
+        _cut(model, config, processes)
+    evaluate(model)
+    return model
+
+
+def _random(
+    config: dict[str, Any], mode: str, form: tuple[int, int, mx.Dtype]
+) -> tuple[nn.Module, Callable[..., Any]]:
+    """A model with random weights, and how each of its layers is quantized: Zigzag ones by `mode`.
+
+    form: bits, group size and the dtype of all other arrays.
+    """
+    model, (bits, group_size, dtype) = _build(config), form
     model.set_dtype(dtype)
     decisions = plan.Decisions(model, plan.Wishes(bits, group_size))
 
@@ -125,13 +180,19 @@ def random_model(config: dict[str, Any], bits: int, group_size: int, dtype: mx.D
         kind, layer_bits, layer_group = decisions.kind(path)
         if kind == plan.PLAIN:
             return False
-        mode = "zigzag" if kind == plan.ZIGZAG else "affine"
-        return {"group_size": layer_group, "bits": layer_bits, "mode": mode}
+        of_layer = mode if kind == plan.ZIGZAG else "affine"
+        return {"group_size": layer_group, "bits": layer_bits, "mode": of_layer}
 
-    hooks.install()
-    nn.quantize(model, class_predicate=settings)
-    model.load_weights([], strict=False)  # as after a real load, so that hooks.py makes the model ready
-    return model
+    return model, settings
+
+
+def _cut(model: nn.Module, config: dict[str, Any], processes: parallel.Processes) -> None:
+    """Let a model of lazy arrays keep this process's part alone."""
+    groups = (processes.group, None) if processes.pipeline else (None, processes.group)
+    with parallel.sharding(*groups):
+        parallel.prepare(model, config)
+    cut: Any = model.model.pipeline if processes.pipeline else model.shard
+    cut(processes.group)
 
 
 def _build(config: dict[str, Any]) -> nn.Module:
@@ -139,11 +200,13 @@ def _build(config: dict[str, Any]) -> nn.Module:
     return model_class(args_class.from_dict(config))
 
 
-def stock_twin(zigzag: nn.Module, config: dict[str, Any]) -> nn.Module:
+def stock_twin(
+    zigzag: nn.Module, config: dict[str, Any], processes: parallel.Processes | None = None
+) -> nn.Module:
     """Stock mlx-lm's model with a Zigzag model's weights: dequantized, re-quantized row by row, evaluated.
 
     Bits, group and dtype are equal; all other arrays are shared. Where a layer's inputs are no multiple
-    of the group, stock mlx-lm can't quantize it, so it stays a plain matrix.
+    of the group, stock mlx-lm can't quantize it, so it stays a plain matrix. processes: cut as mlx-lm does.
     """
     twin = _build(config)
     dtype = compute_dtype(zigzag)
@@ -158,6 +221,10 @@ def stock_twin(zigzag: nn.Module, config: dict[str, Any]) -> nn.Module:
             mode = "affine" if isinstance(module, ZigzagLayer) else module.mode
             settings[path] = {"group_size": module.group_size, "bits": module.bits, "mode": mode}
     nn.quantize(twin, class_predicate=lambda path, _: settings.get(path, False))
+    if processes is not None:
+        _cut(twin, config, processes)
+        missing = {name: one for name, one in arrays(twin).items() if name not in weights}
+        weights.update({name: mx.zeros_like(one) for name, one in missing.items() if name.endswith(".bias")})
     twin.load_weights([(name.removeprefix("."), array) for name, array in weights.items()])
     evaluate(twin)
     return twin
@@ -241,5 +308,8 @@ class _Fit(nn.Module):
         mx.eval(self.threshold)
         masked = layout.mask(x, self.threshold)
         if chosen:
-            return many_rows.experts(masked, chosen[0], self._layer, **named)
-        return many_rows.linear(masked, self._layer)
+            y = many_rows.experts(masked, chosen[0], self._layer, **named)
+        else:
+            y = many_rows.linear(masked, self._layer)
+        part = self._layer.part
+        return y if part is None else part.finish(y)

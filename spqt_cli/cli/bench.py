@@ -10,7 +10,7 @@ from spqt_cli.cli import flags
 from spqt_cli.cli.flags import Json, ModelArgument, ModelOption, Quiet
 from spqt_cli.cli.output import progress
 from spqt_cli.errors import ResourceError, UsageError
-from spqt_cli.system import picture
+from spqt_cli.system import peers, picture
 
 
 def bench(
@@ -60,6 +60,7 @@ def bench(
         Path | None, typer.Option("--output", "-o", help="Also write JSON here.", readable=False)
     ] = None,
     plot: flags.Plot = None,
+    pipeline: flags.Pipeline = False,
     quiet: Quiet = False,
     json_output: Json = False,
 ) -> None:
@@ -79,6 +80,7 @@ def bench(
         picture.check(plot)
     from spqt_cli.bench import bench as benches
     from spqt_cli.bench import results
+    from spqt_cli.decode import parallel
 
     form = "json" if json_output else output_format
     results.check_format(form)
@@ -97,9 +99,11 @@ def bench(
         group_size=64 if group_size is None else group_size,
         dtype=dtype,
         delay_seconds=delay,
+        processes=parallel.join(pipeline=pipeline),
     )
     with progress(quiet or json_output) as on_progress:
         report = (benches.run_kernels if kernel else benches.run)(options, on_progress)
+    peers.stop()
     if plot is not None:
         from spqt_cli.cli import pictures
 

@@ -124,9 +124,16 @@ def _fused_blocks(folder: Folder, model: nn.Module) -> fused.Report:
 
 
 def _reads(folder: Folder, model: nn.Module) -> Reads:
-    """What a token reads; the reasons are those of a plan made today for the same model."""
+    found, experts = pieces(folder, model)
+    return summed(found, experts, *sparsity_of(folder, model))
+
+
+def pieces(folder: Folder, model: nn.Module) -> tuple[list[Piece], str]:
+    """(what a token reads, what is known of a mixture's experts); the reasons are those of a plan made today
+    for the same model.
+    """
     decide = plan.Decisions(model, plan.Wishes(), folder.config)
-    tensors, pieces = folder.tensors, []
+    tensors, found = folder.tensors, []
     for name, tensor in tensors.items():
         path, _, leaf = name.rpartition(".")
         packed = f"{path}.scales" in tensors and leaf in PACKED
@@ -139,10 +146,13 @@ def _reads(folder: Folder, model: nn.Module) -> Reads:
             reason = ""
         elif packed and reason == plan.BY_RULE:
             reason = _as_stored(folder.config["quantization"].get(path), decide.modules.get(path))
-        pieces.append(Piece(path, size, decide.fractions.of(path) * size, reason))
+        found.append(Piece(path, size, decide.fractions.of(path) * size, reason))
+    return found, decide.fractions.experts
+
+
+def sparsity_of(folder: Folder, model: nn.Module) -> tuple[float, str]:
+    """(the fraction of channels that decoding skips, where that number is from)."""
     if folder.calibration is not None and folder.calibration.sparsity:
-        sparsity, origin = folder.calibration.sparsity, "calibrated"
-    else:
-        count = sum(array.size for array in dict(tree_flatten(model.parameters())).values())
-        sparsity, origin = thresholds.default_sparsity(count), "not calibrated yet: the default for this size"
-    return summed(pieces, decide.fractions.experts, sparsity, origin)
+        return folder.calibration.sparsity, "calibrated"
+    count = sum(array.size for array in dict(tree_flatten(model.parameters())).values())
+    return thresholds.default_sparsity(count), "not calibrated yet: the default for this size"

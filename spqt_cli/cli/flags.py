@@ -52,6 +52,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no statistics.")]
 QuietAlone = Annotated[bool, typer.Option("--quiet", help="No progress.")]  # where -q is mlx-lm's --quantize
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
+Pipeline = Annotated[
+    bool,
+    typer.Option("--pipeline", help="Under mlx.launch: some layers on each machine, not a part of each."),
+]
 Preset = Annotated[
     str,
     typer.Option(

@@ -14,6 +14,7 @@ from spqt_cli.cli.flags import Adapter, Json, ModelArgument, ModelOption, Quiet,
 from spqt_cli.cli.output import show
 from spqt_cli.cli.prompt import prompt_text
 from spqt_cli.errors import UnsupportedError, UsageError
+from spqt_cli.system import launched, peers
 
 
 def generate(
@@ -76,6 +77,7 @@ def generate(
         ),
     ] = False,
     verbose: Annotated[str, typer.Option(metavar="BOOL", help="As in mlx-lm: false or f is --quiet.")] = "T",
+    pipeline: flags.Pipeline = False,
     revision: Revision = None,
     trust_remote_code: Trust = False,
     quiet: Quiet = False,
@@ -91,16 +93,19 @@ def generate(
         raise UsageError("--dense and --sparsity exclude one another", "give one of them")
     if use_default_chat_template and ignore_chat_template:
         raise UsageError("--use- and --ignore-chat-template exclude one another", "give one of them")
+    if prompt_cache_file is not None and launched.size() > 1:
+        raise UsageError("--prompt-cache-file has the cache of one process", "leave it out, or start one")
     if prompt_cache_file is not None and draft_model is not None:
         raise UsageError("--prompt-cache-file has no cache of a draft model", "leave one of them out")
     _refuse(image, quantize_activations)
     quiet = quiet or verbose.lower() in ("false", "f")
-    from spqt_cli.decode import cached_prompt, context, session
+    from spqt_cli.decode import cached_prompt, context, parallel, session
     from spqt_cli.decode import generate as generator
     from spqt_cli.decode.options import Cache, Loading, Options, Prompt, Sampling, picked
 
     sampling, request = picked(Sampling, given), picked(Prompt, {**given, "text": text})
     options = picked(Options, {**given, "cache": picked(Cache, given)})
+    given["processes"] = parallel.join(pipeline=pipeline)
     loaded = session.load(path, **picked(Loading, given))
     if prompt_cache_file is None:
         tokens = generator.encode(loaded, request)
@@ -111,6 +116,7 @@ def generate(
         for line in filter(None, [loaded.note and f"note: {loaded.note}", loaded.warning]):
             typer.echo(line, err=True)
     statistics = show(generator.stream(loaded, tokens, sampling, options), json_output=json_output)
+    peers.stop()
     if not (quiet or json_output):
         typer.echo(statistics.line(), err=True)
         typer.echo(f"  {statistics.backend}: {statistics.backend_reason}", err=True)

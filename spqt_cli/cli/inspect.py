@@ -18,6 +18,14 @@ def inspect(
     layer: Annotated[
         str | None, typer.Option(help="With --plot: whose inputs to draw. [the layer that skips most]")
     ] = None,
+    plan: Annotated[
+        int | None, typer.Option(help="Calculate what so many devices would hold, read and reach.")
+    ] = None,
+    bandwidth: Annotated[
+        str, typer.Option(help="With --plan: memory of one device, GB/s, or an Apple chip: 'M4 Max'.")
+    ] = "M4 Max",
+    link: Annotated[float, typer.Option(help="With --plan: GB/s from one device to the next.")] = 5.0,
+    latency: Annotated[float, typer.Option(help="With --plan: microseconds of a short message.")] = 50.0,
     json_output: Json = False,
 ) -> None:
     """Show what a converted folder holds, from its headers alone."""
@@ -28,6 +36,13 @@ def inspect(
         picture.check(plot)
     elif layer is not None:
         raise UsageError("--layer says what --plot draws", "add --plot FILE.png")
+    if plan is not None:
+        from spqt_cli.cli import device_plan
+
+        devices = device_plan.Devices(plan, device_plan.bandwidth(bandwidth), link, latency)
+        found = device_plan.plan(model, revision, devices)
+        typer.echo(as_json(found.document()) if json_output else harmless(found.text()))
+        return
     summary = describe.describe(model, revision)
     if plot is not None:
         from spqt_cli.cli import pictures

@@ -33,10 +33,12 @@ from spqt_cli.cli import (
     mlx_lm,
     profile,
     serve,
+    several,
     verify,
     worker,
 )
 from spqt_cli.errors import ResourceError, SpqtError, Terminated, without_mlx
+from spqt_cli.system import launched
 from spqt_cli.system.terminal import harmless
 from spqt_cli.version import __version__
 
@@ -146,13 +148,22 @@ app.command(
 
 def main() -> None:
     """Run the command line and exit with the code of what happened."""
+    if launched.size() == 1:
+        _main()
+        return
+    with several.one_of_them("--debug" in sys.argv):
+        _main()
+
+
+def _main() -> None:
     arguments = sys.argv[1:]
     passthrough = "mlx-lm" in arguments[:2]  # its own options follow; ours would be taken from them
     debug = "--debug" in (arguments[: arguments.index("mlx-lm")] if passthrough else arguments)
     if debug:
         arguments = [argument for argument in arguments if argument != "--debug"]
         sys.argv[1:] = arguments
-    signal.signal(signal.SIGTERM, _terminate)
+    if launched.size() == 1:  # else it ends at once: it may wait for the others where Python is not asked
+        signal.signal(signal.SIGTERM, _terminate)
     wants_json = "--json" in arguments and not passthrough
     try:
         if worker.wanted(arguments):
@@ -189,6 +200,8 @@ def main() -> None:
 
 def _run(arguments: list[str]) -> int | None:
     """The exit code of a command; Typer makes Ctrl-C one, and where it lost nothing that is said."""
+    if launched.size() > 1:
+        several.check(arguments)
     code: int | None = app(standalone_mode=False, prog_name="spqt")
     resumed = {*arguments[:2]} & set(RESUMED) and not {"--dry-run", "--remove"} & set(arguments)
     if code == 128 + signal.SIGINT and resumed:
@@ -204,6 +217,8 @@ def _fail(error: SpqtError, debug: bool, wants_json: bool) -> NoReturn:
     if debug:
         raise error
     code = error.exit_code
+    if launched.size() > 1:
+        several.fail(error)
     if wants_json:
         _as_json(error.cause, error.hint, code)
     for line in [f"spqt: {error.cause}"] + ([f"  hint: {error.hint}"] if error.hint else []):

@@ -1,5 +1,6 @@
 """`spqt serve`: its flags. Names and meanings are mlx_lm.server's where it has them."""
 
+import contextlib
 from argparse import Namespace
 from pathlib import Path
 from typing import Annotated
@@ -73,6 +74,7 @@ def serve(
             autocompletion=flags.values("DEBUG", "INFO", "WARNING", "ERROR"),
         ),
     ] = "WARNING",
+    pipeline: flags.Pipeline = False,
     revision: Revision = None,
     trust_remote_code: Trust = False,
 ) -> None:
@@ -84,7 +86,7 @@ def serve(
     given["chat_template_args"] = _json_object(chat_template_args)
     _log(log_level)
     key = _key(api_key_file)
-    from spqt_cli.decode import session
+    from spqt_cli.decode import parallel, session
     from spqt_cli.decode.options import Cache, Loading, Sampling, check, picked
     from spqt_cli.format import locate
     from spqt_cli.serve import server
@@ -96,15 +98,18 @@ def serve(
             f"set {KEY_VARIABLE}, or --api-key-file; make one: openssl rand -hex 32",
         )
     sampling = picked(Sampling, given)
-    folder = locate.open_folder(path, revision, trust_remote_code=trust_remote_code)
+    given["processes"] = processes = parallel.join(pipeline=pipeline)
+    with processes.together() if processes is not None else contextlib.nullcontext():
+        folder = locate.open_folder(path, revision, trust_remote_code=trust_remote_code)
     check(sampling, Cache(), folder.config)
     limits = server.Limits(max_waiting, max_connections, max_body_bytes, read_timeout)
     guard = Guard(frozenset({host.lower(), *_names(allowed_hosts)}), frozenset(_names(allowed_origins)), key)
     service = server.Service(
-        server.Server(host, port, guard, limits),
+        server.Server(host, port, guard, limits) if processes is None or processes.rank == 0 else None,
         lambda: session.load(folder, **picked(Loading, {**given, "revision": None})),
         Namespace(**given | server.UNUSED),
         server.served(served_model_name or _name(path), path, folder.size("vocab_size")),
+        processes,
     )
     server.serve(service, lambda text: typer.echo(text, err=True))
 

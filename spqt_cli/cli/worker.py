@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from spqt_cli.errors import BackendError, ResourceError, SpqtError
+from spqt_cli.system import launched
 
 MARK = "SPQT_WORKER"  # set in the child's environment
 COMMANDS = ("generate", "run", "chat", "compare", "eval", "bench", "calibrate", "serve")
@@ -31,7 +32,10 @@ def run(arguments: Sequence[str]) -> int:
     command = [sys.executable, "-m", "spqt_cli", *arguments]
     child = subprocess.Popen(command, env={**os.environ, MARK: str(os.getpid())})
 
+    told = []
+
     def forward(number: int, frame: Any) -> None:
+        told.append(number)
         child.send_signal(number)
 
     signal.signal(signal.SIGTERM, forward)
@@ -40,6 +44,8 @@ def run(arguments: Sequence[str]) -> int:
     code = child.wait()
     if code >= 0:
         return code
+    if -code in (signal.SIGINT, *told):
+        return 128 - code
     raise _cause(-code)
 
 
@@ -50,6 +56,11 @@ def _cause(number: int) -> SpqtError:
             "close other programs, or use a smaller model",
         )
     name = signal.Signals(number).name
+    if launched.size() > 1:
+        return BackendError(
+            f"the run was ended by {name}: most likely another of the {launched.size()} processes ended",
+            "see what they printed, and whether the machines reach one another",
+        )
     return BackendError(
         f"the run was ended by {name}: MLX, the GPU or its driver gave up; the model's folder is unharmed",
         "free memory, or try a shorter text or --prefill-step-size 512; see spqt doctor --selftest",

@@ -53,6 +53,10 @@ class ZigzagSwitchLinear(ZigzagLayer, QuantizedSwitchLinear):
         """y of x (..., rows, inputs), whose leading axes are broadcast against those of indices (...):
         (..., rows, outputs).
         """
+        y = self._products(x, indices, sorted_indices)
+        return y if self.part is None else self.part.finish(y)
+
+    def _products(self, x: mx.array, indices: mx.array, sorted_indices: bool) -> mx.array:
         decodes = phase.decodes()
         few = x.shape[-2] == 1 and 0 < interface.pairs(x, indices) <= select.MOST_CHOSEN
         one = x.size == x.shape[-1] and not self.shared_input.skips  # a token that skips nothing

@@ -35,6 +35,7 @@ _TABLE, _QUANTIZED_TABLE = (
     "mlx.nn.layers.quantized.QuantizedEmbedding",
 )
 _LOOPS = "mlx_lm.generate"
+_SHARDING = "mlx.nn.layers.distributed"
 _ATTENTION = ("q", "k", "v", "scale", "mask")
 
 REPLACED = (
@@ -46,6 +47,17 @@ REPLACED = (
          "decode/hooks.py", "sees the whole model once its weights are in: fuses and profiles it"),
     Hook("mlx_lm.utils", "load_model", ("model_path", "lazy", "strict", "get_model_classes"),
          "decode/hooks.py", "load() does not forward get_model_classes, by which a class is completed"),
+    Hook("mlx_lm.utils", "sharded_load", ("repo", "pipeline_group", "tensor_group", "return_config"),
+         "decode/hooks.py", "fused calls are formed once a model is cut, and not before"),
+    Hook("mlx.core.distributed", "all_sum", ("x", "group", "stream"), "decode/parallel.py",
+         "where sharded_load waits for all processes, an error of one of them would be lost"),
+    Hook(f"{_SHARDING}.QuantizedAllToShardedLinear", "from_quantized_linear",
+         ("quantized_linear_layer", "segments", "group"), "decode/hooks_sharding.py",
+         "shard_linear asks it for a layer's outputs on one process; it knows rows alone"),
+    Hook(f"{_SHARDING}.QuantizedShardedToAllLinear", "from_quantized_linear",
+         ("quantized_linear_layer", "segments", "group"), "decode/hooks_sharding.py", "likewise, of inputs"),
+    Hook(_SHARDING, "shard_inplace", ("module", "sharding", "segments", "group"), "decode/hooks_sharding.py",
+         "would cut Zigzag layers along the wrong axes and say nothing"),
     Hook(_LOOPS, "generate_step", ("prompt", "model"), "decode/hooks_generate.py",
          "tells prompt from generated tokens, which shapes do not"),
     Hook(_LOOPS, "speculative_generate_step", ("prompt", "model", "draft_model"),

@@ -149,6 +149,7 @@ class FusedMLP:
         self._step: interface.GatedStep | None = None
         self._groups: list[SharedInput] = []  # gate and up; down
         self._skips = False
+        self._part: Any = None  # of down, where it was cut over processes
 
     def forget(self) -> None:
         """Prepare anew with the next token."""
@@ -169,10 +170,11 @@ class FusedMLP:
         counter = active_counts.current() if self._skips else None
         tally = None if counter is None else counter.tally(self._groups, x.size // x.shape[-1])
         if tally is None:
-            return self._step(x, None, None)[0]
-        y, *counted = self._step(x, *tally.running)
-        tally.keep(counted)
-        return y
+            y = self._step(x, None, None)[0]
+        else:
+            y, *counted = self._step(x, *tally.running)
+            tally.keep(counted)
+        return y if self._part is None else self._part.finish(y)
 
     def _prepare(self, x: mx.array) -> None:
         layers = [self.module.get(name) for name in self.names]
@@ -183,6 +185,9 @@ class FusedMLP:
         if not all(map(recognize.is_zigzag, layers)):
             return  # a profile's row-grouped layer, or a watched one
         gate, up, down = layers
+        self._part = down.part
+        if gate.part is not None or up.part is not None:
+            return  # they compute more outputs than they have
         if [id(layer) for layer in gate.shared_input.layers] == [id(gate), id(up)]:
             self._groups = [gate.shared_input, down.shared_input]
             self._skips = any(layer.threshold is not None for layer in layers)

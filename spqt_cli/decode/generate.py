@@ -9,8 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import mlx.core as mx
+
 from spqt_cli.backends import select
-from spqt_cli.decode import active_counts, context, fused, session, text_borders
+from spqt_cli.decode import active_counts, context, fused, parallel, session, text_borders
 from spqt_cli.decode.options import Options, Prompt, Sampling, check
 from spqt_cli.errors import BackendError, SpqtError, UsageError
 from spqt_cli.system import files, sandbox
@@ -26,6 +28,8 @@ class Statistics:
     fed. weight_bytes_per_token: read for each token written, by the draft model too; steps that verify drafts
     read what any of their rows needs. dense_weight_bytes_per_token: what the same steps would read dense.
     draft_sparsity: the draft model's; None without one. fused_blocks: how its transformer blocks ran.
+    processes: how many ran it together, and parallel how, "tensor" or "pipeline", "" for one; memory then is
+    the largest of them, bytes are those of one, the mean.
     """
 
     prompt_tokens: int
@@ -42,17 +46,21 @@ class Statistics:
     note: str = ""
     draft_sparsity: float | None = None
     fused_blocks: fused.Report = field(default_factory=fused.Report)
+    processes: int = 1
+    parallel: str = ""
 
     def line(self) -> str:
         """The statistics as one line of text."""
         draft = "" if self.draft_sparsity is None else f" ({self.draft_sparsity:.1%} of the draft model's)"
+        several = f" | {self.parallel} parallel, {self.processes} processes: figures of one"
+        several *= self.processes > 1
         return (
             f"prompt {self.prompt_tokens} tokens, {self.prompt_tps:.1f} tok/s | "
             f"generation {self.generation_tokens} tokens, {self.generation_tps:.1f} tok/s | "
             f"peak memory {self.peak_memory_bytes / 1e9:.2f} GB | backend {self.backend} | "
             f"skipped {self.sparsity:.1%} of the Zigzag weights{draft} | "
             f"{self.weight_bytes_per_token / 1e6:.1f} MB of weights a token "
-            f"(dense {self.dense_weight_bytes_per_token / 1e6:.1f}) | {self.fused_blocks.line()}"
+            f"(dense {self.dense_weight_bytes_per_token / 1e6:.1f}) | {self.fused_blocks.line()}{several}"
         )
 
 
@@ -166,7 +174,6 @@ def _templated(tokenizer: Any, prompt: Prompt) -> str:
 
 def stream(loaded: session.Loaded, tokens: list[int], sampling: Sampling, options: Options) -> Iterator[Any]:
     """Pieces of text as they come (str), then the Statistics of the run, last."""
-    import mlx.core as mx
     import mlx_lm
 
     check(sampling, options.cache, loaded.config)
@@ -220,6 +227,8 @@ def _loop_arguments(loaded: session.Loaded, sampling: Sampling, options: Options
         xtc_threshold=sampling.xtc_threshold,
         xtc_special_tokens=tokenizer.encode("\n") + list(tokenizer.eos_token_ids),
     )
+    if loaded.processes is not None:
+        sampler = _agreeing(sampler, loaded.processes)
     arguments = {"max_tokens": options.max_tokens, "sampler": sampler, **vars(options.cache)}
     if sampling.repetition_penalty is not None:
         arguments["logits_processors"] = make_logits_processors(
@@ -230,6 +239,11 @@ def _loop_arguments(loaded: session.Loaded, sampling: Sampling, options: Options
     if loaded.draft is not None:
         arguments |= {"draft_model": loaded.draft.model, "num_draft_tokens": options.num_draft_tokens}
     return arguments
+
+
+def _agreeing(sampler: Any, processes: parallel.Processes) -> Any:
+    """A sampler that gives all processes the first one's token."""
+    return lambda logprobs: processes.agreed(sampler(logprobs))
 
 
 def _check_finite(response: Any) -> None:
@@ -252,13 +266,16 @@ def _statistics(
         more, more_dense, draft_skipped = session.touched_bytes(draft, shares)
         of_draft, own = (counter.steps(one.model) / response.generation_tokens for one in (draft, loaded))
         read, dense = own * read + of_draft * more, own * dense + of_draft * more_dense
-    backend = select.backend()
+    backend, memory, together = select.backend(), response.peak_memory * 1e9, loaded.processes
+    if together is not None:
+        read, dense, skipped = _of_all(loaded, together, (read, dense, skipped))
+        (memory,) = together.all([memory], mx.distributed.all_max)
     return Statistics(
         prompt_tokens=response.prompt_tokens,
         prompt_tps=response.prompt_tps,
         generation_tokens=response.generation_tokens,
         generation_tps=response.generation_tps,
-        peak_memory_bytes=response.peak_memory * 1e9,
+        peak_memory_bytes=memory,
         backend=backend.name,
         backend_reason=backend.reason,
         sparsity=skipped,
@@ -268,7 +285,18 @@ def _statistics(
         note=loaded.note,
         draft_sparsity=draft_skipped,
         fused_blocks=fused.report(loaded.model),
+        processes=1 if together is None else together.size,
+        parallel="" if together is None else together.how,
     )
+
+
+def _of_all(
+    loaded: session.Loaded, processes: parallel.Processes, own: tuple[float, float, float]
+) -> tuple[float, float, float]:
+    """(bytes read a token by one process, dense, fraction of all Zigzag weights skipped), of own figures."""
+    zigzag = sum(session.weight_bytes(loaded.model, loaded.config)[1].values())
+    read, dense, skipped, of = processes.all([own[0], own[1], own[2] * zigzag, zigzag])
+    return read / processes.size, dense / processes.size, skipped / max(of, 1)
 
 
 class StopStrings:

@@ -28,7 +28,9 @@ from spqt_cli.decode import (
     fused,
     hooks_cpu,
     hooks_generate,
+    hooks_sharding,
     kernel_check,
+    parallel,
     profile,
 )
 from spqt_cli.decode.layers import ZigzagLayer, ZigzagLinear, share_inputs, zigzag_layers
@@ -38,6 +40,7 @@ from spqt_cli.format import thresholds
 _load_weights = nn.Module.load_weights
 _refusal: ContextVar[SpqtError | None] = ContextVar("refusal", default=None)
 _follows_profile: ContextVar[bool] = ContextVar("follows_profile", default=True)
+_is_cut_later: ContextVar[bool] = ContextVar("is_cut_later", default=False)
 _log = logging.getLogger("spqt")
 
 
@@ -105,21 +108,38 @@ def as_stored() -> Iterator[None]:
         _follows_profile.reset(token)
 
 
+@contextlib.contextmanager
+def cut_later() -> Iterator[None]:
+    """Models that are loaded within the block will be cut over processes, then given to `make_ready`."""
+    token = _is_cut_later.set(True)
+    try:
+        yield
+    finally:
+        _is_cut_later.reset(token)
+
+
 def _load_weights_and_prepare(self: nn.Module, file_or_weights: Any, strict: bool = True) -> nn.Module:
     """Load weights; a model with Zigzag layers is then made ready for its backend."""
     result = _load_weights(self, file_or_weights, strict)
     if zigzag_layers(self):
-        share_inputs(self)
-        bytes_read.tell_chosen(self)
         if mx.default_device().type == mx.DeviceType.cpu:
             compute_in_float32(self)
         if select.backend().native_float32:
             hooks_cpu.install()
-        fused.install(self)
+        if _is_cut_later.get():
+            return result
+        make_ready(self)
         follows = strict and _follows_profile.get()  # with only a part of the weights nothing is repacked
         if follows and (said := profile.follow(self, profile.stored_curves(self), wished_sparsity())):
             _log.warning(said)
     return result
+
+
+def make_ready(model: nn.Module) -> None:
+    """Form what runs in one call of a model's Zigzag layers, which have the sizes now that they keep."""
+    share_inputs(model)
+    bytes_read.tell_chosen(model)
+    fused.install(model)
 
 
 class _OnImport(MetaPathFinder):
@@ -149,6 +169,7 @@ def _hook_loading(utils: Any) -> None:
     def load_model(path: Any, lazy: bool = False, strict: bool = True, **kw: Any) -> Any:
         get = kw.pop("get_model_classes", utils._get_classes)
         found = stock(path, lazy, strict, get_model_classes=lambda config: exact.classes(get, config), **kw)
+        parallel.prepare(*found)
         if not lazy and _follows_profile.get():  # else whoever loads it has more to do first: session.py
             kernel_check.check(found[0])
         return found
@@ -156,6 +177,22 @@ def _hook_loading(utils: Any) -> None:
     hooked: Any = load_model
     hooked.is_exact = True
     foreign.replace(utils, "load_model", hooked)
+    foreign.replace_everywhere(utils, "sharded_load", _sharded(utils.sharded_load))
+
+
+def _sharded(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """mlx-lm's sharded_load, after which Zigzag layers run as elsewhere."""
+
+    @functools.wraps(stock)
+    def sharded_load(repo: Any, pipeline_group: Any = None, tensor_group: Any = None, *args: Any, **kw: Any):
+        with cut_later(), parallel.sharding(pipeline_group, tensor_group):
+            found = stock(repo, pipeline_group, tensor_group, *args, **kw)
+        parallel.meet(pipeline_group or tensor_group)
+        if zigzag_layers(found[0]):
+            make_ready(found[0])
+        return found
+
+    return sharded_load
 
 
 def _hook_adapters(_: Any) -> None:
@@ -195,6 +232,7 @@ def install() -> None:
     """Patch MLX's modules; doing it twice changes nothing."""
     foreign.replace(nn.Linear, "to_quantized", _linear_to_zigzag)
     foreign.replace(nn.Module, "load_weights", _load_weights_and_prepare)
+    hooks_sharding.install()
     for name, hook in _HOOKS.items():
         if name in sys.modules:
             hook(sys.modules[name])

@@ -29,6 +29,7 @@ class ZigzagLayer(nn.Module):
     always_dense = False  # true of a head: nothing of it is ever skipped
     biases: Any  # mx.array; MLX declares it optional, which it is in other quantization modes
     chosen = 1  # matrices that a token is multiplied by: of experts, those that it is sent to
+    part: Any = None  # a sharding.Part where this is a process's part of a layer
 
     def __init__(self, outputs: int, bits: int, group_size: int, band: int) -> None:
         nn.Module.__init__(self)
@@ -65,9 +66,14 @@ class ZigzagLayer(nn.Module):
         return self._threshold
 
     def set_threshold(self, threshold: float | mx.array | None) -> None:
-        """Skip channels below `threshold` in decode steps; None makes the layer dense."""
+        """Skip channels below `threshold` in decode steps; None makes the layer dense.
+
+        Of a layer that was cut over processes it may be that of all its channels.
+        """
         if threshold is not None:
             threshold = mx.array(threshold, dtype=mx.float32).reshape(-1)
+            if self.part is not None:
+                threshold = self.part.threshold(threshold)
             mx.eval(threshold)  # a lazy constant would belong to this thread's stream alone
         # Not as nn.Module would keep it: reading an array attribute of a module takes microseconds.
         object.__setattr__(self, "_threshold", threshold)
@@ -125,6 +131,10 @@ class ZigzagLinear(ZigzagLayer, nn.QuantizedLinear):
         return layer
 
     def __call__(self, x: mx.array) -> mx.array:
+        y = self._product(x)
+        return y if self.part is None else self.part.finish(y)
+
+    def _product(self, x: mx.array) -> mx.array:
         decodes = phase.decodes()
         if x.size == x.shape[-1] and (decodes or not self.shared_input.skips):
             return self.shared_input.product(x, self)

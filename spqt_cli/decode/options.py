@@ -22,7 +22,8 @@ class Loading(TypedDict, total=False):
     where that is set, else the calibrated sparsity. dense: skip nothing, exact zeros included, and run every
     layer as it is stored; else each layer runs as this device's profile says. revision: of a hub id.
     trust_remote_code: accept a folder that brings code. adapter_path: folder of LoRA or DoRA adapters.
-    draft_model: folder or hub id of a smaller model for speculative decoding.
+    draft_model: folder or hub id of a smaller model for speculative decoding. processes: a
+    parallel.Processes: keep this process's part alone; every one of them must load the model.
     """
 
     sparsity: float | None
@@ -31,6 +32,7 @@ class Loading(TypedDict, total=False):
     trust_remote_code: bool
     adapter_path: str | None
     draft_model: str | None
+    processes: Any
 
 
 def _ranged(default: Any, least: float, largest: float = math.inf) -> Any:

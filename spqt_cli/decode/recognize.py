@@ -10,7 +10,7 @@ held against the formula. The CPU, the GPU, profiles and `spqt inspect` ask here
 import ast
 import inspect
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -84,7 +84,10 @@ def block(module: Any, backend: interface.Backend) -> Block | str:
         groups = [list(map(id, layer.shared_input.layers)) for layer in (out, gate, up, down)]
         if groups != [[id(out)], [id(gate), id(up)], [id(gate), id(up)], [id(down)]]:
             return "gate and up do not run in one launch"
-        tail = interface.Tail(*middle, [gate, up], down)
+        total = None if out.part is None else interface.Total(out.part.total, out.part.is_first)
+        tail = interface.Tail(*middle, [gate, up], down, total)
+    elif out.part is not None:
+        return "its experts' parts are added up"
     projections = list(q.shared_input.layers)
     own = [id(attention.get(name)) for name in PROJECTIONS] == list(map(id, projections))
     norm = interface.Norm(before["weight"], before.eps)
@@ -103,7 +106,21 @@ def why_not(module: Any, backend: interface.Backend, zigzag: IsZigzag = is_zigza
     if adapted := [name for name in within if is_adapter(attention.get(name) or mlp.get(name))]:
         return f"adapters on {' and '.join(adapted)}"
     others = [name for name in names if not zigzag(attention.get(name) or mlp.get(name))]
-    return f"{' and '.join(others)} not in the Zigzag layout" if others else ""
+    if others:
+        return f"{' and '.join(others)} not in the Zigzag layout"
+    parts = {name: getattr(attention.get(name) or mlp.get(name), "part", None) for name in within}
+    return _why_not_parts(parts, (OUT, names[-1]))
+
+
+def _why_not_parts(parts: Mapping[str, Any], summed: Sequence[str]) -> str:
+    """Why a block whose layers were cut over processes can't run fused; "" where it can."""
+    if cut := [name for name, part in parts.items() if part is not None and part.kept]:
+        return f"{' and '.join(cut)} cut within a group of weights"
+    adds = {name for name, part in parts.items() if part is not None and part.group is not None}
+    others = {name for name, part in parts.items() if part is not None} - adds
+    if others or adds not in (set(), set(summed)):
+        return "its layers are cut over processes in another way"
+    return ""
 
 
 def form(module: Any) -> str:

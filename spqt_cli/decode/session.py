@@ -22,6 +22,7 @@ from spqt_cli.decode import (
     bytes_read,
     hooks,
     kernel_check,
+    parallel,
     profile,
     quality_warning,
 )
@@ -50,7 +51,8 @@ class Loaded:
 
     folder: where it lies and what config.json says, checked. sparsity: what its
     thresholds aim at, 0 to 1; None when it runs dense. note: one line for a user where the model does
-    not simply run as it was calibrated, else "". draft: proposes tokens, if there is one.
+    not simply run as it was calibrated, else "". draft: proposes tokens, if there is one. processes: those
+    that run it together, each with its part, if they are several.
     """
 
     model: nn.Module
@@ -59,6 +61,7 @@ class Loaded:
     sparsity: float | None = None
     note: str = ""
     draft: Draft | None = None
+    processes: parallel.Processes | None = None
 
     @property
     def config(self) -> dict[str, Any]:
@@ -86,6 +89,8 @@ def load(path: str | Path | Folder, **options: Unpack[Loading]) -> Loaded:
     sparsity, dense = options.get("sparsity"), options.get("dense", False)
     adapter, trusted = options.get("adapter_path"), options.get("trust_remote_code", False)
     thresholds.check_sparsity(sparsity)
+    if (processes := options.get("processes")) is not None:
+        return _load_part(path, options, processes)
     if isinstance(path, Folder):
         folder = path
     else:
@@ -106,6 +111,34 @@ def load(path: str | Path | Folder, **options: Unpack[Loading]) -> Loaded:
         if loaded.sparsity:
             loaded.add_note(DRAFT_NOTE)
     return loaded
+
+
+def _load_part(path: str | Path | Folder, options: Loading, processes: parallel.Processes) -> Loaded:
+    """As `load`, of this process's part. This device's profile is of whole layers and is not followed."""
+    trusted, sparsity = options.get("trust_remote_code", False), options.get("sparsity")
+    with processes.together():
+        _refuse_more(options)
+        sparsity = wished_sparsity() if sparsity is None else sparsity
+        folder = path
+        if not isinstance(folder, Folder):
+            folder = locate.open_folder(str(path), options.get("revision"), trust_remote_code=trusted)
+        architecture.classes(folder.config, str(folder))
+    with processes.together():
+        wishes = {"trust_remote_code": trusted, "processes": processes}
+        loaded = Loaded(*_through_mlx_lm(folder, wishes), folder, processes=processes)
+        _set_thresholds(loaded, sparsity, options.get("dense", False))
+    if loaded.sparsity:
+        loaded.add_note(_read_whole(loaded))
+    return loaded
+
+
+def _refuse_more(options: Loading) -> None:
+    for name in ("adapter_path", "draft_model"):
+        if options.get(name) is not None:
+            raise UnsupportedError(
+                f"--{name.replace('_', '-')}: mlx-lm runs neither adapters nor drafts in several processes",
+                "leave it out, or start one process",
+            )
 
 
 def apply_profile(loaded: Loaded) -> str:
@@ -137,12 +170,14 @@ def _through_mlx_lm(folder: Folder, wishes: dict[str, Any]) -> tuple[nn.Module, 
     # A class that ends the process is met here.
     architecture.classes(folder.config, str(folder))
     hooks.install()
+    wishes = {**wishes, "tokenizer_config": {"trust_remote_code": wishes.get("trust_remote_code", False)}}
+    processes = wishes.pop("processes", None)
     with plain_path(folder.path) as readable, _load_errors(folder.path), as_stored():
-        model, tokenizer, *_ = mlx_lm.load(
-            str(readable),
-            tokenizer_config={"trust_remote_code": wishes.get("trust_remote_code", False)},
-            **wishes,
-        )
+        if processes is not None:
+            groups = (processes.group, None) if processes.pipeline else (None, processes.group)
+            model, tokenizer = mlx_lm.utils.sharded_load(str(readable), *groups, **wishes)
+        else:
+            model, tokenizer, *_ = mlx_lm.load(str(readable), **wishes)
         tokenizer.encode("a")  # some values of tokenizer_config.json are read only then
         if not wishes.get("lazy"):
             _try_step(model)

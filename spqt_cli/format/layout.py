@@ -107,6 +107,33 @@ def dequantize(
     return w.reshape(*weight.shape[:-3], -1, weight.shape[-2])[..., :outputs, :]
 
 
+def take_groups(packed: mx.array, groups: Sequence[range], in_band: int, in_new: int) -> mx.array:
+    """Some groups of outputs, in their order, as bands of `in_new` groups; lazy, and no view of the whole.
+
+    packed: `weight`, `scales` or `biases`, (..., bands, inputs, columns), `in_band` groups in a band. Groups
+    that fill the last new band repeat the last one. Returns (..., new bands, inputs, new columns).
+    """
+    *leading, _, inputs, columns = packed.shape
+    first, last = min(one.start for one in groups), max(one.stop for one in groups)
+    skipped = first // in_band
+    packed = packed[..., skipped : -(-last // in_band), :, :]
+    if in_new == in_band and len(groups) == 1 and first % in_band == 0 and len(groups[0]) % in_band == 0:
+        return mx.contiguous(packed)
+    width = columns // in_band
+    chunks = packed.reshape(*packed.shape[:-1], in_band, width).swapaxes(-2, -3)
+    chunks = chunks.reshape(*leading, -1, inputs, width)
+    wanted = [number - skipped * in_band for one in groups for number in one]
+    wanted += wanted[-1:] * (-len(wanted) % in_new)
+    chunks = mx.take(chunks, mx.array(wanted), axis=-3).reshape(*leading, -1, in_new, inputs, width)
+    return mx.contiguous(chunks.swapaxes(-2, -3).reshape(*leading, -1, inputs, in_new * width))
+
+
+def take_inputs(packed: mx.array, inputs: Sequence[range]) -> mx.array:
+    """Some input channels of `weight`, `scales` or `biases`, in their order; lazy, no view of the whole."""
+    parts = [packed[..., one.start : one.stop, :] for one in inputs]
+    return mx.contiguous(parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-2))
+
+
 def matmul(  # noqa: PLR0913 - the parameters of mx.quantized_matmul
     x: mx.array,
     weight: mx.array,

@@ -20,7 +20,9 @@ from mlx_lm.models.cache import LRUPromptCache, can_trim_prompt_cache, make_prom
 from spqt_cli.backends import select
 from spqt_cli.decode import active_counts, context, foreign, generate, session, text_borders
 from spqt_cli.decode.options import Options, Sampling
+from spqt_cli.decode.parallel import Processes
 from spqt_cli.errors import BackendError, SpqtError
+from spqt_cli.serve import sharing
 from spqt_cli.serve.connection import Client
 from spqt_cli.serve.metrics import Metrics
 from spqt_cli.serve.refusal import ClientGone, Refusal
@@ -92,13 +94,19 @@ class Responses(queue.Queue[Any]):
 
 
 class Generator(server.ResponseGenerator):
-    """See the module. The thread starts with the object; `begin` lets it warm up once it has loaded."""
+    """See the module. The thread starts with the object; `begin` lets it warm up once it has loaded.
+
+    processes: those that generate together; the first one gets the requests and tells the others.
+    """
 
     model_provider: Any  # a Provider
     _time_budget: Any
 
-    def __init__(self, provider: Provider, cache: PromptCache, metrics: Metrics) -> None:
-        self.metrics = metrics
+    def __init__(
+        self, provider: Provider, cache: PromptCache, metrics: Metrics, processes: Processes | None = None
+    ) -> None:
+        self.metrics, self.processes = metrics, processes
+        self._client: Any = None  # of the request whose sampler is made next
         self.error: BaseException | None = None
         self.statistics: Any = None  # of the warm-up
         self.has_loaded, self.is_ready = threading.Event(), threading.Event()
@@ -121,7 +129,7 @@ class Generator(server.ResponseGenerator):
 
     def _run_generate(self) -> None:
         try:
-            with foreign.replaced([(server, "_make_sampler", make_sampler)]):
+            with foreign.replaced([(server, "_make_sampler", self._make_sampler)]):
                 self._generate()
         except BaseException as error:
             self.error, self._generation_failed = error, True
@@ -140,6 +148,27 @@ class Generator(server.ResponseGenerator):
                 self._warm_up(self._first.get(timeout=0.1))
                 break
         super()._generate()
+        if self.processes is not None and self.processes.rank == 0:
+            self._share_object(sharing.END)
+
+    def _make_sampler(self, args: Any, tokenizer: Any) -> Any:
+        sampler, processes, client = make_sampler(args, tokenizer), self.processes, self._client
+        if processes is None:
+            return sampler
+        end = min(tokenizer.eos_token_ids)
+        return sharing.agreeing(sampler, processes, end, lambda: client.left or self._stop)
+
+    def _share_request(self, request: Any) -> Any:
+        """As mlx-lm's, of a request and what belongs to it; in other processes its responses go nowhere."""
+        if self.processes is None:
+            return request
+        found = self._share_object(request and (sharing.bare(request[1]), request[2]))
+        if found == sharing.END:
+            self._stop = True
+            return None
+        if found is None or self.processes.rank == 0:
+            return request
+        return (Responses(lambda: False, lambda: None), *found)
 
     def _warm_up(self, tokens: list[int]) -> None:
         *_, self.statistics = generate.stream(
@@ -187,8 +216,9 @@ class Generator(server.ResponseGenerator):
 
     def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
         """Called by mlx-lm in the generating thread."""
-        if request.client.left:
+        if request.client.left and self.processes is None:
             raise ClientGone
+        self._client = request.client
         return request.prepared
 
     def _is_batchable(self, args: Any) -> bool:
@@ -196,7 +226,7 @@ class Generator(server.ResponseGenerator):
         return self.cli_args.decode_concurrency > 1 and super()._is_batchable(args)
 
     def _serve_single(self, request: Any, stream: Any) -> None:
-        request[0].alone = True
+        request[0].alone = self.processes is None
         super()._serve_single(request, stream)
 
     def generate(self, request: Any, generation_args: Any, progress_callback: Any = None) -> tuple[Any, Any]:

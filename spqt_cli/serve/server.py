@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from spqt_cli.decode import generate, session
 from spqt_cli.decode.options import Prompt
+from spqt_cli.decode.parallel import Processes
 from spqt_cli.errors import BackendError, BusyError, ResourceError, SpqtError, UsageError
 from spqt_cli.serve import handler
 from spqt_cli.serve.admission import Admission
@@ -32,7 +33,6 @@ UNUSED = {
     "chat_template": "",
     "kv_bits": None,
     "kv_group_size": 64,
-    "pipeline": False,
     "quantized_kv_start": 0,
 }
 LATE_REQUEST = b"HTTP/1.0 429 Too Many Requests\r\nRetry-After: 1\r\nContent-Length: 0\r\n\r\n"
@@ -146,21 +146,28 @@ class Server(ThreadingHTTPServer):
 class Service:
     """A server and its generator. open_model is called in the generating thread.
 
-    arguments: mlx-lm's own, by its names (mlx_lm.server), of which decode_concurrency is how many requests
-    run at a time.
+    server: None in all but the first of several `processes`. arguments: mlx-lm's own, by its names
+    (mlx_lm.server), of which decode_concurrency is how many requests run at a time.
     """
 
     def __init__(
-        self, server: Server, open_model: Callable[[], session.Loaded], arguments: Namespace, served: Served
+        self,
+        server: Server | None,
+        open_model: Callable[[], session.Loaded],
+        arguments: Namespace,
+        served: Served,
+        processes: Processes | None = None,
     ) -> None:
-        self.server = server
+        self.server, self.served = server, served
         most = arguments.prompt_cache_bytes
         # With drafts mlx-lm keeps caches that hold other tokens than it says: a repeated request was answered
         # otherwise than the first.
         count = 0 if arguments.draft_model else arguments.prompt_cache_size
         cache = PromptCache(count, 1 << 63 if most is None else most)
-        self.generator = Generator(Provider(arguments, open_model), cache, server.metrics)
-        server.open_to(self.generator, served, arguments.decode_concurrency, f"spqt-{__version__}")
+        metrics = Metrics() if server is None else server.metrics
+        self.generator = Generator(Provider(arguments, open_model), cache, metrics, processes)
+        if server is not None:
+            server.open_to(self.generator, served, arguments.decode_concurrency, f"spqt-{__version__}")
         self.ending = threading.Event()
 
     def get_ready(self) -> bool:
@@ -182,6 +189,8 @@ class Service:
             if self.ending.is_set():
                 return False
             if not self.generator.generation_available():
+                if self.server is None and self.generator.error is None:  # the first process told it to end
+                    return False
                 raise _cause(self.generator.error)
         return not self.ending.is_set()
 
@@ -190,19 +199,25 @@ class Service:
         self.generator._stop = True
         end = time.monotonic() + END_SECONDS
         self.generator._generation_thread.join(END_SECONDS)
+        if self.server is None:
+            return
         while self.server.admission.running and time.monotonic() < end:
             time.sleep(0.01)
         self.server.shutdown()
         self.server.server_close()
 
     def start_line(self) -> str:
-        """What runs, for people."""
+        """What runs, for people; "" in a process without a server."""
+        if self.server is None:
+            return ""
         loaded, found = self.generator.model_provider.loaded, self.generator.statistics
         host, port = self.server.server_address[:2]
         where = f"[{host!s}]:{port}" if ":" in str(host) else f"{host!s}:{port}"
         sparsity = f"{loaded.sparsity:.0%} sparsity" if loaded.sparsity else "dense"
+        if found.processes > 1:
+            sparsity += f", {found.parallel} parallel in {found.processes} processes"
         return (
-            f"spqt: serving {self.server.served.name} on http://{where} | backend {found.backend} "
+            f"spqt: serving {self.served.name} on http://{where} | backend {found.backend} "
             f"({found.backend_reason}) | {sparsity}, skipped {found.sparsity:.1%} of the Zigzag weights | "
             f"{found.generation_tps:.1f} tok/s over {found.generation_tokens} tokens of a first answer"
         )

@@ -69,6 +69,7 @@ LINES: dict[str, Line] = {
     "bench": lambda at: ["bench", at.calibrated, *TIMES],
     "list": lambda at: ["list", at.own.parent],
     "inspect": lambda at: ["inspect", at.calibrated],
+    "inspect --plan": lambda at: ["inspect", at.calibrated, "--plan", 2],
     "verify": lambda at: ["verify", at.calibrated],
     "presets": lambda at: ["presets"],
     "profile": lambda at: ["profile"],

@@ -136,11 +136,15 @@ def _fitted(folder: Path, window: int) -> tuple[int, bool]:
 
 
 def _write_source(name: str, source: Path) -> None:
+    write_source(architecture_configs.config(name), source, seed=len(name))
+
+
+def write_source(config: dict[str, Any], source: Path, seed: int) -> None:
     """A tiny checkpoint with seeded weights, named as mlx-lm names them."""
     source.mkdir(parents=True)
-    config = {"torch_dtype": "float32", **architecture_configs.config(name)}
+    config = {"torch_dtype": "float32", **config}
     (source / "config.json").write_text(json.dumps(config))
-    weights = _weights(config, seed=len(name))
+    weights = _weights(config, seed)
     mx.save_safetensors(str(source / "model.safetensors"), weights, metadata={"format": "mlx"})
     write_tokenizer(source)
 

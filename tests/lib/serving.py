@@ -19,7 +19,7 @@ ARGUMENTS = {
     "model": NAME, "draft_model": None, "num_draft_tokens": 3, "trust_remote_code": False, "temp": 0.0,
     "top_p": 1.0, "top_k": 0, "min_p": 0.0, "max_tokens": 8,
     "decode_concurrency": 1, "prompt_concurrency": 8, "prefill_step_size": 64, "prompt_cache_size": 4,
-    "prompt_cache_bytes": None, "adapter_path": None,
+    "prompt_cache_bytes": None, "adapter_path": None, "pipeline": False,
 }  # fmt: skip
 
 

@@ -45,6 +45,7 @@ from spqt_cli.backends.interface import (
     Step,
     Tail,
     TailStep,
+    Total,
     pairs,
 )
 from spqt_cli.format import layout
@@ -186,7 +187,7 @@ def prepare_tail(x: mx.array, tail: Tail) -> TailStep | None:
     plan = _gated_plan(x, tail.pair, tail.norm)
     if plan is None:
         return None
-    out, down = _residual(tail.out), _residual(tail.down)
+    out, down = _residual(tail.out, tail.total), _residual(tail.down, tail.total)
 
     @mx.compile
     def step(attended: mx.array, x: mx.array, counted: Sequence[Count]) -> tuple[mx.array, list[Count]]:
@@ -274,11 +275,24 @@ def _usable(x: mx.array, layers: Sequence[Projection], form: Form) -> Plan | Non
     return None if plan is None or plan.gemv is None else plan
 
 
-def _residual(layer: Projection) -> Callable[..., tuple[mx.array, Count]]:
-    """layer(x) + residual, and the count, as one call of a trace."""
+def _residual(layer: Projection, total: Total | None) -> Callable[..., tuple[mx.array, Count]]:
+    """layer(x) + residual, and the count, as one call of a trace.
+
+    Of a part of the layer's inputs the first process adds the residual to its own product, and then all of
+    them add those up.
+    """
     products = prepare([layer])
 
     def step(x: mx.array, residual: mx.array, counted: Count) -> tuple[mx.array, Count]:
+        if total is None:
+            return added(x, residual, counted)
+        if total.is_first:
+            y, counted = added(x, residual, counted)
+        else:
+            (y,), counted = products(x, counted)
+        return total.all(y), counted
+
+    def added(x: mx.array, residual: mx.array, counted: Count) -> tuple[mx.array, Count]:
         plan = _usable(x, [layer], Form(layer.threshold is None, "residual"))
         if plan is None:
             (y,), counted = products(x, counted)

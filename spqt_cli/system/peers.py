@@ -1,0 +1,66 @@
+"""Ends this process where another one, which it would wait for without end, has closed its connection.
+
+MLX's ring was seen to wait for ever once a peer had gone. Its sockets are known by the ports that the
+launcher's list of hosts names; a socket that the other side closed stays in the state CLOSE_WAIT.
+"""
+
+import json
+import os
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+import psutil
+
+from spqt_cli.errors import BackendError
+
+LOOK_SECONDS, LOST_LOOKS = 1.0, 5  # a peer that has finished closes too: this process then ends by itself
+_over = threading.Event()
+
+
+def watch() -> None:
+    """Watch from now on, in a thread that keeps nothing from ending, if the processes talk through a ring."""
+    if ports := _ports():
+        threading.Thread(target=_until_lost, args=(ports, _end), name="spqt-peers", daemon=True).start()
+
+
+def stop() -> None:
+    """Nothing is waited for any more: the others may leave."""
+    _over.set()
+
+
+def _until_lost(ports: frozenset[int], end: Callable[[], None]) -> None:
+    seen = 0
+    while not _over.wait(LOOK_SECONDS):
+        seen = seen + 1 if _is_closed(ports) else 0
+        if seen == LOST_LOOKS:
+            end()
+            return
+
+
+def _is_closed(ports: frozenset[int]) -> bool:
+    """Whether the other side has closed one of this process's connections from or to these ports."""
+    try:
+        connections = psutil.Process().net_connections(kind="tcp")
+    except (psutil.Error, OSError):  # not to be had here: nothing is known
+        return False
+    closed = [one for one in connections if one.status == psutil.CONN_CLOSE_WAIT]
+    return any({one.laddr.port, one.raddr.port} & ports for one in closed if one.raddr)
+
+
+def _ports() -> frozenset[int]:
+    """The ports of all processes of a ring; none where there is no ring."""
+    try:
+        hosts = json.loads(Path(os.environ["MLX_HOSTFILE"]).read_text())
+        return frozenset(int(address.rpartition(":")[2]) for host in hosts for address in host)
+    except (KeyError, OSError, ValueError, TypeError, AttributeError):
+        return frozenset()
+
+
+def _end() -> NoReturn:
+    rank = os.environ.get("MLX_RANK", "?")
+    message = f"spqt: process {rank}: another process has ended, and this one would wait for it"
+    print(message, file=sys.__stderr__, flush=True)
+    os._exit(BackendError.exit_code)
