@@ -318,6 +318,6 @@ def more_than_stored(loaded: Loaded, read: float) -> str:
     if loaded.draft is not None or read <= stored:
         return ""
     return (
-        f"dense MB a token exceed the {stored / 1e6:.1f} MB of the files: what is converted at load, as a tied "
-        "head's scales are on a CPU, is read as float32"
+        f"dense MB a token exceed the {stored / 1e6:.1f} MB of the files: what is converted at load, as a "
+        "tied head's scales are on a CPU, is read as float32"
     )

@@ -180,3 +180,16 @@ def test_a_mistyped_path_names_what_is_near(calibrated: Path):
     wrong = str(calibrated)[:-1]
     for command in (["inspect", wrong], ["run", wrong, "hello"], ["calibrate", wrong], ["convert", wrong]):
         assert_error(spqt(*command), 3, f"near it: {calibrated}")
+
+
+@pytest.mark.parametrize("name", ["text.txt", "questions.jsonl", "mine.toml", "prefix.safetensors"])
+def test_so_does_a_mistyped_file_that_a_flag_names(calibrated: Path, tmp_path: Path, name: str):
+    (tmp_path / name).touch()
+    wrong = tmp_path / name.replace(".", "x.")
+    command = {
+        "text.txt": ["calibrate", calibrated, "--data", wrong],
+        "questions.jsonl": ["eval", calibrated, wrong],
+        "mine.toml": ["calibrate", calibrated, "--preset", wrong],
+        "prefix.safetensors": ["run", calibrated, "hello", "--prompt-cache-file", wrong],
+    }[name]
+    assert_error(spqt(*command), 3, f"near it: {tmp_path / name}")
