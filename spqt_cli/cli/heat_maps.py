@@ -12,6 +12,7 @@ from spqt_cli.system.terminal_picture import Cell, Shades
 
 USUAL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # in this order
 ROW = 0.19  # inches
+LARGEST, USUALLY = 9.0, 8  # points of a figure in a cell, where there are so many columns at most
 EDGES = (0.7, 0.2, 0.2, 0.75)  # inches left, right, below and above the cells
 # Of nothing and of the most; cells keep them on a dark page.
 SKIPPED: Shades = ("#e3ecf5", "#0b3a66")
@@ -78,6 +79,7 @@ def _draw(axes: Any, made: HeatMap) -> None:
     from matplotlib.patches import Rectangle
 
     colours = LinearSegmentedColormap.from_list("cells", made.shades)
+    size = min(LARGEST, LARGEST * USUALLY / len(made.kinds))
     axes.set_title(made.title, loc="left", fontsize=10.5, pad=22)
     for down, cells in enumerate(made.blocks.values()):
         for across, kind in enumerate(made.kinds):
@@ -85,13 +87,13 @@ def _draw(axes: Any, made: HeatMap) -> None:
                 continue
             axes.add_patch(Rectangle((across, down), 0.97, 0.94, color=colours(cell.shade), linewidth=0))
             axes.text(
-                across + 0.485, down + 0.5, cell.said, ha="center", va="center", fontsize=7.5,
+                across + 0.485, down + 0.5, cell.said, ha="center", va="center", fontsize=size,
                 color="white" if cell.shade >= DARK_FROM else "black",
             )  # fmt: skip
     axes.set_xlim(0, len(made.kinds))
     axes.set_ylim(len(made.blocks), 0)
-    axes.set_xticks([at + 0.485 for at in range(len(made.kinds))], made.kinds, fontsize=8)
-    axes.set_yticks([at + 0.5 for at in range(len(made.blocks))], made.blocks, fontsize=8)
+    axes.set_xticks([at + 0.485 for at in range(len(made.kinds))], made.kinds, fontsize=size)
+    axes.set_yticks([at + 0.5 for at in range(len(made.blocks))], made.blocks, fontsize=8.5)
     axes.xaxis.tick_top()
     axes.tick_params(length=0)
     axes.set_facecolor("none")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -204,7 +205,7 @@ def _inputs_shown(path: str, curve: Sequence[float], threshold: float) -> Any:
     edges, shares = _binned(curve, TERMINAL_BINS)
     named = [
         Bar(f"{low:.3g} to {high:.3g}", share, f"{share:.1f}%", ORANGE if low < threshold else BLUE)
-        for low, high, share in zip(edges, edges[1:], shares, strict=True)
+        for (low, high), share in zip(itertools.pairwise(edges), shares, strict=True)
     ]
     title = f"inputs of {harmless(path)} by magnitude; skipped below {threshold:.3g} (orange)"
     return terminal_picture.bars(title, named)
