@@ -132,7 +132,9 @@ def convert(
         sparsity_from="as asked for" if sparsity is not None else "the preset's",
     )
     wanted = FitOptions(method=fit, own=own_text, steps=train_steps, data=data, seed=seed)
-    made = converting.Job(str(model or hf_path), output, options, None if fit == "none" else wanted)
+    source = model if model is not None else hf_path
+    assert source is not None
+    made = converting.Job(source, output, options, None if fit == "none" else wanted)
     upload.check(upload_repo)
     if (calibrate or sparsity is not None) and not dry_run:
         converting.and_calibrate(made, wishes, quiet=quiet, json_output=json_output)

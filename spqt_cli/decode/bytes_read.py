@@ -71,8 +71,7 @@ class Reads:
         of = f" ({self.experts})" if self.experts else ""
         return [
             f"a token reads {self.bytes / 1e6:.1f} MB of weights{of}; {self.skippable:.0%} can be skipped:",
-            f"  at {self.sparsity:.0%} sparsity ({self.origin})",
-            f"  decoding is at most {self.gain:.2f}x as fast",
+            f"  at {self.sparsity:.0%} sparsity ({self.origin}) decoding is at most {self.gain:.2f}x as fast",
             "always read:",
             *(f"  {one.line()}" for one in self.left_out),
         ]
