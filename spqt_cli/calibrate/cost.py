@@ -11,14 +11,15 @@ from spqt_cli.decode.layers import ZigzagLayer
 from spqt_cli.measure import many_rows
 from spqt_cli.measure.duration import speed
 
-# Measured on two CPU cores, see docs/calibration.md
-PRODUCTS = 1.0  # times the timed product's speed, with all that is no product in a pass
+# Measured in CPU time of one core, on SmolLM2-135M and Gemma-3-270M
+HEADS = 2.0  # times a product's time that a head takes, with what is computed of its logits
 BACKWARDS = 2.0  # passes that a backward pass is worth
-UNPACKING = 1e-9  # seconds a weight and pass
-WATCHING = 5e-9  # seconds an input and token: histograms, masks
-DROPPING = 1e-7  # seconds an input and token: what each of 37 thresholds drops
+UNPACKING = 2e-9  # seconds a weight and pass
+REST = 1.5e-8  # seconds an input and token: attention, norms, histograms, masks
+DROPPING = 1e-8  # seconds an input and token: what each of 37 thresholds drops
 RAISED = 1.6  # errors measured for each step of the greedy search
-HOST = 1e-3  # seconds a layer and pass that a GPU waits for its host; not measured
+# On a GPU, not measured: what the host does with each input and token, and with each layer and pass
+HOST_INPUT, HOST_PASS = 2e-9, 1e-3
 
 
 @dataclass
@@ -82,10 +83,10 @@ def seconds(layers: Mapping[str, ZigzagLayer], weights: int, of: Work) -> float:
     """
     zigzag = sum(layer.size for layer in layers.values())
     stored = sum(layer.size // layer.chosen * getattr(layer, "num_experts", 1) for layer in layers.values())
-    inputs = sum(layer.inputs for layer in layers.values())
+    inputs, on_cpu = sum(layer.inputs for layer in layers.values()), many_rows.on_cpu()
     passes = of.passes + (1 + BACKWARDS) * of.gradients
     tokens = of.tokens + (1 + BACKWARDS) * of.sloped
     heads = of.heads + (1 + BACKWARDS) * of.sloped
-    spent = PRODUCTS * 2 * (zigzag * tokens + (weights - zigzag) * heads) / speed()
-    spent += inputs * (WATCHING * of.tokens + DROPPING * of.sloped)
-    return spent + passes * (UNPACKING * stored if many_rows.on_cpu() else HOST * len(layers))
+    spent = 2 * (zigzag * tokens + HEADS * (weights - zigzag) * heads) / speed()
+    spent += inputs * (tokens * (REST if on_cpu else HOST_INPUT) + DROPPING * of.sloped)
+    return spent + passes * (UNPACKING * stored if on_cpu else HOST_PASS * len(layers))
