@@ -6,15 +6,16 @@ leaves the model as it was, with its progress in files of the folder.
 
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from spqt_cli.calibrate import speed, targets
+from spqt_cli.calibrate import cost, greedy, speed, targets
 from spqt_cli.calibrate.curves import curves
+from spqt_cli.calibrate.gradients import SPARSITIES
 from spqt_cli.calibrate.measurements import FIRST_TOKENS, Candidate, Measurements, OnProgress
 from spqt_cli.calibrate.memory import InMemory
 from spqt_cli.calibrate.methods import METHODS, STREAMED_METHODS, Method, candidates
@@ -36,10 +37,16 @@ from spqt_cli.system import files
 __all__ = ["CalibrateOptions", "Calibration", "LayerRow", "calibrate", "print_table", "remove"]
 
 
-def calibrate(path: Path, options: CalibrateOptions, on_progress: OnProgress) -> Calibration:
+def calibrate(
+    path: Path,
+    options: CalibrateOptions,
+    on_progress: OnProgress,
+    on_estimate: Callable[[float], None] = lambda _: None,
+) -> Calibration:
     """Write thresholds into a converted folder's config.json and return what they reach.
 
     on_progress: called with (done, total, what) before each unit of work; every loop counts its own.
+    on_estimate: called once, when the model is loaded, with the seconds that the rest will take.
     Raises SpqtError (3) for a text that is missing, not UTF-8 or too short, BusyError (7) when an
     unfinished calibration with other settings is there, UsageError (2) for values out of range.
     """
@@ -50,13 +57,13 @@ def calibrate(path: Path, options: CalibrateOptions, on_progress: OnProgress) ->
     with files.claim(path):
         if options.stream or (options.stream is None and not blocks.fit_in_memory(path)):
             try:
-                return _Run(folder, text, options.streamed(), on_progress).finish()
+                return _Run(folder, text, options.streamed(), on_progress).finish(on_estimate)
             except UnsupportedError as error:
                 if options.stream:
                     raise
                 note(f"{error.cause}; so the whole model is loaded")
                 options = replace(options, restart=True)
-        return _Run(folder, text, replace(options, stream=False), on_progress).finish()
+        return _Run(folder, text, replace(options, stream=False), on_progress).finish(on_estimate)
 
 
 class _Run:
@@ -69,15 +76,17 @@ class _Run:
 
         self._started = time.monotonic()
         self.loaded = session.load_lazily(folder) if options.stream else session.load(folder, dense=True)
-        self.default = default_sparsity(get_total_parameters(self.loaded.model))
+        self.weights = get_total_parameters(self.loaded.model)
+        self.default = default_sparsity(self.weights)
         self.text, self.options, self.on_progress = text, options, on_progress
         self.windows, self.note = choose_windows(self.loaded, text, options), _window(self.loaded, options)[1]
         self.progress = Progress(folder.path, self._identity(), options.restart)
 
-    def finish(self) -> Calibration:
+    def finish(self, on_estimate: Callable[[float], None]) -> Calibration:
         """Choose the thresholds, write them into config.json, and return what they reach."""
         try:
             with probes.probing(self.loaded.model) as harness:
+                on_estimate(self._seconds(harness))
                 measurements, method, target, rate = self._begin(harness)
                 found = candidates(measurements, method, target)
         except (UnsupportedError, targets.OutOfReachError):
@@ -85,6 +94,7 @@ class _Run:
             raise
         best, counts = found[0], measurements.counts
         rows = [_row(path, best, target, counts.get(path)) for path in measurements.layers]
+        rows = [_priced(row, measurements.costs.get(row.path)) for row in rows]
         tried = [
             Tried(one.name, one.mean_kl, one.kl, probes.weighted(one.realised, measurements.layers))
             for one in found
@@ -107,6 +117,16 @@ class _Run:
         )
         self._store(result, curves(best, counts, target))
         return result
+
+    def _seconds(self, harness: probes.Harness) -> float:
+        """How long the rest will take on this machine."""
+        options, saved, (rows, held_out) = self.options, self.progress.arrays, self.windows
+        done = (int(saved.get(name, 0)) for name in ("windows", "gradients"))
+        windows = cost.Windows(len(rows), len(held_out), rows.shape[1], *done)
+        method = (STREAMED_METHODS if options.stream else METHODS)[options.method]
+        searches = options.limit() is not None
+        of = cost.work(windows, method, greedy.largest_block(harness.layers), searches=searches)
+        return cost.seconds(harness.layers, self.weights, of)
 
     def _begin(self, harness: probes.Harness) -> tuple[Measurements, Method, float, float | None]:
         """The measurements, the method, the sparsity to reach and, where a speed was asked for, the tokens
@@ -201,6 +221,13 @@ def _row(path: str, best: Candidate, target: float, counts: np.ndarray | None) -
     zeros = thresholds.zeros(counts) if thresholds.lossless(counts) else 0.0
     realised = best.realised.get(path, 0.0)
     return LayerRow(path, best.at(target)[path], best.thresholds[path], realised, False, zeros)
+
+
+def _priced(row: LayerRow, costs: np.ndarray | None) -> LayerRow:
+    """A row with the price of its share. costs: of each of SPARSITIES, nats a token; None where not known."""
+    if costs is None:
+        return row
+    return replace(row, price=float(np.interp(row.target, SPARSITIES, costs)))
 
 
 def _short(value: float) -> float:

@@ -9,6 +9,7 @@ Source: TEAL (arXiv 2408.14690), block-wise greedy optimization.
 
 import heapq
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -74,6 +75,12 @@ def blocks_of(model: nn.Module, paths: Iterable[str]) -> dict[int, tuple[nn.Modu
         block = modules[match[1]]
         blocks.setdefault(id(block), (block, []))[1].append(path)
     return blocks
+
+
+def largest_block(paths: Iterable[str]) -> int:
+    """How many layers the block has that has most of them."""
+    found = Counter(match[1] if (match := _BLOCK.match(path)) else path for path in paths)
+    return max(found.values())
 
 
 def search(

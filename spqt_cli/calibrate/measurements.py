@@ -102,7 +102,13 @@ class Score:
 
 
 class Measurements(Protocol):
-    """What both engines measure on a probed model, over windows to calibrate on and windows held out."""
+    """What both engines measure on a probed model, over windows to calibrate on and windows held out.
+
+    costs: path -> KL to dense, in nats a token, that each of gradients.SPARSITIES of this layer alone would
+    cause; empty before `sensitivities`.
+    """
+
+    costs: dict[str, np.ndarray]
 
     @property
     def layers(self) -> Mapping[str, ZigzagLayer]:

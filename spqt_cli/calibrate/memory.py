@@ -58,6 +58,7 @@ class InMemory:
         self._model, self._harness, self._progress = model, harness, progress
         self._rows, self._held_out = windows
         self._on_progress = on_progress
+        self.costs: dict[str, np.ndarray] = {}
         self._prompts: dict[int, list[Any]] = {}  # window -> the model's cache after its first half
 
     @cached_property
@@ -110,6 +111,7 @@ class InMemory:
             self._progress.save(gradients=np.array(i + 1), positions=np.array(found.positions), **costs)
         if not all(np.isfinite(cost).all() for cost in found.costs.values()):
             raise UnsupportedError("the gradients of this model are not finite", "use --method uniform")
+        self.costs = {path: cost / found.positions for path, cost in found.costs.items()}
         return found.costs
 
     def measured(self, allocations: Sequence[Allocation], sparsity: float, effort: Effort) -> list[Candidate]:

@@ -17,7 +17,8 @@ class LayerRow:
     threshold: on |x|, 0 where it stays dense. dead: its inputs are constant, so it stays dense. zeros:
     fraction of its inputs that are exactly 0 and skipped at any sparsity, where there are enough of
     them. unreached: the text never reached it (an expert not chosen, keys taken from another layer), so it
-    stays dense.
+    stays dense. price: KL to dense, in nats, that its skipping alone would cause, from gradients; None where
+    the method has none.
     """
 
     path: str
@@ -27,12 +28,14 @@ class LayerRow:
     dead: bool
     zeros: float = 0.0
     unreached: bool = False
+    price: float | None = None
 
     def stored(self) -> dict[str, Any]:
         """The row of the table in config.json; the threshold stands in the layer's entry."""
         row: dict[str, Any] = {"target": round(self.target, 4), "realised": round(self.realised, 4)}
         facts = {"dead": self.dead, "zeros": round(self.zeros, 4), "unreached": self.unreached}
-        return {**row, **{name: fact for name, fact in facts.items() if fact}}
+        price = {} if self.price is None else {"price": float(f"{self.price:.4g}")}
+        return {**row, **price, **{name: fact for name, fact in facts.items() if fact}}
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ def bench(
             raise UsageError("--plot draws tokens per second", "leave --kernel out")
         if generation_tokens == 0:
             raise UsageError("--plot draws decoding", "leave -g 0 out")
-        picture.check(plot)
+        picture.check(plot, json_output)
     from spqt_cli.bench import bench as benches
     from spqt_cli.bench import results
     from spqt_cli.decode import parallel
@@ -104,11 +104,11 @@ def bench(
     with progress(quiet or json_output) as on_progress:
         report = (benches.run_kernels if kernel else benches.run)(options, on_progress)
     peers.stop()
+    typer.echo(results.render(report, form))
     if plot is not None:
         from spqt_cli.cli import pictures
 
         picture.save(pictures.of_bench(report), plot)
-    typer.echo(results.render(report, form))
     if output is not None:
         _write(output, results.render(report, "json") + "\n")
     if write:

@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from spqt_cli.cli import flags
 from spqt_cli.cli.flags import Adapter, Json, ModelArgument, ModelOption, Quiet, Revision, Trust
 from spqt_cli.cli.output import show
 from spqt_cli.errors import SpqtError, UsageError
+from spqt_cli.system import files
 from spqt_cli.system.terminal import harmless
 
 if TYPE_CHECKING:
@@ -23,6 +25,8 @@ COMMANDS = {
     "/help": "this list",
     "/stats": "speed and bytes of the last answer, and of all at each sparsity",
     "/sparsity": "0.4: skip 40 % from here on; 0: only exact zeros; dense: nothing; alone: say what is set",
+    "/set": "temp 0.7: draw the next answers so; temp default: as at first; alone: what can be set",
+    "/load": "FILE: send what is in a file",
     "/clear": "forget what was said",
     "/quit": "end; so do /exit, /bye and Ctrl-D",
 }
@@ -44,6 +48,8 @@ def chat(
     xtc_probability: flags.XtcProbability = 0.0,
     xtc_threshold: flags.XtcThreshold = 0.1,
     repetition_penalty: flags.RepetitionPenalty = None,
+    presence_penalty: flags.PresencePenalty = None,
+    frequency_penalty: flags.FrequencyPenalty = None,
     seed: flags.Seed = None,
     stop: flags.Stop = None,
     chat_template_config: flags.ChatTemplateConfig = None,
@@ -125,23 +131,53 @@ class Talk:
             return
         if not line.startswith("/"):
             self._answer(line)
-        elif command == "/help":
-            width = max(map(len, COMMANDS))
-            self._say("\n".join(f"{name:<{width}}  {what}" for name, what in COMMANDS.items()))
-        elif command == "/stats":
-            self._say(self._statistics())
-        elif command == "/sparsity":
-            if rest:
-                self.conversation.skip(_sparsity(rest))
-            self._say(self.mode())
-            self.note()
-        elif command == "/clear":
-            self.conversation.clear()
-            self._say("forgotten")
+        elif command in COMMANDS and command not in ENDS:
+            getattr(self, f"_{command[1:]}")(rest.strip())
         else:
             near = difflib.get_close_matches(command, [*COMMANDS, *ENDS], 1)
             hint = f"did you mean {near[0]}?" if near else "/help lists them"
             raise UsageError(f"{command} is no command", f"{hint}; a message may begin with a space")
+
+    def _help(self, _: str) -> None:
+        width = max(map(len, COMMANDS))
+        self._say("\n".join(f"{name:<{width}}  {what}" for name, what in COMMANDS.items()))
+
+    def _stats(self, _: str) -> None:
+        self._say(self._statistics())
+
+    def _sparsity(self, wanted: str) -> None:
+        if wanted:
+            self.conversation.skip(_fraction(wanted))
+        self._say(self.mode())
+        self.note()
+
+    def _set(self, wanted: str) -> None:
+        name, _, text = wanted.partition(" ")
+        name, known = name.replace("-", "_"), self.conversation.settings
+        if not name:
+            shown = {key: "-" if value is None else f"{value:g}" for key, value in known.items()}
+            self._say("\n".join(f"{key:<20}{value}" for key, value in shown.items()))
+            return
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {near[0]}?" if near else "/set alone lists them"
+            raise UsageError(f"/set {name}: there is nothing of that name", hint)
+        self.conversation.set(name, None if text == "default" else _number(f"/set {name}", text))
+        value = self.conversation.settings[name]
+        self._say(f"{name} {'-' if value is None else f'{value:g}'}")
+
+    def _load(self, name: str) -> None:
+        path = files.expanded(name)
+        try:
+            text = files.read_bounded(path, LONGEST_LINE).decode("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            said = "is not UTF-8" if isinstance(error, UnicodeDecodeError) else f"{error.strerror}"
+            raise SpqtError(f"{name or '/load'}: {said}", "/load FILE" + files.near(path)) from None
+        self._answer(text)
+
+    def _clear(self, _: str) -> None:
+        self.conversation.clear()
+        self._say("forgotten")
 
     @property
     def goes_on(self) -> bool:
@@ -179,7 +215,11 @@ class Talk:
     def _statistics(self) -> str:
         if self.last is None:
             return "nothing was answered yet"
-        lines = ["last answer: " + self.last.line().replace(" | ", "\n  "), "all answers:"]
+        from spqt_cli.decode import session
+
+        more = session.more_than_stored(self.conversation.loaded, self.last.dense_weight_bytes_per_token)
+        lines = ["last answer: " + self.last.line().replace(" | ", "\n  ")]
+        lines += [*([f"  {more}"] if more else []), "all answers:"]
         lines += [f"  {name:>5}: {one.line()}" for name, one in self.sums.items()]
         return "\n".join([*lines, f"{self.conversation.tokens} tokens are in the key-value cache"])
 
@@ -187,16 +227,24 @@ class Talk:
         typer.echo(harmless(text), err=True)
 
 
-def _sparsity(text: str) -> float | None:
+def _fraction(text: str) -> float | None:
     """ "0.4", "40%" or "dense", which is None."""
-    if text.strip() == "dense":
+    if text == "dense":
         return None
+    percent = text.endswith("%")
+    return _number("/sparsity", text.removesuffix("%")) / (100 if percent else 1)
+
+
+def _number(command: str, text: str) -> float:
+    """A finite number. Raises UsageError for what is none."""
     try:
-        return float(text.strip().removesuffix("%")) / (100 if text.strip().endswith("%") else 1)
+        value = float(text)
     except ValueError:
-        raise UsageError(
-            f"/sparsity {text}: that is no number", "/sparsity 0.4, or /sparsity dense"
-        ) from None
+        value = math.nan
+    if not math.isfinite(value):
+        hint = "/sparsity 0.4, or /sparsity dense" if command == "/sparsity" else f"{command} 1"
+        raise UsageError(f"{command} {text}: that is no number", hint)
+    return value
 
 
 def _is_typed() -> bool:
@@ -208,13 +256,29 @@ def _lines(interactive: bool) -> Iterator[str]:
     if not interactive:
         yield from _piped()
         return
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401 (input() edits lines with it)
+    _complete_commands()
     while True:
         try:
             yield input("> " if sys.stdout.isatty() else "")
         except EOFError:
             return
+
+
+def _complete_commands() -> None:
+    """Let input() edit lines and keep what was typed in this conversation, and Tab complete commands."""
+    try:
+        import readline
+    except ImportError:
+        return
+
+    def complete(begun: str, number: int) -> str | None:
+        found = [name for name in (*COMMANDS, *ENDS[1:]) if name.startswith(begun)] if begun else []
+        return found[number] if number < len(found) else None
+
+    readline.set_completer(complete)
+    readline.set_completer_delims(" ")
+    libedit = "libedit" in (readline.__doc__ or "")  # a Mac's
+    readline.parse_and_bind("bind ^I rl_complete" if libedit else "tab: complete")
 
 
 def _piped() -> Iterator[str]:

@@ -50,7 +50,7 @@ def compare(
             f"--sparsity {sparsity!r} is not a list of numbers", "for example 0,0.25,0.4"
         ) from None
     if plot is not None:
-        picture.check(plot)
+        picture.check(plot, json_output)
     from spqt_cli.decode.options import Prompt
     from spqt_cli.evaluate import compare as comparer
     from spqt_cli.evaluate import compare_report
@@ -69,8 +69,8 @@ def compare(
         lambda what: announce(f"{what} ..."),
         comparer.Reference(baseline, text, windows),
     )
+    typer.echo(as_json(rows) if json_output else compare_report.report(rows))
     if plot is not None:
         from spqt_cli.cli import pictures
 
         picture.save(pictures.of_comparison(rows), plot)
-    typer.echo(as_json(rows) if json_output else compare_report.report(rows))

@@ -1,16 +1,13 @@
 """`spqt convert`: its flags."""
 
-import shlex
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from spqt_cli.cli import flags
+from spqt_cli.cli import converting, flags, upload
 from spqt_cli.cli.flags import FitData, FitSeed, Json, OwnText, Preset, Revision, TrainSteps, values
-from spqt_cli.cli.output import as_json, progress
 from spqt_cli.errors import UnsupportedError, UsageError
-from spqt_cli.system.terminal import harmless
 
 
 def convert(
@@ -67,7 +64,13 @@ def convert(
     trust_remote_code: Annotated[
         bool, typer.Option(help="Accept a model that asks for its own code; mlx-lm's is used instead.")
     ] = False,
-    upload_repo: Annotated[str | None, typer.Option(help="Hub repository to upload the result to.")] = None,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Choose thresholds too, as spqt calibrate does.")
+    ] = False,
+    sparsity: Annotated[
+        float | None, typer.Option(help="Calibrate for this sparsity, 0 to 0.95 [by the model's size].")
+    ] = None,
+    upload_repo: flags.UploadRepo = None,
     fit: Annotated[
         str,
         typer.Option(
@@ -88,22 +91,30 @@ def convert(
     quiet: flags.QuietAlone = False,
     json_output: Json = False,
 ) -> None:
-    """Re-quantize a checkpoint into the Zigzag layout.
+    """Re-quantize a checkpoint into the Zigzag layout; with --calibrate choose thresholds as well.
 
     Flags are mlx_lm.convert's where it has them, -q too: no progress is --quiet here.
     """
     _refuse(quantize, q_mode, quant_predicate, dequantize)
-    from spqt_cli.cli import presets
-    from spqt_cli.convert import convert as converter
-
     if (model is None) == (hf_path is None):
         raise UsageError("convert takes one source", "spqt convert FOLDER_OR_HUB_ID_OR_GGUF")
-    source = model if model is not None else hf_path
-    assert source is not None
+    if fit == "none" and (own_text, train_steps, data) != (None, None, None):
+        raise UsageError(
+            "--own-text, --train-steps and --data say how to fit, and nothing is to be fitted",
+            "add --fit gptq or --fit full",
+        )
+    from spqt_cli.cli import presets
+    from spqt_cli.convert.convert import ConvertOptions
+    from spqt_cli.fit.options import FitOptions
+
     wishes = presets.merged(
-        presets.load_preset(preset), bits=q_bits, group_size=q_group_size, head_bits=head_bits
+        presets.load_preset(preset),
+        bits=q_bits,
+        group_size=q_group_size,
+        head_bits=head_bits,
+        sparsity=sparsity,
     )
-    options = converter.ConvertOptions(
+    options = ConvertOptions(
         bits=wishes.bits or 4,
         group_size=wishes.group_size or 64,
         dtype=dtype,
@@ -118,35 +129,19 @@ def convert(
         projections=wishes.projections,
         profile=profile,
         sparsity=wishes.sparsity,
+        sparsity_from="as asked for" if sparsity is not None else "the preset's",
     )
-    target = output or converter.default_output(source, options)
-    if upload_repo:
-        from spqt_cli.convert import card
-
-        card.check_upload(upload_repo)
-    if fit == "none" and (own_text, train_steps, data) != (None, None, None):
-        raise UsageError(
-            "--own-text, --train-steps and --data say how to fit, and nothing is to be fitted",
-            "add --fit gptq or --fit full",
-        )
-    result: Any
-    with progress(quiet or json_output) as on_progress:
-        if fit == "none" or dry_run:
-            result = converter.convert(source, target, options, on_progress)
-        else:
-            from spqt_cli.fit import fit as fitter
-            from spqt_cli.fit.options import FitOptions
-
-            wanted = FitOptions(method=fit, own=own_text, steps=train_steps, data=data, seed=seed)
-            result = fitter.convert_fitted(source, target, options, wanted, on_progress)
-    if upload_repo and not dry_run:
-        card.upload(target, upload_repo)
-    if json_output:
-        typer.echo(as_json(result))
+    wanted = FitOptions(method=fit, own=own_text, steps=train_steps, data=data, seed=seed)
+    source = model if model is not None else hf_path
+    assert source is not None
+    made = converting.Job(source, output, options, None if fit == "none" else wanted)
+    upload.check(upload_repo)
+    if (calibrate or sparsity is not None) and not dry_run:
+        converting.and_calibrate(made, wishes, quiet=quiet, json_output=json_output)
     else:
-        typer.echo(harmless(result.summary()))
-        if not dry_run and not quiet:
-            typer.echo(f"next: spqt calibrate {shlex.quote(str(target))}", err=True)
+        converting.alone(made, quiet=quiet, json_output=json_output)
+    if not dry_run:
+        upload.put(made.target, upload_repo)
 
 
 def _refuse(quantize: bool, q_mode: str, quant_predicate: str | None, dequantize: bool) -> None:

@@ -54,7 +54,11 @@ def evaluate(
     source_head: Annotated[bool, typer.Option(help="Take embedding and head from the source.")] = False,
     plot: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Draw KL over MB per token: .png, .svg or .html.", readable=False),
+        typer.Option(
+            metavar="FILE",
+            help="Draw KL over MB per token: .png, .svg or .html; '-' for the terminal.",
+            readable=False,
+        ),
     ] = None,
     quiet: Quiet = False,
     json_output: Json = False,
@@ -96,16 +100,16 @@ def evaluate(
             result = multiple_choice.evaluate_several(called, files[0], options, on_progress)
         elif len(models) + len(files) + shipped > 2 or of_texts:
             if plot is not None:
-                plotting.check(plot, baseline)
+                plotting.check(plot, baseline, json_output)
             scored = [*files, *([None] if shipped else [])]
             wishes = several.Wishes(models, scored, options, counts, peer or [], against)
             result = several.evaluate(wishes, on_progress)
         else:
             (model,) = called.values()
             result = perplexity.evaluate(model, files[0] if files else None, options, on_progress)
+    typer.echo(as_json(result) if json_output else result.table())
     if plot is not None and isinstance(result, Several):
         plotting.draw(result, plot)
-    typer.echo(as_json(result) if json_output else result.table())
 
 
 def _counts(asked: str) -> list[int]:

@@ -65,7 +65,12 @@ Preset = Annotated[
 ]
 Plot = Annotated[
     Path | None,
-    typer.Option("--plot", metavar="FILE", help="Also draw it: .png, .svg or .html.", readable=False),
+    typer.Option(
+        "--plot",
+        metavar="FILE",
+        help="Also draw it: .png, .svg or .html; '-' for the terminal.",
+        readable=False,
+    ),
 ]
 OwnText = Annotated[
     int | None,
@@ -84,6 +89,9 @@ FitData = Annotated[
     typer.Option(help="To fit: UTF-8 text to add to its own.", readable=False),
 ]
 FitSeed = Annotated[int, typer.Option(min=0, help="To fit: of the source's own text.")]
+UploadRepo = Annotated[
+    str | None, typer.Option(metavar="ORG/NAME", help="Hub repository to upload the result to.")
+]
 Adapter = Annotated[str | None, typer.Option(help="A folder of LoRA or DoRA adapters.")]
 Output = Annotated[
     Path, typer.Option("--output", "-o", help="Folder to write; it must not exist.", readable=False)
@@ -105,6 +113,8 @@ MinTokensToKeep = Annotated[int, typer.Option(help="Least tokens that min-p keep
 XtcProbability = Annotated[float, typer.Option(help="Chance of XTC sampling at each token.")]
 XtcThreshold = Annotated[float, typer.Option(help="Probability above which XTC drops tokens.")]
 RepetitionPenalty = Annotated[float | None, typer.Option(help="Above 1: discourage repeats.")]
+PresencePenalty = Annotated[float | None, typer.Option(help="Above 0: discourage words said lately.")]
+FrequencyPenalty = Annotated[float | None, typer.Option(help="The same, for each time they were said.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of the sampler.")]
 Stop = Annotated[list[str] | None, typer.Option(help="End at this text; repeatable.")]
 SystemPrompt = Annotated[str | None, typer.Option(help="System message of the chat template.")]

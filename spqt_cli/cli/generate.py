@@ -40,6 +40,8 @@ def generate(
     xtc_probability: flags.XtcProbability = 0.0,
     xtc_threshold: flags.XtcThreshold = 0.1,
     repetition_penalty: flags.RepetitionPenalty = None,
+    presence_penalty: flags.PresencePenalty = None,
+    frequency_penalty: flags.FrequencyPenalty = None,
     seed: flags.Seed = None,
     stop: flags.Stop = None,
     extra_eos_token: Annotated[list[str] | None, typer.Option(help="End at this token; repeatable.")] = None,
@@ -120,6 +122,8 @@ def generate(
     if not (quiet or json_output):
         typer.echo(statistics.line(), err=True)
         typer.echo(f"  {statistics.backend}: {statistics.backend_reason}", err=True)
+        if more := session.more_than_stored(loaded, statistics.dense_weight_bytes_per_token):
+            typer.echo(f"  {more}", err=True)
 
 
 def _refuse(image: list[str] | None, quantize_activations: bool) -> None:

@@ -33,7 +33,7 @@ def inspect(
     from spqt_cli.format import locate
 
     if plot is not None:
-        picture.check(plot)
+        picture.check(plot, json_output)
     elif layer is not None:
         raise UsageError("--layer says what --plot draws", "add --plot FILE.png")
     if plan is not None:
@@ -44,8 +44,11 @@ def inspect(
         typer.echo(as_json(found.document()) if json_output else harmless(found.text()))
         return
     summary = describe.describe(model, revision)
+    drawn = None
     if plot is not None:
         from spqt_cli.cli import pictures
 
-        picture.save(pictures.of_folder(locate.open_folder(model, revision), layer), plot)
+        drawn = pictures.of_folder(locate.open_folder(model, revision), layer)
     typer.echo(as_json(summary) if json_output else harmless(summary.text()))
+    if plot is not None and drawn is not None:
+        picture.save(drawn, plot)

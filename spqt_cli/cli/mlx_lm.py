@@ -110,7 +110,8 @@ def _check(name: str, command: str, wished: float | None) -> bool:
 
     path = files.expanded(name)
     if not path.exists() and not locate.is_hub_id(name):
-        raise SpqtError(f"{name} is not found", "give a model's folder or a hub id (org/name)")
+        hint = "give a model's folder or a hub id (org/name)"
+        raise SpqtError(f"{name} is not found", hint + files.near(path))
     if not path.is_dir() or not is_converted(path):
         return False
     if command in REFUSED:

@@ -39,15 +39,20 @@ def progress(quiet: bool) -> Iterator[Callable[[float, float, str], None]]:
 
 
 def _plain_lines() -> Callable[[float, float, str], None]:
+    """A line where a step begins, and one every two seconds: alive, and not a flood in a log."""
     from time import monotonic
 
     began = last = monotonic()
+    step = ""
 
     def show(done: float, total: float, what: str) -> None:
-        nonlocal last
+        nonlocal began, last, step
         now = monotonic()
-        if now - last < 2:  # a line every two seconds: alive, and not a flood in a log
+        begins = not done and what != step
+        if not begins and now - last < 2:
             return
+        if begins:
+            began, step = now, what
         last = now
         left = f", about {_seconds((now - began) * (total - done) / done)} left" if done else ""
         typer.echo(f"{done / total:4.0%}  {what}{left}" if total else what, err=True)

@@ -1,13 +1,19 @@
 """What calibrate, inspect, bench and compare draw with --plot."""
 
+import dataclasses
 import functools
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
+from spqt_cli.cli import heat_maps
 from spqt_cli.errors import SpqtError
 from spqt_cli.format.thresholds import CURVE_SPARSITIES
+from spqt_cli.system import terminal_picture
 from spqt_cli.system.picture import COLOURS, INK, Panel, Picture, tidy
+from spqt_cli.system.terminal import harmless
+from spqt_cli.system.terminal_picture import BLUE, ORANGE, Bar
 
 if TYPE_CHECKING:
     from spqt_cli.bench.results import ModelRow, Report
@@ -16,10 +22,11 @@ if TYPE_CHECKING:
     from spqt_cli.format.folder import Folder
 
 HELD_OUT = "Shares of inputs skipped on held-out text, by layer."
-CELL = 0.19  # inches of a row of the heat map
-HEAT = ("#e3ecf5", "#0b3a66")  # nothing and all skipped; cells keep them on a dark page
+PRICES = f"{HELD_OUT} Prices are estimates from gradients; together they are about the KL."
+UNPRICED = f"{HELD_OUT} No prices: only methods with gradients (auto, fast) know them."
 BINS = 48  # of a layer's histogram
-DARK_FROM = 0.55  # share from which a cell's figure is white
+TERMINAL_BINS = 16  # likewise, in the terminal
+MOST_RECORDED = 1e6  # nats, or a share: whatever lies above was not written by a calibration
 
 
 @dataclass(frozen=True)
@@ -37,21 +44,24 @@ class Speed:
 
 
 def of_calibration(result: "Calibration") -> Picture:
-    """The share that each layer skips on held-out text."""
+    """The share that each layer skips on held-out text, and its price."""
     shares = {row.path: row.realised for row in result.layers}
+    prices = {row.path: row.price for row in result.layers if row.price is not None}
     quality = f"{result.realised:.1%} skipped, KL to dense {result.tried[0].kl:.3f}"
-    return Picture(f"{result.folder.resolve().name}: {quality}", [_heat_map(shares)], HELD_OUT)
+    return _by_layer(f"{result.folder.resolve().name}: {quality}", shares, prices)
 
 
 def of_folder(folder: "Folder", layer: str | None) -> Picture:
-    """The share that each layer skips, and the inputs of one: by default of the one that skips most.
+    """The share that each layer skips, its price, and the inputs of one: by default of the one that skips
+    most.
 
     Raises SpqtError for a folder without a calibration, and for a layer that it has not.
     """
     if folder.calibration is None:
         raise SpqtError(f"{folder} has no thresholds to draw", f"spqt calibrate {folder}")
-    rows = folder.calibration.record["layers"]
-    shares = {path: rows[path]["realised"] for path in folder.layers}
+    shares, prices = _recorded(folder, "realised"), _recorded(folder, "price")
+    if shares.keys() != folder.layers.keys():
+        raise SpqtError(f"{folder} does not say what each layer skips", f"spqt calibrate {folder}")
     chosen = max(shares, key=lambda path: shares[path]) if layer is None else layer
     if chosen not in folder.layers:
         raise SpqtError(f"{folder} has no Zigzag layer {chosen}", f"such as {next(iter(folder.layers))}")
@@ -59,9 +69,29 @@ def of_folder(folder: "Folder", layer: str | None) -> Picture:
     inputs = Panel(
         f"Distribution of the inputs of {chosen} and its threshold",
         functools.partial(_inputs, path=chosen, curve=one.curve, threshold=one.threshold or 0.0),
+        functools.partial(_inputs_shown, chosen, one.curve, one.threshold or 0.0),
     )
     title = f"{folder.path.resolve().name}: {folder.calibration.sparsity:.0%} skipped"
-    return Picture(title, [_heat_map(shares), inputs], HELD_OUT)
+    found = _by_layer(title, shares, prices)
+    return dataclasses.replace(found, panels=[*found.panels, inputs])
+
+
+def _by_layer(title: str, shares: Mapping[str, float], prices: Mapping[str, float]) -> Picture:
+    """Heat maps of what layers skip and of what it costs. Both: path of a layer -> a number."""
+    panels = [heat_maps.of_shares(shares), *([heat_maps.of_prices(prices)] if prices else [])]
+    return Picture(title, panels, PRICES if prices else UNPRICED)
+
+
+def _recorded(folder: "Folder", key: str) -> dict[str, float]:
+    """Path of each layer -> a number that its calibration recorded, where it did."""
+    listed = folder.calibration.record.get("layers") if folder.calibration else None
+    rows, found = listed if isinstance(listed, dict) else {}, {}
+    for path in folder.layers:
+        row = rows.get(path)
+        value = row.get(key) if isinstance(row, dict) else None
+        if isinstance(value, (int, float)) and 0 <= value <= MOST_RECORDED:
+            found[path] = float(value)
+    return found
 
 
 def of_bench(report: "Report") -> Picture:
@@ -87,14 +117,30 @@ def of_comparison(rows: "Sequence[Row]") -> Picture:
     panels = [_speed_panel(f"{rows[0].timed_tokens} tokens by turns", speeds, stock)]
     held = [row for row in rows if row.divergence is not None]
     if held:
-        draw, edges = functools.partial(_quality, rows=held), (0.7, 0.6, 0.55, 0.35)
-        panels.append(Panel("KL over megabytes per token", draw, edges=edges))
+        draw, shown = functools.partial(_quality, rows=held), functools.partial(_quality_shown, held)
+        panels.append(Panel("KL over megabytes per token", draw, shown, edges=(0.7, 0.6, 0.55, 0.35)))
     return Picture("Speed and quality over sparsity", panels, "Points are medians, bars ranges of rounds.")
 
 
 def _speed_panel(name: str, speeds: Sequence[Speed], stock: Sequence[float]) -> Panel:
     draw = functools.partial(_speed, name=name, speeds=speeds, stock=stock)
-    return Panel(f"Tokens per second over sparsity, {name}", draw)
+    shown = functools.partial(_speed_shown, name, speeds, stock)
+    return Panel(f"Tokens per second over sparsity, {name}", draw, shown)
+
+
+def _speed_shown(name: str, speeds: Sequence[Speed], stock: Sequence[float]) -> Any:
+    ordered = sorted(speeds, key=lambda one: (one.profiled, one.sparsity))
+    named = [Bar("stock mlx-lm", *_said(stock), ORANGE)] if stock else []
+    for one in ordered:
+        called = f"{one.sparsity:.0%} skipped" if one.sparsity else "dense"
+        named.append(Bar(f"{called}, profile" if one.profiled else called, *_said(one.rates)))
+    return terminal_picture.bars(f"{name}, tokens per second", named)
+
+
+def _said(rates: Sequence[float]) -> tuple[float, str]:
+    """The median, and it with the range in words."""
+    middle = Speed(0.0, rates).middle
+    return middle, f"{middle:.1f} ({min(rates):.1f} to {max(rates):.1f})"
 
 
 def _speed(axes: Any, name: str, speeds: Sequence[Speed], stock: Sequence[float]) -> None:
@@ -141,61 +187,44 @@ def _quality(axes: Any, rows: "Sequence[Row]") -> None:
     axes.margins(x=0.1, y=0.15)
 
 
-def _heat_map(shares: Mapping[str, float]) -> Panel:
-    """Blocks down, projections across; shares: path of a layer -> 0 to 1."""
-    blocks: dict[str, dict[str, float]] = {}
-    for path, share in shares.items():
-        parts = path.split(".")
-        number = next((part for part in parts if part.isdigit()), "-")
-        blocks.setdefault(number, {})[parts[-1]] = share
-    ordered = sorted(blocks, key=lambda number: (number == "-", int(number) if number.isdigit() else 0))
-    kinds = list(dict.fromkeys(kind for number in ordered for kind in blocks[number]))
-    edges = (0.7, 0.2, 0.2, 0.75)
-    return Panel(
-        "Heat map of the share that each layer skips",
-        functools.partial(_cells, blocks=blocks, ordered=ordered, kinds=kinds),
-        height=edges[2] + edges[3] + CELL * len(ordered),
-        edges=edges,
-    )
+def _quality_shown(rows: "Sequence[Row]") -> Any:
+    found = [(row, row.divergence) for row in rows if row.divergence is not None]
+    named = [
+        Bar(
+            row.name,
+            held.mean,
+            f"{held.mean:.3f} at {row.statistics.weight_bytes_per_token / 1e6:.1f} MB/token",
+            ORANGE if row.stock else BLUE,
+        )
+        for row, held in found
+    ]
+    return terminal_picture.bars(f"{found[0][1].text}: KL to {found[0][1].reference}, nats", named)
 
 
-def _cells(
-    axes: Any, blocks: Mapping[str, Mapping[str, float]], ordered: Sequence[str], kinds: Sequence[str]
-) -> None:
-    from matplotlib.colors import LinearSegmentedColormap
-    from matplotlib.patches import Rectangle
+def _inputs_shown(path: str, curve: Sequence[float], threshold: float) -> Any:
+    edges, shares = _binned(curve, TERMINAL_BINS)
+    named = [
+        Bar(f"{low:.3g} to {high:.3g}", share, f"{share:.1f}%", ORANGE if low < threshold else BLUE)
+        for (low, high), share in zip(itertools.pairwise(edges), shares, strict=True)
+    ]
+    title = f"inputs of {harmless(path)} by magnitude; skipped below {threshold:.3g} (orange)"
+    return terminal_picture.bars(title, named)
 
-    colours = LinearSegmentedColormap.from_list("skipped", HEAT)
-    axes.set_title("percent of inputs skipped, block by projection", loc="left", fontsize=10.5, pad=22)
-    for down, number in enumerate(ordered):
-        for across, kind in enumerate(kinds):
-            if (share := blocks[number].get(kind)) is None:
-                continue
-            axes.add_patch(Rectangle((across, down), 0.97, 0.94, color=colours(share), linewidth=0))
-            ink = "white" if share >= DARK_FROM else "black"
-            axes.text(
-                across + 0.485, down + 0.5, f"{share:.0%}".rstrip("%"),
-                ha="center", va="center", fontsize=7.5, color=ink,
-            )  # fmt: skip
-    axes.set_xlim(0, len(kinds))
-    axes.set_ylim(len(ordered), 0)
-    axes.set_xticks([at + 0.485 for at in range(len(kinds))], kinds, fontsize=8)
-    axes.set_yticks([at + 0.5 for at in range(len(ordered))], ordered, fontsize=8)
-    axes.xaxis.tick_top()
-    axes.tick_params(length=0)
-    axes.set_facecolor("none")
-    axes.spines[["top", "right", "bottom", "left"]].set_visible(False)
+
+def _binned(curve: Sequence[float], bins: int) -> tuple[list[float], list[float]]:
+    """Edges of bins of one width up to the last quantile, and the percent of inputs in each."""
+    import numpy as np
+
+    edges = np.linspace(0, curve[-1], bins + 1)
+    return edges.tolist(), (np.diff(np.interp(edges, curve, CURVE_SPARSITIES)) * 100).tolist()
 
 
 def _inputs(axes: Any, path: str, curve: Sequence[float], threshold: float) -> None:
     """A histogram from the stored quantiles, in bins of one width; the last quantile ends it."""
-    import numpy as np
-
     below = f"magnitude of an input; below {threshold:.3g} (the line) it is skipped"
     tidy(axes, f"inputs of {path}", below, "percent of inputs")
-    edges = np.linspace(0, curve[-1], BINS + 1)
-    shares = np.diff(np.interp(edges, curve, CURVE_SPARSITIES)) * 100
+    edges, shares = _binned(curve, BINS)
     colours = [COLOURS[1][0] if edge < threshold else COLOURS[0][0] for edge in edges[:-1]]
-    axes.bar(edges[:-1], shares, np.diff(edges) * 0.9, align="edge", color=colours, linewidth=0)
+    axes.bar(edges[:-1], shares, edges[1] * 0.9, align="edge", color=colours, linewidth=0)
     axes.axvline(threshold, color=INK[0], linewidth=1.2)
     axes.margins(x=0.02)

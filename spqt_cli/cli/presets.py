@@ -68,9 +68,8 @@ def load_preset(name_or_path: str) -> Preset:
         try:
             text = files.read_bounded(Path(name_or_path), LONGEST_BYTES).decode("utf-8")
         except (OSError, UnicodeDecodeError):
-            raise SpqtError(
-                f"there is no preset {name_or_path!r}", f"use one of {', '.join(names())}, or a .toml file"
-            ) from None
+            hint = f"use one of {', '.join(names())}, or a .toml file"
+            raise SpqtError(f"there is no preset {name_or_path!r}", hint + files.near(name_or_path)) from None
     try:
         document = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:

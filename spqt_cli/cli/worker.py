@@ -24,7 +24,12 @@ def wanted(arguments: Sequence[str]) -> bool:
     """True in the parent, for a command that runs a model."""
     command = next((argument for argument in arguments if not argument.startswith("-")), "")
     asks_for_help = {"-h", "--help"} & set(arguments)
-    return command in COMMANDS and not asks_for_help and MARK not in os.environ
+    runs = command in COMMANDS or (command == "convert" and _calibrates(arguments))
+    return runs and not asks_for_help and MARK not in os.environ
+
+
+def _calibrates(arguments: Sequence[str]) -> bool:
+    return "--calibrate" in arguments or any(one.startswith("--sparsity") for one in arguments)
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -21,7 +21,8 @@ LONGEST_FRONT = 1 << 16  # bytes of a card that are read, and of a value that is
 def text(config: dict[str, Any], checkpoint: Checkpoint, planned: Plan) -> str:
     """README.md of a converted folder: the same on every machine."""
     settings, versions = config["quantization"], config["spqt"]["versions"]
-    facts = {"library_name": "mlx", "pipeline_tag": "text-generation", "tags": ["mlx", "spqt"]}
+    tags = ["mlx", "spqt", f"{settings['bits']}-bit"]
+    facts = {"library_name": "mlx", "pipeline_tag": "text-generation", "tags": tags}
     if checkpoint.repo:
         facts |= {"base_model": checkpoint.repo, "base_model_relation": "quantized"}
     facts |= _licence(checkpoint.folder / NAME) if checkpoint.gguf is None else {}

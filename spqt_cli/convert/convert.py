@@ -30,7 +30,8 @@ class ConvertOptions:
     zigzag_experts: of experts in 4-bit floats, too, which rounds them once more.
     head_bits, projections: as in `plan.Wishes`. profile: the share that will be skipped, for which layers
     that this device's profile runs faster row-grouped are stored so; None stores all in Zigzag.
-    sparsity: the share that will be skipped, to tell what it can gain; None for what calibrate chooses.
+    sparsity: the share that will be skipped, to tell what it can gain, and where that number is from; None
+    for what calibrate chooses.
     """
 
     bits: int = 4
@@ -47,13 +48,15 @@ class ConvertOptions:
     projections: tuple[tuple[str, int, int], ...] = ()
     profile: float | None = None
     sparsity: float | None = None
+    sparsity_from: str = "the preset's"
 
 
 @dataclass
 class ConvertResult:
     """What was done, or with `dry_run` would be.
 
-    zigzag_share: of the written weight bytes, 0 to 1. bytes: of all shards. layers: Zigzag layers.
+    zigzag_share: of the written weight bytes, 0 to 1. bytes: of all shards; source: the name and the bytes of
+    the files that weights are read from. layers: Zigzag layers.
     rows: [layer, kind, bits, group size, bytes]. unquantized: layers whose inputs are no multiple of
     the group. reads: what a token reads, and what of it is always read. resumed: tensors taken over from
     an interrupted run.
@@ -69,26 +72,32 @@ class ConvertResult:
     warnings: list[str]
     rows: list[tuple[str, str, int, int, int]] = field(repr=False)
     reads: Reads
+    source: tuple[str, int]
     resumed: int = 0
 
     def summary(self) -> str:
-        """A few lines for people."""
-        lines = plan_table.lines(self.rows) if self.dry_run else []
-        verb = "would have" if self.dry_run else "has"
-        lines.append(
-            f"{self.output} {verb} {self.layers} Zigzag layers, {self.zigzag_share:.0%} of "
-            f"{self.bytes / 1e6:.1f} MB of weights"
-        )
-        lines += self.reads.lines()
+        """A few lines for people; those of a dry run fit 80 columns."""
+        share, size = f"{self.zigzag_share:.0%}", f"{self.bytes / 1e6:.1f} MB"
+        lines = [f"{self.output} has {self.layers} Zigzag layers, {share} of {size} of weights"]
         if self.dry_run:
-            lines.append(f"memory needed: {self.memory_bytes / 1e9:.2f} GB")
+            lines = [*plan_table.lines(self.rows), "", *self._before_and_after(share)]
+        lines += self.reads.lines()
         if self.unquantized:
             lines.append(
                 f"not quantized, inputs no multiple of the group: {checkpoint_files.named(self.unquantized)}"
             )
         if self.reads.skippable < 0.5:
             lines.append("warning: less than half of what a token reads can be skipped; expect little speed")
-        return "\n".join([*lines, *(f"warning: {warning}" for warning in self.warnings)])
+        lines += [f"warning: {warning}" for warning in self.warnings]
+        return "\n".join(plan_table.wrapped(lines) if self.dry_run else lines)
+
+    def _before_and_after(self, share: str) -> list[str]:
+        name, size = self.source
+        return [
+            f"before {size / 1e6:10.1f} MB  {name}",
+            f"after  {self.bytes / 1e6:10.1f} MB  {self.output.name}: {share} in {self.layers} Zigzag layers",
+            f"memory {self.memory_bytes / 1e6:10.1f} MB  needed to convert",
+        ]
 
 
 def default_output(source_name: str, options: ConvertOptions) -> Path:
@@ -203,7 +212,7 @@ def _expected(planned: Plan, options: ConvertOptions) -> tuple[float, str]:
     if options.profile is not None:
         return options.profile, "as given by --profile"
     if options.sparsity is not None:
-        return options.sparsity, "the preset's"
+        return options.sparsity, options.sparsity_from
     return thresholds.default_sparsity(planned.weights), "calibrate's default for this size"
 
 
@@ -223,4 +232,5 @@ def _result(
         warnings=[*checkpoint.warnings, *_too_few_bits(planned)],
         rows=rows,
         reads=planned.account(*_expected(planned, options)),
+        source=(checkpoint.repo or checkpoint.name, sum(path.stat().st_size for path in checkpoint.files())),
     )

@@ -19,7 +19,7 @@ from spqt_cli.decode import bytes_read
 from spqt_cli.decode.bytes_read import BLOCK, TOWER
 from spqt_cli.errors import UnsupportedError
 from spqt_cli.format import checkpoint_files, layout
-from spqt_cli.format.contract import MODE
+from spqt_cli.format.contract import MODE, NEEDS
 
 ZIGZAG, ROWS, PLAIN = "zigzag", "row-grouped", "kept"
 NAMES = {dtype: name for name, dtype in DTYPES.items()}  # MLX dtype -> safetensors' name
@@ -298,7 +298,8 @@ class Decisions:
             module = self.modules[path]
             experts = {"experts": module.num_experts} if bytes_read.is_experts(module) else {}
             self.quantization[path] = {
-                "group_size": group_size, "bits": bits, "mode": MODE, "spqt": {"band": band, **experts},
+                "group_size": group_size, "bits": bits, "mode": MODE, NEEDS: True,
+                "spqt": {"band": band, **experts},
             }  # fmt: skip
         elif {"group_size": group_size, "bits": bits, "mode": "affine"} != self.default:
             self.quantization[path] = {"group_size": group_size, "bits": bits, "mode": "affine"}

@@ -24,7 +24,8 @@ DAMAGED = "train or convert the adapter again"
 def check(path: Path) -> dict[str, Any]:
     """The settings of a folder of adapters, headers checked. Raises SpqtError for what is none or damaged."""
     if not (path / CONFIG).is_file():
-        raise SpqtError(f"{path} has no {CONFIG}", "give a folder of LoRA or DoRA adapters")
+        what = f"{path} has no {CONFIG}" if path.is_dir() else f"{path} is not found"
+        raise SpqtError(what, "give a folder of LoRA or DoRA adapters" + files.near(path))
     config = checkpoint_files.read_json(path / CONFIG)
     if "peft_type" in config:
         raise SpqtError(f"{path} is a PEFT adapter", f"spqt adapter {path} -o FOLDER, then give that")

@@ -46,7 +46,7 @@ class LeftOut:
     def line(self) -> str:
         """For people."""
         share = "under 1%" if 0 < self.share < 0.01 else f"{self.share:.0%}"
-        return f"{self.modules}: {self.count} x, {share} of what a token reads: {self.reason}"
+        return f"{self.modules}: {self.count} x, {share} of these bytes: {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -69,12 +69,12 @@ class Reads:
     def lines(self) -> list[str]:
         """For people."""
         of = f" ({self.experts})" if self.experts else ""
-        head = (
-            f"a token reads {self.bytes / 1e6:.1f} MB of weights{of}; {self.skippable:.0%} of that can be "
-            f"skipped: at {self.sparsity:.0%} sparsity ({self.origin}) decoding is at most "
-            f"{self.gain:.2f}x as fast"
-        )
-        return [head, "always read:", *(f"  {one.line()}" for one in self.left_out)]
+        return [
+            f"a token reads {self.bytes / 1e6:.1f} MB of weights{of}; {self.skippable:.0%} can be skipped:",
+            f"  at {self.sparsity:.0%} sparsity ({self.origin}) decoding is at most {self.gain:.2f}x as fast",
+            "always read:",
+            *(f"  {one.line()}" for one in self.left_out),
+        ]
 
 
 def summed(pieces: Iterable[Piece], experts: str, sparsity: float, origin: str) -> Reads:

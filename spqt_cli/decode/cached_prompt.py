@@ -8,6 +8,7 @@ from spqt_cli.decode.options import Cache
 from spqt_cli.decode.session import Loaded
 from spqt_cli.errors import SpqtError, UsageError
 from spqt_cli.format import checkpoint_files
+from spqt_cli.system import files
 
 MAKE = "make one: spqt mlx-lm cache_prompt --model MODEL --prompt TEXT --prompt-cache-file FILE"
 
@@ -21,7 +22,7 @@ def read(path: Path, name: str, loaded: Loaded, cache: Cache) -> list[Any]:
     from mlx_lm.models.cache import QuantizedKVCache, load_prompt_cache, make_prompt_cache
 
     if not path.is_file():
-        raise SpqtError(f"{path} is not found", MAKE)
+        raise SpqtError(f"{path} is not found", MAKE + files.near(path))
     checkpoint_files.read_shard(path, path.name)
     try:
         caches, metadata = load_prompt_cache(str(path), return_metadata=True)

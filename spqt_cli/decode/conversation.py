@@ -8,9 +8,11 @@ from dataclasses import replace
 from typing import Any
 
 from spqt_cli.decode import context, generate, session
-from spqt_cli.decode.options import Loading, Options, Prompt, Sampling
-from spqt_cli.errors import SpqtError
+from spqt_cli.decode.options import Loading, Options, Prompt, Sampling, check
+from spqt_cli.errors import SpqtError, UsageError
 from spqt_cli.format import thresholds
+
+WHOLE = ("top_k", "min_tokens_to_keep", "seed", "max_tokens")  # settings that are whole numbers
 
 
 class Conversation:
@@ -27,6 +29,7 @@ class Conversation:
         self.messages: list[dict[str, str]] = []
         self._loading: Loading = loading.copy()
         self._template, self._sampling, self._options = template, sampling, options
+        self._first = self.settings
         self._cache: list[Any] | None = None
         self._fed: list[int] = []  # tokens that the cache is known to hold; what else it holds comes after
 
@@ -67,6 +70,28 @@ class Conversation:
     def clear(self) -> None:
         """Forget what was said."""
         self.messages, self._cache, self._fed = [], None, []
+
+    @property
+    def settings(self) -> dict[str, float | None]:
+        """How answers are drawn: mlx-lm's names, and max_tokens."""
+        return {**vars(self._sampling), "max_tokens": self._options.max_tokens}
+
+    def set(self, name: str, value: float | None) -> None:
+        """Draw the next answers with another one of `settings`; None: as at the beginning.
+
+        Raises UsageError for a value out of range.
+        """
+        wanted: Any = self._first[name] if value is None else value
+        if value is not None and name in WHOLE:
+            if not value.is_integer():
+                raise UsageError(f"{name} {value}: no whole number", f"/set {name} 40")
+            wanted = int(value)
+        if name == "max_tokens":
+            self._options = replace(self._options, max_tokens=wanted)
+            return
+        sampling = replace(self._sampling, **{name: wanted})
+        check(sampling, self._options.cache, self.loaded.config)
+        self._sampling = sampling
 
     def skip(self, sparsity: float | None) -> None:
         """Go on at another sparsity, 0 to 0.95; None runs dense. The model is loaded anew.

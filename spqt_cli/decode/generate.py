@@ -230,10 +230,10 @@ def _loop_arguments(loaded: session.Loaded, sampling: Sampling, options: Options
     if loaded.processes is not None:
         sampler = _agreeing(sampler, loaded.processes)
     arguments = {"max_tokens": options.max_tokens, "sampler": sampler, **vars(options.cache)}
-    if sampling.repetition_penalty is not None:
-        arguments["logits_processors"] = make_logits_processors(
-            repetition_penalty=sampling.repetition_penalty
-        )
+    names = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+    penalties = {name: value for name in names if (value := getattr(sampling, name)) is not None}
+    if penalties:
+        arguments["logits_processors"] = make_logits_processors(**penalties)
     if options.prompt_cache is not None:
         arguments["prompt_cache"] = options.prompt_cache
     if loaded.draft is not None:

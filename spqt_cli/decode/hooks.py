@@ -35,7 +35,7 @@ from spqt_cli.decode import (
 )
 from spqt_cli.decode.layers import ZigzagLayer, ZigzagLinear, share_inputs, zigzag_layers
 from spqt_cli.errors import SpqtError
-from spqt_cli.format import thresholds
+from spqt_cli.format import contract, thresholds
 
 _load_weights = nn.Module.load_weights
 _refusal: ContextVar[SpqtError | None] = ContextVar("refusal", default=None)
@@ -52,6 +52,7 @@ def _to_quantized(stock: Callable[..., Any], make: Callable[..., ZigzagLayer]) -
             return stock(self, group_size, bits, mode, **kw)
         if error := _refusal.get():
             raise error
+        kw.pop(contract.NEEDS, None)
         layer = make(self, group_size, bits, **kw)
         sparsity, curve = wished_sparsity(), (kw.get("spqt") or {}).get("curve")
         object.__setattr__(layer, "curve", curve)  # not as a module keeps it, among its parameters

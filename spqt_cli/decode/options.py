@@ -64,6 +64,8 @@ class Sampling(_Ranged):
     xtc_probability: float = _ranged(0.0, 0, 1)
     xtc_threshold: float = _ranged(0.1, 0, 0.5)
     repetition_penalty: float | None = _ranged(None, 0, 1e6)
+    presence_penalty: float | None = _ranged(None, -1e6, 1e6)
+    frequency_penalty: float | None = _ranged(None, -1e6, 1e6)
     seed: int | None = _ranged(None, 0, LARGEST_SEED)
 
 

@@ -348,3 +348,14 @@ def touched_bytes(loaded: Loaded | Draft, shares: list[active_counts.Share]) -> 
     unread = sum(size * (1 - share.read) for size, share in counted)
     skipped = sum(size * (1 - share.active) for size, share in counted)
     return other + dense - unread, other + dense, skipped / dense if dense else 0.0
+
+
+def more_than_stored(loaded: Loaded, read: float) -> str:
+    """A line where a dense step reads more bytes (`read`) than the model's files have; else ""."""
+    stored = sum(tensor.nbytes for tensor in loaded.folder.tensors.values())
+    if loaded.draft is not None or read <= stored:
+        return ""
+    return (
+        f"dense MB a token exceed the {stored / 1e6:.1f} MB of the files: what is converted at load, as a "
+        "tied head's scales are on a CPU, is read as float32"
+    )

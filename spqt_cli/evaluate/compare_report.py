@@ -44,7 +44,8 @@ def _footnotes(rows: Sequence[Row]) -> list[str]:
         f"tok/s: median and range of {rounds} rounds by turns, {rows[0].timed_tokens} tokens each, after one "
         f"that warms up; backend {ours.backend} ({ours.backend_reason})",
         "skipped: of the Zigzag weights, while the text above was written",
-        "MB/token: weights read for each token; more than the file where a head is converted to float32",
+        "MB/token: weights read for each token; more than the files where some are converted at load, as a "
+        "tied head's scales are on a CPU",
         "perplexity: of the text above, by the dense model; low for a text that repeats itself",
     ]
     if held is not None:

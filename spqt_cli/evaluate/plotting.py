@@ -12,14 +12,17 @@ from typing import Any
 from spqt_cli.errors import UsageError
 from spqt_cli.evaluate.report import SOURCE
 from spqt_cli.evaluate.several_report import Compared, Several, TextResult
-from spqt_cli.system import picture
+from spqt_cli.system import picture, terminal_picture
 from spqt_cli.system.picture import COLOURS
+from spqt_cli.system.terminal import harmless
+from spqt_cli.system.terminal_picture import BLUE, GREEN, ORANGE, Bar
 
 EDGES = 0.7, 1.5, 0.55, 0.35  # inches left, right, below and above the axes; names stand at the right
 LONGEST_LABEL = 18  # characters
 LABEL_POINTS = 12  # between two labels, at least
 LOG_FROM = 3.0  # highest over lowest KL from which the axis is logarithmic
 TICKS = [base * scale for scale in (1e-4, 1e-3, 0.01, 0.1, 1.0, 10.0) for base in (1, 1.5, 2, 3, 4, 5, 7)]
+TERMINAL_COLOURS = (BLUE, ORANGE, GREEN)
 MARKS = ("o", "^", "v", "s", "D", "P", "X", "<", ">", "p")
 
 
@@ -43,9 +46,9 @@ class Series:
         return [row.against[SOURCE].kl for row in self.rows]
 
 
-def check(path: Path, baseline: str | None) -> None:
+def check(path: Path, baseline: str | None, json_output: bool = False) -> None:
     """Refuse, before any work, a picture that can't be drawn."""
-    picture.check(path)
+    picture.check(path, json_output)
     if baseline is None:
         raise UsageError("--plot draws the KL to the source", "name it: --baseline SOURCE")
 
@@ -56,6 +59,7 @@ def draw(result: Several, path: Path) -> None:
         picture.Panel(
             f"KL to the source over megabytes per token on {one.text}",
             functools.partial(_panel, result=one),
+            functools.partial(_shown, one),
             edges=EDGES,
         )
         for one in result.texts
@@ -93,6 +97,17 @@ def _panel(axes: Any, result: TextResult) -> None:
     picture.tidy(axes, title, "MB of weights that a token reads", "KL to the source, nats")
     _label_shares(axes, every)
     _label_series(axes, every)
+
+
+def _shown(result: TextResult) -> Any:
+    """The same in the terminal: a bar for each row of each series."""
+    named = []
+    for at, one in enumerate(series(result)):
+        for row, size, cost in zip(one.rows, one.sizes, one.costs, strict=True):
+            share = f" {row.sparsity:.0%}" if row.sparsity else ""
+            said, colour = f"{cost:.3f} at {size:.1f} MB/token", TERMINAL_COLOURS[at % len(TERMINAL_COLOURS)]
+            named.append(Bar(harmless(one.label) + share, cost, said, colour))
+    return terminal_picture.bars(f"{harmless(result.text)}: KL to the source, nats", named)
 
 
 def _scales(axes: Any, costs: Sequence[float]) -> None:

@@ -70,9 +70,8 @@ def read(path: Path, limit: int | None = None) -> Questions:
                 if line.strip():
                     items.append(_question(line, number, path, label))
     except OSError as error:
-        raise SpqtError(
-            f"{error.filename or path} can't be read: {error.strerror}", "give a JSONL file"
-        ) from None
+        hint = "give a JSONL file" + files.near(path)
+        raise SpqtError(f"{error.filename or path} can't be read: {error.strerror}", hint) from None
     if not items:
         raise SpqtError(f"{path} has no questions", SHAPES)
     return Questions(path.name, digest.hexdigest(), tuple(items))

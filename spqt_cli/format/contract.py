@@ -3,7 +3,7 @@
 It knows no other file: `folder` checks that the shards agree with it.
 
     "quantization": {"group_size": 64, "bits": 4, "mode": "affine",
-        "model.layers.0.mlp.up_proj": {"group_size": 64, "bits": 4, "mode": "zigzag",
+        "model.layers.0.mlp.up_proj": {"group_size": 64, "bits": 4, "mode": "zigzag", NEEDS: true,
             "spqt": {"band": 3584, "threshold": 0.012, "curve": [0.0, ...]}}}
     "spqt": {"format_version": 1, "fingerprint": "...", "content": "...", "source": {...},
              "versions": {...}, "shards": {"model.safetensors": "sha256"},
@@ -28,6 +28,9 @@ from spqt_cli.format.thresholds import CURVE_SPARSITIES
 
 FORMAT_VERSION = 2  # the newest that is read; folders without Zigzag experts are of version 1
 MODE = "zigzag"  # the `mode` of a Zigzag layer's entry
+# A key in each entry that says nothing to spqt. Plain mlx-lm passes an entry's keys as arguments and stops at
+# the first that it doesn't know, which this one is (keys are sorted): its error then says what to do.
+NEEDS = "model made by spqt, which mlx-lm alone cannot run: pip install spqt, then spqt run MODEL"
 
 
 class ThresholdsError(SpqtError):
@@ -97,7 +100,7 @@ def _lasting(entry: dict[str, Any]) -> dict[str, Any]:
     lasting = {"band": spqt.get("band")} if isinstance(spqt, dict) else {}
     if isinstance(spqt, dict) and "experts" in spqt:
         lasting["experts"] = spqt["experts"]
-    return {name: value for name, value in entry.items() if name != "spqt"} | lasting
+    return {name: value for name, value in entry.items() if name not in ("spqt", NEEDS)} | lasting
 
 
 def weights_fingerprint(section: dict[str, Any]) -> str:

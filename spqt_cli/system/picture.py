@@ -1,7 +1,7 @@
-"""Pictures as PNG, SVG or a page of one file; what is in them its callers draw, on matplotlib's axes.
+"""Pictures as PNG, SVG or a page of one file, or in the terminal; what is in them its callers draw.
 
 A page's panels are inline SVG whose colours follow light and dark. Matplotlib is an extra and is imported
-only here.
+only here; a picture in the terminal needs none.
 """
 
 import html
@@ -14,8 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from spqt_cli.errors import ResourceError, UnsupportedError, UsageError
+from spqt_cli.system import terminal_picture
+from spqt_cli.system.terminal import harmless
 
 KINDS = (".png", ".svg", ".html")
+TERMINAL = Path("-")  # the name of a picture in the terminal
 WIDTH, HEIGHT = 6.4, 3.5  # inches of a panel
 # Light, and what stands for it on a dark page.
 INK, FAINT, PAPER = ("#1b1b1d", "#ececee"), ("#c9c9cd", "#46464c"), ("#fffffe", "#141416")
@@ -31,13 +34,15 @@ COLOURS = (
 
 @dataclass(frozen=True)
 class Panel:
-    """One pair of axes. label: says what it shows to who can't see it. draw: gets matplotlib's axes.
+    """One pair of axes. label: says what it shows to who can't see it. draw: gets matplotlib's axes. shown:
+    makes the same for a terminal, a renderable of Rich.
 
     height and edges in inches; edges: left, right, below and above the axes.
     """
 
     label: str
     draw: Callable[[Any], None]
+    shown: Callable[[], Any]
     height: float = HEIGHT
     edges: tuple[float, float, float, float] = (0.7, 0.3, 0.55, 0.35)
 
@@ -52,18 +57,31 @@ class Picture:
     table: str = ""
 
 
-def check(path: Path) -> None:
-    """Refuse, before any work, a picture that can't be drawn."""
+def check(path: Path, json_output: bool = False) -> None:
+    """Refuse, before any work, a picture that can't be drawn. json_output: stdout is to hold JSON alone."""
+    if path == TERMINAL:
+        if json_output:
+            raise UsageError("--plot - and --json both want stdout", "--plot FILE.png")
+        return
     if path.suffix.lower() not in KINDS:
-        raise UsageError(f"--plot {path} is no picture's name", f"end it in {', '.join(KINDS)}")
+        raise UsageError(
+            f"--plot {path} is no picture's name", f"end it in {', '.join(KINDS)}, or '-' for the terminal"
+        )
     if not path.parent.is_dir():
         raise UsageError(f"{path.parent} is no folder", "make it first")
     if importlib.util.find_spec("matplotlib") is None:
-        raise UnsupportedError("matplotlib, which --plot draws with, is missing", "pip install 'spqt[plot]'")
+        raise UnsupportedError(
+            "matplotlib, which --plot FILE draws with, is missing",
+            "pip install 'spqt[plot]', or --plot - for the terminal",
+        )
 
 
 def save(picture: Picture, path: Path) -> None:
     """Write a picture in the form that its name's ending says; ResourceError where it can't be written."""
+    if path == TERMINAL:
+        shown = [panel.shown() for panel in picture.panels]
+        terminal_picture.print_all(harmless(picture.title), shown, harmless(picture.note))
+        return
     kind = path.suffix.lower()
     data = _page(picture).encode() if kind == ".html" else drawn(picture.panels, kind[1:])
     try:

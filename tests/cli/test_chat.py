@@ -130,3 +130,37 @@ def test_a_model_that_is_gone_ends_the_conversation(calibrated: Path, monkeypatc
     assert result.returncode == 130
     assert b"Traceback" not in result.stderr
     assert result.stderr.count(b"4 tokens") == 1
+
+
+def test_how_answers_are_drawn_can_be_set_while_talking(calibrated: Path):
+    lines = "/set max-tokens 2\nfox\n/set temp 0.5\n/set temp default\n/set presence_penalty 1.5\n/set\nox\n"
+    result = piped(calibrated, lines)
+    said = result.stderr.decode()
+    assert result.returncode == 0, said
+    for words in ("max_tokens 2", "2 tokens", "temp 0.5", "temp 0\n", "presence_penalty    1.5"):
+        assert words in said
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("/set tmp 1", "did you mean temp?"), ("/set temp", "no number"), ("/set temp inf", "no number"),
+        ("/set temp -1", "out of range"), ("/set top_k 1.5", "no whole number"),
+        ("/set top_k 512", "the model has 512 tokens"), ("/set max_tokens 0", "nothing to do"),
+        ("/quit now", "no command"),
+    ],
+)  # fmt: skip
+def test_what_can_not_be_set(calibrated: Path, line: str, says: str):
+    assert_error(piped(calibrated, line), 2, says)
+
+
+def test_a_file_is_sent(calibrated: Path, tmp_path: Path):
+    (tmp_path / "note.txt").write_text("the quick brown fox")
+    loaded, typed = (
+        json.loads(piped(calibrated, line, "--json").stdout)
+        for line in (f"/load {tmp_path / 'note.txt'}", "the quick brown fox")
+    )
+    assert loaded["text"] == typed["text"]
+    assert_error(piped(calibrated, f"/load {tmp_path / 'not.txt'}"), 3, "near it", "note.txt")
+    (tmp_path / "note.txt").write_bytes(b"\xff")
+    assert_error(piped(calibrated, f"/load {tmp_path / 'note.txt'}"), 3, "UTF-8")

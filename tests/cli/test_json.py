@@ -37,6 +37,11 @@ class Places:
         self.text.write_text(TEXT)
         self.questions.write_text(json.dumps(QUESTION) + "\n")
 
+    def preset(self) -> Path:
+        path = self.own.parent / "tiny.toml"
+        path.write_text("[quantization]\ngroup_size = 32\n[calibration]\ntokens = 1024\nmethod = 'fast'\n")
+        return path
+
 
 def a_peft_adapter(at: Places) -> Path:
     folder = at.own.parent / "peft"
@@ -52,6 +57,9 @@ Line = Callable[[Places], list[object]]
 TIMES = ["-p", 4, "-g", 2, "-r", 2]
 LINES: dict[str, Line] = {
     "convert": lambda at: ["convert", at.source, "-o", at.new, "--q-group-size", 32, "--dry-run"],
+    "convert --calibrate": lambda at: [
+        "convert", at.source, "-o", at.new, "--sparsity", 0.3, "--preset", at.preset(),
+    ],
     "fit": lambda at: ["fit", at.converted, at.source, "-o", at.new, "--own-text", 2],
     "adapter": lambda at: ["adapter", a_peft_adapter(at), "-o", at.new],
     "fuse": lambda at: ["fuse", at.converted, an_adapter(at), "-o", at.new],

@@ -1,8 +1,10 @@
 """--plot of calibrate, inspect, bench and compare: what is drawn; what is refused first."""
 
+import json
 import os
 import re
 import shutil
+import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -50,7 +52,7 @@ def test_a_page_is_one_file_that_needs_no_other(calibrated: Path, tmp_path: Path
     path = tmp_path / "model.html"
     assert spqt("inspect", calibrated, "--plot", path).returncode == 0
     text = path.read_text()
-    assert text.count("<svg ") == text.count('role="img"') == 2
+    assert text.count("<svg ") == text.count('role="img"') == 3
     assert not re.search(r'(?:src|href)="(?!#)', text)
     assert "prefers-color-scheme: dark" in text
     assert picture.INK[0] not in text.split("</style>")[1]
@@ -97,6 +99,61 @@ def test_variants_with_a_profile_are_a_line_of_their_own():
     lines = [one for one in axes.containers if len(one.lines[0].get_xdata())]
     assert [list(one.lines[0].get_xdata()) for one in lines] == [[0, 50], [0, 50]]
     assert "profile" in [one.get_text() for one in axes.texts]
+
+
+def test_the_terminal_needs_no_matplotlib(
+    converted: Path, calibrated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(picture.importlib.util, "find_spec", lambda _: None)
+    shutil.copytree(converted, tmp_path / "m")
+    fast = ("--sparsity", 0.3, "--tokens", 1024, "--method", "fast", "--plot", "-")
+    shown = {
+        "calibrate": spqt("calibrate", tmp_path / "m", *fast),
+        "inspect": spqt("inspect", tmp_path / "m", "--plot", "-"),
+        "bench": spqt("bench", calibrated, "-p", 0, "-g", 4, "-r", 2, "--plot", "-"),
+        "compare": spqt("compare", calibrated, "-p", "fox", "-m", 4, "--sparsity", "0,0.3", "--plot", "-"),
+    }
+    for name, done in shown.items():
+        assert done.returncode == 0, (name, done.stderr.decode())
+    calibrate, inspect, bench, compare = (done.stdout.decode() for done in shown.values())
+    for text in (calibrate, inspect):
+        _, _, drawn = text.partition("percent of inputs skipped")
+        assert "its price: KL to dense by this layer alone" in drawn
+        assert max(map(len, drawn.splitlines())) <= 80
+    assert re.search(r"inputs of \S+ by magnitude; skipped below", inspect)
+    assert "stock mlx-lm" in bench
+    assert "25% skipped" in bench
+    assert "KL to dense, nats" in compare
+    both = spqt("inspect", calibrated, "--plot", "-", "--json")
+    assert both.returncode == 2
+    assert b"both want stdout" in both.stdout
+    assert_error(spqt("inspect", calibrated, "--plot", tmp_path / "x.png"), 4, "--plot -", "spqt[plot]")
+
+
+def test_prices_are_those_of_the_gradients(calibrated: Path, tmp_path: Path):
+    """auto measures gradients, uniform has none: no map of prices then, and a note says why."""
+    record = Folder(calibrated).calibration.record
+    prices = {path: row["price"] for path, row in record["layers"].items()}
+    assert all(price >= 0 for price in prices.values())
+    assert 0.1 < sum(prices.values()) / record["kl"] < 10  # they add up to about the KL
+    drawn = pictures.of_folder(Folder(calibrated), None)
+    assert [panel.label[:8] for panel in drawn.panels] == ["Heat map", "Heat map", "Distribu"]
+    shutil.copytree(calibrated, tmp_path / "m")
+    flags = ("--sparsity", 0.3, "--tokens", 1024, "--method", "uniform")
+    assert spqt("calibrate", tmp_path / "m", *flags).returncode == 0
+    drawn = pictures.of_folder(Folder(tmp_path / "m"), None)
+    assert [panel.label[:8] for panel in drawn.panels] == ["Heat map", "Distribu"]
+    assert "auto, fast" in drawn.note
+
+
+@pytest.mark.parametrize("layers", [None, {}, {"x": 3}, "x"])
+def test_a_folder_that_does_not_say_what_layers_skip(calibrated: Path, tmp_path: Path, layers: object):
+    shutil.copytree(calibrated, tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    config["spqt"]["calibration"]["layers"] = layers
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    assert_error(spqt("inspect", tmp_path / "m", "--plot", "-"), 3, "spqt calibrate")
 
 
 @pytest.mark.parametrize(

@@ -155,7 +155,41 @@ def test_in_a_pipe_progress_says_how_long_is_left(monkeypatch: pytest.MonkeyPatc
     ]
 
 
+def test_in_a_pipe_each_step_has_a_line(monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.setattr("time.monotonic", lambda: 0.0)
+    show = output._plain_lines()
+    for step in ("observing", "refining", "refining", "scoring"):
+        for done in range(3):
+            show(done, 3, step)
+    assert capsys.readouterr().err.splitlines() == ["  0%  observing", "  0%  refining", "  0%  scoring"]
+
+
+def test_calibrate_says_first_how_long_it_takes(converted: Path, tmp_path: Path):
+    shutil.copytree(converted, tmp_path / "m")
+    flags = ("--sparsity", 0.3, "--tokens", 1024, "--method", "fast")
+    first, second, *_ = spqt("calibrate", tmp_path / "m", *flags).stderr.decode().splitlines()
+    assert re.fullmatch(
+        r"calibrating takes about \d+ (seconds|minutes) here; an interrupted run goes on .*", first
+    )
+    assert "observing activations" in second
+    for silent in ("--quiet", "--json"):
+        assert b"takes" not in spqt("calibrate", tmp_path / "m", *flags, silent).stderr
+
+
 def test_a_mistyped_path_names_what_is_near(calibrated: Path):
     wrong = str(calibrated)[:-1]
     for command in (["inspect", wrong], ["run", wrong, "hello"], ["calibrate", wrong], ["convert", wrong]):
         assert_error(spqt(*command), 3, f"near it: {calibrated}")
+
+
+@pytest.mark.parametrize("name", ["text.txt", "questions.jsonl", "mine.toml", "prefix.safetensors"])
+def test_so_does_a_mistyped_file_that_a_flag_names(calibrated: Path, tmp_path: Path, name: str):
+    (tmp_path / name).touch()
+    wrong = tmp_path / name.replace(".", "x.")
+    command = {
+        "text.txt": ["calibrate", calibrated, "--data", wrong],
+        "questions.jsonl": ["eval", calibrated, wrong],
+        "mine.toml": ["calibrate", calibrated, "--preset", wrong],
+        "prefix.safetensors": ["run", calibrated, "hello", "--prompt-cache-file", wrong],
+    }[name]
+    assert_error(spqt(*command), 3, f"near it: {tmp_path / name}")

@@ -45,7 +45,7 @@ def test_the_front_stays_yaml_with_tags_that_the_hub_knows(folder: Path):
     found = yaml.safe_load(front)
     assert found["library_name"] == "mlx"
     assert found["pipeline_tag"] == "text-generation"
-    assert found["tags"] == ["mlx", "spqt"]
+    assert found["tags"] == ["mlx", "spqt", "4-bit"]
 
 
 @pytest.mark.parametrize("content", [b"my own words", b"\xff\xfe", card.BEGIN.encode(), None])

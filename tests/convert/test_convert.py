@@ -90,7 +90,13 @@ def test_config_of_the_output(converted: Path) -> None:
     config = config_json.read_config(converted)
     assert config["quantization"] == config["quantization_config"]
     entry = config["quantization"]["model.layers.0.mlp.up_proj"]
-    assert entry == {"bits": 4, "group_size": 32, "mode": "zigzag", "spqt": {"band": 160}}
+    assert entry == {
+        "bits": 4,
+        "group_size": 32,
+        "mode": "zigzag",
+        contract.NEEDS: True,
+        "spqt": {"band": 160},
+    }
     section = config["spqt"]
     assert section["format_version"] == 1
     assert section["fingerprint"] == contract.settings_fingerprint(config)

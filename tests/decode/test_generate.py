@@ -233,3 +233,15 @@ def test_a_stop_string_ends_the_stream(calibrated):
     cut, statistics = run(loaded, max_tokens=24, stop=[stop])
     assert cut == text[: text.index(stop)]
     assert statistics.finish_reason == "stop string"
+
+
+@pytest.mark.skipif(mx.default_device().type != mx.DeviceType.cpu, reason="a GPU converts nothing")
+def test_more_bytes_a_token_than_the_files_have_are_explained(tmp_path, converted):
+    """A tied head of 16 bits is converted to float32 at load; in float32 there is nothing to explain."""
+    source = tiny_checkpoint(tmp_path / "half", dtype=mx.float16, torch_dtype="float16")
+    convert.convert(str(source), tmp_path / "m", convert.ConvertOptions(group_size=32))
+    for folder, explained in ((tmp_path / "m", True), (converted, False)):
+        loaded = session.load(folder, dense=True)
+        _, statistics = run(loaded, max_tokens=2)
+        said = session.more_than_stored(loaded, statistics.dense_weight_bytes_per_token)
+        assert ("float32" in said) == explained

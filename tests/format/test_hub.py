@@ -2,11 +2,13 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import huggingface_hub
 import mlx.core as mx
 import pytest
 
@@ -155,6 +157,33 @@ def test_converted_model_on_the_hub(hub: Hub, tmp_path: Path, converted: Path) -
     done = spqt(hub, tmp_path, "inspect", "org/damaged")  # a download is verified once
     assert done.returncode == 3
     assert "SHA-256" in done.stderr
+
+
+def test_a_converted_model_runs_by_its_hub_id(hub: Hub, tmp_path: Path, calibrated: Path) -> None:
+    hub.repos["org/calibrated"] = calibrated
+    done = spqt(hub, tmp_path, "run", "org/calibrated", "the fox", "-m", 4, "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["generation_tokens"] == 4
+    assert found["sparsity"] > 0.2
+    again = spqt(hub, tmp_path, "run", "org/calibrated", "the fox", "-m", 4, "--json", HF_HUB_OFFLINE="1")
+    assert json.loads(again.stdout)["text"] == found["text"]
+
+
+def test_what_calibrate_uploads_has_thresholds_and_a_card_that_the_hub_reads(
+    hub: Hub, tmp_path: Path, converted: Path
+) -> None:
+    shutil.copytree(converted, tmp_path / "m")
+    flags = ("--sparsity", 0.3, "--tokens", 1024, "--method", "fast", "--upload-repo", "me/thresholds")
+    done = spqt(hub, tmp_path, "calibrate", "m", *flags)
+    assert done.returncode == 0, done.stderr
+    sent = hub.uploads["me/thresholds"]
+    assert json.loads(sent["config.json"])["spqt"]["calibration"]["sparsity"] == 0.3
+    assert not [name for name in sent if name.startswith(".") or name.endswith(".py")]
+    card = huggingface_hub.ModelCard(sent["README.md"].decode())
+    assert card.data.library_name == "mlx"
+    assert card.data.tags == ["mlx", "spqt", "4-bit"]
+    assert "Calibrated to skip 30%" in card.content
 
 
 def test_upload(hub: Hub, tmp_path: Path, checkpoint: Path) -> None:

@@ -71,6 +71,7 @@ class Streamed:
         on_progress: OnProgress,
     ) -> None:
         self.layers, self.counts = harness.layers, dict[str, np.ndarray]()
+        self.costs: dict[str, np.ndarray] = {}
         self._harness, self._progress, self._on_progress = harness, progress, on_progress
         self._windows = np.concatenate(windows)
         self._half = self._windows.shape[1] // 2
@@ -81,12 +82,14 @@ class Streamed:
 
     def sensitivities(self, windows: int) -> dict[str, np.ndarray]:
         """Path -> cost of each of gradients.SPARSITIES, over at most so many calibration windows."""
+        tokens = self._windows[: min(windows, self._calibrating)]
         if not self._saved_costs():
-            tokens = self._windows[: min(windows, self._calibrating)]
             folder = self._progress.folder
             costs = gradients.sensitivities(self._blocks, self._harness, tokens, folder, self._on_progress)
             self._progress.save(**{f"costs/{path}": cost for path, cost in costs.items()})
-        return self._saved_costs()
+        found = self._saved_costs()
+        self.costs = {path: cost / (len(tokens) * self._half) for path, cost in found.items()}
+        return found
 
     def _saved_costs(self) -> dict[str, np.ndarray]:
         """Path -> costs, in the order in which they were measured: layers of equal cost are taken in it."""
