@@ -86,8 +86,6 @@ def block(module: Any, backend: interface.Backend) -> Block | str:
             return "gate and up do not run in one launch"
         total = None if out.part is None else interface.Total(out.part.total, out.part.is_first)
         tail = interface.Tail(*middle, [gate, up], down, total)
-    elif out.part is not None:
-        return "its experts' parts are added up"
     projections = list(q.shared_input.layers)
     own = [id(attention.get(name)) for name in PROJECTIONS] == list(map(id, projections))
     norm = interface.Norm(before["weight"], before.eps)
@@ -108,8 +106,10 @@ def why_not(module: Any, backend: interface.Backend, zigzag: IsZigzag = is_zigza
     others = [name for name in names if not zigzag(attention.get(name) or mlp.get(name))]
     if others:
         return f"{' and '.join(others)} not in the Zigzag layout"
-    parts = {name: getattr(attention.get(name) or mlp.get(name), "part", None) for name in within}
-    return _why_not_parts(parts, (OUT, names[-1]))
+    own = {name: getattr(attention.get(name) or mlp.get(name), "part", None) for name in within}
+    if not gated(mlp) and any(part is not None for part in own.values()):
+        return "a mixture's layers are cut over processes"
+    return _why_not_parts(own, (OUT, names[-1]))
 
 
 def _why_not_parts(parts: Mapping[str, Any], summed: Sequence[str]) -> str:

@@ -201,7 +201,7 @@ def prepare_tail(x: mx.array, tail: Tail) -> TailStep | None:
 
 def prepare_middle(x: mx.array, middle: Middle) -> MiddleStep:
     """As `select.prepare_middle`: one traced call; the residual stream is added in the reduction."""
-    out = _residual(middle.out)
+    out = _residual(middle.out, None)
 
     @mx.compile
     def step(
