@@ -22,9 +22,9 @@ from spqt_cli.errors import BackendError, ElsewhereError, UnsupportedError, Usag
 from spqt_cli.format import config_json
 from spqt_cli.system import launched, peers
 
-# NCCL's settings where nobody set others: no multicast, which not every host allows; buffers captured in a CUDA
-# graph are not registered, since MLX captures other ones for every token; and graphs are not ordered among one
-# another, which the stream does already.
+# NCCL's settings where nobody set others: no multicast, which not every host allows; buffers captured in a
+# CUDA graph are not registered, since MLX captures other ones for every token; and graphs are not ordered
+# among one another, which the stream does already.
 NCCL = {"NCCL_NVLS_ENABLE": "0", "NCCL_GRAPH_REGISTER": "0", "NCCL_GRAPH_MIXING_SUPPORT": "0"}
 LAUNCH = "mlx.launch -n 2 -- spqt ..."
 _meets_later: ContextVar[bool] = ContextVar("meets_later", default=False)
