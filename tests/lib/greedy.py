@@ -21,7 +21,7 @@ from spqt_cli.decode.options import Options, Prompt, Sampling
 from spqt_cli.errors import SpqtError
 from tests.lib import settled
 
-TOKENS = 16
+TOKENS = 8
 PROMPT = "pack my box with five dozen liquor jugs"
 
 
