@@ -43,13 +43,15 @@ def make(name: str, folder: Path, changes: dict[str, Any]) -> Path:
     """A converted and calibrated folder of an architecture with seeded weights."""
     from spqt_cli.calibrate import calibrate
     from spqt_cli.convert import convert
-    from tests.lib import architecture_check
+    from tests.lib import architecture_check, greedy, settled
 
     source, output = folder / f"{name}-source", folder / name
     architecture_check.write_source(config(name, changes), source, seed=len(name))
     convert.convert(str(source), output, convert.ConvertOptions(group_size=32))
     options = calibrate.CalibrateOptions(sparsity=0.4, tokens=256, window=64, method="fast")
     calibrate.calibrate(output, options, lambda *_: None)
+    thresholds = settled.settle(output, lambda loaded: greedy.written(loaded, greedy.TOKENS))
+    (output / settled.FILE).write_text(json.dumps(thresholds))
     return output
 
 

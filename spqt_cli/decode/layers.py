@@ -35,7 +35,17 @@ class ZigzagLayer(nn.Module):
         nn.Module.__init__(self)
         self.outputs, self.bits, self.group_size, self.band = outputs, bits, group_size, band
         object.__setattr__(self, "_threshold", None)
-        self.shared_input = self._shared([self])
+
+    shared_input: "SharedInput"
+
+    def __getattr__(self, key: str) -> Any:
+        """`shared_input` of a layer that runs alone, when it is first asked for: it refers back to the layer,
+        and one that was cut up before it ran would stay in memory with all its weights.
+        """
+        if key == "shared_input":
+            self.shared_input = self._shared([self])
+            return self.shared_input
+        return super().__getattr__(key)
 
     def take(self, plain: nn.Module, entry: dict[str, Any]) -> None:
         """Take a plain layer's weights, to be quantized when evaluated, and what config.json's entry says."""
@@ -77,7 +87,8 @@ class ZigzagLayer(nn.Module):
             mx.eval(threshold)  # a lazy constant would belong to this thread's stream alone
         # Not as nn.Module would keep it: reading an array attribute of a module takes microseconds.
         object.__setattr__(self, "_threshold", threshold)
-        self.shared_input.forget()
+        if "shared_input" in self.__dict__:
+            self.shared_input.forget()
 
     def dequantized(self) -> mx.array:
         """The matrix (outputs, inputs), or experts (experts, outputs, inputs), that the weights stand for."""

@@ -71,7 +71,7 @@ def shard_linear(layer: ZigzagLayer, sharding: str, segments: Segments, group: A
     Raises UnsupportedError for sizes that the processes do not divide.
     """
     part: ZigzagLayer = copy.copy(layer)
-    part.shared_input = part._shared([part])
+    part.__dict__.pop("shared_input", None)
     shard_inplace(part, sharding, segments, group)
     if sharding == SHARDED_TO_ALL:
         assert part.part is not None
