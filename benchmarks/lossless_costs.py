@@ -40,7 +40,7 @@ class Costs(NamedTuple):
         known = sorted(({1: 1.0} | self.rows).items())
         if rows > known[-1][0]:
             raise ValueError(f"{self.name}: {rows} rows were not measured")
-        return float(np.interp(rows, *zip(*known, strict=True)))
+        return float(np.interp(rows, [at for at, _ in known], [cost for _, cost in known]))
 
     def speedup(self, share: float, accepted: Sequence[float], rows_free: bool = False) -> tuple[float, int]:
         """The best expected speed against dense decoding, and the number of drafts that gives it.
