@@ -1,8 +1,8 @@
 """Errors that the user can act on: a cause, a hint, and the exit code of their kind."""
 
 INSTALL_HINT = (
-    'pip install "spqt[cpu]" (Linux without a GPU), "spqt[cuda13]" or "spqt[cuda12]" (NVIDIA); '
-    "on Apple silicon: pip install --force-reinstall spqt"
+    'pip install "spqt[cpu]" (Linux without a GPU), "spqt[cuda13]" or "spqt[cuda12]" (NVIDIA), or uv tool '
+    "and pipx likewise; on Apple silicon: pip install --force-reinstall spqt"
 )
 # Hints for damaged files: of a source, and of a converted folder.
 AGAIN = "download it again"

@@ -14,7 +14,6 @@ from spqt_cli.cli import flags
 from spqt_cli.cli.flags import Adapter, Json, ModelArgument, ModelOption, Quiet, Revision, Trust
 from spqt_cli.cli.output import show
 from spqt_cli.errors import SpqtError, UsageError
-from spqt_cli.system import files
 from spqt_cli.system.terminal import harmless
 
 if TYPE_CHECKING:
@@ -167,6 +166,8 @@ class Talk:
         self._say(f"{name} {'-' if value is None else f'{value:g}'}")
 
     def _load(self, name: str) -> None:
+        from spqt_cli.system import files
+
         path = files.expanded(name)
         try:
             text = files.read_bounded(path, LONGEST_LINE).decode("utf-8")

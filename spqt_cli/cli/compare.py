@@ -73,4 +73,4 @@ def compare(
     if plot is not None:
         from spqt_cli.cli import pictures
 
-        picture.save(pictures.of_comparison(rows), plot)
+        picture.save(pictures.of_comparison(model, rows), plot)

@@ -11,7 +11,6 @@ import typer
 
 from spqt_cli.cli import calibrating
 from spqt_cli.cli.output import as_json, progress
-from spqt_cli.system import files
 from spqt_cli.system.terminal import harmless
 
 if TYPE_CHECKING:
@@ -65,6 +64,7 @@ def and_calibrate(job: Job, wishes: "Preset", *, quiet: bool, json_output: bool)
     """Convert and calibrate, and print what was done. wishes: a preset's, for the calibration."""
     from spqt_cli.calibrate import at_once
     from spqt_cli.convert import convert as converter
+    from spqt_cli.system import files
 
     converter.check_options(job.options)
     output, silent = files.expanded(job.target).absolute(), quiet or json_output

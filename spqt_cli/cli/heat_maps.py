@@ -13,7 +13,7 @@ from spqt_cli.system.terminal_picture import Cell, Shades
 USUAL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # in this order
 ROW = 0.19  # inches
 LARGEST, USUALLY = 9.0, 8  # points of a figure in a cell, where there are so many columns at most
-EDGES = (0.7, 0.2, 0.2, 0.75)  # inches left, right, below and above the cells
+EDGES = (0.35, 0.1, 0.2, 0.75)  # inches left, right, below and above the cells
 # Of nothing and of the most; cells keep them on a dark page.
 SKIPPED: Shades = ("#e3ecf5", "#0b3a66")
 PRICED: Shades = ("#f8e9dd", "#7c2d00")

@@ -49,10 +49,10 @@ def _plain_lines() -> Callable[[float, float, str], None]:
         nonlocal began, last, step
         now = monotonic()
         begins = not done and what != step
+        if not done:
+            began, step = now, what
         if not begins and now - last < 2:
             return
-        if begins:
-            began, step = now, what
         last = now
         left = f", about {_seconds((now - began) * (total - done) / done)} left" if done else ""
         typer.echo(f"{done / total:4.0%}  {what}{left}" if total else what, err=True)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -40,7 +41,7 @@ class Speed:
     @property
     def middle(self) -> float:
         """The median."""
-        return sorted(self.rates)[len(self.rates) // 2]
+        return statistics.median(self.rates)
 
 
 def of_calibration(result: "Calibration") -> Picture:
@@ -96,6 +97,8 @@ def _recorded(folder: "Folder", key: str) -> dict[str, float]:
 
 def of_bench(report: "Report") -> Picture:
     """Tokens/s over sparsity, a panel for each decode test; stock is a line across. report: of a model."""
+    from spqt_cli.bench import results
+
     panels, rows = [], cast("list[ModelRow]", report.rows)
     for test, depth in dict.fromkeys((row.test, row.depth) for row in rows if row.test.startswith("tg")):
         own = [row for row in rows if (row.test, row.depth) == (test, depth)]
@@ -106,12 +109,22 @@ def of_bench(report: "Report") -> Picture:
             if row is not stock
         ]
         panels.append(_speed_panel(f"{test} at depth {depth}", speeds, stock.rate.samples if stock else ()))
-    note = "Points are medians, bars ranges of repetitions."
-    return Picture("Tokens per second over sparsity", panels, note)
+    named = report.settings.get("model") or report.settings.get("shape")
+    machine = report.machine
+    note = (
+        f"Points are medians, bars ranges of repetitions. {machine.get('device')}, backend "
+        f"{machine.get('backend')}, MLX {machine.get('mlx')}."
+    )
+    return Picture(f"{named}: tokens per second over sparsity", panels, note, results.render(report, "md"))
 
 
-def of_comparison(rows: "Sequence[Row]") -> Picture:
-    """Tokens/s over sparsity, and KL over the bytes that a token reads where it was measured."""
+def of_comparison(model: str, rows: "Sequence[Row]") -> Picture:
+    """Tokens/s over sparsity, and KL over the bytes that a token reads where it was measured.
+
+    model: its name, as it was given.
+    """
+    from spqt_cli.evaluate import compare_report
+
     stock = next((row.speeds.rounds for row in rows if row.stock), ())
     speeds = [Speed(row.sparsity_target, row.speeds.rounds) for row in rows if not row.stock]
     panels = [_speed_panel(f"{rows[0].timed_tokens} tokens by turns", speeds, stock)]
@@ -119,7 +132,9 @@ def of_comparison(rows: "Sequence[Row]") -> Picture:
     if held:
         draw, shown = functools.partial(_quality, rows=held), functools.partial(_quality_shown, held)
         panels.append(Panel("KL over megabytes per token", draw, shown, edges=(0.7, 0.6, 0.55, 0.35)))
-    return Picture("Speed and quality over sparsity", panels, "Points are medians, bars ranges of rounds.")
+    note = "Of speeds points are medians, bars ranges of rounds; of KL bars are standard errors."
+    title = f"{model}: speed and quality over sparsity"
+    return Picture(title, panels, note, compare_report.report(rows))
 
 
 def _speed_panel(name: str, speeds: Sequence[Speed], stock: Sequence[float]) -> Panel:
@@ -182,7 +197,8 @@ def _quality(axes: Any, rows: "Sequence[Row]") -> None:
         )  # fmt: skip
         for row, held in own:
             place = (row.statistics.weight_bytes_per_token / 1e6, held.mean)
-            axes.annotate(row.name, place, (6, 4), textcoords="offset points", fontsize=9, color=colour)
+            at, side = ((-6, 4), "right") if row.stock else ((6, 4), "left")
+            axes.annotate(row.name, place, at, textcoords="offset points", ha=side, fontsize=9, color=colour)
     axes.set_ylim(bottom=0)
     axes.margins(x=0.1, y=0.15)
 

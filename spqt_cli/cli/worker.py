@@ -34,7 +34,8 @@ def _calibrates(arguments: Sequence[str]) -> bool:
 
 def run(arguments: Sequence[str]) -> int:
     """The exit code of `spqt arguments` run in a child; SpqtError when a signal ended it."""
-    command = [sys.executable, "-m", "spqt_cli", *arguments]
+    # -P: no module is taken from the working directory, be it a checkout of ours or a folder of anybody's.
+    command = [sys.executable, "-P", "-m", "spqt_cli", *arguments]
     child = subprocess.Popen(command, env={**os.environ, MARK: str(os.getpid())})
 
     told = []

@@ -46,6 +46,8 @@ def _local(name: str, revision: str | None) -> Path | None:
     if not local.is_dir():
         what = "is no folder" if local.exists() else "is not found"
         hint = "give a converted folder, or a hub id (org/name)"
+        if local.is_file() and local.suffix.lower() == ".gguf":
+            hint = f"convert it first: spqt convert {name} -o FOLDER --calibrate"
         raise SpqtError(f"{name} {what}", hint + elsewhere(name) + files.near(local))
     if revision is not None:
         raise UsageError(f"--revision is for hub ids, and {name} is a path", "leave --revision out")

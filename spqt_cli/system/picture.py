@@ -141,15 +141,17 @@ def _page(picture: Picture) -> str:
         " color: var(--ink); font: 16px/1.5 system-ui, sans-serif }\n"
         "main { display: grid; gap: 1rem;"
         " grid-template-columns: repeat(auto-fit, minmax(min(100%, 27rem), 1fr)) }\n"
-        "figure { margin: 0 } svg { width: 100%; height: auto } pre { overflow-x: auto; font-size: 13px }"
+        "h1 { font-size: clamp(1.2rem, 5vw, 2rem); overflow-wrap: anywhere }\n"
+        "figure { margin: 0 } svg { width: 100%; height: auto } pre { overflow-x: auto; font-size: 13px;"
+        " border-top: 1px solid var(--faint); padding-top: 1rem }"
     )
-    title = html.escape(picture.title)
+    title = html.escape(harmless(picture.title))
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{title}</title>\n<style>\n{style}\n</style></head>\n<body>\n"
-        f"<h1>{title}</h1>\n<p>{html.escape(picture.note)}</p>\n<main>\n{panels}\n</main>\n"
-        f"<pre>{html.escape(picture.table)}</pre>\n</body></html>\n"
+        f"<h1>{title}</h1>\n<p>{html.escape(harmless(picture.note))}</p>\n<main>\n{panels}\n</main>\n"
+        f"<pre>{html.escape(harmless(picture.table))}</pre>\n</body></html>\n"
     )
 
 

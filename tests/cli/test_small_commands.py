@@ -182,6 +182,12 @@ def test_a_mistyped_path_names_what_is_near(calibrated: Path):
         assert_error(spqt(*command), 3, f"near it: {calibrated}")
 
 
+def test_a_source_in_place_of_a_converted_folder(checkpoint: Path, tmp_path: Path):
+    (tmp_path / "model.gguf").touch()
+    for source in (tmp_path / "model.gguf", checkpoint):
+        assert_error(spqt("run", source, "hello"), 3, f"convert it first: spqt convert {source}")
+
+
 @pytest.mark.parametrize("name", ["text.txt", "questions.jsonl", "mine.toml", "prefix.safetensors"])
 def test_so_does_a_mistyped_file_that_a_flag_names(calibrated: Path, tmp_path: Path, name: str):
     (tmp_path / name).touch()

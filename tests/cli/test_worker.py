@@ -71,8 +71,22 @@ def test_only_commands_that_run_models_get_a_worker(monkeypatch):
     monkeypatch.delenv(worker.MARK, raising=False)
     assert worker.wanted(["generate", "--model", "x"])
     assert worker.wanted(["calibrate", "x"])
+    assert worker.wanted(["convert", "x", "--calibrate"])
+    assert worker.wanted(["convert", "x", "--sparsity=0.4"])
     assert not worker.wanted(["convert", "generate"])
     assert not worker.wanted(["generate", "--help"])
     assert not worker.wanted(["--version"])
     monkeypatch.setenv(worker.MARK, "1")
     assert not worker.wanted(["generate"])
+
+
+def test_a_worker_takes_no_module_of_the_working_directory(calibrated, tmp_path):
+    """Of a checkout that is not installed, or of a folder that somebody else filled."""
+    (tmp_path / "spqt_cli").mkdir()
+    (tmp_path / "spqt_cli" / "__init__.py").write_text("raise SystemExit('not the installed one')")
+    (tmp_path / "numpy.py").write_text("raise SystemExit('not the installed one')")
+    command = [sys.executable, "-P", "-m", "spqt_cli", "run", str(calibrated), "fox", "-m", "2"]
+    environment = {name: value for name, value in os.environ.items() if name != worker.MARK}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "tok/s" in done.stderr
