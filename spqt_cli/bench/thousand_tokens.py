@@ -40,8 +40,8 @@ LEGEND = (
 def rows(tokens: int = TOKENS, rounds: int = 1, config: dict[str, Any] = CONFIG) -> Iterator[dict[str, Any]]:
     """Rows of the self-test's table, one for each dtype that models compute in here.
 
-    rounds: each of other `tokens` tokens and an empty cache. config: of the model. Kernels run unchecked, as in
-    the rest of the table, so that it is them that are seen. The caller's random numbers are not kept.
+    rounds: each of other `tokens` tokens and an empty cache. config: of the model. Kernels run unchecked, as
+    in the rest of the table, so that it is them that are seen. The caller's random numbers are not kept.
     """
     on_cpu = mx.default_device().type == mx.DeviceType.cpu
     for dtype in (mx.float32,) if on_cpu else (mx.float16, mx.bfloat16):
