@@ -10,6 +10,8 @@
     python -m benchmarks.gpu collector           # collecting in the kernel, and in one of its own
     python -m benchmarks.gpu sweep 14336 4096    # launch geometries
     python -m benchmarks.gpu overhead            # launches that do nothing
+    python -m benchmarks.gpu tokens 100000       # a tiny model decoded twice: NaN, and bits that differ
+    python -m benchmarks.gpu tokens-8b           # the same, 1,000 tokens at the shapes of an 8B model
 
 Weights rotate, so that no call finds its weights in a cache; all calls of a run are one evaluation.
 `spqt doctor --selftest` checks the same kernels. Runs from a checkout without an installed spqt.
@@ -39,7 +41,8 @@ from spqt_cli.backends.gpu import first_use as checks
 from spqt_cli.backends.gpu import geometry, launch, weights
 from spqt_cli.backends.gpu.kernel_text import Kernel
 from spqt_cli.backends.gpu.settings import LaunchSettings
-from spqt_cli.bench import quiet_host
+from spqt_cli.bench import quiet_host, thousand_tokens
+from spqt_cli.bench import shapes as shapes_of
 from spqt_cli.format import layout
 
 CALLS = 64  # in one evaluation
@@ -563,6 +566,23 @@ def alone(x: mx.array, inputs: int) -> Any:
     return lambda _: launch.run(kernel, [x, settings])[2]
 
 
+def tokens(count: int = 100_000) -> Iterable[dict]:
+    """Many times the self-test's thousand tokens; prints each row."""
+    each = thousand_tokens.TOKENS
+    yield from printed(thousand_tokens.rows(each, max(1, count // each)))
+
+
+def tokens_8b() -> Iterable[dict]:
+    """The self-test's tokens at the shapes of an 8B model."""
+    yield from printed(thousand_tokens.rows(config=shapes_of.config("llama-3-8b")))
+
+
+def printed(rows: Iterable[dict]) -> Iterable[dict]:
+    for row in rows:
+        print(row)
+        yield row
+
+
 def about() -> dict:
     return {
         "device": str(mx.device_info().get("device_name", platform.machine())),
@@ -584,6 +604,8 @@ COMMANDS: dict[str, Callable[..., Iterable[dict]]] = {
     "rows-chain": rows_chain,
     "sweep": sweep,
     "overhead": overhead,
+    "tokens": tokens,
+    "tokens-8b": tokens_8b,
     "first-use": first_use,
     "collector": collector,
 }

@@ -37,11 +37,12 @@ class Peer:
     def __init__(self, path: Path) -> None:
         folder = sources(path)
         settings = [f"-DLLAMA_CPP={folder}", "-DCMAKE_BUILD_TYPE=Release", "-DGGML_NATIVE=ON"]
+        jobs = str(os.cpu_count() or 1)
         BUILD.mkdir(parents=True, exist_ok=True)
         with (BUILD.parent / "peer.log").open("w") as log:
             for command in (
                 ["cmake", "-S", str(HERE), "-B", str(BUILD / "cmake"), *settings],
-                ["cmake", "--build", str(BUILD / "cmake"), "--target", "peer", "-j"],
+                ["cmake", "--build", str(BUILD / "cmake"), "--target", "peer", "-j", jobs],
             ):
                 if subprocess.run(command, stdout=log, stderr=log, check=False).returncode:
                     sys.exit("llama.cpp did not build: see build/peer.log")

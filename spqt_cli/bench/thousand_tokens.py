@@ -37,43 +37,34 @@ LEGEND = (
 )
 
 
-def rows(tokens: int = TOKENS) -> Iterator[dict[str, Any]]:
-    """Rows of the self-test's table, one for each dtype that the backend computes in.
+def rows(tokens: int = TOKENS, rounds: int = 1, config: dict[str, Any] = CONFIG) -> Iterator[dict[str, Any]]:
+    """Rows of the self-test's table, one for each dtype that models compute in here.
 
-    As in the rest of the table kernels run unchecked, so that it is them that are seen. The caller's random
-    numbers are not kept.
+    rounds: each of other `tokens` tokens and an empty cache. config: of the model. Kernels run unchecked, as
+    in the rest of the table, so that it is them that are seen. The caller's random numbers are not kept.
     """
-    seen = set()
-    for dtype in (mx.float16, mx.bfloat16):
+    on_cpu = mx.default_device().type == mx.DeviceType.cpu
+    for dtype in (mx.float32,) if on_cpu else (mx.float16, mx.bfloat16):
         with first_use.suspended():
-            model = _model(dtype)
-            computed = models.compute_dtype(model)
-            if computed in seen:  # on a CPU all is float32
-                continue
-            seen.add(computed)
             try:
-                fault = _fault(model, tokens)
+                fault = _fault_of_rounds(_model(dtype, config), tokens, rounds)
             except RuntimeError as error:  # MLX's word for a kernel that does not compile or start
                 fault = str(error).strip().splitlines()[0][:60]
-        yield _row(tokens, computed, fault)
+        yield {
+            "kernel": f"{tokens * rounds} tokens, twice",
+            "shape": f"{config['num_hidden_layers']} blocks of {config['hidden_size']}",
+            "bits": BITS,
+            "group": GROUP_SIZE,
+            "dtype": str(dtype).rsplit(".", maxsplit=1)[-1],
+            "worst error": fault or "equal",
+            "pass": not fault,
+        }
 
 
-def _row(tokens: int, dtype: mx.Dtype, fault: str) -> dict[str, Any]:
-    return {
-        "kernel": f"{tokens} tokens, twice",
-        "shape": f"{CONFIG['num_hidden_layers']} blocks of {CONFIG['hidden_size']}",
-        "bits": BITS,
-        "group": GROUP_SIZE,
-        "dtype": str(dtype).rsplit(".", maxsplit=1)[-1],
-        "worst error": fault or "equal",
-        "pass": not fault,
-    }
-
-
-def _model(dtype: mx.Dtype) -> nn.Module:
+def _model(dtype: mx.Dtype, config: dict[str, Any] = CONFIG) -> nn.Module:
     """The model with thresholds, evaluated."""
     mx.random.seed(models.SEED)
-    model = models.random_model(CONFIG, BITS, GROUP_SIZE, dtype)
+    model = models.random_model(config, BITS, GROUP_SIZE, dtype)
     models.evaluate(model)
     thresholds = models.fit_thresholds(model, SPARSITY, _tokens(64), _cache(model))
     for path, layer in zigzag_layers(model).items():
@@ -81,8 +72,16 @@ def _model(dtype: mx.Dtype) -> nn.Module:
     return model
 
 
-def _tokens(count: int) -> mx.array:
-    return mx.random.randint(0, CONFIG["vocab_size"], (count,), key=mx.random.key(models.SEED))
+def _tokens(count: int, seed: int = models.SEED) -> mx.array:
+    return mx.random.randint(0, CONFIG["vocab_size"], (count,), key=mx.random.key(seed))
+
+
+def _fault_of_rounds(model: nn.Module, tokens: int, rounds: int) -> str:
+    """As `_fault`, of the first round that has one."""
+    for each in range(rounds):
+        if fault := _fault(model, _tokens(PROMPT_TOKENS + tokens, models.SEED + each)):
+            return f"round {each}: {fault}" if rounds > 1 else fault
+    return ""
 
 
 def _cache(model: nn.Module) -> list[Any]:
@@ -92,9 +91,8 @@ def _cache(model: nn.Module) -> list[Any]:
     return cache
 
 
-def _fault(model: nn.Module, tokens: int) -> str:
-    """What is wrong with the logits of two runs, the first token of it; empty if nothing is."""
-    some = _tokens(PROMPT_TOKENS + tokens)
+def _fault(model: nn.Module, some: mx.array) -> str:
+    """What is wrong with the logits of two runs over some tokens, from which on; empty if nothing is."""
     first, second = _logits(model, some, 1), _logits(model, some, AHEAD)
     for name, logits in (("first", first), ("second", second)):
         wrong = np.array(~mx.isfinite(logits).all(axis=1))

@@ -9,6 +9,7 @@ import pytest
 
 from spqt_cli.bench import thousand_tokens
 from spqt_cli.cli import doctor
+from tests.cli.test_doctor import RIGHT
 
 FEW = 24  # tokens; the self-test's are 1,000
 
@@ -39,6 +40,7 @@ def test_two_runs_agree_in_all_bits():
     assert row["pass"]
     assert row["worst error"] == "equal"
     assert row["kernel"] == f"{FEW} tokens, twice"
+    assert row.keys() == RIGHT.keys()
 
 
 @pytest.mark.parametrize("run", [1, 2])
@@ -80,6 +82,23 @@ def test_layers_skip_half_and_blocks_run_fused(monkeypatch):
     assert 0.3 < sum(shares) / len(shares) < 0.7
     if select.backend().fused:
         assert fused.report(model).fused == 2
+
+
+def test_a_round_of_other_tokens_is_named(monkeypatch):
+    real, runs = thousand_tokens._logits, []
+
+    def logits(model, tokens, ahead):
+        found = real(model, tokens, ahead)
+        runs.append(tokens.tolist())
+        if len(runs) == 3:
+            found[1, 3] = float("nan")
+        return found
+
+    monkeypatch.setattr(thousand_tokens, "_logits", logits)
+    (row,) = thousand_tokens.rows(4, rounds=3)
+    assert row["kernel"] == "12 tokens, twice"
+    assert row["worst error"] == "round 1: 1 tokens with NaN in the first run, from 1 on"
+    assert runs[0] == runs[1] != runs[2]
 
 
 def test_the_self_test_ends_with_it(monkeypatch):

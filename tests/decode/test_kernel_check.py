@@ -17,6 +17,7 @@ from spqt_cli.backends.gpu import launch as launching
 from spqt_cli.calibrate import calibrate
 from spqt_cli.convert import convert
 from spqt_cli.decode import fused, kernel_check, phase, session
+from spqt_cli.decode.layers import zigzag_layers
 from tests.conftest import tiny_checkpoint
 from tests.lib.backends import EMULATED
 
@@ -99,6 +100,7 @@ def test_the_first_token_prepares_as_if_nothing_had_run(folder, device, monkeypa
     steps = [one.__dict__[fused.BLOCK] for one in loaded.model.modules() if fused.BLOCK in one.__dict__]
     assert steps
     assert all(step._form == () for step in steps)
+    assert all(layer.shared_input._step is None for layer in zigzag_layers(loaded.model).values())
 
 
 def test_a_refused_kernel_is_known_when_the_load_ends(folder, device, monkeypatch, capsys):
