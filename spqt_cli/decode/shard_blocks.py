@@ -31,7 +31,7 @@ def shard(model: Any, group: Any) -> None:
         attention, mlp = block.self_attn, block.mlp
         for owner, names, last in ((attention, _ATTENTION, "o_proj"), (mlp, _GATED, "down_proj")):
             for name in names:
-                setattr(owner, name, shard_linear(owner[name], "all-to-sharded", group=group))
-            setattr(owner, last, shard_linear(owner[last], "sharded-to-all", group=group))
+                owner[name] = shard_linear(owner[name], "all-to-sharded", group=group)
+            owner[last] = shard_linear(owner[last], "sharded-to-all", group=group)
         attention.n_heads //= group.size()
         attention.n_kv_heads //= group.size()
