@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from spqt_cli.format.folder import Folder
 
 HELD_OUT = "Shares of inputs skipped on held-out text, by layer."
-PRICES = f"{HELD_OUT} Prices are estimates from gradients; together they are about the KL."
+PRICES = f"{HELD_OUT} Prices are estimates from gradients; their sum is of the size of the KL."
 UNPRICED = f"{HELD_OUT} No prices: only methods with gradients (auto, fast) know them."
 BINS = 48  # of a layer's histogram
 TERMINAL_BINS = 16  # likewise, in the terminal
