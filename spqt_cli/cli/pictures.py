@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from spqt_cli.format.folder import Folder
 
 HELD_OUT = "Shares of inputs skipped on held-out text, by layer."
-PRICES = f"{HELD_OUT} Prices are estimates from gradients; together they are about the KL."
+PRICES = f"{HELD_OUT} Prices are estimates from gradients; their sum is of the size of the KL."
 UNPRICED = f"{HELD_OUT} No prices: only methods with gradients (auto, fast) know them."
 BINS = 48  # of a layer's histogram
 TERMINAL_BINS = 16  # likewise, in the terminal
@@ -134,7 +134,7 @@ def of_comparison(model: str, rows: "Sequence[Row]") -> Picture:
         panels.append(Panel("KL over megabytes per token", draw, shown, edges=(0.7, 0.6, 0.55, 0.35)))
     note = "Of speeds points are medians, bars ranges of rounds; of KL bars are standard errors."
     title = f"{model}: speed and quality over sparsity"
-    return Picture(title, panels, note, compare_report.report(rows))
+    return Picture(title, panels, f"{compare_report.verdict(rows)} {note}", compare_report.report(rows))
 
 
 def _speed_panel(name: str, speeds: Sequence[Speed], stock: Sequence[float]) -> Panel:

@@ -148,3 +148,18 @@ def test_the_command_draws(calibrated, checkpoint, tmp_path: Path):
     )
     assert result.returncode == 0, result.stderr.decode()
     assert {"text.txt, 1 windows", "row-grouped", "40%"} <= set(texts_of(ET.parse(path).getroot()))
+
+
+def test_in_the_terminal_every_row_has_a_bar_of_its_length(result, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    plotting.draw(result, picture.TERMINAL)
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 80
+    first = shown.partition("<code>")[0]
+    rows = [line for line in first.splitlines() if "MB/token" in line]
+    bars = {re.split(r"\s\s|█", line.strip())[0]: line.count("█") for line in rows}
+    assert bars == {
+        "row-grouped": 21, "a_model_of_a_very…": 19, "a_model_of_a_very… 40%": 28,
+        "fitted": 8, "fitted 40%": 15,
+    }  # fmt: skip
+    assert "0.120 at 79.2 MB/token" in first
