@@ -101,7 +101,7 @@ def loaded_subject(path: str, processes: parallel.Processes | None = None) -> Su
     from spqt_cli.decode import session
     from spqt_cli.measure import texts
 
-    loaded = session.load(path, dense=True, processes=processes)
+    loaded = session.load(path, dense=True, pipeline=None if processes is None else processes.pipeline)
     calibration = loaded.folder.calibration
     if calibration is None:
         raise SpqtError(f"{path} has no thresholds, so nothing would be skipped", f"spqt calibrate {path}")

@@ -101,13 +101,12 @@ def generate(
         raise UsageError("--prompt-cache-file has no cache of a draft model", "leave one of them out")
     _refuse(image, quantize_activations)
     quiet = quiet or verbose.lower() in ("false", "f")
-    from spqt_cli.decode import cached_prompt, context, parallel, session
+    from spqt_cli.decode import cached_prompt, context, session
     from spqt_cli.decode import generate as generator
     from spqt_cli.decode.options import Cache, Loading, Options, Prompt, Sampling, picked
 
     sampling, request = picked(Sampling, given), picked(Prompt, {**given, "text": text})
     options = picked(Options, {**given, "cache": picked(Cache, given)})
-    given["processes"] = parallel.join(pipeline=pipeline)
     loaded = session.load(path, **picked(Loading, given))
     if prompt_cache_file is None:
         tokens = generator.encode(loaded, request)

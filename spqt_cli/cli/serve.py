@@ -98,7 +98,7 @@ def serve(
             f"set {KEY_VARIABLE}, or --api-key-file; make one: openssl rand -hex 32",
         )
     sampling = picked(Sampling, given)
-    given["processes"] = processes = parallel.join(pipeline=pipeline)
+    processes = parallel.join(pipeline=pipeline)
     with processes.together() if processes is not None else contextlib.nullcontext():
         folder = locate.open_folder(path, revision, trust_remote_code=trust_remote_code)
     check(sampling, Cache(), folder.config)

@@ -22,8 +22,9 @@ class Loading(TypedDict, total=False):
     where that is set, else the calibrated sparsity. dense: skip nothing, exact zeros included, and run every
     layer as it is stored; else each layer runs as this device's profile says. revision: of a hub id.
     trust_remote_code: accept a folder that brings code. adapter_path: folder of LoRA or DoRA adapters.
-    draft_model: folder or hub id of a smaller model for speculative decoding. processes: a
-    parallel.Processes: keep this process's part alone; every one of them must load the model.
+    draft_model: folder or hub id of a smaller model for speculative decoding. pipeline:
+    load a part of the model where several processes were started together, all of which must do so: some of
+    the layers, or, where it is False, a part of each; None or left out: the whole model.
     """
 
     sparsity: float | None
@@ -32,7 +33,7 @@ class Loading(TypedDict, total=False):
     trust_remote_code: bool
     adapter_path: str | None
     draft_model: str | None
-    processes: Any
+    pipeline: bool | None
 
 
 def _ranged(default: Any, least: float, largest: float = math.inf) -> Any:

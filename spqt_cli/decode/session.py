@@ -89,8 +89,8 @@ def load(path: str | Path | Folder, **options: Unpack[Loading]) -> Loaded:
     sparsity, dense = options.get("sparsity"), options.get("dense", False)
     adapter, trusted = options.get("adapter_path"), options.get("trust_remote_code", False)
     thresholds.check_sparsity(sparsity)
-    if (processes := options.get("processes")) is not None:
-        return _load_part(path, options, processes)
+    if (pipeline := options.get("pipeline")) is not None and (together := parallel.join(pipeline=pipeline)):
+        return _load_part(path, options, together)
     if isinstance(path, Folder):
         folder = path
     else:

@@ -17,13 +17,14 @@ import psutil
 from spqt_cli.errors import BackendError
 
 LOOK_SECONDS, LOST_LOOKS = 1.0, 5  # a peer that has finished closes too: this process then ends by itself
+NAME = "spqt-peers"
 _over = threading.Event()
 
 
 def watch() -> None:
     """Watch from now on, in a thread that keeps nothing from ending, if the processes talk through a ring."""
-    if ports := _ports():
-        threading.Thread(target=_until_lost, args=(ports, _end), name="spqt-peers", daemon=True).start()
+    if (ports := _ports()) and not any(one.name == NAME for one in threading.enumerate()):
+        threading.Thread(target=_until_lost, args=(ports, _end), name=NAME, daemon=True).start()
 
 
 def stop() -> None:

@@ -96,8 +96,9 @@ def test_what_can_not_be_run_by_several_is_refused(folders, monkeypatch):
     folder = Folder(folders["llama"])
     several = parallel.Processes(Group(0, 2), 0, 2, pipeline=False)
     monkeypatch.setattr(parallel.Processes, "all", lambda self, numbers, *_: numbers)
+    monkeypatch.setattr(parallel, "join", lambda *, pipeline: several)
     with pytest.raises(UnsupportedError, match="--adapter-path: mlx-lm runs neither adapters nor drafts"):
-        session.load(folder, processes=several, adapter_path="any")
+        session.load(folder, pipeline=False, adapter_path="any")
     for config, size, said in (
         ({"num_attention_heads": 4, "num_key_value_heads": 2}, 4, "2 heads of keys"),
         ({"num_attention_heads": 9, "num_key_value_heads": 3}, 2, "9 attention heads"),

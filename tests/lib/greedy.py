@@ -40,7 +40,8 @@ def tokens_of(folder: Path, count: int, processes: parallel.Processes | None) ->
         gc.collect()  # a model refers to itself
         mx.clear_cache()
         mx.reset_peak_memory()
-        loaded = session.load(folder, dense=dense, processes=processes)
+        pipeline = None if processes is None else processes.pipeline
+        loaded = session.load(folder, dense=dense, pipeline=pipeline)
         peak = mx.get_peak_memory()  # a generation counts anew
         if not dense:
             settled.put(loaded, json.loads((folder / settled.FILE).read_text()))

@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from spqt_cli.decode import experts, layers, phase, session
+from spqt_cli.decode import layers, phase, session
 from spqt_cli.decode.session import Loaded
 
 # Least distances of an input from its threshold, relative to it: what is enough at once, and what the best of
@@ -55,6 +55,8 @@ def put(loaded: Loaded, thresholds: dict[str, float]) -> None:
 
 def _watched(patch: pytest.MonkeyPatch) -> dict[int, float]:
     """Layer's id -> the least distance of its inputs from its threshold in decode steps, relative to it."""
+    from spqt_cli.decode import experts  # which imports mlx-lm, that must know our hooks by then
+
     gaps: dict[int, float] = {}
 
     def watch(layer: Any, x: mx.array) -> None:
