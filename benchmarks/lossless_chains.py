@@ -12,6 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from spqt_cli.decode import foreign
+from spqt_cli.errors import UnsupportedError
 from spqt_cli.measure import many_rows, probes, scoring
 from spqt_cli.measure.attention import from_host, host
 
@@ -36,7 +37,9 @@ def chained(prompt: int) -> Iterator[None]:
 
     def attend(q: mx.array, k: mx.array, v: mx.array, *, scale: float, **others: Any) -> mx.array:
         if others.pop("mask") != "causal" or any(value is not None for value in others.values()):
-            raise NotImplementedError("attention has masks or sinks of its own")
+            raise UnsupportedError(
+                "attention has masks or sinks of its own", "measure a model of plain causal attention"
+            )
         queries, keys, values = host(q) * np.float32(scale), host(k), host(v)
         streams, _, count, width = queries.shape
         grouped = queries.reshape(streams, keys.shape[1], -1, count, width)
