@@ -4,9 +4,9 @@
     python -m benchmarks.distributed speed --shape llama-3.2-1b --blocks 2 --backend ring  # CPUs, loopback
 
 `speed` starts the processes itself, in stages: ours in several, ours in one, stock mlx-lm in several and in
-`speed` starts the processes itself, in stages: ours in several, ours in one, stock mlx-lm in several and in
-variants take turns. Each line is printed as it is measured; a stage that fails or takes too long costs the
-others nothing, and --limit ends all. Rates are of mlx-lm's own loop; memory is MLX's peak of one process.
+one; in each, variants take turns. Each line is printed as it is measured; a stage that fails or takes too
+long costs the others nothing, and --limit ends all. Rates are of mlx-lm's own loop; memory is MLX's peak of
+one process.
 """
 
 import argparse

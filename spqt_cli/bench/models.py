@@ -175,9 +175,10 @@ def _random(
     model, (bits, group_size, dtype) = _build(config), form
     model.set_dtype(dtype)
     decisions = plan.Decisions(model, plan.Wishes(bits, group_size))
+    kinds = {path: decisions.kind(path) for path in decisions.modules}  # it holds modules, this does not
 
     def settings(path: str, _: nn.Module) -> dict[str, Any] | bool:
-        kind, layer_bits, layer_group = decisions.kind(path)
+        kind, layer_bits, layer_group = kinds[path]
         if kind == plan.PLAIN:
             return False
         of_layer = mode if kind == plan.ZIGZAG else "affine"

@@ -230,7 +230,7 @@ class Compression:
             return 0.0
         sizes = [self.layers[path].outputs for path in paths]
         share = np.average([masks.sparsity(path) for path in paths], weights=sizes)
-        return masks.threshold(np.array(x[:, steps].astype(mx.float32), copy=False), float(share))
+        return masks.threshold(x[:, steps], float(share))
 
     def _steps(self, x: mx.array) -> slice | None:
         window = self._windows.shape[1]

@@ -32,7 +32,7 @@ from spqt_cli.fit.compress import Compression, lines
 from spqt_cli.fit.hessian_gpu import ask_for_float32
 from spqt_cli.fit.options import FitOptions
 from spqt_cli.fit.source_blocks import SourceBlocks
-from spqt_cli.fit.store import Store
+from spqt_cli.fit.store import Store, room
 from spqt_cli.fit.weights_file import WeightsFile, copy_folder
 from spqt_cli.format.folder import Folder
 from spqt_cli.measure import texts
@@ -200,7 +200,7 @@ class _Fit:
         self._say_cost(loaded)
         chosen = self._text(loaded)
         windows = np.random.default_rng(self._options.seed).permutation(chosen.windows)
-        store = Store(self._work / "states")
+        store = Store(self._work / "states", room())
         with WeightsFile(self._folder) as output:
             notes = self._rounded_for_inputs(loaded, windows[: self._options.rounded_on], store, output)
             trained = {}

@@ -24,10 +24,11 @@ def sparsity(path: str, total: float = SPARSITY) -> float:
     return min(total * RELATIVE.get(path.rpartition(".")[2], 1.0), HIGHEST)
 
 
-def threshold(x: np.ndarray, share: float) -> float:
+def threshold(x: np.ndarray | mx.array, share: float) -> float:
     """The magnitude below which `share` of the values of x lie."""
-    flat = np.abs(x).reshape(-1)
+    flat = x.reshape(-1)
     flat = flat[:: max(1, len(flat) // SAMPLED)]
+    flat = np.abs(np.array(flat.astype(mx.float32)) if isinstance(flat, mx.array) else flat)
     place = min(int(share * len(flat)), len(flat) - 1)
     return float(np.partition(flat, place)[place])
 

@@ -208,7 +208,7 @@ class Student:
     def _masked(self, path: str, x: mx.array) -> mx.array:
         steps = masks.decode_rows(x, self.window, self.prompt)
         if steps is not None and path in self._settling:
-            self.thresholds[path] = masks.threshold(host(x[:, steps]), self._settling[path])
+            self.thresholds[path] = masks.threshold(x[:, steps], self._settling[path])
         threshold = self.thresholds.get(path, 0.0)
         return x if steps is None or not threshold else _masked(x, steps, threshold)
 

@@ -11,6 +11,7 @@ from spqt_cli.fit import cost, masks
 from spqt_cli.fit.store import Store
 from spqt_cli.fit.weights_file import WeightsFile
 from spqt_cli.format.folder import Folder
+from spqt_cli.measure import many_rows
 
 
 @pytest.fixture
@@ -72,10 +73,30 @@ def test_states_come_back_and_torn_ones_are_noticed(tmp_path):
     assert not store.has("a-0-1")
 
 
+def test_a_gpu_holds_what_fits_and_disk_takes_the_rest(tmp_path, monkeypatch):
+    monkeypatch.setattr(many_rows, "on_cpu", lambda: False)
+    store = Store(tmp_path / "states", room=8)
+    store.save("a-0", mx.array([0.1, 2.0]), short=True)
+    store.save("a-1", mx.array([1e5, -2.0]), short=True)  # does not fit float16, nor the room left
+    store.save("a-2", mx.array([0.3]), short=True)
+    store.save("b-0", mx.array([0.4]))
+    on_disk = sorted(path.stem for path in (tmp_path / "states").iterdir())
+    assert on_disk == ["a-1", "b-0"]
+    assert all(store.has(name) for name in ("a-0", "a-1", "a-2", "b-0"))
+    assert store.load("a-0").dtype == mx.float32
+    assert mx.allclose(store.load("a-0"), mx.array([0.1, 2.0]), rtol=1e-3)
+    assert mx.array_equal(store.load("a-1"), mx.array([1e5, -2.0]))
+    store.drop("a-*")
+    assert not any(store.has(name) for name in ("a-0", "a-1", "a-2"))
+    store.save("a-3", mx.array([0.1, 0.2, 0.3, 0.4]), short=True)  # in the room that was given back
+    assert not (tmp_path / "states" / "a-3.npy").exists()
+
+
 def test_a_threshold_leaves_its_share_below():
     x = np.random.default_rng(0).standard_normal((64, 300)).astype(np.float32)
     assert np.mean(np.abs(x) < masks.threshold(x, 0.4)) == pytest.approx(0.4, abs=0.01)
     assert masks.threshold(x, 1.0) == np.abs(x).max()
+    assert masks.threshold(mx.array(x), 0.4) == masks.threshold(x, 0.4)
 
 
 def test_decode_steps_come_after_a_prompt():
