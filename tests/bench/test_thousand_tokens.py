@@ -101,6 +101,24 @@ def test_a_round_of_other_tokens_is_named(monkeypatch):
     assert runs[0] == runs[1] != runs[2]
 
 
+def test_where_attention_is_not_repeatable_in_long_caches_several_are_filled(monkeypatch):
+    prompt = thousand_tokens.PROMPT_TOKENS
+    monkeypatch.setattr(thousand_tokens, "_most_keys", lambda tokens: prompt + 5)
+    real, runs = thousand_tokens._logits, []
+
+    def logits(model, tokens, ahead):
+        found = real(model, tokens, ahead)
+        runs.append(tokens.size - prompt)
+        if len(runs) == 6:
+            found[1, 3] = float("nan")
+        return found
+
+    monkeypatch.setattr(thousand_tokens, "_logits", logits)
+    (row,) = thousand_tokens.rows(12)
+    assert runs == [5, 5, 5, 5, 2, 2]
+    assert row["worst error"] == "after 10 tokens: 1 tokens with NaN in the second run, from 1 on"
+
+
 def test_the_self_test_ends_with_it(monkeypatch):
     monkeypatch.setattr("spqt_cli.backends.selftest.run", lambda: iter([{"kernel": "first"}]))
     monkeypatch.setattr(thousand_tokens, "rows", lambda: iter([{"kernel": "last"}]))

@@ -44,6 +44,14 @@ class _Shifted(nn.Module):
         return self._layer(x + self._shift[0])
 
 
+def test_a_gpu_finds_the_same_costs():
+    random = np.random.default_rng(3)
+    x, slopes = random.normal(size=(2, 48, 300)).astype(np.float32)
+    found = shares.costs_on_gpu(mx.array(x), mx.array(slopes))
+    np.testing.assert_allclose(found, shares.skipping_costs(x, slopes), rtol=1e-4, atol=1e-6)
+    assert found.dtype == np.float64
+
+
 def test_slopes_by_inputs_are_those_of_the_whole_model(llama, tmp_path):
     training = distillation(llama, llama / "model", tmp_path / "states")
     tokens = windows_of()[3]
