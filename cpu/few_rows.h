@@ -72,8 +72,8 @@ static void start_few_of(const Tile& tile, const Active& active, int first, FewB
     block.next[i] = tile.codes + next * tile.code_stride;
     const int64_t offset = next * tile.scale_stride * BYTES;
     for (int line = 0; line < tile.groups * BYTES; line += 64) {
-      __builtin_prefetch((const uint8_t*)tile.scales + offset + line);
-      __builtin_prefetch((const uint8_t*)tile.biases + offset + line);
+      prefetch((const uint8_t*)tile.scales + offset + line);
+      prefetch((const uint8_t*)tile.biases + offset + line);
     }
   }
 }
@@ -143,7 +143,7 @@ static void add_few(const FewBlock<ROWS>& block, const Tile& tile, float* sums, 
   const uint8_t* of_last[FEW_BLOCK];
   for (int begin = 0, column = 0; begin < bytes; begin += C::COLUMN_BYTES, ++column, sums += C::PASSES * SUMS) {
     for (int line = (begin + 63) / 64 * 64; line < min_of(begin + C::COLUMN_BYTES, bytes); line += 64)
-      for (int i = 0; i < FEW_BLOCK; ++i) __builtin_prefetch(block.next[i] + line);
+      for (int i = 0; i < FEW_BLOCK; ++i) prefetch(block.next[i] + line);
     lay_out<BITS>(block, column, tile.group_size, laid);
     const bool whole = begin + C::COLUMN_BYTES <= bytes;
     for (int i = 0; i < FEW_BLOCK && !whole; ++i) {

@@ -52,8 +52,8 @@ static void start_block_of(const Tile& tile, const Active& active, int first, Bl
     block.next[i] = tile.codes + next * tile.code_stride;
     int64_t offset = next * tile.scale_stride * BYTES;
     for (int line = 0; line < tile.groups * BYTES; line += 64) {
-      __builtin_prefetch((const uint8_t*)tile.scales + offset + line);
-      __builtin_prefetch((const uint8_t*)tile.biases + offset + line);
+      prefetch((const uint8_t*)tile.scales + offset + line);
+      prefetch((const uint8_t*)tile.biases + offset + line);
     }
   }
 }
@@ -86,7 +86,7 @@ SPQT_INLINE void add_column(const Block& block, int column, int part, float* sum
 template <int COUNT>
 SPQT_INLINE void prefetch_column(const Block& block, size_t offset, size_t bytes) {
   for (size_t line = (offset + 63) / 64 * 64; line < offset + bytes; line += 64)
-    for (int i = 0; i < (COUNT ? COUNT : block.count); ++i) __builtin_prefetch(block.next[i] + line);
+    for (int i = 0; i < (COUNT ? COUNT : block.count); ++i) prefetch(block.next[i] + line);
 }
 
 template <int BITS, int GROUP, int COUNT>

@@ -34,6 +34,9 @@ SPQT_INLINE void store(void* p, V v) {
   __builtin_memcpy(p, &v, sizeof v);
 }
 
+// A line that is read soon, into L2: on Zen 4 lines that wait for L1 hold up loads (docs/log/cpu.md).
+SPQT_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+
 SPQT_INLINE vf splat(float x) {
   return x - vf{};  // exact, so the subtraction is folded away: one broadcast
 }

@@ -64,6 +64,9 @@ struct WordCodec {
     vf one;
     if constexpr (WORDS >= LANES) {
       one = splat(u[column * LANES / WORDS]);
+    } else if constexpr (LANES / WORDS == 2) {  // eight bytes: a whole vector would lie across two lines
+      vf some = (vf)(load<uint64_t>(u + column * 2) - vq{});
+      one = spread<WORDS>(some, std::make_integer_sequence<int, LANES>());
     } else {
       vf some = load<vf>(u + column * (LANES / WORDS));
       one = spread<WORDS>(some, std::make_integer_sequence<int, LANES>());
