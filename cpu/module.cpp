@@ -54,6 +54,7 @@ NB_MODULE(_cpu, m) {
   m.def("row_matmul", &spqt::row_matmul, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(),
         nb::arg());
   m.def("rms_norm", &spqt::rms_norm, nb::arg(), nb::arg().none(), nb::arg());
+  m.def("swiglu", &spqt::swiglu);
   m.def("log_sum_exp", &spqt::log_sum_exp);
   m.def("rope", &spqt::rope, nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(),
         nb::arg().none());

@@ -53,6 +53,37 @@ class RmsNorm : public Native {
   float eps_;
 };
 
+class Swiglu : public Native {
+ public:
+  using Native::Native;
+
+  void eval_cpu(const Arrays& in, Arrays& out) override {
+    const mx::array gate = in_order(in[0], stream()), up = in_order(in[1], stream());
+    allocate(out[0]);
+    mx::cpu::get_command_encoder(stream()).dispatch(
+        [job = Parts{gate.data<float>(), up.data<float>(), out[0].data<float>(), (int64_t)gate.size()}]() mutable {
+          parallel((job.size + TASK_FLOATS - 1) / TASK_FLOATS, run_part, &job);
+        });
+  }
+
+  const char* name() const override { return "SpqtSwiglu"; }
+
+ private:
+  struct Parts {
+    const float *gate, *up;
+    float* y;
+    int64_t size;
+  };
+
+  static void run_part(void* context, int part) {
+    const Parts& job = *static_cast<Parts*>(context);
+    const int64_t first = part * TASK_FLOATS;
+    const int n = std::min(TASK_FLOATS, job.size - first);
+    std::copy_n(job.gate + first, n, job.y + first);
+    kernels().gate(job.y + first, job.up + first, n);
+  }
+};
+
 // What sums over the last axis, or over all, leave of a shape.
 mx::Shape summed(const mx::Shape& shape, bool last, bool keepdims) {
   mx::Shape left(last ? shape.begin() : shape.end(), last ? shape.end() - 1 : shape.end());
@@ -220,6 +251,17 @@ mx::array rms_norm(const mx::array& x, const std::optional<mx::array>& weight, f
   Native::Arrays in{x};
   if (weight) in.push_back(*weight);
   return mx::array(x.shape(), x.dtype(), std::make_shared<RmsNorm>(stream, fallback, eps), std::move(in));
+}
+
+mx::array swiglu(const mx::array& gate, const mx::array& up) {
+  require(gate.size() > 0 && gate.shape() == up.shape() && gate.dtype() == mx::float32 && up.dtype() == mx::float32,
+          "gate and up must be float32, of one shape and not empty.");
+  auto stream = cpu_stream();
+  auto fallback = [stream](const Native::Arrays& in) -> Native::Arrays {
+    auto silu = mx::multiply(in[0], mx::sigmoid(in[0], stream), stream);
+    return {mx::multiply(silu, in[1], stream)};
+  };
+  return mx::array(gate.shape(), mx::float32, std::make_shared<Swiglu>(stream, fallback), {gate, up});
 }
 
 mx::array log_sum_exp(const mx::array& x, bool last, bool keepdims) {

@@ -14,6 +14,9 @@ namespace spqt {
 // x (..., width) float32, weight (width,) float32 or none
 mlx::core::array rms_norm(const mlx::core::array& x, const std::optional<mlx::core::array>& weight, float eps);
 
+// silu(gate) * up, of one shape, float32
+mlx::core::array swiglu(const mlx::core::array& gate, const mlx::core::array& up);
+
 // log(sum(exp(x))) over the last axis or over all, float32
 mlx::core::array log_sum_exp(const mlx::core::array& x, bool last, bool keepdims);
 

@@ -243,6 +243,11 @@ def rms_norm(x: mx.array, weight: mx.array | None, eps: float) -> mx.array:
     return _native().rms_norm(x, weight, eps)
 
 
+def swiglu(gate: mx.array, up: mx.array) -> mx.array:
+    """silu(gate) * up, of one shape, not empty; float32, lazy."""
+    return _native().swiglu(gate, up)
+
+
 def log_sum_exp(x: mx.array, *, last: bool, keepdims: bool) -> mx.array:
     """log(sum(exp(x))) over the last axis, or over all; float32, lazy."""
     return _native().log_sum_exp(x, last, keepdims)

@@ -90,6 +90,8 @@ REPLACED = (
          "decode/hooks_cpu.py", "likewise"),
     Hook("mlx.core", "logsumexp", ("keepdims",), "decode/hooks_cpu.py",
          "mlx-lm normalizes each token's logits by it"),
+    Hook("mlx_lm.models.activations", "swiglu", ("gate", "x"), "decode/hooks_cpu.py",
+         "MLX's compiled one takes a sixth of a prompt's time on one thread"),
     Hook(_QUANTIZED, "__call__", ("self", "x"),
          "decode/hooks_cpu.py measure/many_rows.py measure/many_texts.py",
          "row-grouped layers on the CPU, by our kernel or by BLAS"),
@@ -178,9 +180,15 @@ def replaced(new: Sequence[tuple[Any, str, Any]]) -> Iterator[None]:
 
 
 def replace_everywhere(owner: Any, name: str, new: Any) -> Any:
-    """As `replace`, also in each loaded module that has imported the attribute by name."""
+    """As `replace`, also in each loaded module that has imported the attribute by name.
+
+    Where it was defined it stays: a function of ours that goes out again is not to be lost.
+    """
     before = replace(owner, name, new)
+    home = sys.modules.get(getattr(before, "__module__", ""))
     for module in list(sys.modules.values()):
+        if module is home:
+            continue
         for alias, value in list(getattr(module, "__dict__", {}).items()):
             if value is before:
                 setattr(module, alias, new)

@@ -1,12 +1,13 @@
 """The CPU backend behind MLX's own names: `install` makes mlx-lm's models use it.
 
-Wraps `mx.fast`'s rms_norm, rope and scaled_dot_product_attention, `mx.logsumexp` and the product of quantized
-layers.
+Wraps `mx.fast`'s rms_norm, rope and scaled_dot_product_attention, `mx.logsumexp`, mlx-lm's swiglu and the
+product of quantized layers.
 Float32 on the CPU device takes our ops where they cover the case; all else goes through to MLX unchanged.
 """
 
 import threading
 from collections.abc import Callable
+from functools import cache
 from typing import Any, cast
 
 import mlx.core as mx
@@ -18,6 +19,7 @@ from spqt_cli.decode import foreign, phase
 STOCK = {name: getattr(mx.fast, name) for name in ("rms_norm", "rope", "scaled_dot_product_attention")}
 _CPU = mx.DeviceType.cpu
 _logsumexp = mx.logsumexp
+_sigmoid = mx.sigmoid
 _as_linear = nn.QuantizedEmbedding.as_linear
 _quantized_linear = nn.QuantizedLinear.__call__
 
@@ -38,6 +40,9 @@ def install() -> None:
 
     for owner, name, ours, _ in _places():
         foreign.replace(owner, name, ours)
+    module, stock = _activations()
+    if module.swiglu is stock:
+        foreign.replace_everywhere(module, "swiglu", swiglu)
     kinds: tuple[Any, ...] = (cache.RotatingKVCache, cache.BatchRotatingKVCache)
     for kind in kinds:
         if kind.update_and_fetch.__module__ != __name__:
@@ -48,6 +53,9 @@ def remove() -> None:
     """Give MLX its own functions back."""
     for owner, name, _, stock in _places():
         foreign.replace(owner, name, stock)
+    module, stock = _activations()
+    if module.swiglu is swiglu:
+        foreign.replace_everywhere(module, "swiglu", stock)
 
 
 def _places() -> list[tuple[Any, str, Callable[..., Any], Callable[..., Any]]]:
@@ -60,6 +68,14 @@ def _places() -> list[tuple[Any, str, Callable[..., Any], Callable[..., Any]]]:
         (nn.QuantizedEmbedding, "as_linear", as_linear, _as_linear),
         (nn.QuantizedLinear, "__call__", quantized_linear, _quantized_linear),
     ]
+
+
+@cache
+def _activations() -> tuple[Any, Callable[..., Any]]:
+    """mlx-lm's module of activations, and the swiglu that it came with."""
+    from mlx_lm.models import activations
+
+    return activations, activations.swiglu
 
 
 def rms_norm(x: mx.array, weight: mx.array | None, eps: float, **kw: Any) -> mx.array:
@@ -119,6 +135,14 @@ def logsumexp(x: mx.array, *args: Any, **kw: Any) -> mx.array:
     if others or not isinstance(x, mx.array) or x.ndim == 0 or not _ours(x) or x.size > cpu.MOST_NUMBERS:
         return _logsumexp(x, *args, **kw)
     return cpu.log_sum_exp(x, last=axis is not None, keepdims=bool(keepdims))
+
+
+def swiglu(gate: mx.array, x: mx.array) -> mx.array:
+    """As mlx-lm's; its own where another sigmoid was put into MLX, which it asks for."""
+    fits = gate.shape == x.shape and gate.dtype == x.dtype == mx.float32 and gate.size > 0
+    if not (fits and _ours(gate) and mx.sigmoid is _sigmoid):
+        return cast(mx.array, _activations()[1](gate, x))
+    return cpu.swiglu(gate, x)
 
 
 def as_linear(self: nn.QuantizedEmbedding, x: mx.array) -> mx.array:

@@ -4,11 +4,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from mlx_lm.models import activations, llama
 
 from spqt_cli.backends import cpu
 from spqt_cli.decode import hooks_cpu
 
 USABLE, REASON = cpu.status()
+STOCK_SIGMOID = mx.sigmoid
 ATTENTION = hooks_cpu.STOCK["scaled_dot_product_attention"]
 pytestmark = [pytest.mark.skipif(not USABLE, reason=REASON), pytest.mark.usefixtures("isa")]
 
@@ -219,7 +221,51 @@ def test_gradients_are_mlx_own():
     close(ours, stock)
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 1536), (2, 3, 50), (1, 40, 8191), (7,)], ids=str)
+def test_swiglu(shape, tmp_path):
+    gate, up = random(*shape) * 4, random(*shape, seed=1)
+    y = llama.swiglu(gate, up)
+    assert "SpqtSwiglu" in name_of(y, tmp_path)
+    close(y, gate * STOCK_SIGMOID(gate) * up, 1e-6)
+
+
+def test_swiglu_of_strided_inputs_and_its_gradient():
+    both = random(5, 2, 64)
+    gate, up = both[:, 0], both[:, 1].T.reshape(5, 64)
+    weight = random(5, 64, seed=2)
+
+    def of(swiglu):
+        return mx.grad(lambda g, u: (swiglu(g, u) * weight).sum(), argnums=(0, 1))(gate, up)
+
+    close(llama.swiglu(gate, up), gate * STOCK_SIGMOID(gate) * up, 1e-6)
+    for ours, want in zip(of(llama.swiglu), of(lambda g, u: g * STOCK_SIGMOID(g) * u), strict=True):
+        close(ours, want, 1e-6)
+
+
+def test_swiglu_of_what_is_not_finite_or_far_out():
+    gate = mx.array([-1e4, -100.0, -88.0, 88.0, 1e4, float("inf"), float("nan"), 0.0])
+    want = gate * STOCK_SIGMOID(gate) * 2
+    y = llama.swiglu(gate, mx.full((8,), 2.0))
+    np.testing.assert_allclose(np.array(y), np.array(want), rtol=1e-6, atol=1e-30)
+
+
+def test_other_swiglus_are_mlx_lms(tmp_path, monkeypatch):
+    gate, up = random(2, 40), random(2, 40, seed=1)
+    cases = [(gate.astype(mx.float16), up.astype(mx.float16)), (gate, up[:1]), (gate[:0], up[:0])]
+    for case in cases:
+        assert "SpqtSwiglu" not in name_of(llama.swiglu(*case), tmp_path)
+    monkeypatch.setattr(mx, "sigmoid", mx.zeros_like)  # as calibration puts numpy's there
+    mx.disable_compile()
+    try:
+        assert not llama.swiglu(gate, up).any()
+    finally:
+        mx.enable_compile()
+
+
 def test_removing_gives_mlx_its_own_back():
     hooks_cpu.remove()
     assert mx.logsumexp is hooks_cpu._logsumexp
     assert mx.fast.rms_norm is hooks_cpu.STOCK["rms_norm"]
+    assert llama.swiglu is activations.swiglu is hooks_cpu._activations()[1]
+    hooks_cpu.install()
+    assert llama.swiglu is activations.swiglu is hooks_cpu.swiglu
