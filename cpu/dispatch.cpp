@@ -1,6 +1,7 @@
 // Which instruction set runs: the widest that the machine has, chosen once.
 #include "kernels.h"
 
+#include <atomic>
 #include <cstring>
 
 extern const Kernels kernels_baseline;
@@ -51,7 +52,15 @@ const Kernels*& chosen() {
   return table;
 }
 
+std::atomic<int> wish{MEASURED};
+std::atomic<int64_t> tiles{0};
+
 }  // namespace
+
+int subnormals() { return wish.load(std::memory_order_relaxed); }
+void use_subnormals(int one) { wish.store(one, std::memory_order_relaxed); }
+void count_subnormal() { tiles.fetch_add(1, std::memory_order_relaxed); }
+int64_t subnormal_tiles() { return tiles.load(std::memory_order_relaxed); }
 
 const Kernels& kernels() { return *chosen(); }
 

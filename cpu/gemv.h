@@ -8,6 +8,8 @@
 // outputs took 1.5 times as long. The order of sums depends on the list of channels alone, never on threads.
 #pragma once
 
+#include "subnormal.h"
+
 struct Block {
   const uint8_t* codes[BLOCK];
   const uint8_t* next[BLOCK];  // chunks of the following block; the same again where there is none
@@ -15,35 +17,42 @@ struct Block {
   int count;
 };
 
+// u: x * up * scale; odd: collects which of them out_of_range
 template <Type T>
-SPQT_INLINE void scale_channel(const Tile& tile, int64_t first, float x, float* u, float* bias_sums) {
-  vf wide = splat(x);
+SPQT_INLINE void scale_channel(const Tile& tile, int64_t first, float x, float up, float* u, float* bias_sums, vi& odd) {
+  const vf wide = splat(x), raised = splat(x * up);
+  auto put = [&](int g, vf value) SPQT_LAMBDA {
+    store(u + g, value);
+    if constexpr (T != FLOAT16) odd |= out_of_range(value);  // no float16 can be
+  };
   int g = 0;
   for (; g + LANES <= tile.groups; g += LANES) {
-    store(u + g, wide * load_as_float<T>(tile.scales, first + g));
+    put(g, raised * load_as_float<T>(tile.scales, first + g));
     store(bias_sums + g, load<vf>(bias_sums + g) + wide * load_as_float<T>(tile.biases, first + g));
   }
 #if SPQT_MASKED_LOADS
   if (int rest = tile.groups - g) {
-    store(u + g, wide * load_as_float<T>(tile.scales, first + g, rest));
+    put(g, raised * load_as_float<T>(tile.scales, first + g, rest));
     store(bias_sums + g, load<vf>(bias_sums + g) + wide * load_as_float<T>(tile.biases, first + g, rest));
   }
 #else
   for (; g < tile.groups; ++g) {
-    u[g] = x * scalar<T>(tile.scales, first + g);
+    u[g] = x * up * scalar<T>(tile.scales, first + g);
+    if constexpr (T != FLOAT16) odd[0] |= out_of_range(u[g]);
     bias_sums[g] += x * scalar<T>(tile.biases, first + g);
   }
 #endif
 }
 
 template <Type T>
-static void start_block_of(const Tile& tile, const Active& active, int first, Block& block, float* bias_sums) {
+static void start_block_of(const Tile& tile, const Active& active, float up, int first, Block& block, float* bias_sums,
+                           vi& odd) {
   constexpr int BYTES = T == FLOAT32 ? 4 : 2;
   block.count = min_of(BLOCK, active.count - first);
   for (int i = 0; i < block.count; ++i) {
     int64_t channel = active.channel[first + i];
     block.codes[i] = tile.codes + channel * tile.code_stride;
-    scale_channel<T>(tile, channel * tile.scale_stride, active.x[first + i], block.u[i], bias_sums);
+    scale_channel<T>(tile, channel * tile.scale_stride, active.x[first + i], up, block.u[i], bias_sums, odd);
     if (first + BLOCK + i >= active.count) {
       block.next[i] = block.codes[i];
       continue;
@@ -58,14 +67,15 @@ static void start_block_of(const Tile& tile, const Active& active, int first, Bl
   }
 }
 
-static void start_block(const Tile& tile, const Active& active, int first, Block& block, float* bias_sums) {
-  if (tile.type == FLOAT32) start_block_of<FLOAT32>(tile, active, first, block, bias_sums);
-  if (tile.type == FLOAT16) start_block_of<FLOAT16>(tile, active, first, block, bias_sums);
-  if (tile.type == BFLOAT16) start_block_of<BFLOAT16>(tile, active, first, block, bias_sums);
+static void start_block(const Tile& tile, const Active& active, float up, int first, Block& block, float* bias_sums,
+                        vi& odd) {
+  if (tile.type == FLOAT32) start_block_of<FLOAT32>(tile, active, up, first, block, bias_sums, odd);
+  if (tile.type == FLOAT16) start_block_of<FLOAT16>(tile, active, up, first, block, bias_sums, odd);
+  if (tile.type == BFLOAT16) start_block_of<BFLOAT16>(tile, active, up, first, block, bias_sums, odd);
 }
 
 // COUNT: channels of a full block, else 0; part: bytes of an incomplete last column, else 0
-template <int BITS, int GROUP, int PASS, int COUNT, bool WHOLE>
+template <int BITS, int GROUP, class As, int PASS, int COUNT, bool WHOLE>
 SPQT_INLINE void add_column(const Block& block, int column, int part, float* sums) {
   using C = Codec<BITS>;
   vf sum[VECTORS], u[VECTORS];
@@ -75,9 +85,9 @@ SPQT_INLINE void add_column(const Block& block, int column, int part, float* sum
     C::template expand<GROUP>(block.u[i], column, u);
     auto add = [&](int v, vf code) SPQT_LAMBDA { sum[v] += u[v] * code; };
     if constexpr (WHOLE)
-      C::template unpack<PASS>(block.codes[i] + offset, add);
+      C::template unpack<PASS, 0, VECTORS, As>(block.codes[i] + offset, add);
     else
-      C::template unpack_part<PASS>(block.codes[i] + offset, part, add);
+      C::template unpack_part<PASS, 0, VECTORS, As>(block.codes[i] + offset, part, add);
   }
   for (int v = 0; v < VECTORS; ++v) store(sums + v * LANES, sum[v]);
 }
@@ -89,37 +99,55 @@ SPQT_INLINE void prefetch_column(const Block& block, size_t offset, size_t bytes
     for (int i = 0; i < (COUNT ? COUNT : block.count); ++i) prefetch(block.next[i] + line);
 }
 
-template <int BITS, int GROUP, int COUNT>
+template <int BITS, int GROUP, class As, int COUNT>
 static void add_block(const Block& block, int bytes, float* sums) {
   using C = Codec<BITS>;
   constexpr int SUMS = VECTORS * LANES;  // of one pass
   const int columns = bytes / C::COLUMN_BYTES, part = bytes % C::COLUMN_BYTES;
   for (int column = 0; column < columns; ++column, sums += C::PASSES * SUMS) {
     prefetch_column<COUNT>(block, (size_t)column * C::COLUMN_BYTES, C::COLUMN_BYTES);
-    add_column<BITS, GROUP, 0, COUNT, true>(block, column, 0, sums);
-    if constexpr (C::PASSES == 2) add_column<BITS, GROUP, 1, COUNT, true>(block, column, 0, sums + SUMS);
+    add_column<BITS, GROUP, As, 0, COUNT, true>(block, column, 0, sums);
+    if constexpr (C::PASSES == 2) add_column<BITS, GROUP, As, 1, COUNT, true>(block, column, 0, sums + SUMS);
   }
   if (part) {
     prefetch_column<COUNT>(block, (size_t)columns * C::COLUMN_BYTES, part);
-    add_column<BITS, GROUP, 0, 0, false>(block, columns, part, sums);
-    if constexpr (C::PASSES == 2) add_column<BITS, GROUP, 1, 0, false>(block, columns, part, sums + SUMS);
+    add_column<BITS, GROUP, As, 0, 0, false>(block, columns, part, sums);
+    if constexpr (C::PASSES == 2) add_column<BITS, GROUP, As, 1, 0, false>(block, columns, part, sums + SUMS);
   }
 }
 
-template <int BITS, int GROUP>
-static void gemv_tile(const Tile& tile, const Active& active, float* partial) {
+// Whether every u was in range; always, where codes are converted.
+template <int BITS, int GROUP, class As>
+static bool gemv_tile(const Tile& tile, const Active& active, Powers powers, float* partial) {
+  constexpr bool RAISED = std::is_same_v<As, Subnormal>;
   const int bytes = tile.groups * GROUP * BITS / 8;
-  const size_t size = partial_size(tile.groups, GROUP);
+  const size_t size = partial_size(tile.groups, GROUP), sums = partial_sums(tile.groups, GROUP);
   for (size_t i = 0; i < size; i += LANES) store(partial + i, vf{});
-  float* bias_sums = partial + partial_sums(tile.groups, GROUP);
+  float* bias_sums = partial + sums;
   Block block;
+  vi odd = {};
   for (int first = 0; first < active.count; first += BLOCK) {
-    start_block(tile, active, first, block, bias_sums);
+    start_block(tile, active, RAISED ? powers.up : 1, first, block, bias_sums, odd);
     if (block.count == BLOCK)
-      add_block<BITS, GROUP, BLOCK>(block, bytes, partial);
+      add_block<BITS, GROUP, As, BLOCK>(block, bytes, partial);
     else
-      add_block<BITS, GROUP, 0>(block, bytes, partial);
+      add_block<BITS, GROUP, As, 0>(block, bytes, partial);
   }
+  if constexpr (RAISED) {
+    for (int l = 0; l < LANES; ++l)
+      if (odd[l]) return false;
+    for (size_t i = 0; i < sums; i += LANES) store(partial + i, load<vf>(partial + i) * splat(powers.down));
+  }
+  return true;
+}
+
+template <int BITS, int GROUP>
+static void gemv_group(const Tile& tile, const Active& active, float* partial) {
+  Powers powers;
+  if (takes_subnormals() && powers_of(active, powers) &&
+      gemv_tile<BITS, GROUP, Subnormal>(tile, active, powers, partial))
+    return count_subnormal();
+  gemv_tile<BITS, GROUP, Converted>(tile, active, {}, partial);
 }
 
 #include "few_rows.h"
@@ -129,9 +157,9 @@ static void gemv_bits(const Tile& tile, const Active& active, float* partial) {
   if (active.rows == 2) return few_rows_tile<BITS, 2>(tile, active, partial);
   if (active.rows == 4) return few_rows_tile<BITS, 4>(tile, active, partial);
   if (active.rows == 8) return few_rows_tile<BITS, 8>(tile, active, partial);
-  if (tile.group_size == 32) gemv_tile<BITS, 32>(tile, active, partial);
-  if (tile.group_size == 64) gemv_tile<BITS, 64>(tile, active, partial);
-  if (tile.group_size == 128) gemv_tile<BITS, 128>(tile, active, partial);
+  if (tile.group_size == 32) gemv_group<BITS, 32>(tile, active, partial);
+  if (tile.group_size == 64) gemv_group<BITS, 64>(tile, active, partial);
+  if (tile.group_size == 128) gemv_group<BITS, 128>(tile, active, partial);
 }
 
 static void gemv(const Tile& tile, const Active& active, float* partial) {

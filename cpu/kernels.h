@@ -183,6 +183,13 @@ struct HeadKernels {
 
 constexpr const char* ISAS[] = {"avx512vnni", "avx512", "avx2", "baseline"};  // widest first; the last is SSE2 or NEON
 
+// Whether products of one row take codes as subnormal floats, which changes no bit of them (subnormal.h).
+enum Subnormals : int { MEASURED, NEVER, ALWAYS };  // where a measurement says that it costs nothing, or
+int subnormals();
+void use_subnormals(int wish);
+void count_subnormal();  // a tile that was multiplied so
+int64_t subnormal_tiles();
+
 // The best table for this machine, or the one chosen by use_isa.
 const Kernels& kernels();
 // Whether this machine and build have a table of that name.

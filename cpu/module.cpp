@@ -79,6 +79,9 @@ NB_MODULE(_cpu, m) {
     return found;
   });
   m.def("isa", [] { return kernels().name; });
+  m.def("use_subnormals", [](std::optional<bool> wish) { use_subnormals(!wish ? MEASURED : *wish ? ALWAYS : NEVER); },
+        nb::arg().none());
+  m.def("subnormal_tiles", &subnormal_tiles);
   m.def("use_isa", [](const std::string& name) { return use_isa(name.c_str()); });
   m.def("is_poisoned", [] {  // whether memory is NaN when a task is handed it, seen in the memory itself
     const float *first = thread_work(), *last = first + WORK - 1;

@@ -9,6 +9,15 @@ constexpr int VECTORS = 8;  // of one column and pass: as many accumulators as 1
 
 constexpr int min_of(int a, int b) { return a < b ? a : b; }
 
+// How masked bits become a float: converted, or as they are. Up to 16 bits at the bottom of a word are a subnormal
+// float, bits * 2^-149, exactly; subnormal.h says when a product may take them so.
+struct Converted {
+  SPQT_INLINE vf of(vu bits) { return to_float(bits); }
+};
+struct Subnormal {
+  SPQT_INLINE vf of(vu bits) { return (vf)bits; }
+};
+
 template <int BITS, int... I>
 struct WordMasks {
   alignas(64) uint32_t lanes[sizeof...(I)] = {(((1u << BITS) - 1) << (I / LANES * BITS))...};
@@ -34,17 +43,17 @@ struct WordCodec {
   static constexpr int shift(int, int v, int) { return v % PER_HALF * BITS; }
 
   // use(v, codes) for vectors FIRST to FIRST + COUNT - 1
-  template <int PASS, int FIRST = 0, int COUNT = VECTORS, class Use>
+  template <int PASS, int FIRST = 0, int COUNT = VECTORS, class As = Converted, class Use>
   SPQT_INLINE void unpack(const uint8_t* p, Use use) {
-    unpack_words<PASS, FIRST, COUNT>(load<vu>(p), use);
+    unpack_words<PASS, FIRST, COUNT, As>(load<vu>(p), use);
   }
 
-  template <int PASS, int FIRST = 0, int COUNT = VECTORS, class Use>
+  template <int PASS, int FIRST = 0, int COUNT = VECTORS, class As = Converted, class Use>
   SPQT_INLINE void unpack_part(const uint8_t* p, int bytes, Use use) {
-    unpack_words<PASS, FIRST, COUNT>(load_words(p, bytes / 4), use);
+    unpack_words<PASS, FIRST, COUNT, As>(load_words(p, bytes / 4), use);
   }
 
-  template <int PASS, int FIRST, int COUNT, class Use>
+  template <int PASS, int FIRST, int COUNT, class As, class Use>
   SPQT_INLINE void unpack_words(vu words, Use use) {
     const uint32_t* masks = word_masks<BITS>.lanes;
 #if defined(__AVX2__) && !defined(__AVX512F__)
@@ -53,7 +62,7 @@ struct WordCodec {
     vu high = words >> 16;  // bit 31 must not reach the signed conversion
     for (int v = FIRST; v < FIRST + COUNT; ++v) {
       vu from = PASS == 1 || v >= PER_HALF ? high : words;
-      use(v, to_float(from & load<vu>(masks + v % PER_HALF * LANES)));
+      use(v, As::of(from & load<vu>(masks + v % PER_HALF * LANES)));
     }
   }
 
@@ -102,7 +111,7 @@ struct ByteCodec {
     return i / 16 * 16 + (lane >= 8 ? WINDOW : 0) + min_of(byte, WINDOW - 1);
   }
 
-  template <int V, int... BYTE, int... LANE>
+  template <int V, class As = Converted, int... BYTE, int... LANE>
   SPQT_INLINE vf unpack_vector(const uint8_t* unit, std::integer_sequence<int, BYTE...>,
                                       std::integer_sequence<int, LANE...>) {
     vq window = load<uint64_t>(unit + start(V, 0)) - vq{};
@@ -112,27 +121,27 @@ struct ByteCodec {
     }
     vu codes = (vu)permute<vbytes, source(V, BYTE)...>((vbytes)window);
     constexpr uint32_t MASK = (1u << BITS) - 1;
-    return to_float(codes & (vu){(MASK << shift(0, V, LANE))...});
+    return As::of(codes & (vu){(MASK << shift(0, V, LANE))...});
   }
 
-  template <int FIRST, class Use, int... V>
+  template <int FIRST, class As, class Use, int... V>
   SPQT_INLINE void unpack_all(const uint8_t* p, Use use, std::integer_sequence<int, V...>) {
-    (use(FIRST + V, unpack_vector<FIRST + V>(p + (FIRST + V) / PER_UNIT * 4 * BITS,
+    (use(FIRST + V, unpack_vector<FIRST + V, As>(p + (FIRST + V) / PER_UNIT * 4 * BITS,
                                              std::make_integer_sequence<int, LANES * 4>(),
                                              std::make_integer_sequence<int, LANES>())),
      ...);
   }
 
-  template <int PASS, int FIRST = 0, int COUNT = VECTORS, class Use>
+  template <int PASS, int FIRST = 0, int COUNT = VECTORS, class As = Converted, class Use>
   SPQT_INLINE void unpack(const uint8_t* p, Use use) {
-    unpack_all<FIRST>(p, use, std::make_integer_sequence<int, COUNT>());
+    unpack_all<FIRST, As>(p, use, std::make_integer_sequence<int, COUNT>());
   }
 
-  template <int PASS, int FIRST = 0, int COUNT = VECTORS, class Use>
+  template <int PASS, int FIRST = 0, int COUNT = VECTORS, class As = Converted, class Use>
   SPQT_INLINE void unpack_part(const uint8_t* p, int bytes, Use use) {
     alignas(64) uint8_t whole[COLUMN_BYTES] = {};
     for (int i = 0; i < bytes; i += 4) __builtin_memcpy(whole + i, p + i, 4);
-    unpack<PASS, FIRST, COUNT>(whole, use);
+    unpack<PASS, FIRST, COUNT, As>(whole, use);
   }
 
   template <int GROUP>
