@@ -1,6 +1,8 @@
 // The kernels, compiled once for each instruction set: SPQT_ISA names the one of this object.
 #include "kernels.h"
 
+#include <time.h>
+
 #include <type_traits>
 #include <utility>
 

@@ -2,6 +2,8 @@
 // products. Its other kernels are those of AVX-512 (dispatch.cpp).
 #include "kernels.h"
 
+#include <time.h>
+
 #include <type_traits>
 #include <utility>
 

@@ -5,11 +5,6 @@
 // Arm's) multiply subnormal numbers as fast as others, some (Intel's) take a hundred times as long.
 #pragma once
 
-#if defined(__aarch64__)
-#include <stdint.h>
-#endif
-#include <time.h>
-
 // Powers of two that x is multiplied by, and then the sums.
 struct Powers {
   float up, down;

@@ -28,7 +28,9 @@ class Store:
     """Arrays in a folder. Names have no slashes."""
 
     def __init__(self, folder: Path, room: int = 0) -> None:
-        """room: bytes of arrays saved as `short` that a GPU holds; others, and all on a CPU, go to disk."""
+        """room: bytes of arrays that a GPU holds; those saved as `short` are then on no disk: a run that was
+        stopped never asks for them.
+        """
         self._folder, self._room = folder, room
         self._held: dict[str, mx.array] = {}
         with files.disk_errors(folder):
@@ -37,19 +39,30 @@ class Store:
     def save(self, name: str, array: mx.array, *, short: bool = False) -> None:
         """Keep an array of any floating type as float32; with `short` as float16 where its values fit."""
         array = array.astype(mx.float32)
-        if short and not many_rows.on_cpu():
-            if (mx.abs(array).max() < LARGEST_HALF).item():
+        if not many_rows.on_cpu():
+            if short and (mx.abs(array).max() < LARGEST_HALF).item():
                 array = array.astype(mx.float16)
-            if array.nbytes <= self._room:
-                mx.eval(array)
-                self._held[name] = array
-                self._room -= array.nbytes
+            if self._hold(name, array) and short:
                 return
         values = np.array(array, copy=False)
         if short and max(values.max(initial=0), -values.min(initial=0)) < LARGEST_HALF:
             values = values.astype(np.float16, copy=False)
         with files.disk_errors(self._folder), self._path(name).open("wb") as file:
             np.save(file, values, allow_pickle=False)
+
+    def _hold(self, name: str, array: mx.array) -> bool:
+        """Keep an array in the GPU's memory, if there is room."""
+        self._release(name)
+        if array.nbytes > self._room:
+            return False
+        mx.eval(array)
+        self._held[name] = array
+        self._room -= array.nbytes
+        return True
+
+    def _release(self, name: str) -> None:
+        if (array := self._held.pop(name, None)) is not None:
+            self._room += array.nbytes
 
     def load(self, name: str) -> mx.array:
         """The array as float32. Raises OSError or ValueError where it is missing or torn."""
@@ -77,7 +90,7 @@ class Store:
     def drop(self, pattern: str) -> None:
         """Remove all arrays whose name fits a glob pattern."""
         for name in [one for one in self._held if fnmatchcase(one, pattern)]:
-            self._room += self._held.pop(name).nbytes
+            self._release(name)
         for path in self._folder.glob(f"{pattern}.npy"):
             path.unlink(missing_ok=True)
 

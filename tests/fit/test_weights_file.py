@@ -75,13 +75,12 @@ def test_states_come_back_and_torn_ones_are_noticed(tmp_path):
 
 def test_a_gpu_holds_what_fits_and_disk_takes_the_rest(tmp_path, monkeypatch):
     monkeypatch.setattr(many_rows, "on_cpu", lambda: False)
-    store = Store(tmp_path / "states", room=8)
+    store, folder = Store(tmp_path / "states", room=8), tmp_path / "states"
     store.save("a-0", mx.array([0.1, 2.0]), short=True)
     store.save("a-1", mx.array([1e5, -2.0]), short=True)  # does not fit float16, nor the room left
     store.save("a-2", mx.array([0.3]), short=True)
     store.save("b-0", mx.array([0.4]))
-    on_disk = sorted(path.stem for path in (tmp_path / "states").iterdir())
-    assert on_disk == ["a-1", "b-0"]
+    assert sorted(path.stem for path in folder.iterdir()) == ["a-1", "b-0"]
     assert all(store.has(name) for name in ("a-0", "a-1", "a-2", "b-0"))
     assert store.load("a-0").dtype == mx.float32
     assert mx.allclose(store.load("a-0"), mx.array([0.1, 2.0]), rtol=1e-3)
@@ -89,7 +88,23 @@ def test_a_gpu_holds_what_fits_and_disk_takes_the_rest(tmp_path, monkeypatch):
     store.drop("a-*")
     assert not any(store.has(name) for name in ("a-0", "a-1", "a-2"))
     store.save("a-3", mx.array([0.1, 0.2, 0.3, 0.4]), short=True)  # in the room that was given back
-    assert not (tmp_path / "states" / "a-3.npy").exists()
+    assert not (folder / "a-3.npy").exists()
+
+
+def test_what_a_stopped_run_asks_for_is_held_and_on_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(many_rows, "on_cpu", lambda: False)
+    store, folder = Store(tmp_path / "states", room=8), tmp_path / "states"
+    store.save("x-0-0", mx.array([1.0, 2.0]))
+    store.save("x-0-1", mx.array([3.0]))  # no room
+    store.save("x-0-0", mx.array([1.5]))  # anew: the first one's room is free again
+    assert mx.array_equal(store.load("x-0-0"), mx.array([1.5]))
+    assert mx.array_equal(Store(folder).load("x-0-0"), mx.array([1.5]))
+    (folder / "x-0-0.npy").unlink()
+    (folder / "x-0-1.npy").unlink()
+    assert store.has("x-0-0")
+    assert not store.has("x-0-1")
+    store.drop("x-0-*")
+    assert not store.has("x-0-0")
 
 
 def test_a_threshold_leaves_its_share_below():
