@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from spqt_cli.system import launched
 
 MARK = "SPQT_WORKER"  # set in the child's environment
 COMMANDS = ("generate", "run", "chat", "compare", "eval", "bench", "calibrate", "serve")
+BOTH_TOLD = 0.3  # seconds in which a child that was interrupted as well ends by itself
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -44,15 +46,36 @@ def run(arguments: Sequence[str]) -> int:
         told.append(number)
         child.send_signal(number)
 
+    def interrupted(number: int, frame: Any) -> None:
+        if "serve" not in arguments:
+            if _in_foreground():
+                return  # a terminal's Ctrl-C reached the child as well, for which a second one means more
+            time.sleep(BOTH_TOLD)
+        forward(number, frame)
+
     signal.signal(signal.SIGTERM, forward)
-    # The terminal sends SIGINT to the child as well; who looks after a server sends it to us alone.
-    signal.signal(signal.SIGINT, forward if "serve" in arguments else signal.SIG_IGN)
+    if "serve" in arguments or signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, interrupted)  # where it was ignored, as in a script's background, it is
     code = child.wait()
     if code >= 0:
         return code
     if -code in (signal.SIGINT, *told):
         return 128 - code
     raise _cause(-code)
+
+
+def _in_foreground() -> bool:
+    """Whether a terminal sends its Ctrl-C to this process and its child."""
+    try:
+        terminal = os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY)
+    except OSError:
+        return False
+    try:
+        return os.tcgetpgrp(terminal) == os.getpgrp()
+    except OSError:
+        return False
+    finally:
+        os.close(terminal)
 
 
 def _cause(number: int) -> SpqtError:

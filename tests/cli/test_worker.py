@@ -12,10 +12,10 @@ import pytest
 from spqt_cli.cli import worker
 
 
-def start(calibrated: Path, tokens: int) -> tuple[subprocess.Popen, int]:
+def start(calibrated: Path, tokens: int, **how) -> tuple[subprocess.Popen, int]:
     """A generate that is running, and the process id of its worker."""
     command = [sys.executable, "-m", "spqt_cli", "generate", "--model", calibrated, "-p", "fox", "-m", tokens]
-    parent = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    parent = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, **how)
     children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
     for _ in range(600):
         found = children.read_text().split()
@@ -51,6 +51,35 @@ def test_fault_54_terminate_ends_both(calibrated):
     parent.terminate()
     parent.communicate(timeout=60)
     assert parent.returncode in (143, 6)
+    assert not Path(f"/proc/{child}").exists()
+
+
+@linux
+@pytest.mark.parametrize("group", [False, True])
+def test_an_interrupt_outside_a_terminal_ends_both(calibrated, group):
+    """Sent to the parent alone, as a supervisor does, or to both, as `timeout -s INT` does."""
+    parent, child = start(calibrated, 100_000, start_new_session=True)
+    time.sleep(3)
+    if group:
+        os.killpg(parent.pid, signal.SIGINT)
+    else:
+        parent.send_signal(signal.SIGINT)
+    _, error = parent.communicate(timeout=60)
+    assert parent.returncode == 130
+    assert "Traceback" not in error.decode()
+    assert not Path(f"/proc/{child}").exists()
+
+
+@linux
+def test_an_interrupt_that_was_ignored_before_stays_ignored(calibrated):
+    ignored = lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)  # noqa: E731 - as a script's `&` does
+    parent, child = start(calibrated, 100_000, start_new_session=True, preexec_fn=ignored)
+    time.sleep(1)
+    parent.send_signal(signal.SIGINT)
+    time.sleep(1)
+    assert parent.poll() is None
+    parent.terminate()
+    parent.communicate(timeout=60)
     assert not Path(f"/proc/{child}").exists()
 
 
