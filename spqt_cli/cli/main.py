@@ -149,7 +149,10 @@ app.command(
 def main() -> None:
     """Run the command line and exit with the code of what happened."""
     if launched.size() == 1:
-        _main()
+        try:
+            _main()
+        finally:  # the interpreter's own end is left, where an exception would be printed
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
         return
     with several.one_of_them("--debug" in sys.argv):
         _main()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from spqt_cli.cli import worker
+from spqt_cli.cli import main, worker
 
 
 def start(calibrated: Path, tokens: int, **how) -> tuple[subprocess.Popen, int]:
