@@ -54,6 +54,19 @@ def test_fault_54_terminate_ends_both(calibrated):
     assert not Path(f"/proc/{child}").exists()
 
 
+def test_sigterm_is_the_systems_again_once_a_command_has_ended(monkeypatch):
+    """Raised while the interpreter ends, ours would print a traceback."""
+    before = signal.getsignal(signal.SIGTERM)
+    seen = []
+    monkeypatch.setattr(main, "_main", lambda: seen.append(signal.signal(signal.SIGTERM, main._terminate)))
+    try:
+        main.main()
+        assert seen
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 @linux
 @pytest.mark.parametrize("group", [False, True])
 def test_an_interrupt_outside_a_terminal_ends_both(calibrated, group):
