@@ -153,6 +153,8 @@ def main() -> None:
             _main()
         finally:  # the interpreter's own end is left, where an exception would be printed
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            if worker.MARK in os.environ:  # its parent may pass on what a group's signal has told it already
+                signal.signal(signal.SIGINT, signal.SIG_DFL)
         return
     with several.one_of_them("--debug" in sys.argv):
         _main()
