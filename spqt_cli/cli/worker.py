@@ -54,8 +54,9 @@ def run(arguments: Sequence[str]) -> int:
         forward(number, frame)
 
     signal.signal(signal.SIGTERM, forward)
+    # A shell has what runs in a script's background ignore SIGINT: that stays so, but for a server.
     if "serve" in arguments or signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-        signal.signal(signal.SIGINT, interrupted)  # where it was ignored, as in a script's background, it is
+        signal.signal(signal.SIGINT, interrupted)
     code = child.wait()
     if code >= 0:
         return code
