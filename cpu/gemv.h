@@ -17,13 +17,14 @@ struct Block {
   int count;
 };
 
-// u: x * up * scale; odd: collects which of them out_of_range
-template <Type T>
-SPQT_INLINE void scale_channel(const Tile& tile, int64_t first, float x, float up, float* u, float* bias_sums, vi& odd) {
+// u: x * up * scale; odd: where u is raised, collects which of them are out_of_range
+template <Type T, bool RAISED>
+SPQT_INLINE void scale_channel(const Tile& tile, int64_t first, float x, float up, float* u, float* bias_sums,
+                               vi& odd) {
   const vf wide = splat(x), raised = splat(x * up);
   auto put = [&](int g, vf value) SPQT_LAMBDA {
     store(u + g, value);
-    if constexpr (T != FLOAT16) odd |= out_of_range(value);  // no float16 can be
+    if constexpr (RAISED && T != FLOAT16) odd |= out_of_range(value);  // no float16 can be
   };
   int g = 0;
   for (; g + LANES <= tile.groups; g += LANES) {
@@ -38,13 +39,13 @@ SPQT_INLINE void scale_channel(const Tile& tile, int64_t first, float x, float u
 #else
   for (; g < tile.groups; ++g) {
     u[g] = x * up * scalar<T>(tile.scales, first + g);
-    if constexpr (T != FLOAT16) odd[0] |= out_of_range(u[g]);
+    if constexpr (RAISED && T != FLOAT16) odd[0] |= out_of_range(u[g]);
     bias_sums[g] += x * scalar<T>(tile.biases, first + g);
   }
 #endif
 }
 
-template <Type T>
+template <Type T, bool RAISED>
 static void start_block_of(const Tile& tile, const Active& active, float up, int first, Block& block, float* bias_sums,
                            vi& odd) {
   constexpr int BYTES = T == FLOAT32 ? 4 : 2;
@@ -52,7 +53,7 @@ static void start_block_of(const Tile& tile, const Active& active, float up, int
   for (int i = 0; i < block.count; ++i) {
     int64_t channel = active.channel[first + i];
     block.codes[i] = tile.codes + channel * tile.code_stride;
-    scale_channel<T>(tile, channel * tile.scale_stride, active.x[first + i], up, block.u[i], bias_sums, odd);
+    scale_channel<T, RAISED>(tile, channel * tile.scale_stride, active.x[first + i], up, block.u[i], bias_sums, odd);
     if (first + BLOCK + i >= active.count) {
       block.next[i] = block.codes[i];
       continue;
@@ -67,11 +68,12 @@ static void start_block_of(const Tile& tile, const Active& active, float up, int
   }
 }
 
+template <bool RAISED>
 static void start_block(const Tile& tile, const Active& active, float up, int first, Block& block, float* bias_sums,
                         vi& odd) {
-  if (tile.type == FLOAT32) start_block_of<FLOAT32>(tile, active, up, first, block, bias_sums, odd);
-  if (tile.type == FLOAT16) start_block_of<FLOAT16>(tile, active, up, first, block, bias_sums, odd);
-  if (tile.type == BFLOAT16) start_block_of<BFLOAT16>(tile, active, up, first, block, bias_sums, odd);
+  if (tile.type == FLOAT32) start_block_of<FLOAT32, RAISED>(tile, active, up, first, block, bias_sums, odd);
+  if (tile.type == FLOAT16) start_block_of<FLOAT16, RAISED>(tile, active, up, first, block, bias_sums, odd);
+  if (tile.type == BFLOAT16) start_block_of<BFLOAT16, RAISED>(tile, active, up, first, block, bias_sums, odd);
 }
 
 // COUNT: channels of a full block, else 0; part: bytes of an incomplete last column, else 0
@@ -127,7 +129,7 @@ static bool gemv_tile(const Tile& tile, const Active& active, Powers powers, flo
   Block block;
   vi odd = {};
   for (int first = 0; first < active.count; first += BLOCK) {
-    start_block(tile, active, RAISED ? powers.up : 1, first, block, bias_sums, odd);
+    start_block<RAISED>(tile, active, RAISED ? powers.up : 1, first, block, bias_sums, odd);
     if (block.count == BLOCK)
       add_block<BITS, GROUP, As, BLOCK>(block, bytes, partial);
     else
