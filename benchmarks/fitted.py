@@ -8,7 +8,7 @@ timed, and calibrates it on --calibration. --test, the shipped text and Python s
 are then scored, with the source's embedding and head and once more with each model's own. Models, the
 picture and progress are kept in the work folder; what is there is not made again. --model names a folder
 converted elsewhere, on a GPU say: it is calibrated in place, unless it has thresholds, and scored as well.
-The last line of stdout is one JSON document.
+The last line of stdout is one JSON document; --output FILE has it after each of the two scorings.
 """
 
 import argparse
@@ -66,6 +66,8 @@ def main() -> None:
         if source_head and options.plot:
             plotting.draw(result, options.plot)
         found["heads"][name] = [text(one) for one in result.texts]
+        if options.output:
+            options.output.write_text(json.dumps(found))
     print(json.dumps(found))
 
 
@@ -86,6 +88,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--peer", action="append", default=[], help="LABEL=FOLDER, run dense")
     parser.add_argument("--model", action="append", default=[], help="LABEL=FOLDER, converted elsewhere")
     parser.add_argument("--plot", type=Path, help=".png, .svg or .html")
+    parser.add_argument("--output", type=Path, help="the same JSON, as far as it is known")
     options = parser.parse_args()
     if unknown := set(options.methods.split(",")) - {NONE, *METHODS, ""}:
         parser.error(f"there is no method {unknown.pop()}")
