@@ -38,7 +38,7 @@ from benchmarks.machine import commit, from_bare_tree
 from_bare_tree()
 from spqt_cli.backends.gpu import backend as gpu
 from spqt_cli.backends.gpu import first_use as checks
-from spqt_cli.backends.gpu import geometry, launch, weights
+from spqt_cli.backends.gpu import geometry, launch, many, plans, weights
 from spqt_cli.backends.gpu.kernel_text import Kernel
 from spqt_cli.backends.gpu.settings import LaunchSettings
 from spqt_cli.bench import quiet_host, thousand_tokens
@@ -374,7 +374,7 @@ def rows_chain() -> Iterable[dict]:
 
 
 def dequantized(x: mx.array, layer: Packed) -> mx.array:
-    return gpu.WAYS["dequantized"](x, layer)
+    return many.WAYS["dequantized"](x, layer)
 
 
 def use(cut: geometry.Geometry) -> None:
@@ -510,7 +510,7 @@ def first_use() -> list[dict[str, Any]]:
 def checked(state: str, name: str, layers: list[Packed], kind: str) -> dict[str, Any]:
     """One verdict, timed. Ends the program where a kernel is not right: its time would say nothing."""
     began = time.perf_counter()
-    cut, form = gpu.choose(layers, mx.float16), launch.Form(KINDS[kind])
+    cut, form = plans.choose(layers, mx.float16), launch.Form(KINDS[kind])
     plan = launch.make_plan((1, 1, layers[0].weight.shape[1]), mx.float16, layers, cut, form)
     reason = checks.verdict(plan, mx.float16, layers, cut)
     seconds = time.perf_counter() - began
@@ -530,7 +530,7 @@ def collector() -> list[dict[str, Any]]:
     for outputs, inputs in ((28672, 8192), (14336, 4096), (4096, 14336)):
         layer = random_packed(outputs, inputs, layout.band_of(outputs, 64), 0.5)
         plan = launch.make_plan(
-            (1, 1, inputs), mx.float16, [layer], gpu.choose([layer], mx.float16), launch.Form()
+            (1, 1, inputs), mx.float16, [layer], plans.choose([layer], mx.float16), launch.Form()
         )
         mx.eval(plan.inputs)
         row: dict[str, Any] = {"shape": [outputs, inputs], "threadgroups": plan.gemv.threadgroups}

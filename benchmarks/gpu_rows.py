@@ -17,7 +17,7 @@ import mlx.core as mx
 
 from benchmarks.gpu import Packed, layers_of, row_grouped, set_density
 from spqt_cli.backends.gpu import backend as gpu
-from spqt_cli.backends.gpu import dequantize, geometry, ways
+from spqt_cli.backends.gpu import dequantize, geometry, many, ways
 from spqt_cli.backends.gpu import first_use as checks
 from spqt_cli.backends.gpu import rows as more_rows
 from spqt_cli.format import layout
@@ -61,7 +61,7 @@ def rows(*shape: int) -> Iterator[dict]:
     `chosen` is what spqt takes after its own timing, `ratio` stock's time through that one's.
     """
     kind = ways.Kind(mx.float16, 4, 64)
-    choice = ways.choice_for(kind, gpu.WAYS)
+    choice = ways.choice_for(kind, many.WAYS)
     print(f"spqt's own timing: {choice.words()}")
     yield {"choice": choice._asdict()}
     for outputs, inputs in [shape] if shape else ROWS_SHAPES:
@@ -86,7 +86,7 @@ def rows_at(count: int, layers: list[Packed], bases: list[tuple]) -> dict:
     calls: dict[str, Calls] = {"stock": partial(stock_call, xs, bases)}
     for way in ways.NAMES:
         if ways.is_possible(way, count, mx.float16):
-            calls[way] = lambda i, way=way: gpu.WAYS[way](xs[i % 4], layers[i % number])
+            calls[way] = lambda i, way=way: many.WAYS[way](xs[i % 4], layers[i % number])
     times = in_turns(calls)
     if count <= SPARSE_ROWS:
         set_density(layers, 0.5)
@@ -99,7 +99,7 @@ def in_turns(
     calls: dict[str, Calls], number: int = ROWS_CALLS, repeats: int = ROWS_REPEATS
 ) -> dict[str, dict]:
     """Microseconds per call of each, evaluation alone: medians of repeats that take turns."""
-    gpu.MOST_UNFREED = 1 << 40  # nothing is evaluated before its time
+    many.MOST_UNFREED = 1 << 40  # nothing is evaluated before its time
     times: dict[str, list[float]] = {name: [] for name in calls}
     for repeat in range(repeats + 1):
         for name, call in calls.items():

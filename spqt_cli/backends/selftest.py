@@ -16,8 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from spqt_cli.backends import accuracy, select
-from spqt_cli.backends.gpu import backend as gpu
-from spqt_cli.backends.gpu import first_use, geometry, ways
+from spqt_cli.backends.gpu import first_use, geometry, many, plans, ways
 from spqt_cli.backends.gpu.launch import Form, tiny
 from spqt_cli.backends.gpu.launch import bands as bands_of
 from spqt_cli.backends.interface import Norm, Rotary
@@ -108,7 +107,7 @@ def _reduction_checks() -> Iterator[Check]:
 
 def _reduction(name: str, case: Case, form: Form) -> Row:
     layers = matrices(case)
-    cut = gpu.choose(layers, case.dtype)._replace(stripe=first_use.INPUTS // 2)
+    cut = plans.choose(layers, case.dtype)._replace(stripe=first_use.INPUTS // 2)
     return _fault_row(name, case, "equal", lambda: first_use.fault(case.dtype, layers, cut, form))
 
 
@@ -136,7 +135,7 @@ def _experts_checks() -> Iterator[Check]:
 
 def _experts(case: Case, pairs: int) -> Row:
     layers = matrices(case)
-    cut = gpu.choose_experts(layers, case.dtype, pairs)
+    cut = plans.choose_experts(layers, case.dtype, pairs)
     judge = partial(first_use.experts_fault, case.dtype, layers, cut, pairs)
     return _fault_row(f"chosen experts, {pairs} pairs", case, "within", judge)
 
@@ -146,7 +145,7 @@ ROWS = {"few": (2, 4, 8), "matrix": (8, 16, 32, 64, 128)}  # one count for each 
 
 def _more_rows(way: str, count: int, case: Case, stripe: int) -> Row:
     layers = matrices(case)
-    bands, kind = bands_of(layers), gpu.device_class()
+    bands, kind = bands_of(layers), plans.device_class()
     cut: geometry.RowsGeometry | geometry.MatrixGeometry | geometry.GemmGeometry
     if way == "few":
         cut = geometry.choose_rows(kind, bands, case.inputs, count, case.dtype == mx.float32)
@@ -168,7 +167,7 @@ def _dense_checks() -> Iterator[Check]:
         if count == 1 or not select.backend().traces:
             yield partial(_dense, name, case, count, select.matmul)
             continue
-        for way, call in gpu.WAYS.items():
+        for way, call in many.WAYS.items():
             if ways.is_possible(way, count, dtype):
                 yield partial(_dense, f"{name}, {way}", case, count, call)
 

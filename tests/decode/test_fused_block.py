@@ -8,8 +8,7 @@ from mlx_lm.models import llama, qwen2, qwen3
 from mlx_lm.models.cache import KVCache
 
 from spqt_cli.backends import problems
-from spqt_cli.backends.gpu import backend as gpu
-from spqt_cli.backends.gpu import first_use, geometry, kernel_text
+from spqt_cli.backends.gpu import first_use, geometry, kernel_text, plans
 from spqt_cli.backends.gpu import launch as launching
 from spqt_cli.decode import active_counts, attention_gpu, fused, hooks, layers, phase
 from tests.backends.gpu.test_first_use import fresh_trust, run_emulated
@@ -206,6 +205,6 @@ def test_the_first_use_check_judges_the_residual_sum(monkeypatch, fresh_trust, c
     use(monkeypatch, CUTS["wide"])
     case = problems.Case((128,), 301)
     layers, x = problems.matrices(case), problems.vector(case)
-    assert (gpu._plan(x, layers, launching.Form(then="residual")).gemv is None) is wrong
+    assert (plans.of_row(x, layers, launching.Form(then="residual")).gemv is None) is wrong
     assert bool(first_use.refused()) is wrong
     assert ("y + residual is off" in capfd.readouterr().err) is wrong

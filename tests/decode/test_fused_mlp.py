@@ -7,7 +7,7 @@ import pytest
 
 from spqt_cli.backends import problems, select
 from spqt_cli.backends.gpu import backend as gpu
-from spqt_cli.backends.gpu import first_use, kernel_text, weights
+from spqt_cli.backends.gpu import first_use, kernel_text, plans, weights
 from spqt_cli.backends.gpu import launch as launching
 from spqt_cli.decode import active_counts, fused, phase
 from spqt_cli.decode.layers import ZigzagLinear, share_input
@@ -143,7 +143,7 @@ def test_one_stripe_is_no_fault_of_the_kernels(monkeypatch, fresh_trust):
     use(monkeypatch, CUTS["narrow"])
     some, x = problems.matrices(problems.Case((128, 128), 301)), problems.vector(problems.Case((128,), 301))
     assert gpu.prepare_gated(x, some, some[0]) is None
-    assert gpu._plan(x, some[:1], launching.Form(then="residual")).gemv is None
+    assert plans.of_row(x, some[:1], launching.Form(then="residual")).gemv is None
     assert first_use.refused() == []
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from spqt_cli.backends import select
 from spqt_cli.backends.gpu import backend as gpu
-from spqt_cli.backends.gpu import first_use, ways
+from spqt_cli.backends.gpu import first_use, plans, ways
 from spqt_cli.backends.gpu import launch as launching
 from spqt_cli.calibrate import calibrate
 from spqt_cli.convert import convert
@@ -50,7 +50,7 @@ def device(monkeypatch):
     monkeypatch.setattr(launching, "run", run)
     monkeypatch.setattr(first_use, "_verdict", verdict)
     monkeypatch.setattr(ways, "best", lambda *_: "few")
-    monkeypatch.setattr(gpu, "device_class", lambda: "g")
+    monkeypatch.setattr(plans, "device_class", lambda: "g")
     monkeypatch.setattr(select, "backend", lambda: dataclasses.replace(EMULATED, check=gpu.check))
     return judged, launched
 
@@ -109,7 +109,7 @@ def test_a_refused_kernel_is_known_when_the_load_ends(folder, device, monkeypatc
     monkeypatch.setattr(first_use, "_passed", set)
     monkeypatch.setattr(first_use, "_remember", lambda key: None)
     monkeypatch.setattr(ways, "best", lambda *_: "quantized")
-    monkeypatch.setattr(gpu, "device_class", lambda: "g")
+    monkeypatch.setattr(plans, "device_class", lambda: "g")
     monkeypatch.setattr(select, "backend", lambda: dataclasses.replace(EMULATED, check=gpu.check))
 
     def refuse(launch, inputs):

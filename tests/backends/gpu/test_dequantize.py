@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from spqt_cli.backends import accuracy, problems, stock
-from spqt_cli.backends.gpu import backend as gpu
-from spqt_cli.backends.gpu import dequantize, first_use, kernel_text
+from spqt_cli.backends.gpu import dequantize, first_use, kernel_text, many
 from spqt_cli.backends.gpu import launch as launching
 from spqt_cli.backends.problems import Case
 from spqt_cli.format import layout
@@ -79,7 +78,7 @@ def test_products_of_padded_and_several_bands(emulated, outputs):
     (matrix,) = problems.matrices(case)
     matrix.set_threshold(0.0)
     x = problems.rows(case, 5).reshape(5, 1, 70)
-    y = gpu._dequantized_matmul(x, matrix)
+    y = many._dequantized(x, matrix)
     assert y.shape == (5, 1, outputs)
     assert [launch.kernel.files[-1] for launch in emulated] == [
         "dequantize.metal"
@@ -92,10 +91,10 @@ def test_products_of_padded_and_several_bands(emulated, outputs):
 def test_new_weights_are_not_missed_by_the_plan(emulated):
     first, second = (problems.matrices(Case((outputs,), 40))[0] for outputs in (128, 120))
     x = problems.rows(Case((128,), 40), 3)
-    gpu._dequantized_matmul(x, first)
+    many._dequantized(x, first)
     first.weight, first.scales, first.biases = second.weight * 3, second.scales, second.biases
     expected = stock.matmul(x, first)
-    assert mx.allclose(gpu._dequantized_matmul(x, first), expected, atol=0.1).item()
+    assert mx.allclose(many._dequantized(x, first), expected, atol=0.1).item()
 
 
 def test_a_wrong_kernel_is_never_used(monkeypatch, fresh_trust, capfd):
@@ -108,6 +107,6 @@ def test_a_wrong_kernel_is_never_used(monkeypatch, fresh_trust, capfd):
     assert old in real("dequantize.metal")
     monkeypatch.setattr(kernel_text, "body", lambda name: real(name).replace(old, new))
     for _ in range(2):
-        assert mx.allclose(gpu._dequantized_matmul(x, matrix), stock.matmul(x, matrix), atol=0.1).item()
+        assert mx.allclose(many._dequantized(x, matrix), stock.matmul(x, matrix), atol=0.1).item()
     assert capfd.readouterr().err.count("a GPU kernel is wrong") == 1
     assert first_use.refused()

@@ -10,7 +10,7 @@ import pytest
 
 from spqt_cli.backends import accuracy, problems, stock
 from spqt_cli.backends.gpu import backend as gpu
-from spqt_cli.backends.gpu import experts, first_use, geometry, weights
+from spqt_cli.backends.gpu import experts, first_use, geometry, plans, weights
 from spqt_cli.backends.gpu import launch as launching
 from spqt_cli.backends.problems import Case
 from spqt_cli.format import layout
@@ -75,7 +75,7 @@ def test_cuts_gate_and_up_and_bands_not_full(emulated, monkeypatch, cut):  # noq
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32], ids=str)
 @pytest.mark.parametrize("kind", ["cuda", "g"])
 def test_with_the_rule_of_a_device(emulated, monkeypatch, kind, dtype):  # noqa: F811
-    monkeypatch.setattr(gpu, "device_class", lambda: kind)
+    monkeypatch.setattr(plans, "device_class", lambda: kind)
     monkeypatch.setattr(first_use, "experts_verdict", lambda *_: "")
     case = Case((1024, 1024), 96, dtype=dtype)
     assert_right(case, both_inputs(case)[0], mx.array(CHOSEN, mx.uint32))
@@ -160,11 +160,11 @@ def test_a_wrong_kernel_is_found_on_first_use(monkeypatch, fresh_trust, capfd, o
     try:
         _, stacks = problems.experts(Case((128, 128), 301), COUNT)
         x, indices = problems.rows(Case((128,), 301), 2).reshape(2, 1, 1, -1), mx.array(CHOSEN, mx.uint32)
-        assert gpu._experts_plan(x, indices, stacks) is not None
+        assert plans.of_experts(x, indices, stacks) is not None
         first_use._passed.cache_clear()
         planted(monkeypatch, old, new)
         weights.kept(stacks[0]).forget()
-        assert gpu._experts_plan(x, indices, stacks) is None
+        assert plans.of_experts(x, indices, stacks) is None
     finally:
         mx.enable_compile()
     assert "a GPU kernel is wrong" in capfd.readouterr().err

@@ -11,7 +11,7 @@ import pytest
 
 from spqt_cli.backends import accuracy, interface, problems, select, selftest, stock
 from spqt_cli.backends.gpu import backend as gpu
-from spqt_cli.backends.gpu import first_use, geometry, kernel_text, ways
+from spqt_cli.backends.gpu import first_use, geometry, kernel_text, plans, ways
 from spqt_cli.backends.gpu import launch as launching
 from spqt_cli.backends.problems import Case
 from tests.backends.gpu.test_kernels import CUTS, use
@@ -98,10 +98,10 @@ def test_a_wrong_norm_is_found_on_first_use(monkeypatch, fresh_trust, capfd, old
     monkeypatch.setattr(launching, "run", run_emulated)
     use(monkeypatch, CUTS["narrow"])
     form, x = launching.Form(norm=norm), problems.vector(case)
-    assert gpu._plan(x, some, form).gemv is not None
+    assert plans.of_row(x, some, form).gemv is not None
     first_use._passed.cache_clear()
     planted(monkeypatch, old, new)
-    assert gpu._plan(x, problems.matrices(case), form).gemv is None
+    assert plans.of_row(x, problems.matrices(case), form).gemv is None
     assert "a GPU kernel is wrong" in capfd.readouterr().err
 
 
@@ -252,7 +252,7 @@ def test_selftest_table_judges_kernels_for_more_rows(monkeypatch, fresh_trust, w
     monkeypatch.setattr(launching, "run", run_emulated)
     monkeypatch.setattr(select, "backend", lambda: EMULATED)
     monkeypatch.setattr(ways, "is_possible", lambda way, count, dtype: count < 32 and dtype == mx.float16)
-    monkeypatch.setattr(gpu, "device_class", lambda: "g")
+    monkeypatch.setattr(plans, "device_class", lambda: "g")
     monkeypatch.setitem(geometry.MANY_ROWS, 16, (8, 32, 1, 64, 2, 4))
     rows = [check() for check in selftest._more_rows_checks()]
     assert [row["kernel"] for row in rows[:2]] == ["2 rows, few", "2 rows, stripes, few"]

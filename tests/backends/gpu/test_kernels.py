@@ -14,7 +14,7 @@ import pytest
 
 from spqt_cli.backends import accuracy, problems, stock
 from spqt_cli.backends.gpu import backend as gpu
-from spqt_cli.backends.gpu import first_use, geometry, ways, weights
+from spqt_cli.backends.gpu import first_use, geometry, many, plans, ways, weights
 from spqt_cli.backends.gpu import launch as launching
 from spqt_cli.backends.problems import Case
 from spqt_cli.format import layout
@@ -136,7 +136,7 @@ def test_any_number_of_active_channels(emulated, monkeypatch, bits, cut):
 )
 @pytest.mark.parametrize("kind", ["cuda", "g", "d"])
 def test_ragged_shapes_with_the_rule_of_a_device(emulated, monkeypatch, kind, outputs, inputs):
-    monkeypatch.setattr(gpu, "device_class", lambda: kind)
+    monkeypatch.setattr(plans, "device_class", lambda: kind)
     assert_right(Case((outputs,), inputs))
 
 
@@ -244,7 +244,7 @@ def test_a_layer_without_threshold_runs_dense(emulated, monkeypatch):
 def test_a_matrix_is_dequantized_as_mlx_multiplies_it(monkeypatch, outputs):
     """Where our own kernel can't: test_dequantize.py has that."""
     monkeypatch.setattr(ways, "best", lambda *_: "dequantized")
-    monkeypatch.setattr(gpu, "_whole_plan", lambda *_: None)
+    monkeypatch.setattr(plans, "of_matrix", lambda *_: None)
     (matrix,) = problems.matrices(Case((outputs,), 96, dtype=mx.float32, band=64, bias=True))
     x = mx.random.normal((2, 20, 96), key=mx.random.key(1))
     # Two float32 sums of 96 terms below 1 in size: 96 * 2^-24 * 96 < 1e-3.
@@ -255,9 +255,9 @@ def test_dequantized_matrices_do_not_pile_up(monkeypatch):
     """MLX keeps temporaries for a hundred operations; a prompt dequantizes every matrix of the model."""
     monkeypatch.setattr(ways, "best", lambda *_: "dequantized")
     (matrix,) = problems.matrices(Case((128,), 96, dtype=mx.float32))
-    monkeypatch.setattr(gpu, "_whole_plan", lambda *_: None)
-    monkeypatch.setattr(gpu, "MOST_UNFREED", 3 * 128 * 96 * 4)
-    gpu._unfreed.clear()
+    monkeypatch.setattr(plans, "of_matrix", lambda *_: None)
+    monkeypatch.setattr(many, "MOST_UNFREED", 3 * 128 * 96 * 4)
+    many._unfreed.clear()
     evaluated = []
     original = mx.eval
     monkeypatch.setattr(mx, "eval", lambda *arrays: evaluated.extend(arrays) or original(*arrays))

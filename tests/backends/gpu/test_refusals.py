@@ -10,7 +10,7 @@ import pytest
 
 from spqt_cli.backends import accuracy, problems, stock
 from spqt_cli.backends.gpu import backend as gpu
-from spqt_cli.backends.gpu import first_use, geometry, kernel_text, ways
+from spqt_cli.backends.gpu import first_use, geometry, kernel_text, plans, ways
 from spqt_cli.backends.gpu import launch as launching
 from spqt_cli.backends.problems import Case
 from tests.backends.gpu.test_first_use import fresh_trust
@@ -111,12 +111,12 @@ def test_codes_are_converted_where_a_gpu_flushes_halves(refusing, monkeypatch, c
     case = Case((128,), 96)
     x, wide = problems.vector(case), CUTS["narrow"]._replace(decode=geometry.HALVES)
     use(monkeypatch, wide)
-    monkeypatch.setattr(gpu, "keeps_subnormal_halves", lambda: False)
-    assert gpu.choose(problems.matrices(case), x.dtype).decode == geometry.CONVERT
+    monkeypatch.setattr(plans, "keeps_subnormal_halves", lambda: False)
+    assert plans.choose(problems.matrices(case), x.dtype).decode == geometry.CONVERT
     assert_right(x, problems.matrices(case))
     assert capfd.readouterr().err == ""
 
-    monkeypatch.setattr(gpu, "keeps_subnormal_halves", lambda: True)
+    monkeypatch.setattr(plans, "keeps_subnormal_halves", lambda: True)
     real, kept = kernel_text.body, "code = float(as_type<float16_t>(half_of(pair, high)));"
     assert kept in real("sparse_gemv.metal")
     monkeypatch.setattr(kernel_text, "body", lambda name: real(name).replace(kept, "code = 0.0f;"))
@@ -127,7 +127,7 @@ def test_codes_are_converted_where_a_gpu_flushes_halves(refusing, monkeypatch, c
 
 
 def test_this_machine_keeps_subnormal_halves():
-    assert gpu.keeps_subnormal_halves()
+    assert plans.keeps_subnormal_halves()
 
 
 def test_the_backend_names_what_it_does_without(monkeypatch):

@@ -9,8 +9,7 @@ import mlx.core as mx
 import pytest
 
 from spqt_cli.backends import accuracy, problems
-from spqt_cli.backends.gpu import backend as gpu
-from spqt_cli.backends.gpu import first_use, kernel_text
+from spqt_cli.backends.gpu import first_use, kernel_text, plans
 from spqt_cli.backends.gpu import launch as launching
 from spqt_cli.backends.interface import Rotary
 from tests.backends.gpu.test_first_use import fresh_trust, run_emulated
@@ -75,6 +74,6 @@ def test_a_wrong_turn_is_found_on_first_use(monkeypatch, fresh_trust, capfd, wro
     use(monkeypatch, CUTS["eight lanes"])
     case = Case((128, 64), 301)
     layers, x = problems.matrices(case), problems.vector(case)
-    assert gpu._plan(x, layers, launching.Form(then=FORMS["halves"])).gemv is None
+    assert plans.of_row(x, layers, launching.Form(then=FORMS["halves"])).gemv is None
     assert "a GPU kernel is wrong" in capfd.readouterr().err
     assert first_use.refused()

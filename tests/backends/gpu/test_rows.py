@@ -14,7 +14,7 @@ import pytest
 
 from spqt_cli.backends import accuracy, problems, stock
 from spqt_cli.backends.gpu import backend as gpu
-from spqt_cli.backends.gpu import first_use, geometry, rows, ways
+from spqt_cli.backends.gpu import first_use, geometry, plans, rows, ways
 from spqt_cli.backends.gpu import launch as launching
 from spqt_cli.backends.gpu.geometry import MatrixGeometry, RowsGeometry
 from spqt_cli.backends.problems import Case
@@ -92,7 +92,7 @@ def test_every_cut(emulated, cut):
 
 @pytest.mark.parametrize("kind", ["cuda", "g"])
 def test_any_number_of_rows_with_the_rule_of_a_device(emulated, monkeypatch, kind):
-    monkeypatch.setattr(gpu, "device_class", lambda: kind)
+    monkeypatch.setattr(plans, "device_class", lambda: kind)
     case = Case((700,), 301)
     some = problems.matrices(case)
     for count in (*range(1, 18), 64):
@@ -107,7 +107,7 @@ def test_any_number_of_rows_with_the_rule_of_a_device(emulated, monkeypatch, kin
 )
 @pytest.mark.parametrize("kind", ["cuda", "d"])
 def test_ragged_shapes_with_the_rule_of_a_device(emulated, monkeypatch, kind, outputs, inputs):
-    monkeypatch.setattr(gpu, "device_class", lambda: kind)
+    monkeypatch.setattr(plans, "device_class", lambda: kind)
     case = Case((outputs,), inputs)
     some = problems.matrices(case)
     x = problems.rows(case, 3)
@@ -217,7 +217,7 @@ def test_matrix_unit_with_scales_of_another_dtype(emulated):
 @pytest.mark.parametrize("way", ["few", "matrix", "dequantized", "quantized"])
 def test_every_way_skips_alike(emulated, monkeypatch, way):
     monkeypatch.setattr(ways, "best", lambda *_: way)
-    monkeypatch.setattr(gpu, "device_class", lambda: "cuda")
+    monkeypatch.setattr(plans, "device_class", lambda: "cuda")
     case = Case((256, 100), 130, bias=True)
     some = problems.matrices(case)
     x = problems.rows(case, 12)
@@ -230,7 +230,7 @@ def test_every_way_skips_alike(emulated, monkeypatch, way):
 
 
 def test_other_ways_of_dense_rows_are_right(emulated, monkeypatch):
-    monkeypatch.setattr(gpu, "device_class", lambda: "cuda")
+    monkeypatch.setattr(plans, "device_class", lambda: "cuda")
     case = Case((256,), 130)
     (matrix,) = problems.matrices(case)
     x = problems.rows(case, 12)

@@ -12,7 +12,7 @@ import pytest
 
 from spqt_cli.backends import accuracy, problems
 from spqt_cli.backends.gpu import backend as gpu
-from spqt_cli.backends.gpu import first_use, geometry, tiles, ways
+from spqt_cli.backends.gpu import first_use, geometry, plans, tiles, ways
 from spqt_cli.backends.gpu import launch as launching
 from spqt_cli.backends.gpu.ways import Kind
 from spqt_cli.backends.problems import Case
@@ -123,21 +123,21 @@ def test_nothing_is_timed_on_cuda_or_without_a_gpu(mac, monkeypatch):
 
 @pytest.mark.parametrize("tile", geometry.TILES)
 def test_products_are_right_in_either_tile(emulated, monkeypatch, tile):
-    monkeypatch.setattr(gpu, "device_class", lambda: "g")
+    monkeypatch.setattr(plans, "device_class", lambda: "g")
     monkeypatch.setattr(tiles, "best", lambda *_: tile)
     case = Case((4096,), 96)
     some, x = problems.matrices(case), problems.vector(case)
-    assert gpu.choose(some, x.dtype).lanes == {"wide": 128, "narrow": 32}[tile]
+    assert plans.choose(some, x.dtype).lanes == {"wide": 128, "narrow": 32}[tile]
     found = accuracy.judge(x, some, gpu.sparse_gemv(x, some), gpu.sparse_gemv(x, some))
     assert found.passed, found.words()
 
 
 def test_what_is_timed_is_the_sparse_product(emulated, monkeypatch):
-    monkeypatch.setattr(gpu, "device_class", lambda: "g")
+    monkeypatch.setattr(plans, "device_class", lambda: "g")
     layer = ways.filled(KIND, (256, 64), 0)
     layer.set_threshold(tiles.HALF)
     x = mx.random.normal((1, 1, 64), key=mx.random.key(1)).astype(mx.float16)
-    y = gpu._product_by(x, layer, "narrow")(x)
-    expected = launching.launch(x, gpu._plan(x, [layer], launching.Form()))[0][0]
+    y = plans._product_by(x, layer, "narrow")(x)
+    expected = launching.launch(x, plans.of_row(x, [layer], launching.Form()))[0][0]
     assert mx.allclose(y, expected).item()
     assert 20 < gpu.sparse_gemv(x, [layer])[1].item() < 44

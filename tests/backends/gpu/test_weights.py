@@ -11,7 +11,7 @@ import numpy as np
 
 from spqt_cli.backends import problems
 from spqt_cli.backends.gpu import backend as gpu
-from spqt_cli.backends.gpu import first_use, settings, weights
+from spqt_cli.backends.gpu import first_use, plans, settings, weights
 from spqt_cli.backends.gpu import launch as launching
 from spqt_cli.backends.problems import Case
 from spqt_cli.format import layout
@@ -78,8 +78,8 @@ def test_plans_of_other_company_do_not_keep_their_copies(monkeypatch):
     some = problems.matrices(Case((960, 1600, 640), 450, group_size=32))
     x = problems.vector(Case((960,), 450))
     before = mx.get_active_memory()
-    gpu._plan(x, some[:1], launching.Form())
-    gpu._plan(x, some, launching.Form())
+    plans.of_row(x, some[:1], launching.Form())
+    plans.of_row(x, some, launching.Form())
     numbers = 2 * 4 * settings.LEAST_NUMBERS
     assert mx.get_active_memory() - before < 9 * weights.LINE + numbers
 
@@ -88,7 +88,7 @@ def test_the_first_plan_of_a_fresh_group_is_kept(monkeypatch):
     use(monkeypatch, CUTS["wide"])
     monkeypatch.setattr(first_use, "verdict", lambda *_: "")
     some, x = layers(), problems.vector(Case((96,), 45))
-    assert gpu._plan(x, some, launching.Form()) is gpu._plan(x, some, launching.Form())
+    assert plans.of_row(x, some, launching.Form()) is plans.of_row(x, some, launching.Form())
 
 
 def test_a_copied_layer_takes_no_plans_along(emulated, monkeypatch):
