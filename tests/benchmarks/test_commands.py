@@ -10,7 +10,9 @@ from tests import ROOT
 PARTS = (
     "machine",
     "cpu_experts",
+    "cpu_ops",
     "cpu_rows",
+    "gpu_launches",
     "gpu_rows",
     "lossless_chains",
     "lossless_costs",
