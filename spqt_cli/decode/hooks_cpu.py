@@ -6,7 +6,8 @@ Float32 on the CPU device takes our ops where they cover the case; all else goes
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, cast
 
@@ -19,7 +20,7 @@ from spqt_cli.decode import foreign, phase
 STOCK = {name: getattr(mx.fast, name) for name in ("rms_norm", "rope", "scaled_dot_product_attention")}
 _CPU = mx.DeviceType.cpu
 _logsumexp = mx.logsumexp
-_sigmoid = mx.sigmoid
+_sigmoids = [mx.sigmoid]  # with one of these in MLX's place our swiglu stands for mlx-lm's
 _as_linear = nn.QuantizedEmbedding.as_linear
 _quantized_linear = nn.QuantizedLinear.__call__
 
@@ -140,9 +141,19 @@ def logsumexp(x: mx.array, *args: Any, **kw: Any) -> mx.array:
 def swiglu(gate: mx.array, x: mx.array) -> mx.array:
     """As mlx-lm's; its own where another sigmoid was put into MLX, which it asks for."""
     fits = gate.shape == x.shape and gate.dtype == x.dtype == mx.float32 and gate.size > 0
-    if not (fits and _ours(gate) and mx.sigmoid is _sigmoid):
+    if not (fits and _ours(gate) and mx.sigmoid in _sigmoids):
         return cast(mx.array, _activations()[1](gate, x))
     return cpu.swiglu(gate, x)
+
+
+@contextmanager
+def also_with(sigmoid: Callable[..., Any]) -> Iterator[None]:
+    """In this block our swiglu runs with this in the place of `mx.sigmoid` as well."""
+    _sigmoids.append(sigmoid)
+    try:
+        yield
+    finally:
+        _sigmoids.remove(sigmoid)
 
 
 def as_linear(self: nn.QuantizedEmbedding, x: mx.array) -> mx.array:

@@ -24,6 +24,13 @@ def room() -> int:
     return int(mx.device_info().get("total_memory", 0)) // HELD
 
 
+def _fits_half(array: mx.array) -> bool:
+    if not many_rows.on_cpu():
+        return bool((mx.abs(array).max() < LARGEST_HALF).item())
+    values = np.array(array, copy=False)  # numpy looks through an array much faster than MLX's CPU build
+    return bool(max(values.max(initial=0), -values.min(initial=0)) < LARGEST_HALF)
+
+
 class Store:
     """Arrays in a folder. Names have no slashes."""
 
@@ -39,14 +46,11 @@ class Store:
     def save(self, name: str, array: mx.array, *, short: bool = False) -> None:
         """Keep an array of any floating type as float32; with `short` as float16 where its values fit."""
         array = array.astype(mx.float32)
-        if not many_rows.on_cpu():
-            if short and (mx.abs(array).max() < LARGEST_HALF).item():
-                array = array.astype(mx.float16)
-            if self._hold(name, array) and short:
-                return
+        if short and _fits_half(array):
+            array = array.astype(mx.float16)
+        if not many_rows.on_cpu() and self._hold(name, array) and short:
+            return
         values = np.array(array, copy=False)
-        if short and max(values.max(initial=0), -values.min(initial=0)) < LARGEST_HALF:
-            values = values.astype(np.float16, copy=False)
         with files.disk_errors(self._folder), self._path(name).open("wb") as file:
             np.save(file, values, allow_pickle=False)
 

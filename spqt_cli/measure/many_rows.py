@@ -6,7 +6,7 @@ On a GPU everything here steps aside and MLX's own operations run. It knows noth
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import mlx.core as mx
@@ -234,8 +234,8 @@ def many_rows(heads: bool = True, *, gradients: bool = True) -> Iterator[None]:
     """In this block MLX's stock layers and attention run through BLAS, if the device is the CPU.
 
     heads: also a tied embedding's use as head; without, that product stays lazy, so that a pass that
-    only fills a cache never computes it. gradients: False where nothing is differentiated: norms and
-    rotations then are those of the CPU extension, where it runs.
+    only fills a cache never computes it. gradients: False where nothing is differentiated: norms, rotations
+    and swiglu then are those of the CPU extension, where it runs.
     """
     if not on_cpu():
         yield
@@ -254,7 +254,8 @@ def many_rows(heads: bool = True, *, gradients: bool = True) -> Iterator[None]:
         ]
     if gradients:  # the extension's have none
         replaced += [(mx.fast, name, hooks_cpu.STOCK[name]) for name in ("rms_norm", "rope")]
-    with foreign.replaced(replaced), uncompiled():
+    ours = nullcontext() if gradients else hooks_cpu.also_with(sigmoid)
+    with foreign.replaced(replaced), uncompiled(), ours:
         yield
 
 

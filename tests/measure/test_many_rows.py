@@ -31,11 +31,12 @@ def check(mine, theirs, *arrays: mx.array) -> None:
 
 @pytest.mark.parametrize("mask", ["causal", None, "bool", "added"])
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (3, 1)])
-def test_attention(mask, heads):
+@pytest.mark.parametrize("width", [8, 16])  # 16 is what our extension takes
+def test_attention(mask, heads, width):
     rows, length = 5, 9  # a continuation: more keys than queries
     allowed = mx.arange(length - rows, length)[:, None] >= mx.arange(length)[None]
     given = {"bool": allowed, "added": mx.where(allowed, 0.5, -1e9)}.get(mask, mask)
-    q, k, v = (random(2, heads[i > 0], length if i else rows, 8, seed=i) for i in range(3))
+    q, k, v = (random(2, heads[i > 0], length if i else rows, width, seed=i) for i in range(3))
     mine = lambda q, k, v: many_rows.attention(q, k, v, scale=0.3, mask=given)  # noqa: E731
     theirs = lambda q, k, v: many_rows._attention(q, k, v, scale=0.3, mask=given)  # noqa: E731
     check(mine, theirs, q, k, v)
