@@ -100,7 +100,7 @@ def _rows(x: mx.array) -> np.ndarray:
 
 def drawn_loss(logits: mx.array, draw: np.random.Generator) -> mx.array:
     """A value whose gradient by the logits (..., vocab) is that of -log p(y), y drawn from each p."""
-    slope = less_drawn(np.exp(scoring.log_probabilities(logits)), draw)
+    slope = less_drawn(np.exp(np.array(scoring.log_probabilities(logits), copy=False)), draw)
     return (logits * mx.array(slope)).sum()
 
 

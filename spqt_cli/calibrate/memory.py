@@ -193,7 +193,7 @@ class InMemory:
             self._prompts[index] = probes.prompt_cache(self._model, prompt)
         return self._prompts[index]
 
-    def _predicted(self, row: np.ndarray, cache: list[Any]) -> np.ndarray:
+    def _predicted(self, row: np.ndarray, cache: list[Any]) -> scoring.Predictions:
         """Log-probabilities (1, half - 1, vocab) of a window's second half, its last token left out."""
         rest = mx.array(row[None, self._half : -1])
         return scoring.log_probabilities(probes.continuation(self._model, rest, cache))

@@ -126,7 +126,7 @@ def ending_scores(
     return np.array([summed(log_p, e) for log_p, e in zip(predicted, question.endings, strict=True)])
 
 
-def summed(log_p: np.ndarray, ending: list[int]) -> float:
+def summed(log_p: scoring.Predictions, ending: list[int]) -> float:
     """The log-probability of an ending: log_p (tokens, vocab), as `predictions` gives it."""
     return float(-scoring.surprise(log_p, np.array(ending)).sum(dtype=np.float64))
 
@@ -137,7 +137,7 @@ def predictions(
     question: Encoded,
     harness: probes.Harness,
     masking: probes.Masking | None = None,
-) -> Iterator[np.ndarray]:
+) -> Iterator[scoring.Predictions]:
     """Of each ending, the log-probabilities of all tokens at its places: (its tokens, vocab), float32."""
     batch = max(1, ROWS_AT_ONCE // max(map(len, question.endings)))
     for at in range(0, len(question.endings), batch):

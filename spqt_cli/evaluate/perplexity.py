@@ -109,7 +109,11 @@ class _Evaluation:
         return int(references[DENSE].log_p.nbytes)
 
     def _add(
-        self, name: str, log_p: np.ndarray, targets: np.ndarray, references: dict[str, scoring.Reference]
+        self,
+        name: str,
+        log_p: scoring.Predictions,
+        targets: np.ndarray,
+        references: dict[str, scoring.Reference],
     ) -> None:
         self.scores.setdefault(name, scoring.Scores()).add(log_p, targets, references)
         if name in (SOURCE, DENSE):

@@ -272,7 +272,7 @@ class _Run:
 
     def _batches(
         self, at: int, passage: Passage, scored: "_Scored", label: str
-    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray | None]]:
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, scoring.Predictions | None]]:
         """(windows, targets, the source's log-probabilities) batch by batch; keeps those of the source."""
         place, batch = 0, 1
         while place < len(passage.rows):
@@ -282,7 +282,7 @@ class _Run:
             reference = self.kept.read(at, place, len(rows)) if self.kept and held else None
             yield rows, rows[:, -passage.scored :], reference
             if self.kept and not held:
-                self.kept.write(at, place, scored.last)
+                self.kept.write(at, place, np.array(scored.last, copy=False))
             place += batch
             batch = max(1, min(MOST_WINDOWS, LOGITS_BYTES // (scored.last.nbytes // len(rows))))
         scored.last = np.empty(0)
@@ -309,9 +309,9 @@ class _Scored:
         self.network, self.harness, self.choices = network, harness, choices
         self.maskings = {name: probes.Masking(choice.thresholds) for name, choice in choices.items()}
         self.scores = {name: scoring.Scores() for name in (DENSE, *self.maskings)}
-        self.last = np.empty(0)
+        self.last: scoring.Predictions = np.empty(0)
 
-    def add(self, rows: np.ndarray, targets: np.ndarray, source: np.ndarray | None) -> None:
+    def add(self, rows: np.ndarray, targets: np.ndarray, source: scoring.Predictions | None) -> None:
         """rows (B, window), targets (B, T); source: log-probabilities (B, T, vocab). Sets `last`, the dense
         run's log-probabilities.
         """
@@ -365,15 +365,13 @@ class Kept:
         file.seek(self._start(passage, place))
         file.write(log_p.astype(np.float16).data)
 
-    def read(self, passage: int, place: int, count: int) -> np.ndarray:
+    def read(self, passage: int, place: int, count: int) -> scoring.Predictions:
         """(count, T, vocab) float32, as `write` got them but for rounding."""
         scored = self._shapes[passage][1]
         file = self._files[passage]
         file.seek(self._start(passage, place))
         data = np.fromfile(file, np.float16, count * scored * self._vocab)
-        log_p = data.reshape(count, scored, self._vocab).astype(np.float32)
-        log_p -= np.log(np.exp(log_p).sum(axis=-1, keepdims=True))
-        return log_p
+        return scoring.log_probabilities(mx.array(data.reshape(count, scored, self._vocab)))
 
     def _check_space(self) -> None:
         needed = sum(count * scored for count, scored in self._shapes) * self._vocab * 2

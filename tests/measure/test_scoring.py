@@ -6,7 +6,14 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from spqt_cli.measure import scoring
+from spqt_cli.measure import many_rows, scoring
+
+
+@pytest.fixture(params=["numpy", "mlx"], autouse=True)
+def by(request, monkeypatch):
+    """Both ways; MLX's, a GPU's, on the CPU device here."""
+    monkeypatch.setattr(many_rows, "on_cpu", lambda: request.param == "numpy")
+    return request.param
 
 
 def logits(seed: int, shape=(2, 5, 11), scale: float = 3.0) -> np.ndarray:
@@ -48,9 +55,18 @@ def test_same_predictions_have_no_divergence():
     assert scores.against("a").top1 == 1
 
 
-def test_huge_logits_stay_finite():
+def test_huge_logits_stay_finite(by):
     values = logits(4) * 1e4
-    assert np.isfinite(log_p(values)).all()
+    found = log_p(values)
+    assert isinstance(found, np.ndarray if by == "numpy" else mx.array)
+    assert np.isfinite(np.array(found)).all()
+
+
+def test_predictions_read_from_a_file():
+    a = log_p(logits(3))
+    reference = scoring.Reference(np.array(a))  # of numpy, wherever it is used
+    assert scoring.divergence(reference, a) == pytest.approx(0, abs=0)
+    assert np.array_equal(reference.best, logits(3).argmax(-1))
 
 
 def test_one_window_has_no_standard_error():

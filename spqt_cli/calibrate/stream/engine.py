@@ -185,7 +185,7 @@ class Streamed:
             found.append(float(scoring.divergence(dense, log_q).mean()))
         return found
 
-    def _predicted(self, w: int, hidden: mx.array) -> np.ndarray:
+    def _predicted(self, w: int, hidden: mx.array) -> scoring.Predictions:
         """Log-probabilities (1, half - 1, vocab) of a window's second half, its last token left out."""
         tokens = self._windows[w : w + 1, self._half : -1]
         return scoring.log_probabilities(self._blocks.logits(tokens, hidden[:, self._half : -1]))
