@@ -32,6 +32,7 @@ from spqt_cli.fit.suspended import Suspended, tap
 from spqt_cli.fit.weights_file import WeightsFile
 from spqt_cli.format import layout
 from spqt_cli.measure import many_rows, probes
+from spqt_cli.system import heap
 
 ALPHA = 0.25  # of the way from the compressed model's target to the source's
 HELD_OUT = 8  # one text of so many decides whether that way is worth going
@@ -205,6 +206,7 @@ class Compression:
         """Round a layer, and those that share its input, for the inputs before which runs wait."""
         paths = next((site for site in self._together if site[0] == path), [path])
         waiting = {c: run.x for c, run in enumerate(runs) if run.path == path}
+        heap.trim()
         threshold = self._threshold(paths, next(iter(waiting.values())))
         sums = _Sums()
         for c, x in waiting.items():
@@ -215,6 +217,7 @@ class Compression:
             # where tokens went other ways, as to other experts, there is nothing to compare with
             part.add(rows, source if source is not None and source.size == x.size else rows)
         self._store.drop(f"input-{number}-*-{path}")
+        heap.trim()
         solutions = self._solve(paths, sums)
         for one, solution in zip(paths, solutions, strict=True):
             for part_name in PARTS:

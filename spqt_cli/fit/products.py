@@ -23,19 +23,20 @@ class Gram:
         """Add rows of the compressed model's inputs x and of the source's, (..., inputs) both."""
         x, source = (a.reshape(-1, a.shape[-1]).astype(mx.float32) for a in (x, source))
         self.rows += len(x)
-        if many_rows.on_cpu():
-            rows, other = np.array(x, copy=False), np.array(source)
-            other -= rows
-            added: tuple[Any, Any] = (rows.T @ rows, other.T @ rows)
-        else:
-            added = (x.T @ x, (source - x).T @ x)
-        if self._hessian is None:
-            self._hessian, self._cross = added
-        else:
-            self._hessian += added[0]
-            self._cross += added[1]
-        if not many_rows.on_cpu():
+        on_cpu = many_rows.on_cpu()
+        rows: Any = np.array(x, copy=False) if on_cpu else x
+        self._hessian = self._added(self._hessian, rows.T @ rows)
+        other: Any = np.subtract(source, rows) if on_cpu else source - x
+        self._cross = self._added(self._cross, other.T @ rows)
+        if not on_cpu:
             mx.eval(self._hessian, self._cross)
+
+    @staticmethod
+    def _added(sum_so_far: Any, part: Any) -> Any:
+        if sum_so_far is None:
+            return part
+        sum_so_far += part
+        return sum_so_far
 
     def sums(self, on_device: bool) -> tuple[Any, Any]:
         """Both sums, of MLX where `on_device`, else of numpy."""
