@@ -31,6 +31,7 @@ from spqt_cli.cli import (
     list_models,
     list_presets,
     mlx_lm,
+    output,
     profile,
     serve,
     several,
@@ -182,6 +183,7 @@ def _main() -> None:
             _bug(error, debug, wants_json)
         _fail(missing, debug, wants_json)
     except (KeyboardInterrupt, typer.Abort):
+        _say_interrupted(arguments)
         sys.exit(128 + signal.SIGINT)
     except MemoryError:
         _fail(
@@ -204,14 +206,22 @@ def _main() -> None:
 
 
 def _run(arguments: list[str]) -> int | None:
-    """The exit code of a command; Typer makes Ctrl-C one, and where it lost nothing that is said."""
+    """The exit code of a command; Typer makes Ctrl-C one, which is said."""
     if launched.size() > 1:
         several.check(arguments)
     code: int | None = app(standalone_mode=False, prog_name="spqt")
-    resumed = {*arguments[:2]} & set(RESUMED) and not {"--dry-run", "--remove"} & set(arguments)
-    if code == 128 + signal.SIGINT and resumed:
-        typer.echo("spqt: stopped; the same command goes on where it was", err=True)
+    if code == 128 + signal.SIGINT:
+        _say_interrupted(arguments)
     return code
+
+
+def _say_interrupted(arguments: list[str]) -> None:
+    """That Ctrl-C ended it, and whether it lost nothing; on a line of its own, as a terminal echoes ^C."""
+    resumed = {*arguments[:2]} & set(RESUMED) and not {"--dry-run", "--remove"} & set(arguments)
+    said = "stopped; the same command goes on where it was" if resumed else "interrupted"
+    with contextlib.suppress(OSError):
+        output.end_line()
+        typer.echo(f"spqt: {said}", err=True)
 
 
 def _terminate(number: int, frame: Any) -> NoReturn:

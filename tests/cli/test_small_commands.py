@@ -131,6 +131,7 @@ def test_ctrl_c_says_whether_the_same_command_goes_on(
     result = spqt(command, calibrated)
     assert result.returncode == 130
     assert (b"the same command goes on" in result.stderr) == says
+    assert (result.stderr == b"spqt: interrupted\n") != says
 
 
 def test_calibrate_ends_with_a_judgement_and_what_is_next(converted: Path, tmp_path: Path):

@@ -1,6 +1,8 @@
 """Model-running commands live in a child process: what ends it, the parent says in a line."""
 
+import contextlib
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -81,6 +83,23 @@ def test_an_interrupt_outside_a_terminal_ends_both(calibrated, group):
     assert parent.returncode == 130
     assert "Traceback" not in error.decode()
     assert not Path(f"/proc/{child}").exists()
+
+
+@linux
+def test_ctrl_c_amid_an_answer_ends_the_line_and_says_so(calibrated):
+    """In a terminal, which echoes ^C behind the text and interrupts parent and worker both."""
+    command = [sys.executable, "-m", "spqt_cli", "run", str(calibrated), "fox", "-m", "100000", "--quiet"]
+    process, terminal = pty.fork()
+    if not process:
+        os.execv(sys.executable, command)
+    shown = os.read(terminal, 1000)  # waits for the first text
+    os.write(terminal, b"\x03")
+    with contextlib.suppress(OSError):  # the terminal's end
+        while more := os.read(terminal, 1000):
+            shown += more
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 130
+    assert shown.endswith(b"^C\r\nspqt: interrupted\r\n")
 
 
 @linux
