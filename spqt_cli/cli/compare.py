@@ -7,7 +7,7 @@ import typer
 
 from spqt_cli.cli import flags
 from spqt_cli.cli.flags import Json, ModelArgument, ModelOption, Quiet
-from spqt_cli.cli.output import as_json
+from spqt_cli.cli.output import as_json, progress
 from spqt_cli.cli.prompt import prompt_text
 from spqt_cli.errors import UsageError
 from spqt_cli.system import picture
@@ -55,20 +55,13 @@ def compare(
     from spqt_cli.evaluate import compare as comparer
     from spqt_cli.evaluate import compare_report
 
-    def announce(what: str) -> None:
-        if not (quiet or json_output):
-            typer.echo(what, err=True)
-
-    effort = comparer.Effort(max_tokens, rounds)
-    announce(comparer.expectation(model, sparsities))
-    rows = comparer.compare(
-        model,
-        Prompt(asked),
-        sparsities,
-        effort,
-        lambda what: announce(f"{what} ..."),
-        comparer.Reference(baseline, text, windows),
-    )
+    effort, silent = comparer.Effort(max_tokens, rounds), quiet or json_output
+    expected = comparer.expectation(model, sparsities)
+    if not silent:
+        typer.echo(expected, err=True)
+    reference = comparer.Reference(baseline, text, windows)
+    with progress(silent) as on_progress:
+        rows = comparer.compare(model, Prompt(asked), sparsities, effort, on_progress, reference)
     typer.echo(as_json(rows) if json_output else compare_report.report(rows))
     if plot is not None:
         from spqt_cli.cli import pictures

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -125,6 +126,8 @@ def test_compare_shows_each_sparsity(calibrated):
     assert result.returncode == 0, result.stderr.decode()
     for word in (b"dense", b"30%", b"KL to dense", b"skipped: of the Zigzag", b"kipping"):
         assert word in result.stdout
+    steps = ("answering: dense", "warming up", "perplexity of the answers", "scoring windows")
+    assert re.findall(r"^  0%  (.*)$", result.stderr.decode(), re.M) == [*steps]
 
 
 def test_compare_reads_the_prompt_as_generate_does(calibrated):
@@ -134,6 +137,7 @@ def test_compare_reads_the_prompt_as_generate_does(calibrated):
         for prompt in ("-", "the fox")
     )
     assert piped[0]["text"] == typed[0]["text"]
+    assert spqt("compare", *flags, "-p", "the fox").stderr == b""
     assert piped[0]["statistics"]["prompt_tokens"] == typed[0]["statistics"]["prompt_tokens"]
 
 
