@@ -23,6 +23,7 @@ from spqt_cli.cli import (
     compare,
     convert,
     doctor,
+    ending,
     evaluate,
     fit,
     fuse,
@@ -38,7 +39,7 @@ from spqt_cli.cli import (
     verify,
     worker,
 )
-from spqt_cli.errors import ResourceError, SpqtError, Terminated, without_mlx
+from spqt_cli.errors import ResourceError, SpqtError, without_mlx
 from spqt_cli.system import launched
 from spqt_cli.system.terminal import harmless
 from spqt_cli.version import __version__
@@ -149,13 +150,9 @@ app.command(
 
 def main() -> None:
     """Run the command line and exit with the code of what happened."""
-    if launched.size() == 1:
-        try:
+    if launched.size() == 1:  # else it ends at once: it may wait for the others where Python is not asked
+        with ending.by_exceptions():
             _main()
-        finally:  # the interpreter's own end is left, where an exception would be printed
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            if worker.MARK in os.environ:  # its parent may pass on what a group's signal has told it already
-                signal.signal(signal.SIGINT, signal.SIG_DFL)
         return
     with several.one_of_them("--debug" in sys.argv):
         _main()
@@ -168,8 +165,6 @@ def _main() -> None:
     if debug:
         arguments = [argument for argument in arguments if argument != "--debug"]
         sys.argv[1:] = arguments
-    if launched.size() == 1:  # else it ends at once: it may wait for the others where Python is not asked
-        signal.signal(signal.SIGTERM, _terminate)
     wants_json = "--json" in arguments and not passthrough
     try:
         if worker.wanted(arguments):
@@ -222,10 +217,6 @@ def _say_interrupted(arguments: list[str]) -> None:
     with contextlib.suppress(OSError):
         output.end_line()
         typer.echo(f"spqt: {said}", err=True)
-
-
-def _terminate(number: int, frame: Any) -> NoReturn:
-    raise Terminated(128 + number)
 
 
 def _fail(error: SpqtError, debug: bool, wants_json: bool) -> NoReturn:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from spqt_cli.cli import main, worker
+from spqt_cli.cli import ending, main, worker
+from spqt_cli.errors import Terminated
 
 
 def start(calibrated: Path, tokens: int, **how) -> tuple[subprocess.Popen, int]:
@@ -60,13 +61,53 @@ def test_sigterm_is_the_systems_again_once_a_command_has_ended(monkeypatch):
     """Raised while the interpreter ends, ours would print a traceback."""
     before = signal.getsignal(signal.SIGTERM)
     seen = []
-    monkeypatch.setattr(main, "_main", lambda: seen.append(signal.signal(signal.SIGTERM, main._terminate)))
+    monkeypatch.setattr(main, "_main", lambda: seen.append(signal.getsignal(signal.SIGTERM)))
     try:
         main.main()
-        assert seen
+        assert seen == [ending.terminate]
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+SWALLOWS = """
+import os, signal, sys, time
+from spqt_cli.cli import ending
+
+class Dropped:
+    def __del__(self):  # Python drops what is raised here
+        os.kill(os.getpid(), getattr(signal, sys.argv[1]))
+
+try:
+    with ending.by_exceptions():
+        print("begun", flush=True)
+        Dropped()
+        time.sleep(60)
+except BaseException as error:
+    print(type(error).__name__, flush=True)
+"""
+
+
+@pytest.mark.parametrize(("number", "ends"), [("SIGTERM", "Terminated"), ("SIGINT", "KeyboardInterrupt")])
+def test_a_signal_in_a_destructor_is_not_lost_nor_printed(number, ends):
+    result = subprocess.run(
+        [sys.executable, "-c", SWALLOWS, number], capture_output=True, text=True, check=False, timeout=30
+    )
+    assert result.stderr == ""
+    assert result.stdout.split() == ["begun", ends]
+
+
+def test_sigterm_twice_at_once_is_one(monkeypatch):
+    """`timeout` tells the group, and so both; a parent passes on what it was told."""
+    monkeypatch.setattr(ending, "_told", -ending.BOTH_TOLD)
+    now = [100.0]
+    monkeypatch.setattr(ending.time, "monotonic", lambda: now[0])
+    with pytest.raises(Terminated):
+        ending.terminate(signal.SIGTERM, None)
+    ending.terminate(signal.SIGTERM, None)
+    now[0] += 5
+    with pytest.raises(Terminated):
+        ending.terminate(signal.SIGTERM, None)
 
 
 @linux
