@@ -187,6 +187,18 @@ def test_a_source_in_place_of_a_converted_folder(checkpoint: Path, tmp_path: Pat
     (tmp_path / "model.gguf").touch()
     for source in (tmp_path / "model.gguf", checkpoint):
         assert_error(spqt("run", source, "hello"), 3, f"convert it first: spqt convert {source}")
+    for asked in (tmp_path, tmp_path / "modle.gguf"):  # the folder that holds it, and a mistyped name
+        for command in (["run", asked, "hello"], ["calibrate", asked], ["bench", asked]):
+            assert_error(spqt(*command, "-q"), 3, f"first: spqt convert {tmp_path / 'model.gguf'} -o")
+    assert_error(spqt("convert", tmp_path, "-o", tmp_path / "out"), 3, "holds model.gguf: name that")
+
+
+def test_a_gguf_file_is_offered_to_convert_alone(tmp_path: Path):
+    for command in (["run", tmp_path, "hello"], ["calibrate", tmp_path], ["verify", tmp_path]):
+        result = spqt(*command)
+        assert_error(result, 3, "has no config.json", "give a converted folder")
+        assert b".gguf" not in result.stderr
+    assert_error(spqt("convert", tmp_path), 3, "a hub id or a .gguf file")
 
 
 @pytest.mark.parametrize("name", ["text.txt", "questions.jsonl", "mine.toml", "prefix.safetensors"])
