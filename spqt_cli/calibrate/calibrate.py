@@ -206,7 +206,7 @@ def choose_windows(
     stream = session.known(loaded, texts.tokens(text, loaded.tokenizer))
     rows = texts.windows(stream, window, texts.opening(loaded.tokenizer))
     count = options.tokens // window
-    texts.need(rows, count, text)
+    texts.need(rows, count, text, len(stream), "--tokens")
     chosen = np.random.default_rng(options.seed).permutation(len(rows))[:count]
     held_out = max(1, count // 4)
     return rows[np.sort(chosen[held_out:])], rows[np.sort(chosen[:held_out])]
