@@ -7,7 +7,7 @@ import typer
 
 from spqt_cli.cli import flags
 from spqt_cli.cli.flags import Json, ModelArgument, ModelOption, Quiet
-from spqt_cli.cli.output import as_json, progress
+from spqt_cli.cli.output import as_json, progress, say_written
 from spqt_cli.cli.prompt import prompt_text
 from spqt_cli.errors import UsageError
 from spqt_cli.system import picture
@@ -67,3 +67,4 @@ def compare(
         from spqt_cli.cli import pictures
 
         picture.save(pictures.of_comparison(model, rows), plot)
+        say_written(plot, silent)

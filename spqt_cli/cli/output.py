@@ -6,6 +6,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -95,6 +96,12 @@ def show(pieces: Iterable[Any], *, json_output: bool) -> Any:
         sys.stdout.write("\n")
         sys.stdout.flush()
     return statistics
+
+
+def say_written(path: Path, silent: bool = False) -> None:
+    """Name a file that was written beside what is printed; "-" is the terminal."""
+    if not silent and str(path) != "-":
+        typer.echo(harmless(f"wrote {path}"), err=True)
 
 
 def end_line() -> None:
