@@ -16,7 +16,10 @@ def test_convert_fits_at_once_and_inspect_says_so(checkpoint, tmp_path):
     assert b"layers fitted (gptq) on 4 texts" in made.stdout
     assert "Fitted to its source (gptq), on 4 texts." in (tmp_path / "m" / "README.md").read_text()
     assert b"fitting takes about" in made.stderr  # said before it starts
-    assert b"fitted: method gptq, windows 4, own 4" in spqt("inspect", tmp_path / "m").stdout
+    assert (
+        b"fitted: method gptq, 4 texts, 4 of them written by the source"
+        in spqt("inspect", tmp_path / "m").stdout
+    )
 
 
 def test_fit_of_a_converted_folder_as_json(checkpoint, converted, tmp_path):

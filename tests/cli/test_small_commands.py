@@ -138,7 +138,17 @@ def test_calibrate_ends_with_a_judgement_and_what_is_next(converted: Path, tmp_p
     folder = tmp_path / "a model"
     shutil.copytree(converted, folder)
     flags = ("--sparsity", 0.3, "--tokens", 1024, "--method", "fast")
-    *_, judgement, after = spqt("calibrate", folder, *flags).stderr.decode().splitlines()
+    result = spqt("calibrate", folder, *flags)
+    text = (
+        "1024 tokens of the shipped text: 768 to find thresholds, 256 held out, of which 128 are prompt and"
+    )
+    assert f"\n{text} 128 scored\n" in result.stdout.decode()
+    assert re.search(
+        r"calibrated: method fast, for 30% sparsity, \d\d\.\d% of the Zigzag weights skipped on "
+        r"held-out text, KL to dense \d\.\d{3} nats per token, thresholds from 512 tokens\n",
+        spqt("inspect", folder).stdout.decode(),
+    )
+    *_, judgement, after = result.stderr.decode().splitlines()
     assert re.fullmatch(r"KL to dense \d\.\d{3} on held-out text: .*, perplexity about \+\d+%", judgement)
     assert after == f"next: spqt compare '{folder}' --prompt \"Hello\""
     assert b"next" not in spqt("calibrate", folder, *flags, "-q").stderr
