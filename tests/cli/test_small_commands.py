@@ -140,9 +140,9 @@ def test_calibrate_ends_with_a_judgement_and_what_is_next(converted: Path, tmp_p
     flags = ("--sparsity", 0.3, "--tokens", 1024, "--method", "fast")
     result = spqt("calibrate", folder, *flags)
     text = (
-        "1024 tokens of the shipped text: 768 to find thresholds, 256 held out, of which 128 are prompt and"
+        "1024 tokens of the shipped text: 512 to find thresholds, 512 held out, of which 256 are prompt and"
     )
-    assert f"\n{text} 128 scored\n" in result.stdout.decode()
+    assert f"\n{text} 256 scored\n" in result.stdout.decode()
     assert re.search(
         r"calibrated: method fast, for 30% sparsity, \d\d\.\d% of the Zigzag weights skipped on "
         r"held-out text, KL to dense \d\.\d{3} nats per token, thresholds from 512 tokens\n",
