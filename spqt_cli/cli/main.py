@@ -36,6 +36,7 @@ from spqt_cli.cli import (
     profile,
     serve,
     several,
+    usage,
     verify,
     worker,
 )
@@ -192,11 +193,8 @@ def _main() -> None:
         cause = f"{str(error.filename)[:200]} can't be used: {error.strerror}"
         _fail(SpqtError(cause, "check the path and its permissions"), debug, wants_json)
     except Exception as error:  # whatever is left is a bug of ours, not the user's
-        if hasattr(error, "show") and hasattr(error, "exit_code"):  # Typer's own, for wrong options
-            if wants_json:
-                _as_json(str(error), "spqt --help", error.exit_code)
-            error.show()
-            sys.exit(error.exit_code)
+        if usage.is_wrong(error):
+            _say_wrong(error, arguments, wants_json)
         _bug(error, debug, wants_json)
 
 
@@ -217,6 +215,15 @@ def _say_interrupted(arguments: list[str]) -> None:
     with contextlib.suppress(OSError):
         output.end_line()
         typer.echo(f"spqt: {said}", err=True)
+
+
+def _say_wrong(error: Any, arguments: list[str], wants_json: bool) -> NoReturn:
+    """What Typer says of a command line that it can't take, as other errors are said."""
+    if (told := usage.as_line(error, arguments, EXAMPLES)) is None:
+        error.show()
+        sys.exit(error.exit_code)
+    told.exit_code = error.exit_code
+    _fail(told, False, wants_json)
 
 
 def _fail(error: SpqtError, debug: bool, wants_json: bool) -> NoReturn:

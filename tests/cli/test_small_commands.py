@@ -79,7 +79,7 @@ def test_profile_without_a_cache_folder(tmp_path: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize(("typed", "meant"), [("genrate", "generate"), ("calibrat", "calibrate")])
 def test_an_unknown_command_names_its_nearest(typed: str, meant: str):
-    assert_error(spqt(typed), 2, f"Did you mean '{meant}'")
+    assert_error(spqt(typed), 2, f"did you mean '{meant}'")
 
 
 def test_help_cuts_no_sentence(monkeypatch: pytest.MonkeyPatch):
