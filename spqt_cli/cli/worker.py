@@ -31,7 +31,8 @@ def wanted(arguments: Sequence[str]) -> bool:
 
 
 def _calibrates(arguments: Sequence[str]) -> bool:
-    return "--calibrate" in arguments or any(one.startswith("--sparsity") for one in arguments)
+    asked = "--calibrate" in arguments or any(one.startswith("--sparsity") for one in arguments)
+    return asked and "--dry-run" not in arguments
 
 
 def run(arguments: Sequence[str]) -> int:

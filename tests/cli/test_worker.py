@@ -176,6 +176,7 @@ def test_only_commands_that_run_models_get_a_worker(monkeypatch):
     assert worker.wanted(["convert", "x", "--calibrate"])
     assert worker.wanted(["convert", "x", "--sparsity=0.4"])
     assert not worker.wanted(["convert", "generate"])
+    assert not worker.wanted(["convert", "x", "--calibrate", "--dry-run"])
     assert not worker.wanted(["generate", "--help"])
     assert not worker.wanted(["--version"])
     monkeypatch.setenv(worker.MARK, "1")
