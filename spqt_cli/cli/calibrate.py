@@ -84,4 +84,4 @@ def calibrate(
 
         picture.save(pictures.of_calibration(result), plot)
         say_written(plot, silent)
-    upload.put(model, upload_repo)
+    upload.put(model, upload_repo, silent)

@@ -144,7 +144,7 @@ def convert(
     else:
         converting.alone(made, quiet=quiet, json_output=json_output)
     if not dry_run:
-        upload.put(made.target, upload_repo)
+        upload.put(made.target, upload_repo, quiet or json_output)
 
 
 def _refuse(quantize: bool, q_mode: str, quant_predicate: str | None, dequantize: bool) -> None:

@@ -55,8 +55,8 @@ class ConvertOptions:
 class Step:
     """Work that would follow a conversion. name: fit or calibrate. said: what it does, for people.
 
-    seconds: it would take on this machine, give or take a half. memory_bytes: of a fit, what the source's weights
-    take while it writes text; else None.
+    seconds: it would take on this machine, give or take a half. memory_bytes: of a fit, what the source's
+    weights take while it writes text; else None.
     """
 
     name: str
