@@ -78,7 +78,10 @@ def generate(
             "--quantize-activations", "-qa", help="mlx-lm's; refused, since no Zigzag kernel does it."
         ),
     ] = False,
-    verbose: Annotated[str, typer.Option(metavar="BOOL", help="As in mlx-lm: false or f is --quiet.")] = "T",
+    verbose: Annotated[
+        str | None,
+        typer.Option(metavar="BOOL", help="mlx-lm's: false or f is --quiet; true explains the bytes read."),
+    ] = None,
     pipeline: flags.Pipeline = False,
     revision: Revision = None,
     trust_remote_code: Trust = False,
@@ -100,7 +103,7 @@ def generate(
     if prompt_cache_file is not None and draft_model is not None:
         raise UsageError("--prompt-cache-file has no cache of a draft model", "leave one of them out")
     _refuse(image, quantize_activations)
-    quiet = quiet or verbose.lower() in ("false", "f")
+    quiet = quiet or (verbose or "").lower() in ("false", "f")
     from spqt_cli.decode import cached_prompt, context, session
     from spqt_cli.decode import generate as generator
     from spqt_cli.decode.options import Cache, Loading, Options, Prompt, Sampling, picked
@@ -121,7 +124,8 @@ def generate(
     if not (quiet or json_output):
         typer.echo(statistics.line(), err=True)
         typer.echo(f"  {statistics.backend}: {statistics.backend_reason}", err=True)
-        if more := session.more_than_stored(loaded, statistics.dense_weight_bytes_per_token):
+        more = session.more_than_stored(loaded, statistics.dense_weight_bytes_per_token)
+        if verbose is not None and more:
             typer.echo(f"  {more}", err=True)
 
 
