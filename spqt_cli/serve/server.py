@@ -237,7 +237,8 @@ class Service:
 def serve(service: Service, said: Callable[[str], None]) -> None:
     """Run a service in the main thread until SIGTERM or SIGINT, which end the process with 0.
 
-    said: is given the start line and notes. Raises SpqtError where it can't begin or breaks down.
+    said: is given notes, the start line and the last one, which begins anew after a terminal's ^C. Raises
+    SpqtError where it can't begin or breaks down.
     """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: service.ending.set())
@@ -249,6 +250,8 @@ def serve(service: Service, said: Callable[[str], None]) -> None:
             said(service.start_line())
             service.run()
         service.close()
+    with contextlib.suppress(OSError, RuntimeError):
+        said("\nspqt: the server has ended" if sys.stderr.isatty() else "spqt: the server has ended")
     _leave(0)
 
 
