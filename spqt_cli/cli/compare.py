@@ -14,9 +14,10 @@ from spqt_cli.system import picture
 
 
 def compare(
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The prompt; '-' reads stdin.")],
     model: ModelArgument = None,
+    words: flags.Words = None,
     model_option: ModelOption = None,
+    prompt: flags.PromptOption = None,
     sparsity: Annotated[
         str, typer.Option(help="Sparsities to compare, comma-separated; 0 is dense.")
     ] = "0,0.25,0.4",
@@ -41,8 +42,9 @@ def compare(
     json_output: Json = False,
 ) -> None:
     """Answer one prompt at several sparsities: text, speed and cost side by side."""
-    model = flags.needed(model, model_option, 'spqt compare MODEL --prompt "Hello"')
-    asked = prompt_text(prompt, None)
+    model, words = flags.model_and_prompt(model, words, model_option, prompt)
+    model = flags.needed(model, model_option, 'spqt compare MODEL "Hello"')
+    asked = prompt_text(prompt, None, words)
     try:
         sparsities = [float(part) for part in sparsity.split(",")]
     except ValueError:

@@ -19,11 +19,9 @@ from spqt_cli.system import launched, peers
 
 def generate(
     model: ModelArgument = None,
-    words: Annotated[
-        str | None, typer.Argument(metavar="PROMPT", help="The prompt.", show_default=False)
-    ] = None,
+    words: flags.Words = None,
     model_option: ModelOption = None,
-    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="The prompt; '-' reads stdin.")] = None,
+    prompt: flags.PromptOption = None,
     prompt_file: Annotated[
         Path | None, typer.Option("--prompt-file", "-f", help="A UTF-8 file.", readable=False)
     ] = None,
@@ -90,8 +88,8 @@ def generate(
 ) -> None:
     """Write text from a prompt, decoding sparsely."""
     given = locals()  # by the names that the options have in decode/options.py
-    if words is None and (prompt, prompt_file) == (None, None) and model_option not in (None, model):
-        model, words = None, model  # beside --model a lone argument is the prompt
+    flagged = prompt if prompt is not None else prompt_file
+    model, words = flags.model_and_prompt(model, words, model_option, flagged)
     path = flags.needed(model, model_option, 'spqt generate MODEL "Hello"')
     text = prompt_text(prompt, prompt_file, words)
     if dense and sparsity is not None:

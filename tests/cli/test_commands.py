@@ -132,11 +132,12 @@ def test_compare_shows_each_sparsity(calibrated):
 
 def test_compare_reads_the_prompt_as_generate_does(calibrated):
     flags = ("--model", calibrated, "--sparsity", "0", "-m", "4", "--json")
-    piped, typed = (
-        json.loads(spqt("compare", *flags, "-p", prompt, stdin=b"the fox").stdout)
-        for prompt in ("-", "the fox")
+    piped, typed, alone, beside = (
+        json.loads(spqt("compare", *prompt, *flags, stdin=b"the fox").stdout)
+        for prompt in (("-p", "-"), ("-p", "the fox"), ("the fox",), (calibrated, "the fox"))
     )
-    assert piped[0]["text"] == typed[0]["text"]
+    assert piped[0]["text"] == typed[0]["text"] == alone[0]["text"] == beside[0]["text"]
+    assert_error(spqt("compare", calibrated, "the", "-p", "fox"), 2, "two prompts")
     assert spqt("compare", *flags, "-p", "the fox").stderr == b""
     assert piped[0]["statistics"]["prompt_tokens"] == typed[0]["statistics"]["prompt_tokens"]
 
