@@ -90,7 +90,7 @@ def generate(
     given = locals()  # by the names that the options have in decode/options.py
     flagged = prompt if prompt is not None else prompt_file
     model, words = flags.model_and_prompt(model, words, model_option, flagged)
-    path = flags.needed(model, model_option, 'spqt run MODEL "Hello"')
+    path = flags.needed(model, model_option, 'spqt generate MODEL "Hello"')
     text = prompt_text(prompt, prompt_file, words)
     if dense and sparsity is not None:
         raise UsageError("--dense and --sparsity exclude one another", "give one of them")
