@@ -57,6 +57,18 @@ def test_fault_54_terminate_ends_both(calibrated):
     assert not Path(f"/proc/{child}").exists()
 
 
+@linux
+def test_sigterm_ends_a_worker_that_does_not_hear_it(calibrated):
+    """As within a long call of MLX: here it is stopped."""
+    parent, child = start(calibrated, 100_000)
+    time.sleep(0.5)
+    os.kill(child, signal.SIGSTOP)
+    parent.terminate()
+    _, error = parent.communicate(timeout=60)
+    assert (parent.returncode, error) == (143, b"")
+    assert not Path(f"/proc/{child}").exists()
+
+
 def test_sigterm_is_the_systems_again_once_a_command_has_ended(monkeypatch):
     """Raised while the interpreter ends, ours would print a traceback."""
     before = signal.getsignal(signal.SIGTERM)
