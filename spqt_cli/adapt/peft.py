@@ -142,7 +142,8 @@ def _config(source: Path) -> dict[str, Any]:
     """PEFT's settings, all of which are understood."""
     path = source / adapter_folder.CONFIG
     if not path.is_file():
-        raise SpqtError(f"{source} has no {path.name}", "give the folder of a PEFT adapter")
+        what = adapter_folder.lacking(source)
+        raise SpqtError(what, "give the folder of a PEFT adapter" + files.near(source))
     config = checkpoint_files.read_json(path)
     kind = config.get("peft_type")
     if kind is None:

@@ -123,10 +123,7 @@ class _Run:
         options, saved, (rows, held_out) = self.options, self.progress.arrays, self.windows
         done = (int(saved.get(name, 0)) for name in ("windows", "gradients"))
         windows = cost.Windows(len(rows), len(held_out), rows.shape[1], *done)
-        method = (STREAMED_METHODS if options.stream else METHODS)[options.method]
-        searches = options.limit() is not None
-        of = cost.work(windows, method, greedy.largest_block(harness.layers), searches=searches)
-        return cost.seconds(harness.layers, self.weights, of)
+        return _seconds(harness.layers, self.weights, windows, options)
 
     def _begin(self, harness: probes.Harness) -> tuple[Measurements, Method, float, float | None]:
         """The measurements, the method, the sparsity to reach and, where a speed was asked for, the tokens
@@ -188,11 +185,36 @@ class _Run:
         self.progress.clear()
 
 
+def expected_seconds(
+    layers: Mapping[str, cost.Sized], weights: int, config: dict[str, Any], options: CalibrateOptions
+) -> float:
+    """How long a calibration of a model that is not there yet would take here, with text enough.
+
+    layers: path -> Zigzag layer. weights: of the whole model. config: as it will be.
+    """
+    windows = cost.Windows.of(options.tokens, _window_of(config, "the model", options)[0])
+    return _seconds(layers, weights, windows, options)
+
+
+def _seconds(
+    layers: Mapping[str, cost.Sized], weights: int, windows: cost.Windows, options: CalibrateOptions
+) -> float:
+    method = (STREAMED_METHODS if options.stream else METHODS)[options.method]
+    searches = options.limit() is not None
+    return cost.seconds(
+        layers, weights, cost.work(windows, method, greedy.largest_block(layers), searches=searches)
+    )
+
+
 def _window(loaded: session.Loaded, options: CalibrateOptions) -> tuple[int, str]:
+    return _window_of(loaded.config, str(loaded.folder), options)
+
+
+def _window_of(config: dict[str, Any], where: str, options: CalibrateOptions) -> tuple[int, str]:
     """(tokens of each window, one line where the model's context shortens them, or "")."""
-    limit = context.tokens(loaded.config)
+    limit = context.tokens(config)
     if limit is not None and limit < MIN_WINDOW:
-        raise SpqtError(f"{loaded.folder} has a context of {limit} tokens", "convert the model again")
+        raise SpqtError(f"{where} has a context of {limit} tokens", "convert the model again")
     window, said = context.window(limit, options.window, WINDOW)
     most = options.tokens // 2
     return min(window, most) // 2 * 2, said if window <= most else ""
@@ -206,9 +228,9 @@ def choose_windows(
     stream = session.known(loaded, texts.tokens(text, loaded.tokenizer))
     rows = texts.windows(stream, window, texts.opening(loaded.tokenizer))
     count = options.tokens // window
-    texts.need(rows, count, text)
+    texts.need(rows, count, text, len(stream), "--tokens")
     chosen = np.random.default_rng(options.seed).permutation(len(rows))[:count]
-    held_out = max(1, count // 4)
+    held_out = cost.Windows.of(options.tokens, window).held_out
     return rows[np.sort(chosen[held_out:])], rows[np.sort(chosen[:held_out])]
 
 

@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 from spqt_cli.calibrate.greedy import HIGHEST, STEP, TOKENS
 from spqt_cli.calibrate.measurements import REFINING_ROUNDS, REFINING_WINDOWS
 from spqt_cli.calibrate.methods import Method
 from spqt_cli.calibrate.targets import STEPS
-from spqt_cli.decode.layers import ZigzagLayer
 from spqt_cli.measure import many_rows
 from spqt_cli.measure.duration import speed
 
@@ -52,6 +52,24 @@ class Windows:
     observed: int = 0
     differentiated: int = 0
 
+    @classmethod
+    def of(cls, tokens: int, length: int) -> "Windows":
+        """How so many tokens divide, of which nothing is done yet: a quarter of the windows is held out."""
+        count = tokens // length
+        held_out = max(1, count // 4)
+        return cls(count - held_out, held_out, length)
+
+
+class Sized(Protocol):
+    """What is asked of a layer: as of a ZigzagLayer."""
+
+    @property
+    def inputs(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def chosen(self) -> int: ...
+
 
 def work(windows: Windows, method: Method, largest: int, *, searches: bool) -> Work:
     """What a method runs over the windows. largest: layers of the block that has most of them.
@@ -76,7 +94,7 @@ def work(windows: Windows, method: Method, largest: int, *, searches: bool) -> W
     return found
 
 
-def seconds(layers: Mapping[str, ZigzagLayer], weights: int, of: Work) -> float:
+def seconds(layers: Mapping[str, Sized], weights: int, of: Work) -> float:
     """The expected time, give or take a half; of what is searched by decoding, without that.
 
     weights: of the whole model; what is no layer's counts as its head.

@@ -103,11 +103,23 @@ def print_table(result: Calibration, stream: TextIO) -> None:
     )
     for i, one in enumerate(result.tried):
         mark = "  in use" if i == 0 else ""
-        print(f"  {one.name:<10} KL to dense {one.kl:.4f}, realised {one.realised:.1%}{mark}", file=stream)
+        print(
+            f"  {one.name:<10} KL to dense {one.kl:.4f} nats per token, realised {one.realised:.1%}{mark}",
+            file=stream,
+        )
     if result.tokens_per_second is not None:
         print(f"decoding ran at {result.tokens_per_second:.1f} tokens/s on this machine", file=stream)
-    source = f"{result.tokens} tokens of {result.text}"
-    print(f"method {result.method}, {source}, {result.seconds:.0f} s", file=stream)
+    print(f"method {result.method}, {result.seconds:.0f} s", file=stream)
+    print(_text_used(result), file=stream)
+
+
+def _text_used(result: Calibration) -> str:
+    """How the tokens that were run divide; the first half of each window held out is a prompt."""
+    scored = result.held_out_tokens
+    return (
+        f"{result.tokens + 2 * scored} tokens of {result.text}: {result.tokens} to find thresholds, "
+        f"{2 * scored} held out, of which {scored} are prompt and {scored} scored"
+    )
 
 
 def _exceptions(result: Calibration) -> list[str]:

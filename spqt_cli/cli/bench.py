@@ -8,7 +8,7 @@ import typer
 
 from spqt_cli.cli import flags
 from spqt_cli.cli.flags import Json, ModelArgument, ModelOption, Quiet
-from spqt_cli.cli.output import progress
+from spqt_cli.cli.output import progress, say_written
 from spqt_cli.errors import ResourceError, UsageError
 from spqt_cli.system import peers, picture
 
@@ -109,8 +109,10 @@ def bench(
         from spqt_cli.cli import pictures
 
         picture.save(pictures.of_bench(report), plot)
+        say_written(plot, quiet or json_output)
     if output is not None:
         _write(output, results.render(report, "json") + "\n")
+        say_written(output, quiet or json_output)
     if write:
         if (busy := benches.unsteadiness(report)) > benches.UNSTEADY:
             raise ResourceError(

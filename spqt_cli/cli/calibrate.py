@@ -8,7 +8,7 @@ import typer
 
 from spqt_cli.cli import calibrating, flags, upload
 from spqt_cli.cli.flags import Json, Preset, Quiet
-from spqt_cli.cli.output import as_json, progress
+from spqt_cli.cli.output import as_json, progress, say_written
 from spqt_cli.system import picture
 
 
@@ -83,4 +83,5 @@ def calibrate(
         from spqt_cli.cli import pictures
 
         picture.save(pictures.of_calibration(result), plot)
-    upload.put(model, upload_repo)
+        say_written(plot, silent)
+    upload.put(model, upload_repo, silent)

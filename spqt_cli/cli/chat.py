@@ -12,7 +12,7 @@ import typer
 
 from spqt_cli.cli import flags
 from spqt_cli.cli.flags import Adapter, Json, ModelArgument, ModelOption, Quiet, Revision, Trust
-from spqt_cli.cli.output import show
+from spqt_cli.cli.output import end_line, show
 from spqt_cli.errors import SpqtError, UsageError
 from spqt_cli.system.terminal import harmless
 
@@ -261,7 +261,8 @@ def _lines(interactive: bool) -> Iterator[str]:
     while True:
         try:
             yield input("> " if sys.stdout.isatty() else "")
-        except EOFError:
+        except EOFError:  # Ctrl-D, which a terminal does not echo
+            end_line()
             return
 
 

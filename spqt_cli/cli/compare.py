@@ -7,16 +7,17 @@ import typer
 
 from spqt_cli.cli import flags
 from spqt_cli.cli.flags import Json, ModelArgument, ModelOption, Quiet
-from spqt_cli.cli.output import as_json
+from spqt_cli.cli.output import as_json, progress, say_written
 from spqt_cli.cli.prompt import prompt_text
 from spqt_cli.errors import UsageError
 from spqt_cli.system import picture
 
 
 def compare(
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The prompt; '-' reads stdin.")],
     model: ModelArgument = None,
+    words: flags.Words = None,
     model_option: ModelOption = None,
+    prompt: flags.PromptOption = None,
     sparsity: Annotated[
         str, typer.Option(help="Sparsities to compare, comma-separated; 0 is dense.")
     ] = "0,0.25,0.4",
@@ -41,8 +42,9 @@ def compare(
     json_output: Json = False,
 ) -> None:
     """Answer one prompt at several sparsities: text, speed and cost side by side."""
-    model = flags.needed(model, model_option, 'spqt compare MODEL --prompt "Hello"')
-    asked = prompt_text(prompt, None)
+    model, words = flags.model_and_prompt(model, words, model_option, prompt)
+    model = flags.needed(model, model_option, 'spqt compare MODEL "Hello"')
+    asked = prompt_text(prompt, None, words)
     try:
         sparsities = [float(part) for part in sparsity.split(",")]
     except ValueError:
@@ -55,22 +57,16 @@ def compare(
     from spqt_cli.evaluate import compare as comparer
     from spqt_cli.evaluate import compare_report
 
-    def announce(what: str) -> None:
-        if not (quiet or json_output):
-            typer.echo(what, err=True)
-
-    effort = comparer.Effort(max_tokens, rounds)
-    announce(comparer.expectation(model, sparsities))
-    rows = comparer.compare(
-        model,
-        Prompt(asked),
-        sparsities,
-        effort,
-        lambda what: announce(f"{what} ..."),
-        comparer.Reference(baseline, text, windows),
-    )
+    effort, silent = comparer.Effort(max_tokens, rounds), quiet or json_output
+    expected = comparer.expectation(model, sparsities)
+    if not silent:
+        typer.echo(expected, err=True)
+    reference = comparer.Reference(baseline, text, windows)
+    with progress(silent) as on_progress:
+        rows = comparer.compare(model, Prompt(asked), sparsities, effort, on_progress, reference)
     typer.echo(as_json(rows) if json_output else compare_report.report(rows))
     if plot is not None:
         from spqt_cli.cli import pictures
 
         picture.save(pictures.of_comparison(model, rows), plot)
+        say_written(plot, silent)

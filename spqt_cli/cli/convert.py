@@ -136,12 +136,15 @@ def convert(
     assert source is not None
     made = converting.Job(source, output, options, None if fit == "none" else wanted)
     upload.check(upload_repo)
-    if (calibrate or sparsity is not None) and not dry_run:
+    calibrates = calibrate or sparsity is not None
+    if dry_run:
+        converting.rehearsed(made, wishes if calibrates else None, json_output=json_output)
+    elif calibrates:
         converting.and_calibrate(made, wishes, quiet=quiet, json_output=json_output)
     else:
         converting.alone(made, quiet=quiet, json_output=json_output)
     if not dry_run:
-        upload.put(made.target, upload_repo)
+        upload.put(made.target, upload_repo, quiet or json_output)
 
 
 def _refuse(quantize: bool, q_mode: str, quant_predicate: str | None, dequantize: bool) -> None:

@@ -41,11 +41,22 @@ class Job:
         """Write `target`; a ConvertResult or FitResult."""
         from spqt_cli.convert import convert
 
-        if self.fit is None or self.options.dry_run:
+        if self.fit is None:
             return convert.convert(self.source, target, self.options, on_progress)
         from spqt_cli.fit import fit
 
         return fit.convert_fitted(self.source, target, self.options, self.fit, on_progress)
+
+
+def rehearsed(job: Job, wishes: "Preset | None", *, json_output: bool) -> None:
+    """Print what would be done. wishes: a preset's, for the calibration; None without one."""
+    from spqt_cli.cli import dry_run
+    from spqt_cli.convert import convert as converter
+
+    found = converter.rehearse(job.source, job.target, job.options)
+    options = None if wishes is None else calibrating.options(wishes)
+    result = dry_run.with_steps(found, job.fit, options)
+    typer.echo(as_json(result) if json_output else harmless(result.summary()))
 
 
 def alone(job: Job, *, quiet: bool, json_output: bool) -> None:
@@ -56,7 +67,7 @@ def alone(job: Job, *, quiet: bool, json_output: bool) -> None:
         typer.echo(as_json(result))
         return
     typer.echo(harmless(result.summary()))
-    if not job.options.dry_run and not quiet:
+    if not quiet:
         typer.echo(f"next: spqt calibrate {shlex.quote(str(job.target))}", err=True)
 
 

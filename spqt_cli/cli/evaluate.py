@@ -7,7 +7,7 @@ import typer
 
 from spqt_cli.cli import flags
 from spqt_cli.cli.flags import Json, ModelArgument, Quiet
-from spqt_cli.cli.output import as_json, progress
+from spqt_cli.cli.output import as_json, progress, say_written
 from spqt_cli.errors import UsageError
 
 USAGE = "spqt eval MODEL TEXT"
@@ -110,6 +110,7 @@ def evaluate(
     typer.echo(as_json(result) if json_output else result.table())
     if plot is not None and isinstance(result, Several):
         plotting.draw(result, plot)
+        say_written(plot, quiet or json_output)
 
 
 def _counts(asked: str) -> list[int]:

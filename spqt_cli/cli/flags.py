@@ -48,6 +48,8 @@ ModelArgument = Annotated[
 ModelOption = Annotated[
     str | None, typer.Option("--model", help="The model, as an option.", autocompletion=models)
 ]
+Words = Annotated[str | None, typer.Argument(metavar="PROMPT", help="The prompt.", show_default=False)]
+PromptOption = Annotated[str | None, typer.Option("--prompt", "-p", help="The prompt; '-' reads stdin.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no statistics.")]
 QuietAlone = Annotated[bool, typer.Option("--quiet", help="No progress.")]  # where -q is mlx-lm's --quantize
@@ -137,6 +139,17 @@ def needed(argument: str | None, option: str | None, usage: str) -> str:
     if model is None:
         raise UsageError("no model is given", usage)
     return model
+
+
+def model_and_prompt(
+    model: str | None, words: str | None, option: str | None, prompt: object
+) -> tuple[str | None, str | None]:
+    """The model and the prompt among arguments: beside --model a lone one is the prompt.
+
+    option: of --model. prompt: of a flag that has the prompt; None without one.
+    """
+    alone = words is None and prompt is None and option not in (None, model)
+    return (None, model) if alone else (model, words)
 
 
 def with_texts(

@@ -19,11 +19,9 @@ from spqt_cli.system import launched, peers
 
 def generate(
     model: ModelArgument = None,
-    words: Annotated[
-        str | None, typer.Argument(metavar="PROMPT", help="The prompt.", show_default=False)
-    ] = None,
+    words: flags.Words = None,
     model_option: ModelOption = None,
-    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="The prompt; '-' reads stdin.")] = None,
+    prompt: flags.PromptOption = None,
     prompt_file: Annotated[
         Path | None, typer.Option("--prompt-file", "-f", help="A UTF-8 file.", readable=False)
     ] = None,
@@ -78,7 +76,10 @@ def generate(
             "--quantize-activations", "-qa", help="mlx-lm's; refused, since no Zigzag kernel does it."
         ),
     ] = False,
-    verbose: Annotated[str, typer.Option(metavar="BOOL", help="As in mlx-lm: false or f is --quiet.")] = "T",
+    verbose: Annotated[
+        str | None,
+        typer.Option(metavar="BOOL", help="mlx-lm's: false or f is --quiet; true explains the bytes read."),
+    ] = None,
     pipeline: flags.Pipeline = False,
     revision: Revision = None,
     trust_remote_code: Trust = False,
@@ -87,8 +88,8 @@ def generate(
 ) -> None:
     """Write text from a prompt, decoding sparsely."""
     given = locals()  # by the names that the options have in decode/options.py
-    if words is None and (prompt, prompt_file) == (None, None) and model_option not in (None, model):
-        model, words = None, model  # beside --model a lone argument is the prompt
+    flagged = prompt if prompt is not None else prompt_file
+    model, words = flags.model_and_prompt(model, words, model_option, flagged)
     path = flags.needed(model, model_option, 'spqt generate MODEL "Hello"')
     text = prompt_text(prompt, prompt_file, words)
     if dense and sparsity is not None:
@@ -100,7 +101,7 @@ def generate(
     if prompt_cache_file is not None and draft_model is not None:
         raise UsageError("--prompt-cache-file has no cache of a draft model", "leave one of them out")
     _refuse(image, quantize_activations)
-    quiet = quiet or verbose.lower() in ("false", "f")
+    quiet = quiet or (verbose or "").lower() in ("false", "f")
     from spqt_cli.decode import cached_prompt, context, session
     from spqt_cli.decode import generate as generator
     from spqt_cli.decode.options import Cache, Loading, Options, Prompt, Sampling, picked
@@ -121,7 +122,8 @@ def generate(
     if not (quiet or json_output):
         typer.echo(statistics.line(), err=True)
         typer.echo(f"  {statistics.backend}: {statistics.backend_reason}", err=True)
-        if more := session.more_than_stored(loaded, statistics.dense_weight_bytes_per_token):
+        more = session.more_than_stored(loaded, statistics.dense_weight_bytes_per_token)
+        if verbose is not None and more:
             typer.echo(f"  {more}", err=True)
 
 

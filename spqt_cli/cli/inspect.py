@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from spqt_cli.cli.flags import Json, Plot, Revision, models
-from spqt_cli.cli.output import as_json
+from spqt_cli.cli.output import as_json, say_written
 from spqt_cli.errors import UsageError
 from spqt_cli.system import picture
 from spqt_cli.system.terminal import harmless
@@ -52,3 +52,4 @@ def inspect(
     typer.echo(as_json(summary) if json_output else harmless(summary.text()))
     if plot is not None and drawn is not None:
         picture.save(drawn, plot)
+        say_written(plot, json_output)

@@ -23,6 +23,7 @@ from spqt_cli.cli import (
     compare,
     convert,
     doctor,
+    ending,
     evaluate,
     fit,
     fuse,
@@ -31,13 +32,15 @@ from spqt_cli.cli import (
     list_models,
     list_presets,
     mlx_lm,
+    output,
     profile,
     serve,
     several,
+    usage,
     verify,
     worker,
 )
-from spqt_cli.errors import ResourceError, SpqtError, Terminated, without_mlx
+from spqt_cli.errors import ResourceError, SpqtError, without_mlx
 from spqt_cli.system import launched
 from spqt_cli.system.terminal import harmless
 from spqt_cli.version import __version__
@@ -148,13 +151,9 @@ app.command(
 
 def main() -> None:
     """Run the command line and exit with the code of what happened."""
-    if launched.size() == 1:
-        try:
+    if launched.size() == 1:  # else it ends at once: it may wait for the others where Python is not asked
+        with ending.by_exceptions():
             _main()
-        finally:  # the interpreter's own end is left, where an exception would be printed
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            if worker.MARK in os.environ:  # its parent may pass on what a group's signal has told it already
-                signal.signal(signal.SIGINT, signal.SIG_DFL)
         return
     with several.one_of_them("--debug" in sys.argv):
         _main()
@@ -167,8 +166,6 @@ def _main() -> None:
     if debug:
         arguments = [argument for argument in arguments if argument != "--debug"]
         sys.argv[1:] = arguments
-    if launched.size() == 1:  # else it ends at once: it may wait for the others where Python is not asked
-        signal.signal(signal.SIGTERM, _terminate)
     wants_json = "--json" in arguments and not passthrough
     try:
         if worker.wanted(arguments):
@@ -182,6 +179,7 @@ def _main() -> None:
             _bug(error, debug, wants_json)
         _fail(missing, debug, wants_json)
     except (KeyboardInterrupt, typer.Abort):
+        _say_interrupted(arguments)
         sys.exit(128 + signal.SIGINT)
     except MemoryError:
         _fail(
@@ -195,27 +193,37 @@ def _main() -> None:
         cause = f"{str(error.filename)[:200]} can't be used: {error.strerror}"
         _fail(SpqtError(cause, "check the path and its permissions"), debug, wants_json)
     except Exception as error:  # whatever is left is a bug of ours, not the user's
-        if hasattr(error, "show") and hasattr(error, "exit_code"):  # Typer's own, for wrong options
-            if wants_json:
-                _as_json(str(error), "spqt --help", error.exit_code)
-            error.show()
-            sys.exit(error.exit_code)
+        if usage.is_wrong(error):
+            _say_wrong(error, arguments, wants_json)
         _bug(error, debug, wants_json)
 
 
 def _run(arguments: list[str]) -> int | None:
-    """The exit code of a command; Typer makes Ctrl-C one, and where it lost nothing that is said."""
+    """The exit code of a command; Typer makes Ctrl-C one, which is said."""
     if launched.size() > 1:
         several.check(arguments)
     code: int | None = app(standalone_mode=False, prog_name="spqt")
-    resumed = {*arguments[:2]} & set(RESUMED) and not {"--dry-run", "--remove"} & set(arguments)
-    if code == 128 + signal.SIGINT and resumed:
-        typer.echo("spqt: stopped; the same command goes on where it was", err=True)
+    if code == 128 + signal.SIGINT:
+        _say_interrupted(arguments)
     return code
 
 
-def _terminate(number: int, frame: Any) -> NoReturn:
-    raise Terminated(128 + number)
+def _say_interrupted(arguments: list[str]) -> None:
+    """That Ctrl-C ended it, and whether it lost nothing; on a line of its own, as a terminal echoes ^C."""
+    resumed = {*arguments[:2]} & set(RESUMED) and not {"--dry-run", "--remove"} & set(arguments)
+    said = "stopped; the same command goes on where it was" if resumed else "interrupted"
+    with contextlib.suppress(OSError):
+        output.end_line()
+        typer.echo(f"spqt: {said}", err=True)
+
+
+def _say_wrong(error: Any, arguments: list[str], wants_json: bool) -> NoReturn:
+    """What Typer says of a command line that it can't take, as other errors are said."""
+    if (told := usage.as_line(error, arguments, EXAMPLES)) is None:
+        error.show()
+        sys.exit(error.exit_code)
+    told.exit_code = error.exit_code
+    _fail(told, False, wants_json)
 
 
 def _fail(error: SpqtError, debug: bool, wants_json: bool) -> NoReturn:

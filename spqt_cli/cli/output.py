@@ -6,10 +6,12 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import typer
 
+from spqt_cli.errors import SpqtError, Terminated
 from spqt_cli.system.terminal import harmless
 
 
@@ -74,14 +76,19 @@ def show(pieces: Iterable[Any], *, json_output: bool) -> Any:
     """
     shown = harmless if sys.stdout.isatty() else str
     texts, statistics = [], None
-    for piece in pieces:
-        if not isinstance(piece, str):
-            statistics = piece
-        elif json_output:
-            texts.append(piece)
-        else:
-            sys.stdout.write(shown(piece))
-            sys.stdout.flush()
+    try:
+        for piece in pieces:
+            if not isinstance(piece, str):
+                statistics = piece
+            elif json_output:
+                texts.append(piece)
+            else:
+                sys.stdout.write(shown(piece))
+                sys.stdout.flush()
+    except (SpqtError, Terminated):  # of Ctrl-C it is said where it ends the answer, or the command
+        if sys.stdout.isatty() and not json_output:
+            end_line()
+        raise
     assert statistics is not None
     if json_output:
         typer.echo(as_json({"text": "".join(texts), **dataclasses.asdict(statistics)}))
@@ -89,6 +96,21 @@ def show(pieces: Iterable[Any], *, json_output: bool) -> Any:
         sys.stdout.write("\n")
         sys.stdout.flush()
     return statistics
+
+
+def say_written(path: Path, silent: bool = False) -> None:
+    """Name a file that was written beside what is printed; "-" is the terminal."""
+    if not silent and str(path) != "-":
+        typer.echo(harmless(f"wrote {path}"), err=True)
+
+
+def end_line() -> None:
+    """Begin a new line on the terminal, where there is one: what is said next does not follow half a line."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream.isatty():
+            stream.write("\n")
+            stream.flush()
+            return
 
 
 def as_json(value: Any) -> str:

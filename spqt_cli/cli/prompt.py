@@ -20,7 +20,7 @@ def prompt_text(prompt: str | None, prompt_file: Path | None, words: str | None 
     if prompt is not None and prompt != "-":
         text = prompt.replace("\\n", "\n").replace("\\t", "\t")  # as mlx_lm.generate reads it
     elif prompt_file is None and prompt is None and sys.stdin.isatty():
-        raise UsageError("no prompt is given", 'give one: --prompt "Hello", or pipe text in')
+        raise UsageError("no prompt is given", 'give one after the model, "Hello", or pipe text in')
     else:
         from spqt_cli.system import files
 

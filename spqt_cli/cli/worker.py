@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -18,6 +19,9 @@ from spqt_cli.system import launched
 
 MARK = "SPQT_WORKER"  # set in the child's environment
 COMMANDS = ("generate", "run", "chat", "compare", "eval", "bench", "calibrate", "serve")
+AT_ONCE = (
+    3.0  # seconds after a SIGTERM in which a child ends by itself, unless it is within one long call of MLX
+)
 BOTH_TOLD = 0.3  # seconds in which a child that was interrupted as well ends by itself
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -31,7 +35,8 @@ def wanted(arguments: Sequence[str]) -> bool:
 
 
 def _calibrates(arguments: Sequence[str]) -> bool:
-    return "--calibrate" in arguments or any(one.startswith("--sparsity") for one in arguments)
+    asked = "--calibrate" in arguments or any(one.startswith("--sparsity") for one in arguments)
+    return asked and "--dry-run" not in arguments
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -40,11 +45,15 @@ def run(arguments: Sequence[str]) -> int:
     command = [sys.executable, "-P", "-m", "spqt_cli", *arguments]
     child = subprocess.Popen(command, env={**os.environ, MARK: str(os.getpid())})
 
-    told = []
+    told: list[int] = []
 
     def forward(number: int, frame: Any) -> None:
         told.append(number)
         child.send_signal(number)
+        if number == signal.SIGTERM and "serve" not in arguments:  # a server ends its requests, then itself
+            late = threading.Timer(AT_ONCE, child.kill)
+            late.daemon = True
+            late.start()
 
     def interrupted(number: int, frame: Any) -> None:
         if "serve" not in arguments:
@@ -62,6 +71,8 @@ def run(arguments: Sequence[str]) -> int:
         return code
     if -code in (signal.SIGINT, *told):
         return 128 - code
+    if -code == signal.SIGKILL and signal.SIGTERM in told:
+        return 128 + signal.SIGTERM
     raise _cause(-code)
 
 

@@ -51,6 +51,20 @@ class ConvertOptions:
     sparsity_from: str = "the preset's"
 
 
+@dataclass(frozen=True)
+class Step:
+    """Work that would follow a conversion. name: fit or calibrate. said: what it does, for people.
+
+    seconds: it would take on this machine, give or take a half. memory_bytes: of a fit, what the source's
+    weights take while it writes text; else None.
+    """
+
+    name: str
+    said: str
+    seconds: float
+    memory_bytes: int | None = None
+
+
 @dataclass
 class ConvertResult:
     """What was done, or with `dry_run` would be.
@@ -59,7 +73,7 @@ class ConvertResult:
     the files that weights are read from. layers: Zigzag layers.
     rows: [layer, kind, bits, group size, bytes]. unquantized: layers whose inputs are no multiple of
     the group. reads: what a token reads, and what of it is always read. resumed: tensors taken over from
-    an interrupted run.
+    an interrupted run. then: of a dry run, what would follow.
     """
 
     output: Path
@@ -74,6 +88,7 @@ class ConvertResult:
     reads: Reads
     source: tuple[str, int]
     resumed: int = 0
+    then: list[Step] = field(default_factory=list)
 
     def summary(self) -> str:
         """A few lines for people; those of a dry run fit 80 columns."""
@@ -89,6 +104,7 @@ class ConvertResult:
         if self.reads.skippable < 0.5:
             lines.append("warning: less than half of what a token reads can be skipped; expect little speed")
         lines += [f"warning: {warning}" for warning in self.warnings]
+        lines += [f"then {step.name}: {step.said}" for step in self.then]
         return "\n".join(plan_table.wrapped(lines) if self.dry_run else lines)
 
     def _before_and_after(self, share: str) -> list[str]:
@@ -107,6 +123,27 @@ def default_output(source_name: str, options: ConvertOptions) -> Path:
     return Path(f"{name.removesuffix('.gguf')}-spqt-{options.bits}bit")
 
 
+@dataclass(frozen=True)
+class Rehearsal:
+    """What a dry run knows. weights: by the model's names, lazy; their values may not be there."""
+
+    result: ConvertResult
+    checkpoint: source.Checkpoint
+    plan: Plan
+    weights: dict[str, mx.array]
+
+
+def rehearse(source_name: str, output: Path, options: ConvertOptions) -> Rehearsal:
+    """All of a conversion that reads no weights and writes nothing. Raises what `convert` would."""
+    check_options(options)
+    trust = source.Trust(options.trust_remote_code, options.allow_requantize, options.zigzag_experts)
+    checkpoint = source.open_source(source_name, options.revision, trust, headers_only=True)
+    planned, weights, _ = _plan(checkpoint, options)
+    tokenizer_files.rehearse(checkpoint)
+    result = _result(files.expanded(output).absolute(), planned, checkpoint, options)
+    return Rehearsal(result, checkpoint, planned, weights)
+
+
 def convert(
     source_name: str, output: Path, options: ConvertOptions, on_progress: Progress | None = None
 ) -> ConvertResult:
@@ -115,14 +152,11 @@ def convert(
     on_progress: called with (bytes done, bytes in all, tensor) after each tensor.
     Raises SpqtError and its kinds; then nothing stands at `output`.
     """
+    if options.dry_run:
+        return rehearse(source_name, output, options).result
     check_options(options)
     output = files.expanded(output).absolute()
     trust = source.Trust(options.trust_remote_code, options.allow_requantize, options.zigzag_experts)
-    if options.dry_run:
-        checkpoint = source.open_source(source_name, options.revision, trust, headers_only=True)
-        planned, _, _ = _plan(checkpoint, options)
-        tokenizer_files.rehearse(checkpoint)
-        return _result(output, planned, checkpoint, options)
     local = files.expanded(source_name)
     files.check_target(output, local)
     with files.claim(output):

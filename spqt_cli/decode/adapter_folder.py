@@ -21,11 +21,17 @@ MOST_SCALE = 1e6
 DAMAGED = "train or convert the adapter again"
 
 
+def lacking(path: Path) -> str:
+    """Why a path is no folder of adapters, where it holds no settings of any."""
+    if path.is_dir():
+        return f"{path} has no {CONFIG}"
+    return f"{path} is no folder" if path.exists() else f"{path} is not found"
+
+
 def check(path: Path) -> dict[str, Any]:
     """The settings of a folder of adapters, headers checked. Raises SpqtError for what is none or damaged."""
     if not (path / CONFIG).is_file():
-        what = f"{path} has no {CONFIG}" if path.is_dir() else f"{path} is not found"
-        raise SpqtError(what, "give a folder of LoRA or DoRA adapters" + files.near(path))
+        raise SpqtError(lacking(path), "give a folder of LoRA or DoRA adapters" + files.near(path))
     config = checkpoint_files.read_json(path / CONFIG)
     if "peft_type" in config:
         raise SpqtError(f"{path} is a PEFT adapter", f"spqt adapter {path} -o FOLDER, then give that")

@@ -102,7 +102,8 @@ def why_not(module: Any, backend: interface.Backend, zigzag: IsZigzag = is_zigza
     names = (PROJECTIONS[0], OUT, *(gated(mlp) or ()))
     within = (*PROJECTIONS, *names[1:])
     if adapted := [name for name in within if is_adapter(attention.get(name) or mlp.get(name))]:
-        return f"adapters on {' and '.join(adapted)}"
+        *others, last = adapted
+        return f"adapters on {', '.join(others)} and {last}" if others else f"adapters on {last}"
     others = [name for name in names if not zigzag(attention.get(name) or mlp.get(name))]
     if others:
         return f"{' and '.join(others)} not in the Zigzag layout"

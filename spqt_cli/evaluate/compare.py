@@ -7,7 +7,7 @@ Speeds are of equal lengths, by turns (`turns`).
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from spqt_cli.errors import UsageError
 from spqt_cli.evaluate import several, turns, variants
 from spqt_cli.evaluate.perplexity import evaluate, windows
 from spqt_cli.evaluate.report import DENSE, ROWS, SOURCE, Variant
+from spqt_cli.evaluate.variants import OnProgress
 from spqt_cli.format import locate, thresholds
 from spqt_cli.format.folder import Folder
 from spqt_cli.measure import texts
@@ -100,14 +101,15 @@ def compare(
     prompt: Prompt,
     sparsities: Sequence[float],
     effort: Effort = Effort(),
-    on_row: Callable[[str], None] = lambda _: None,
+    on_progress: OnProgress = lambda *_: None,
     reference: Reference = Reference(),
 ) -> list[Row]:
     """A row for each sparsity (0 to 0.95; 0 runs dense), greedy and so repeatable.
 
-    on_row: called with the name of what runs next. reference: what KL is measured on, and against; with a
-    source a stock row comes first. Raises UsageError for values out of range and SpqtError where a sparsity
-    needs thresholds and there are none, or for a source or text that won't do, all before a weight is read.
+    on_progress: called with (done, total, what) before each unit of work; every loop counts its own.
+    reference: what KL is measured on, and against; with a source a stock row comes first. Raises UsageError
+    for values out of range and SpqtError where a sparsity needs thresholds and there are none, or for a
+    source or text that won't do, all before a weight is read.
     """
     for sparsity in sparsities:
         thresholds.check_sparsity(sparsity)
@@ -115,29 +117,31 @@ def compare(
     folder.thresholds(max(sparsities))
     _check(folder, reference)
     ours, ways, rows, answers = _Ours(folder), [], [], []
+    targets = list(dict.fromkeys(sparsities))
+    total = len(targets) + (reference.source is not None)
     if reference.source is not None:
-        on_row("stock")
+        on_progress(0, total, "answering: stock")
         network, row, answer = _stock(folder, reference.source, prompt, effort.max_tokens)
         ways.append(turns.Way(row.name, lambda: network, stock=True))
         rows.append(row)
         answers.append(answer)
-    for target in dict.fromkeys(sparsities):
+    for target in targets:
+        on_progress(len(rows), total, f"answering: {f'sparsity {target:.0%}' if target else 'dense'}")
         answers.append([])
         options = Options(max_tokens=effort.max_tokens, on_token=answers[-1].append)
-        on_row(f"sparsity {target:.0%}" if target else "dense")
         loaded = ours.at(target)
         tokens = generate.encode(loaded, prompt)
         *pieces, statistics = generate.stream(loaded, tokens, Sampling(), options)
         rows.append(Row(target, "".join(pieces), statistics, math.nan))
         ways.append(turns.Way(rows[-1].name, functools.partial(ours.model, target)))
     on_the_clock = turns.room(folder.config, len(tokens), effort.max_tokens)
-    _time(rows, ways, turns.Clock(tokens, on_the_clock, effort.rounds), on_row)
+    _time(rows, ways, turns.Clock(tokens, on_the_clock, effort.rounds), on_progress)
     judge = ours.at(0.0)
-    for row, answer in zip(rows, answers, strict=True):
+    for number, (row, answer) in enumerate(zip(rows, answers, strict=True)):
+        on_progress(number, total, "perplexity of the answers")
         row.perplexity = perplexity(judge, generate.encode(judge, prompt), answer)
     del judge, loaded, ours, ways
-    on_row("divergence")
-    _hold_against(rows, folder, reference)
+    _hold_against(rows, folder, reference, on_progress)
     return rows
 
 
@@ -184,12 +188,10 @@ def expectation(path: str, sparsities: Sequence[float]) -> str:
     )
 
 
-def _time(
-    rows: list[Row], ways: Sequence[turns.Way], clock: turns.Clock, on_row: Callable[[str], None]
-) -> None:
+def _time(rows: list[Row], ways: Sequence[turns.Way], clock: turns.Clock, on_progress: OnProgress) -> None:
     """Put into each row its speeds by turns."""
     base = DENSE if any(way.name == DENSE for way in ways) else ways[0].name
-    found = turns.take(ways, base, clock, on_row)
+    found = turns.take(ways, base, clock, on_progress)
     for row in rows:
         row.speeds, row.timed_tokens = found[row.name], clock.tokens
 
@@ -233,14 +235,14 @@ def _stock(folder: Folder, source: str, prompt: Prompt, max_tokens: int) -> tupl
     return network, Row(0.0, text, statistics, math.nan, stock=True), [answer.token for answer in answers]
 
 
-def _hold_against(rows: Sequence[Row], folder: Folder, reference: Reference) -> None:
+def _hold_against(rows: Sequence[Row], folder: Folder, reference: Reference, on_progress: OnProgress) -> None:
     """Put each row's divergences in their place: from the source if there is one, and from dense."""
     asked = ",".join(str(row.sparsity_target) for row in rows if row.sparsity_target)
     if reference.source is None:
         if not asked:
             return
         options = variants.EvaluateOptions(sparsity=asked, windows=reference.windows)
-        quality = evaluate(folder, reference.text, options, lambda *_: None)
+        quality = evaluate(folder, reference.text, options, on_progress)
         named: Sequence[Variant] = quality.variants
         text, count = quality.text, quality.windows
     else:
@@ -248,7 +250,7 @@ def _hold_against(rows: Sequence[Row], folder: Folder, reference: Reference) -> 
             sparsity=asked or "0", baseline=reference.source, rows=True, windows=reference.windows
         )
         wishes = several.Wishes([str(folder)], [reference.text], options, (reference.windows,))
-        (found,) = several.evaluate(wishes, lambda *_: None).texts
+        (found,) = several.evaluate(wishes, on_progress).texts
         named, text, count = found.variants, found.text, found.windows
     to = DENSE if reference.source is None else SOURCE
     by_name = {one.name: one.against for one in named}

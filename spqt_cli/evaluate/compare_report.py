@@ -49,8 +49,9 @@ def _footnotes(rows: Sequence[Row]) -> list[str]:
         "perplexity: of the text above, by the dense model; low for a text that repeats itself",
     ]
     if held is not None:
+        count = f"{held.windows} windows" if held.windows > 1 else "window"
         lines.append(
-            f"KL to {held.reference}: nats per token, the first {held.windows} windows of {held.text}, "
+            f"KL to {held.reference}: nats per token, the first {count} of {held.text}, "
             f"± standard error; over {quality_warning.SUFFERS:g} to dense the text suffers"
         )
     if rows[0].stock:

@@ -55,7 +55,7 @@ def windows(loaded: session.Loaded, document: texts.Text, count: int, window: in
     """The first windows of a text in a model's tokens: (count, window). Raises SpqtError for too short."""
     stream = session.known(loaded, texts.tokens(document, loaded.tokenizer))
     rows = texts.windows(stream, window, texts.opening(loaded.tokenizer))
-    texts.need(rows, count, document)
+    texts.need(rows, count, document, len(stream), "--windows")
     return rows[:count]
 
 

@@ -60,12 +60,15 @@ class Clock:
     rounds: int
 
 
-def take(ways: Sequence[Way], base: str, clock: Clock, on_turn: Callable[[str], None]) -> dict[str, Speeds]:
-    """The speeds of `ways` by name. base: what ratios are to. on_turn: called with each round's line."""
+def take(
+    ways: Sequence[Way], base: str, clock: Clock, on_progress: Callable[[float, float, str], None]
+) -> dict[str, Speeds]:
+    """The speeds of `ways` by name. base: what ratios are to. on_progress: called before each round."""
     found: dict[str, list[float]] = {way.name: [] for way in ways}
     for number in range(clock.rounds + 1):
-        what = f"timing {clock.tokens} tokens each, round {number} of {clock.rounds}"
-        on_turn(what if number else "warming up")
+        on_progress(
+            number, clock.rounds + 1, f"timing {clock.tokens} tokens each" if number else "warming up"
+        )
         for way in ways:
             speed = _turn(way, clock.prompt, clock.tokens)
             if number:

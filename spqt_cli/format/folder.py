@@ -42,7 +42,7 @@ class Folder:
         that is the calibration, UnsupportedError for a newer format and for code of the model's own.
         """
         self.path = path
-        self.config = config_json.read_config(path)
+        self.config = config_json.read_config(path, config_json.converted)
         self.layers, self.calibration = contract.check(self.config, path)
         checkpoint_files.refuse_pipes(path)
         if not trust_remote_code and any(self.config.get(key) for key in CODE_KEYS):
@@ -119,12 +119,12 @@ class Folder:
 
 def is_converted(path: Path) -> bool:
     """Whether config.json of a folder says that spqt converted it; sound or not, `Folder` tells."""
-    return "spqt" in config_json.read_config(path)
+    return "spqt" in config_json.read_config(path, config_json.any_model)
 
 
 def remove_thresholds(path: Path) -> None:
     """Take all thresholds out of a converted folder, be they damaged: it runs dense again."""
-    config = config_json.read_config(path)
+    config = config_json.read_config(path, config_json.converted)
     if not contract.entries(config) or not isinstance(config.get("spqt"), dict):
         raise SpqtError(f"{path} is not a converted model", f"convert it first: spqt convert {path}")
     config_json.write_config(path, contract.without_thresholds(config))

@@ -39,7 +39,9 @@ def find(places: Sequence[Path]) -> list[Found]:
     found = {}
     for place in map(files.expanded, places):
         if not place.is_dir():
-            raise SpqtError(f"{place} is no folder", "give folders that hold converted models")
+            raise SpqtError(
+                f"{place} is no folder", "give folders that hold converted models" + files.near(place)
+            )
         for path in [place, *_below(place)]:
             if (one := _look_at(path, str(path))) is not None:
                 found[path.resolve()] = one

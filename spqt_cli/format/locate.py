@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from spqt_cli.errors import SpqtError, UsageError
+from spqt_cli.format import config_json
 from spqt_cli.format.folder import Folder
 from spqt_cli.system import files
 
@@ -45,10 +46,8 @@ def _local(name: str, revision: str | None) -> Path | None:
         return None
     if not local.is_dir():
         what = "is no folder" if local.exists() else "is not found"
-        hint = "give a converted folder, or a hub id (org/name)"
-        if local.is_file() and local.suffix.lower() == ".gguf":
-            hint = f"convert it first: spqt convert {name} -o FOLDER --calibrate"
-        raise SpqtError(f"{name} {what}", hint + elsewhere(name) + files.near(local))
+        hint = config_json.converted(local, "give a converted folder, or a hub id (org/name)")
+        raise SpqtError(f"{name} {what}", hint + elsewhere(name))
     if revision is not None:
         raise UsageError(f"--revision is for hub ids, and {name} is a path", "leave --revision out")
     return local

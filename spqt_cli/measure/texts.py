@@ -114,15 +114,22 @@ def windows(stream: Sequence[int], window: int, first: Sequence[int] = ()) -> np
     return np.array([row for row in rows if len(row) == window], np.int32).reshape(-1, window)
 
 
-def need(rows: np.ndarray, count: int, text: Text) -> None:
-    """Refuse a text of fewer than `count` windows, with the tokens needed and found."""
+def need(rows: np.ndarray, count: int, text: Text, tokens: int | None = None, flag: str = "") -> None:
+    """Refuse a text of fewer than `count` windows, with what it has and what is needed.
+
+    rows: (found, window), all of its whole windows. tokens: of the text, where the caller knows. flag: that
+    asks for less: --windows, or --tokens.
+    """
     found, window = rows.shape
-    if found < count:
-        raise SpqtError(
-            f"{text.name} is too short: {count * window} tokens needed, "
-            f"{found * window} found (in whole windows of {window})",
-            "give a longer text or fewer tokens",
-        )
+    if found >= count:
+        return
+    has = f"fewer than {(found + 1) * window}" if tokens is None else f"{tokens}"
+    windows = f"{count} windows of {window} need" if count > 1 else f"1 window of {window} needs"
+    fewer = {"--windows": found, "--tokens": found * window if found > 1 else 0}.get(flag, 0)
+    raise SpqtError(
+        f"{text.name} is too short: it has {has} tokens, {windows} {count * window}",
+        f"give a longer text, or at most {flag} {fewer}" if fewer else "give a longer text",
+    )
 
 
 def opening(tokenizer: Any) -> list[int]:

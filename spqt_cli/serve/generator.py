@@ -78,16 +78,28 @@ class Responses(queue.Queue[Any]):
 
     alone: nothing else runs, so that a request that is not wanted any more ends by an exception of `put`,
     which mlx-lm catches there. at_end: called once all is said, which a slow client may hear much later.
+    on_step: called for each token but the first, which the prompt gave, with when the last one and when it
+    came (time.monotonic).
     """
 
-    def __init__(self, unwanted: Callable[[], bool], at_end: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        unwanted: Callable[[], bool],
+        at_end: Callable[[], None],
+        on_step: Callable[[float, float], None] = lambda *_: None,
+    ) -> None:
         super().__init__()
-        self._unwanted, self._at_end = unwanted, at_end
+        self._unwanted, self._at_end, self._on_step = unwanted, at_end, on_step
+        self._came: float | None = None
         self.alone = False
 
     def put(self, item: Any, block: bool = True, timeout: float | None = None) -> None:
         if self.alone and isinstance(item, (tuple, server.Response)) and self._unwanted():
             raise ClientGone
+        if isinstance(item, server.Response):
+            before, self._came = self._came, time.monotonic()
+            if before is not None:
+                self._on_step(before, self._came)
         super().put(item, block, timeout)
         if item is None or isinstance(item, Exception):
             self._at_end()
@@ -239,7 +251,7 @@ class Generator(server.ResponseGenerator):
         request.prepared = self._prepare(request, generation_args)
         self.metrics.prompt(len(request.prepared[0]))
         client: Client = request.client
-        responses = Responses(lambda: client.left or self._stop, request.is_generated)
+        responses = Responses(lambda: client.left or self._stop, request.is_generated, self.metrics.step)
         self.requests.put((responses, request, generation_args))
         found = self._take(responses, client)
         text = _Text(self.model_provider.tokenizer, found.prompt, stops)

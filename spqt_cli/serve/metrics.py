@@ -1,11 +1,11 @@
 """What the server counts, and the text that Prometheus reads (exposition format 0.0.4)."""
 
 import threading
-import time
 from collections import Counter, deque
 from collections.abc import Iterable
 
-WINDOW_SECONDS = 10.0  # over which the rate of tokens is taken
+WINDOW_SECONDS = 10.0  # of decoding, over which the rate of tokens is taken
+SAMPLE_SECONDS = 0.1  # of decoding, between two that are kept
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 Sample = tuple[dict[str, str], float]
@@ -21,17 +21,29 @@ class Metrics:
         self._lock = threading.Lock()
         self.tokens = self.prompt_tokens = 0
         self._requests: Counter[tuple[str, str]] = Counter()
-        self._recent: deque[tuple[float, int]] = deque([(time.monotonic(), 0)])  # (when, tokens till then)
+        self._seconds, self._decoded = 0.0, 0  # spent decoding, and the tokens that came of it
+        self._until = 0.0  # what was decoded till then is counted
+        self._recent: deque[tuple[float, int]] = deque([(0.0, 0)])  # those two as they were
         self._skipped = self._of_tokens = 0.0
 
     def token(self) -> None:
         """One token was generated."""
         with self._lock:
             self.tokens += 1
-            now = time.monotonic()
-            if now - self._recent[-1][0] > 0.1:
-                self._recent.append((now, self.tokens))
-            self._forget(now)
+
+    def step(self, before: float, now: float) -> None:
+        """A decode step gave a request a token at `now`; `before`, it had its last one. Both in seconds.
+
+        Requests that decode together share the time that they take.
+        """
+        with self._lock:
+            self._seconds += max(0.0, now - max(before, self._until))
+            self._until = max(now, self._until)
+            self._decoded += 1
+            if self._seconds - self._recent[-1][0] > SAMPLE_SECONDS:
+                self._recent.append((self._seconds, self._decoded))
+            while len(self._recent) > 1 and self._recent[1][0] <= self._seconds - WINDOW_SECONDS:
+                self._recent.popleft()
 
     def prompt(self, tokens: int) -> None:
         """A prompt was taken."""
@@ -55,18 +67,11 @@ class Metrics:
         return self._skipped / self._of_tokens if self._of_tokens else 0.0
 
     def tokens_per_second(self) -> float:
-        """Of all requests together, over the last seconds."""
+        """Of all requests together, over the last seconds spent decoding; 0 before there were any."""
         with self._lock:
-            now = time.monotonic()
-            self._forget(now)
-            since, before = self._recent[0]
-            return (self.tokens - before) / max(now - since, 1.0)
-
-    def _forget(self, now: float) -> None:
-        while len(self._recent) > 1 and self._recent[1][0] < now - WINDOW_SECONDS:
-            self._recent.popleft()
-        if now - self._recent[-1][0] > WINDOW_SECONDS:
-            self._recent = deque([(now, self.tokens)])
+            seconds, tokens = self._recent[0]
+            spent = self._seconds - seconds
+            return (self._decoded - tokens) / spent if spent else 0.0
 
     def requests(self) -> list[Sample]:
         """Each path and status with its count."""

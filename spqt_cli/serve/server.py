@@ -23,7 +23,7 @@ from spqt_cli.serve.admission import Admission
 from spqt_cli.serve.fields import Served
 from spqt_cli.serve.generator import Generator, PromptCache, Provider
 from spqt_cli.serve.guard import Guard, is_loopback
-from spqt_cli.serve.metrics import Metrics, line
+from spqt_cli.serve.metrics import WINDOW_SECONDS, Metrics, line
 from spqt_cli.version import __version__
 
 WARM_UP_PROMPT = "Write a story."
@@ -35,6 +35,12 @@ UNUSED = {
     "kv_group_size": 64,
     "quantized_kv_start": 0,
 }
+SPARSITY = "Sparsity that thresholds aim at, 0 to 1."
+SKIPPED = "Share of the Zigzag weights skipped, 0 to 1, mean of all tokens decoded."
+RATE = (
+    f"Tokens decoded per second of decoding, all requests, over its last {WINDOW_SECONDS:.0f} seconds; "
+    "prompts and idle time do not count."
+)
 LATE_REQUEST = b"HTTP/1.0 429 Too Many Requests\r\nRetry-After: 1\r\nContent-Length: 0\r\n\r\n"
 
 
@@ -131,9 +137,14 @@ class Server(ThreadingHTTPServer):
         rows = (
             ("info", "gauge", "What runs.", [(about, 1.0)]),
             ("healthy", "gauge", "1 where requests are served.", float(self.generator.is_healthy)),
-            ("sparsity", "gauge", "Sparsity that thresholds aim at.", (loaded and loaded.sparsity) or 0.0),
-            ("skipped_share", "gauge", "Zigzag weights skipped per token decoded.", metrics.skipped_share),
-            ("tokens_per_second", "gauge", "Tokens generated, all requests.", metrics.tokens_per_second()),
+            (
+                "sparsity",
+                "gauge",
+                "Sparsity that thresholds aim at, 0 to 1.",
+                (loaded and loaded.sparsity) or 0.0,
+            ),
+            ("skipped_share", "gauge", SKIPPED, metrics.skipped_share),
+            ("tokens_per_second", "gauge", RATE, metrics.tokens_per_second()),
             ("generated_tokens_total", "counter", "Tokens generated.", float(metrics.tokens)),
             ("prompt_tokens_total", "counter", "Tokens of prompts.", float(metrics.prompt_tokens)),
             ("requests_total", "counter", "Requests by path and status.", metrics.requests()),
@@ -226,7 +237,8 @@ class Service:
 def serve(service: Service, said: Callable[[str], None]) -> None:
     """Run a service in the main thread until SIGTERM or SIGINT, which end the process with 0.
 
-    said: is given the start line and notes. Raises SpqtError where it can't begin or breaks down.
+    said: is given notes, the start line and the last one, which begins anew after a terminal's ^C. Raises
+    SpqtError where it can't begin or breaks down.
     """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: service.ending.set())
@@ -238,6 +250,8 @@ def serve(service: Service, said: Callable[[str], None]) -> None:
             said(service.start_line())
             service.run()
         service.close()
+    with contextlib.suppress(OSError, RuntimeError):
+        said("\nspqt: the server has ended" if sys.stderr.isatty() else "spqt: the server has ended")
     _leave(0)
 
 

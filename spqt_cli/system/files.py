@@ -64,21 +64,26 @@ def expanded(path: Path | str) -> Path:
 
 
 def near(path: Path | str) -> str:
-    """The end of a hint where something of a similar name lies beside a path that is not there; else "".
+    """The end of a hint where something of a similar name lies beside a path that is not there; else ""."""
+    found = near_paths(path)
+    return f"; near it: {', '.join(map(str, found))}" if found else ""
+
+
+def near_paths(path: Path | str) -> list[Path]:
+    """What has a similar name and lies beside a path that is not there, the most similar first.
 
     Of a path whose folder is not there, what is like that folder.
     """
     missing = expanded(path)
     if missing.exists():
-        return ""
+        return []
     while not missing.parent.is_dir() and missing.parent != missing:
         missing = missing.parent
     try:
         names = [one.name for one in itertools.islice(missing.parent.iterdir(), MOST_NAMES)]
     except OSError:
-        return ""
-    found = difflib.get_close_matches(missing.name, names, 3)
-    return f"; near it: {', '.join(str(missing.parent / name) for name in found)}" if found else ""
+        return []
+    return [missing.parent / name for name in difflib.get_close_matches(missing.name, names, 3)]
 
 
 def read_bounded(path: Path, longest: int = LONGEST_TEXT) -> bytes:

@@ -58,6 +58,13 @@ def test_no_calibration_or_no_recorded_kl_warns_of_nothing(poor):
 def test_inspect_shows_cost_and_warning(calibrated):
     summary = describe.describe(str(calibrated))
     kl = summary.calibration["kl"]
-    assert f"sparsity 0.4, realised {summary.calibration['realised']}, kl {kl}" in summary.text()
+    realised, tokens = (summary.calibration[key] for key in ("realised", "tokens"))
+    assert (
+        f"for 40% sparsity, {realised:.1%} of the Zigzag weights skipped on held-out text, KL to dense "
+        f"{kl:.3f} nats per token, thresholds from {tokens} tokens\n"
+    ) in summary.text()
+    odd = {"method": ["x"], "sparsity": 0.4, "realised": "much", "tokens": 10**400}
+    said = dataclasses.replace(summary, calibration=odd).text()
+    assert f"for 40% sparsity, realised much, tokens {10**400}\n" in said
     bad = dataclasses.replace(summary, calibration={**summary.calibration, "kl": 0.25})
     assert "warning: the text will suffer" in bad.text()

@@ -94,6 +94,10 @@ def test_peft_and_fuse_by_command(calibrated, tmp_path):
     assert spqt("verify", tmp_path / "fused").returncode == 0
     assert_error(spqt("fuse", calibrated, tmp_path / "adapter", "-o", tmp_path / "fused"), 7, "not empty")
     assert_error(spqt("adapter", tmp_path / "peft", "-o", tmp_path / "adapter"), 7, "not empty")
+    near = ("is not found", f"near it: {tmp_path / 'peft'}")
+    assert_error(spqt("adapter", tmp_path / "pef", "-o", tmp_path / "new"), 3, *near)
+    weights = tmp_path / "adapter" / "adapters.safetensors"
+    assert_error(spqt("adapter", weights, "-o", tmp_path / "new"), 3, "is no folder")
 
 
 def test_a_peft_adapter_is_recognized(converted, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -125,15 +126,19 @@ def test_compare_shows_each_sparsity(calibrated):
     assert result.returncode == 0, result.stderr.decode()
     for word in (b"dense", b"30%", b"KL to dense", b"skipped: of the Zigzag", b"kipping"):
         assert word in result.stdout
+    steps = ("answering: dense", "warming up", "perplexity of the answers", "scoring windows")
+    assert re.findall(r"^  0%  (.*)$", result.stderr.decode(), re.M) == [*steps]
 
 
 def test_compare_reads_the_prompt_as_generate_does(calibrated):
     flags = ("--model", calibrated, "--sparsity", "0", "-m", "4", "--json")
-    piped, typed = (
-        json.loads(spqt("compare", *flags, "-p", prompt, stdin=b"the fox").stdout)
-        for prompt in ("-", "the fox")
+    piped, typed, alone, beside = (
+        json.loads(spqt("compare", *prompt, *flags, stdin=b"the fox").stdout)
+        for prompt in (("-p", "-"), ("-p", "the fox"), ("the fox",), (calibrated, "the fox"))
     )
-    assert piped[0]["text"] == typed[0]["text"]
+    assert piped[0]["text"] == typed[0]["text"] == alone[0]["text"] == beside[0]["text"]
+    assert_error(spqt("compare", calibrated, "the", "-p", "fox"), 2, "two prompts")
+    assert spqt("compare", *flags, "-p", "the fox").stderr == b""
     assert piped[0]["statistics"]["prompt_tokens"] == typed[0]["statistics"]["prompt_tokens"]
 
 
@@ -298,7 +303,38 @@ def test_a_wrong_flag_is_a_json_object_where_json_was_asked(converted):
 
 
 def test_usage_names_the_command_as_it_was_typed():
-    assert b"Usage: spqt inspect" in process("inspect", "--nosuch").stderr
+    said = process("inspect", "--nosuch").stderr.decode()
+    assert said == "spqt: no such option: --nosuch\n  hint: spqt inspect -h shows what it takes\n"
+
+
+@pytest.mark.parametrize(
+    ("typed", "cause", "hint"),
+    [
+        ("calibrat x", "no such command 'calibrat'", "did you mean 'calibrate'? spqt -h lists the commands"),
+        ("run m --promt hi", "no such option: --promt", "did you mean --prompt, --prompt-file or --system"),
+        ("calibrate", "missing argument 'model'", "for example: spqt calibrate my-model"),
+        ("calibrate m --sparsity half", "--sparsity half: input should be a valid number", "calibrate -h"),
+        ("run m hi -m=ten", "-m=ten: input should be a valid integer", "spqt run -h"),
+        ("calibrate m --seed -3", "--seed -3: input should be greater than", "spqt calibrate -h"),
+        ("run m hi there", "too many arguments: there", "spqt run -h"),
+        ("run m -p", "option '-p' requires an argument", "spqt run -h"),
+        ("profile what", "action: 'what' is not one of 'show', 'clear'", "spqt profile -h"),
+        ("--nosuch", "no such option: --nosuch", "spqt -h"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line_and_a_hint(typed, cause, hint):
+    result = spqt(*typed.split())
+    assert_error(result, 2)
+    first, second = result.stderr.decode().splitlines()
+    assert first.startswith(f"spqt: {cause}")
+    assert second.startswith("  hint: ")
+    assert hint in second
+
+
+def test_without_a_command_the_help_is_shown():
+    result = spqt()
+    assert result.returncode == 2
+    assert "Commands:" in (result.stdout + result.stderr).decode()
 
 
 def test_fault_45_without_mlx_the_install_command_is_shown(tmp_path):

@@ -56,7 +56,9 @@ def an_adapter(at: Places) -> Path:
 Line = Callable[[Places], list[object]]
 TIMES = ["-p", 4, "-g", 2, "-r", 2]
 LINES: dict[str, Line] = {
-    "convert": lambda at: ["convert", at.source, "-o", at.new, "--q-group-size", 32, "--dry-run"],
+    "convert": lambda at: [
+        "convert", at.source, "-o", at.new, "--q-group-size", 32, "--dry-run", "--fit", "gptq", "--calibrate",
+    ],
     "convert --calibrate": lambda at: [
         "convert", at.source, "-o", at.new, "--sparsity", 0.3, "--preset", at.preset(),
     ],

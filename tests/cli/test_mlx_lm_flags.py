@@ -98,6 +98,17 @@ def test_verbose_is_quiet_the_other_way(calibrated: Path):
     assert spqt(*words, "false").stderr == b""
 
 
+def test_why_more_is_read_than_stored_is_told_where_it_was_asked(calibrated: Path, monkeypatch):
+    from spqt_cli.decode import session
+
+    monkeypatch.setattr(session, "more_than_stored", lambda *_: "the reason")
+    words = ("generate", "--model", calibrated, "-p", "fox", "-m", 2)
+    plain, verbose = (spqt(*words, *more).stderr for more in ((), ("--verbose", "True")))
+    assert b"MB of weights a token" in plain
+    assert b"the reason" not in plain
+    assert b"\n  the reason\n" in verbose
+
+
 @pytest.fixture
 def cached(calibrated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The beginning of a prompt, as mlx-lm's own command stores it."""

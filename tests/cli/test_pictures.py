@@ -30,7 +30,8 @@ def texts(svg: Path) -> list[str]:
 
 def test_inspect_draws_every_layer_and_the_inputs_of_one(calibrated: Path, tmp_path: Path):
     path = tmp_path / "model.svg"
-    assert spqt("inspect", calibrated, "--plot", path).returncode == 0
+    result = spqt("inspect", calibrated, "--plot", path)
+    assert (result.returncode, result.stderr.decode()) == (0, f"wrote {path}\n")
     written = texts(path)
     folder = Folder(calibrated)
     rows = folder.calibration.record["layers"]
@@ -62,15 +63,18 @@ def test_calibrate_and_bench_and_compare_draw(converted: Path, tmp_path: Path):
     folder = tmp_path / "model"
     shutil.copytree(converted, folder)
     flags = ("--sparsity", 0.3, "--tokens", 1024, "--method", "fast")
-    assert spqt("calibrate", folder, *flags, "--plot", tmp_path / "a.svg").returncode == 0
+    assert (
+        f"wrote {tmp_path / 'a.svg'}"
+        in spqt("calibrate", folder, *flags, "--plot", tmp_path / "a.svg").stderr.decode()
+    )
     assert "up_proj" in texts(tmp_path / "a.svg")
     bench = spqt("bench", folder, "-p", 0, "-g", 4, "-r", 2, "--plot", tmp_path / "b.svg", "--json")
-    assert bench.returncode == 0, bench.stderr.decode()
+    assert (bench.returncode, bench.stderr) == (0, b"")
     assert {"tg4 at depth 0", "tokens per second", "stock mlx-lm", "25", "50"} <= set(
         texts(tmp_path / "b.svg")
     )
     compared = ("compare", folder, "-p", "fox", "-m", 4, "--sparsity", "0,0.3", "--plot", tmp_path / "c.png")
-    assert spqt(*compared).returncode == 0
+    assert f"wrote {tmp_path / 'c.png'}" in spqt(*compared).stderr.decode()
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
 
 

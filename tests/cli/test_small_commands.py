@@ -79,7 +79,7 @@ def test_profile_without_a_cache_folder(tmp_path: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize(("typed", "meant"), [("genrate", "generate"), ("calibrat", "calibrate")])
 def test_an_unknown_command_names_its_nearest(typed: str, meant: str):
-    assert_error(spqt(typed), 2, f"Did you mean '{meant}'")
+    assert_error(spqt(typed), 2, f"did you mean '{meant}'")
 
 
 def test_help_cuts_no_sentence(monkeypatch: pytest.MonkeyPatch):
@@ -131,13 +131,24 @@ def test_ctrl_c_says_whether_the_same_command_goes_on(
     result = spqt(command, calibrated)
     assert result.returncode == 130
     assert (b"the same command goes on" in result.stderr) == says
+    assert (result.stderr == b"spqt: interrupted\n") != says
 
 
 def test_calibrate_ends_with_a_judgement_and_what_is_next(converted: Path, tmp_path: Path):
     folder = tmp_path / "a model"
     shutil.copytree(converted, folder)
     flags = ("--sparsity", 0.3, "--tokens", 1024, "--method", "fast")
-    *_, judgement, after = spqt("calibrate", folder, *flags).stderr.decode().splitlines()
+    result = spqt("calibrate", folder, *flags)
+    text = (
+        "1024 tokens of the shipped text: 512 to find thresholds, 512 held out, of which 256 are prompt and"
+    )
+    assert f"\n{text} 256 scored\n" in result.stdout.decode()
+    assert re.search(
+        r"calibrated: method fast, for 30% sparsity, \d\d\.\d% of the Zigzag weights skipped on "
+        r"held-out text, KL to dense \d\.\d{3} nats per token, thresholds from 512 tokens\n",
+        spqt("inspect", folder).stdout.decode(),
+    )
+    *_, judgement, after = result.stderr.decode().splitlines()
     assert re.fullmatch(r"KL to dense \d\.\d{3} on held-out text: .*, perplexity about \+\d+%", judgement)
     assert after == f"next: spqt compare '{folder}' --prompt \"Hello\""
     assert b"next" not in spqt("calibrate", folder, *flags, "-q").stderr
@@ -186,6 +197,18 @@ def test_a_source_in_place_of_a_converted_folder(checkpoint: Path, tmp_path: Pat
     (tmp_path / "model.gguf").touch()
     for source in (tmp_path / "model.gguf", checkpoint):
         assert_error(spqt("run", source, "hello"), 3, f"convert it first: spqt convert {source}")
+    for asked in (tmp_path, tmp_path / "modle.gguf"):  # the folder that holds it, and a mistyped name
+        for command in (["run", asked, "hello"], ["calibrate", asked], ["bench", asked]):
+            assert_error(spqt(*command, "-q"), 3, f"first: spqt convert {tmp_path / 'model.gguf'} -o")
+    assert_error(spqt("convert", tmp_path, "-o", tmp_path / "out"), 3, "holds model.gguf: name that")
+
+
+def test_a_gguf_file_is_offered_to_convert_alone(tmp_path: Path):
+    for command in (["run", tmp_path, "hello"], ["calibrate", tmp_path], ["verify", tmp_path]):
+        result = spqt(*command)
+        assert_error(result, 3, "has no config.json", "give a converted folder")
+        assert b".gguf" not in result.stderr
+    assert_error(spqt("convert", tmp_path), 3, "a hub id or a .gguf file")
 
 
 @pytest.mark.parametrize("name", ["text.txt", "questions.jsonl", "mine.toml", "prefix.safetensors"])

@@ -1,6 +1,8 @@
 """Model-running commands live in a child process: what ends it, the parent says in a line."""
 
+import contextlib
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -9,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from spqt_cli.cli import main, worker
+from spqt_cli.cli import ending, main, worker
+from spqt_cli.errors import Terminated
 
 
 def start(calibrated: Path, tokens: int, **how) -> tuple[subprocess.Popen, int]:
@@ -54,17 +57,69 @@ def test_fault_54_terminate_ends_both(calibrated):
     assert not Path(f"/proc/{child}").exists()
 
 
+@linux
+def test_sigterm_ends_a_worker_that_does_not_hear_it(calibrated):
+    """As within a long call of MLX: here it is stopped."""
+    parent, child = start(calibrated, 100_000)
+    time.sleep(0.5)
+    os.kill(child, signal.SIGSTOP)
+    parent.terminate()
+    _, error = parent.communicate(timeout=60)
+    assert (parent.returncode, error) == (143, b"")
+    assert not Path(f"/proc/{child}").exists()
+
+
 def test_sigterm_is_the_systems_again_once_a_command_has_ended(monkeypatch):
     """Raised while the interpreter ends, ours would print a traceback."""
     before = signal.getsignal(signal.SIGTERM)
     seen = []
-    monkeypatch.setattr(main, "_main", lambda: seen.append(signal.signal(signal.SIGTERM, main._terminate)))
+    monkeypatch.setattr(main, "_main", lambda: seen.append(signal.getsignal(signal.SIGTERM)))
     try:
         main.main()
-        assert seen
+        assert seen == [ending.terminate]
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+SWALLOWS = """
+import os, signal, sys, time
+from spqt_cli.cli import ending
+
+class Dropped:
+    def __del__(self):  # Python drops what is raised here
+        os.kill(os.getpid(), getattr(signal, sys.argv[1]))
+
+try:
+    with ending.by_exceptions():
+        print("begun", flush=True)
+        Dropped()
+        time.sleep(60)
+except BaseException as error:
+    print(type(error).__name__, flush=True)
+"""
+
+
+@pytest.mark.parametrize(("number", "ends"), [("SIGTERM", "Terminated"), ("SIGINT", "KeyboardInterrupt")])
+def test_a_signal_in_a_destructor_is_not_lost_nor_printed(number, ends):
+    result = subprocess.run(
+        [sys.executable, "-c", SWALLOWS, number], capture_output=True, text=True, check=False, timeout=30
+    )
+    assert result.stderr == ""
+    assert result.stdout.split() == ["begun", ends]
+
+
+def test_sigterm_twice_at_once_is_one(monkeypatch):
+    """`timeout` tells the group, and so both; a parent passes on what it was told."""
+    monkeypatch.setattr(ending, "_told", -ending.BOTH_TOLD)
+    now = [100.0]
+    monkeypatch.setattr(ending.time, "monotonic", lambda: now[0])
+    with pytest.raises(Terminated):
+        ending.terminate(signal.SIGTERM, None)
+    ending.terminate(signal.SIGTERM, None)
+    now[0] += 5
+    with pytest.raises(Terminated):
+        ending.terminate(signal.SIGTERM, None)
 
 
 @linux
@@ -81,6 +136,23 @@ def test_an_interrupt_outside_a_terminal_ends_both(calibrated, group):
     assert parent.returncode == 130
     assert "Traceback" not in error.decode()
     assert not Path(f"/proc/{child}").exists()
+
+
+@linux
+def test_ctrl_c_amid_an_answer_ends_the_line_and_says_so(calibrated):
+    """In a terminal, which echoes ^C behind the text and interrupts parent and worker both."""
+    command = [sys.executable, "-m", "spqt_cli", "run", str(calibrated), "fox", "-m", "100000", "--quiet"]
+    process, terminal = pty.fork()
+    if not process:
+        os.execv(sys.executable, command)
+    shown = os.read(terminal, 1000)  # waits for the first text
+    os.write(terminal, b"\x03")
+    with contextlib.suppress(OSError):  # the terminal's end
+        while more := os.read(terminal, 1000):
+            shown += more
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 130
+    assert shown.endswith(b"^C\r\nspqt: interrupted\r\n")
 
 
 @linux
@@ -116,6 +188,7 @@ def test_only_commands_that_run_models_get_a_worker(monkeypatch):
     assert worker.wanted(["convert", "x", "--calibrate"])
     assert worker.wanted(["convert", "x", "--sparsity=0.4"])
     assert not worker.wanted(["convert", "generate"])
+    assert not worker.wanted(["convert", "x", "--calibrate", "--dry-run"])
     assert not worker.wanted(["generate", "--help"])
     assert not worker.wanted(["--version"])
     monkeypatch.setenv(worker.MARK, "1")

@@ -144,7 +144,7 @@ def test_not_calibrated(converted, text):
 
 
 def test_text_too_short(calibrated, text):
-    with pytest.raises(SpqtError, match="tokens needed"):
+    with pytest.raises(SpqtError, match=r"has \d+ tokens, 10000 windows of 64 need 640000"):
         perplexity.evaluate(calibrated, text, EvaluateOptions(windows=10000, window=64), quiet)
 
 

@@ -147,6 +147,7 @@ def test_the_command_draws(calibrated, checkpoint, tmp_path: Path):
         "eval", calibrated, text, "--windows", 1, "--baseline", checkpoint, "--rows", "--plot", path
     )
     assert result.returncode == 0, result.stderr.decode()
+    assert result.stderr.decode().endswith(f"\nwrote {path}\n")
     assert {"text.txt, 1 windows", "row-grouped", "40%"} <= set(texts_of(ET.parse(path).getroot()))
 
 

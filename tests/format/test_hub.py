@@ -187,6 +187,7 @@ def test_what_calibrate_uploads_has_thresholds_and_a_card_that_the_hub_reads(
 def test_upload(hub: Hub, tmp_path: Path, checkpoint: Path) -> None:
     done = spqt(hub, tmp_path, "convert", checkpoint, "-o", "out", "--upload-repo", "me/mine")
     assert done.returncode == 0, done.stderr
+    assert "uploaded to me/mine\n" in done.stderr
     assert hub.uploads["me/mine"].keys() >= {
         "config.json",
         "model.safetensors",

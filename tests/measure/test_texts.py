@@ -58,9 +58,20 @@ def test_fault_48_missing(tmp_path):
 def test_fault_49_too_short_names_both_counts(tmp_path):
     text = texts.read(written(tmp_path, b"x" * 100))
     rows = texts.windows(texts.tokens(text, Words()), 32)
-    with pytest.raises(SpqtError, match="128 tokens needed, 96 found") as caught:
+    with pytest.raises(SpqtError, match="has fewer than 128 tokens, 4 windows of 32 need 128") as caught:
         texts.need(rows, 4, text)
     assert caught.value.exit_code == 3
+    for flag, says in (
+        ("--windows", "at most --windows 3"),
+        ("--tokens", "at most --tokens 96"),
+        ("", "text"),
+    ):
+        with pytest.raises(SpqtError, match="has 101 tokens, 4 windows of 32 need 128") as caught:
+            texts.need(rows, 4, text, 101, flag)
+        assert caught.value.hint.endswith(says)
+    with pytest.raises(SpqtError, match="1 window of 32 needs 32") as caught:
+        texts.need(rows[:0], 1, text, 7, "--windows")
+    assert "--windows" not in caught.value.hint
     texts.need(rows, 3, text)
 
 

@@ -24,20 +24,30 @@ def test_the_text_is_what_prometheus_reads():
     )
 
 
-def test_the_rate_is_of_the_last_seconds(monkeypatch):
-    now = [100.0]
-    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
+def decode(counts: metrics.Metrics, since: float, tokens: int, seconds: float) -> float:
+    """A request's steps, `seconds` each, after a token at `since`; when the last one came."""
+    for step in range(tokens):
+        counts.step(since + step * seconds, since + (step + 1) * seconds)
+    return since + tokens * seconds
+
+
+def test_the_rate_is_of_the_last_seconds_of_decoding():
     counts = metrics.Metrics()
     assert counts.tokens_per_second() == 0
-    for _ in range(200):
-        now[0] += 0.05
-        counts.token()
-    assert counts.tokens_per_second() == pytest.approx(20, rel=0.05)
-    now[0] += 5
-    assert counts.tokens_per_second() == pytest.approx(10, rel=0.1)
-    now[0] += 30
-    assert counts.tokens_per_second() == 0
-    assert counts.tokens == 200
+    end = decode(counts, 1000.0, 8, 0.05)
+    assert counts.tokens_per_second() == pytest.approx(20)  # not of the seconds before
+    end = decode(counts, end + 3600, 8, 0.05)
+    assert counts.tokens_per_second() == pytest.approx(20)  # nor of those between two answers
+    end = decode(counts, end, 150, 0.1)
+    assert counts.tokens_per_second() == pytest.approx(10, rel=0.02)  # the answers before are forgotten
+
+
+def test_requests_that_decode_together_share_their_time():
+    counts = metrics.Metrics()
+    for step in range(100):
+        for late in (0.0, 0.001, 0.002):
+            counts.step(5 + step / 20 + late, 5 + (step + 1) / 20 + late)
+    assert counts.tokens_per_second() == pytest.approx(60, rel=0.01)
 
 
 def test_the_skipped_share_is_the_mean_over_tokens():

@@ -408,6 +408,7 @@ def test_metrics_say_what_runs_and_how_fast(alone):
     time.sleep(1.2)  # between readings of what was skipped
     client(alone).completions.create(model=NAME, prompt="fox", max_tokens=30)
     found = {}
+    assert "# HELP spqt_tokens_per_second Tokens decoded per second of decoding" in metrics(alone)
     for row in metrics(alone).splitlines():
         if not row.startswith("#"):
             name, _, value = row.rpartition(" ")

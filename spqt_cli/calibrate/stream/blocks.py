@@ -37,9 +37,14 @@ def weights_bytes(folder: Path) -> int:
 
 def fit_in_memory(folder: Path) -> bool:
     """True where the weights of a folder fit in the memory that is available."""
+    return bytes_fit(weights_bytes(folder))
+
+
+def bytes_fit(size: int) -> bool:
+    """True where weights of so many bytes do."""
     import psutil
 
-    return weights_bytes(folder) <= MEMORY_FRACTION * psutil.virtual_memory().available
+    return size <= MEMORY_FRACTION * psutil.virtual_memory().available
 
 
 class _Walked(Exception):
