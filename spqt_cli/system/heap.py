@@ -23,4 +23,4 @@ def _malloc_trim() -> Callable[[int], int] | None:
         return None
     call.argtypes = [ctypes.c_size_t]
     call.restype = ctypes.c_int
-    return call  # type: ignore[no-any-return]
+    return call
