@@ -5,7 +5,7 @@ The estimates are those that a fit and a calibration begin with, here from the p
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import psutil
@@ -15,12 +15,10 @@ from spqt_cli.calibrate.stream import blocks
 from spqt_cli.convert.convert import Rehearsal, Step
 from spqt_cli.convert.plan import ZIGZAG
 from spqt_cli.fit import cost, fit
-from spqt_cli.fit.text import TextOptions
 from spqt_cli.measure import texts
 
 if TYPE_CHECKING:
     from spqt_cli.calibrate.options import CalibrateOptions
-    from spqt_cli.decode.layers import ZigzagLinear
     from spqt_cli.fit.options import FitOptions
 
 
@@ -57,17 +55,9 @@ def fitting(found: Rehearsal, wishes: "FitOptions") -> Step:
         texts.read(wishes.data)
     options = wishes.settled()
     own, steps = options.own or 0, (options.steps or 0) if options.method == "full" else 0
-    used = own + (0 if options.data is None else TextOptions().most)
-    # A mixture's experts are rounded plainly. Of a layer the estimate asks for inputs and outputs alone.
+    # A mixture's experts are rounded plainly.
     matrices = [shape for shape in shapes(found).values() if shape.num_experts == 1]
-    seconds = cost.seconds(
-        cast("list[ZigzagLinear]", matrices),
-        found.plan.weights,
-        own=own * options.window,
-        rounded_on=min(used, options.rounded_on or 0) * options.window,
-        steps=steps,
-        batch=(options.batch or 0) * options.window,
-    )
+    seconds = cost.of_options(matrices, found.plan.weights, options)
     memory, said = _memory(found) if own else (None, "")
     text = [f"{own} texts of {options.window} tokens that the source writes"] if own else []
     text += [str(options.data)] if options.data is not None else []

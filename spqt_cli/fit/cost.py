@@ -1,12 +1,14 @@
 """How long a fit will take on this machine, from its arithmetic and a product that is timed now."""
 
 from collections.abc import Iterable
+from typing import Protocol
 
-from spqt_cli.decode.layers import ZigzagLinear
+from spqt_cli.fit.options import FitOptions
+from spqt_cli.fit.text import TextOptions
 from spqt_cli.measure import many_rows
 from spqt_cli.measure.duration import speed, words
 
-__all__ = ["seconds", "words"]
+__all__ = ["of_options", "seconds", "words"]
 
 # How much longer than at the timed product's speed, on SmolLM2-135M and two CPU cores
 PASSES = 3.5  # two models over the text, with all that is no product
@@ -20,8 +22,31 @@ HOST_TRAINING = 0.01  # each layer and step
 WRITTEN = 512  # steps of writing: all texts take them together
 
 
+class Sized(Protocol):
+    """What is asked of a layer: as of a ZigzagLinear."""
+
+    @property
+    def inputs(self) -> int: ...
+    @property
+    def outputs(self) -> int: ...
+
+
+def of_options(layers: Iterable[Sized], weights: int, options: FitOptions) -> float:
+    """As `seconds`, of a fit with these options, settled, and text enough."""
+    own = options.own or 0
+    texts = own + (0 if options.data is None else TextOptions().most)
+    return seconds(
+        layers,
+        weights,
+        own=own * options.window,
+        rounded_on=min(texts, options.rounded_on or 0) * options.window,
+        steps=(options.steps or 0) if options.method == "full" else 0,
+        batch=(options.batch or 0) * options.window,
+    )
+
+
 def seconds(
-    layers: Iterable[ZigzagLinear], weights: int, own: int, rounded_on: int, steps: int, batch: int
+    layers: Iterable[Sized], weights: int, own: int, rounded_on: int, steps: int, batch: int
 ) -> float:
     """The expected time, give or take a half.
 

@@ -261,18 +261,8 @@ class _Fit:
         """Tell how long it will take, before it begins."""
         from mlx_lm.utils import get_total_parameters
 
-        options = self._options
-        own = options.own or 0
-        texts_used = own + (0 if options.data is None else text.TextOptions().most)
-        steps = (options.steps or 0) if options.method == "full" else 0
-        expected = cost.seconds(
-            linear_layers(loaded.model).values(),
-            get_total_parameters(loaded.model),
-            own=own * options.window,
-            rounded_on=min(texts_used, options.rounded_on or 0) * options.window,
-            steps=steps,
-            batch=(options.batch or 0) * options.window,
-        )
+        layers, weights = linear_layers(loaded.model).values(), get_total_parameters(loaded.model)
+        expected = cost.of_options(layers, weights, self._options)
         note(f"fitting takes {cost.words(expected)} here; an interrupted run goes on where it stopped")
 
     def _text(self, loaded: session.Loaded) -> text.FitText:

@@ -1,28 +1,29 @@
 """Steps of one token for many texts at once on the CPU: what sampling a batch is made of.
 
 MLX's own CPU build takes many times as long: its products run at a few GFLOP/s, its exp at a fourth of
-numpy's speed, and its attention at an eighth, as that of our extension, which is made for one text. So
-attention and activations go through numpy, and products through our extension with weights in 8 bits: at 64
-rows it takes two thirds of the time of numpy's BLAS, whose threads moreover are slow on a busy machine.
-On a GPU everything here steps aside. Nothing here can be differentiated. It knows no sampling.
+numpy's speed, and its attention at an eighth. So attention and activations go through numpy, and products
+through our extension with weights in 8 bits, the rows of all texts as those of one prompt: that takes the
+time of numpy's BLAS, whose threads are slow on a busy machine, and two thirds of that of rows computed each
+as alone. On a GPU everything here steps aside. Nothing here can be differentiated. It knows no sampling.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
 from mlx import nn
 from mlx.utils import tree_unflatten
 
-from spqt_cli.backends import cpu
+from spqt_cli.backends import cpu, select
 from spqt_cli.decode import foreign, hooks_cpu
+from spqt_cli.decode.layers import ZigzagLinear
 from spqt_cli.measure import many_rows
 from spqt_cli.measure.many_rows import host, unpacked
 
-BITS, GROUP_SIZES = 8, (64, 32)
+BITS, GROUP_SIZE = 8, 64
 SMALL_PRODUCT = 1 << 16  # multiplications: of more than 80,000 OpenBLAS takes five times as long for each
 
 
@@ -30,8 +31,8 @@ SMALL_PRODUCT = 1 << 16  # multiplications: of more than 80,000 OpenBLAS takes f
 def many_texts(model: nn.Module) -> Iterator[None]:
     """In this block `model`, given (texts, 1) tokens, computes as the module's text says, if on the CPU.
 
-    Where our extension runs, its plain linear layers and embeddings are held in 8 bits as well, and exchanged
-    for these; a layer whose inputs are no whole number of groups stays as it is.
+    Where our extension runs, plain linear layers, and embeddings that are heads, are held in 8 bits as well,
+    in the Zigzag layout, and these compute.
     """
     if not many_rows.on_cpu():
         yield
@@ -48,20 +49,32 @@ def many_texts(model: nn.Module) -> Iterator[None]:
         yield
 
 
+class _Together(nn.Module):
+    """A plain layer in 8 bits: the rows of all texts are multiplied as those of one prompt."""
+
+    def __init__(self, plain: nn.Module) -> None:
+        super().__init__()
+        self.packed = ZigzagLinear.from_linear(plain, GROUP_SIZE, BITS)
+        mx.eval(self.packed.parameters())
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return _in_one(x, lambda rows: select.matmul(rows, self.packed))
+
+
+def _in_one(x: mx.array, product: Callable[[mx.array], mx.array]) -> mx.array:
+    """product of the rows of x (..., inputs) as those of one text."""
+    y = product(x.reshape(1, -1, x.shape[-1]))
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
 @contextmanager
 def _eight_bits(model: nn.Module | None) -> Iterator[None]:
-    """Put 8-bit twins in the place of a model's plain layers here."""
+    """Put 8-bit twins in the place of a model's plain linear layers here."""
     if model is None:
         yield
         return
-    plain = [(path, one) for path, one in model.named_modules() if type(one) in (nn.Linear, nn.Embedding)]
-    twins = []
-    for path, one in plain:
-        fitting = [size for size in GROUP_SIZES if one.weight.shape[-1] % size == 0]
-        if fitting:
-            twins.append((path, one.to_quantized(fitting[0], BITS)))
-            mx.eval(twins[-1][1].parameters())
-    model.update_modules(tree_unflatten(twins))
+    plain = [(path, one) for path, one in model.named_modules() if type(one) is nn.Linear]
+    model.update_modules(tree_unflatten([(path, _Together(one)) for path, one in plain]))
     try:
         yield
     finally:
@@ -70,16 +83,32 @@ def _eight_bits(model: nn.Module | None) -> Iterator[None]:
 
 def _layers(extension: bool) -> list[tuple[Any, str, Any]]:
     """What computes a product of many rows."""
-    if extension:
-        quantized, head = hooks_cpu.quantized_linear, hooks_cpu.as_linear
-    else:
-        quantized = lambda self, x: _product(x, unpacked(self), self.get("bias"))  # noqa: E731
-        head = lambda self, x: _product(x, unpacked(self), None)  # noqa: E731
+    if not extension:
+        return [
+            (nn.QuantizedLinear, "__call__", lambda self, x: _product(x, unpacked(self), self.get("bias"))),
+            (nn.QuantizedEmbedding, "as_linear", lambda self, x: _product(x, unpacked(self), None)),
+            (nn.Linear, "__call__", lambda self, x: _product(x, host(self.weight), self.get("bias"))),
+            (nn.Embedding, "as_linear", lambda self, x: _product(x, host(self.weight), None)),
+        ]
+    heads: dict[int, _Together] = {}
+
+    def plain_head(self: nn.Embedding, x: mx.array) -> mx.array:
+        if id(self) not in heads:
+            heads[id(self)] = _Together(self)
+        return cast(mx.array, heads[id(self)](x))
+
     return [
-        (nn.QuantizedLinear, "__call__", quantized),
-        (nn.QuantizedEmbedding, "as_linear", head),
-        (nn.Linear, "__call__", lambda self, x: _product(x, host(self.weight), self.get("bias"))),
-        (nn.Embedding, "as_linear", lambda self, x: _product(x, host(self.weight), None)),
+        (
+            nn.QuantizedLinear,
+            "__call__",
+            lambda self, x: _in_one(x, lambda rows: hooks_cpu.quantized_linear(self, rows)),
+        ),
+        (
+            nn.QuantizedEmbedding,
+            "as_linear",
+            lambda self, x: _in_one(x, lambda rows: hooks_cpu.as_linear(self, rows)),
+        ),
+        (nn.Embedding, "as_linear", plain_head),
     ]
 
 
