@@ -25,7 +25,7 @@ from spqt_cli.decode.layers import ZigzagLinear, linear_layers
 from spqt_cli.decode.session import Loaded
 from spqt_cli.fit import gptq, masks
 from spqt_cli.fit.hessian_gpu import inputs_of, on_device
-from spqt_cli.fit.products import Gram, gained, joined, masked, times
+from spqt_cli.fit.products import Gram, Values, gained, joined, masked, times
 from spqt_cli.fit.source_blocks import SourceBlocks
 from spqt_cli.fit.store import Store
 from spqt_cli.fit.suspended import Suspended, tap
@@ -213,7 +213,7 @@ class Compression:
             rows = self._masked(x, threshold)
             part = sums.fitted if self._chunks[c].start < self._fitted else sums.held_out
             name = f"input-{number}-{c}-{path}"
-            source = self._store.load(name) if self._store.has(name) else None
+            source = self._store.rows(name) if self._store.has(name) else None
             # where tokens went other ways, as to other experts, there is nothing to compare with
             part.add(rows, source if source is not None and source.size == x.size else rows)
         self._store.drop(f"input-{number}-*-{path}")
@@ -239,7 +239,7 @@ class Compression:
         window = self._windows.shape[1]
         return masks.decode_rows(x, window, window // 2)
 
-    def _masked(self, x: mx.array, threshold: float) -> mx.array:
+    def _masked(self, x: mx.array, threshold: float) -> Values:
         """x (..., inputs) with the small inputs of decode steps at zero."""
         steps = self._steps(x)
         return x if steps is None or not threshold else masked(x, steps, threshold)

@@ -10,6 +10,16 @@ import numpy as np
 from spqt_cli.format import layout
 from spqt_cli.measure import many_rows
 
+Values = Any  # activations: of MLX, or of numpy where this computes on the CPU
+
+
+def local(a: Values) -> Values:
+    """a as products take it: float32, on the CPU of numpy, without a copy where it is that already."""
+    if isinstance(a, np.ndarray):
+        return a
+    a = a.astype(mx.float32)
+    return np.array(a, copy=False) if many_rows.on_cpu() else a
+
 
 class Gram:
     """X^T X and (S - X)^T X, summed over rows: (inputs, inputs) float32 both."""
@@ -19,16 +29,14 @@ class Gram:
         self._hessian: Any = None
         self._cross: Any = None
 
-    def add(self, x: mx.array, source: mx.array) -> None:
+    def add(self, x: Values, source: Values) -> None:
         """Add rows of the compressed model's inputs x and of the source's, (..., inputs) both."""
-        x, source = (a.reshape(-1, a.shape[-1]).astype(mx.float32) for a in (x, source))
-        self.rows += len(x)
-        on_cpu = many_rows.on_cpu()
-        rows: Any = np.array(x, copy=False) if on_cpu else x
+        rows, other = (local(a.reshape(-1, a.shape[-1])) for a in (x, source))
+        self.rows += len(rows)
         self._hessian = self._added(self._hessian, rows.T @ rows)
-        other: Any = np.subtract(source, rows) if on_cpu else source - x
+        other = other - rows
         self._cross = self._added(self._cross, other.T @ rows)
-        if not on_cpu:
+        if not many_rows.on_cpu():
             mx.eval(self._hessian, self._cross)
 
     @staticmethod
@@ -75,7 +83,7 @@ def joined(matrices: Sequence[Any], axis: int) -> Any:
     return whole(list(matrices), axis=axis)
 
 
-def masked(x: mx.array, steps: slice, threshold: float) -> mx.array:
+def masked(x: mx.array, steps: slice, threshold: float) -> Values:
     """x (texts, window, inputs) with what is below a threshold at zero in the steps along axis 1."""
     if not many_rows.on_cpu():
         part = layout.mask(x[:, steps], mx.array([threshold], mx.float32))
@@ -83,15 +91,14 @@ def masked(x: mx.array, steps: slice, threshold: float) -> mx.array:
     rows = np.array(x.astype(mx.float32))
     ahead = rows[:, steps]
     ahead *= np.abs(ahead) >= np.float32(threshold)
-    return mx.array(rows).astype(x.dtype)
+    return rows
 
 
-def times(x: mx.array, w: Any) -> mx.array:
-    """x (..., inputs) times w (inputs, outputs), of numpy on the CPU and of MLX on a GPU."""
+def times(x: Values, w: Any) -> mx.array:
+    """x (..., inputs) times w (inputs, outputs): of numpy on the CPU, of MLX and in x's dtype on a GPU."""
     if not many_rows.on_cpu():
         return x @ w.astype(x.dtype)
-    rows = np.array(x.astype(mx.float32), copy=False).reshape(-1, x.shape[-1])
-    return many_rows.from_host(rows @ w).reshape(*x.shape[:-1], w.shape[1]).astype(x.dtype)
+    return many_rows.from_host(local(x).reshape(-1, x.shape[-1]) @ w).reshape(*x.shape[:-1], w.shape[1])
 
 
 def unpacked(weight: mx.array, scales: mx.array, biases: mx.array, bits: int, group_size: int) -> Any:

@@ -10,6 +10,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from spqt_cli.fit.products import Values
 from spqt_cli.measure import many_rows
 from spqt_cli.system import files
 
@@ -70,11 +71,16 @@ class Store:
 
     def load(self, name: str) -> mx.array:
         """The array as float32. Raises OSError or ValueError where it is missing or torn."""
+        values = self.rows(name)
+        return values if isinstance(values, mx.array) else mx.array(values)
+
+    def rows(self, name: str) -> Values:
+        """The same as products take it: on the CPU of numpy, which a copy is spared."""
         if name in self._held:
             return self._held[name].astype(mx.float32)
         values = np.load(self._path(name), allow_pickle=False)
         if many_rows.on_cpu():
-            return mx.array(values.astype(np.float32, copy=False))
+            return values.astype(np.float32, copy=False)
         return mx.array(values).astype(mx.float32)
 
     def has(self, name: str) -> bool:

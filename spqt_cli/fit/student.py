@@ -297,11 +297,11 @@ def _native(a: mx.array) -> Any:
 def _masked(x: mx.array, steps: slice, threshold: float) -> mx.array:
     """As `products.masked`, and with a gradient."""
     if not many_rows.on_cpu():
-        return products.masked(x, steps, threshold)
+        return cast(mx.array, products.masked(x, steps, threshold))
 
     @mx.custom_function
     def forward(x: mx.array) -> mx.array:
-        return products.masked(x, steps, threshold)
+        return from_host(products.masked(x, steps, threshold)).astype(x.dtype)
 
     @forward.vjp
     def backward(_: mx.array, cotangent: mx.array, y: mx.array) -> mx.array:
