@@ -15,7 +15,7 @@ from spqt_cli.decode import context, foreign, text_borders
 from spqt_cli.decode.layers import zigzag_layers
 from spqt_cli.errors import SpqtError, UnsupportedError
 from spqt_cli.evaluate import multiple_choice
-from spqt_cli.measure import probes
+from spqt_cli.measure import probes, scoring
 
 
 def prepare() -> None:
@@ -64,7 +64,7 @@ def _loglikelihood(self: Any, requests: list[Any]) -> list[tuple[float, bool]]:
             masking = probes.Masking(values)
             predicted = multiple_choice.predictions(self._model, cache, question, harness, masking)
             for i, ending, log_p in zip(places, question.endings, predicted, strict=True):
-                greedy = bool((log_p.argmax(axis=-1) == ending).all())
+                greedy = bool((scoring.first_choice(log_p) == ending).all())
                 found[i] = (multiple_choice.summed(log_p, ending), greedy)
     return found
 
