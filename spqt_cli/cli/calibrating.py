@@ -49,7 +49,8 @@ def report(result: "Calibration", model: Path, *, quiet: bool, json_output: bool
         typer.echo(f"note: {result.note}", err=True)
     if result.warning:
         typer.echo(result.warning, err=True)
-    if told:
-        kl = result.tried[0].kl
+    kl = result.tried[0].kl
+    if told and not result.warning:  # which says it as well
         typer.echo(f"KL to dense {kl:.3f} on held-out text: {quality_warning.judged(kl)}", err=True)
+    if told:
         typer.echo(f'next: spqt compare {shlex.quote(str(model))} --prompt "Hello"', err=True)
