@@ -24,6 +24,7 @@ from spqt_cli.measure import many_rows
 from spqt_cli.measure.many_rows import host, unpacked
 
 BITS, GROUP_SIZE = 8, 64
+LEAST_INPUTS = 32  # of a layer that is worth it; gemma3n looks into the weights of a smaller one
 SMALL_PRODUCT = 1 << 16  # multiplications: of more than 80,000 OpenBLAS takes five times as long for each
 
 
@@ -55,6 +56,7 @@ class _Together(nn.Module):
     def __init__(self, plain: nn.Module) -> None:
         super().__init__()
         self.packed = ZigzagLinear.from_linear(plain, GROUP_SIZE, BITS)
+        self.weight = plain.weight  # for a model that asks for its kind
         mx.eval(self.packed.parameters())
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -73,7 +75,8 @@ def _eight_bits(model: nn.Module | None) -> Iterator[None]:
     if model is None:
         yield
         return
-    plain = [(path, one) for path, one in model.named_modules() if type(one) is nn.Linear]
+    linear = [(path, one) for path, one in model.named_modules() if type(one) is nn.Linear]
+    plain = [(path, one) for path, one in linear if one.weight.shape[-1] >= LEAST_INPUTS]
     model.update_modules(tree_unflatten([(path, _Together(one)) for path, one in plain]))
     try:
         yield

@@ -73,6 +73,9 @@ class PromptCache(LRUPromptCache):
         return cache, tokens[-1:]
 
 
+ENDS = "the server ends"  # what requests under way are told then
+
+
 class Responses(queue.Queue[Any]):
     """What the generating thread says to one request.
 
@@ -129,6 +132,11 @@ class Generator(server.ResponseGenerator):
         self._counted_at, self._counted = time.monotonic(), 0
         super().__init__(provider, cache)
         self._time_budget = (None,)  # after each step: who has left, who has come, whether to end
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether the end was asked for."""
+        return bool(self._stop)
 
     @property
     def is_healthy(self) -> bool:
@@ -264,9 +272,11 @@ class Generator(server.ResponseGenerator):
             except queue.Empty:
                 found = None
                 if not self.generation_available():
-                    raise Refusal(503, "the server ends", code="unavailable") from None
+                    raise Refusal(503, ENDS, code="unavailable") from None
                 client.check()
                 continue
+            if isinstance(found, ClientGone) and self.is_ending and not client.left:
+                raise Refusal(503, ENDS, code="unavailable")
             if isinstance(found, Exception):
                 raise found
             return found

@@ -21,7 +21,7 @@ from spqt_cli.errors import BackendError, BusyError, ResourceError, SpqtError, U
 from spqt_cli.serve import handler
 from spqt_cli.serve.admission import Admission
 from spqt_cli.serve.fields import Served
-from spqt_cli.serve.generator import Generator, PromptCache, Provider
+from spqt_cli.serve.generator import ENDS, Generator, PromptCache, Provider
 from spqt_cli.serve.guard import Guard, is_loopback
 from spqt_cli.serve.metrics import WINDOW_SECONDS, Metrics, line
 from spqt_cli.version import __version__
@@ -66,7 +66,8 @@ class Server(ThreadingHTTPServer):
         """Listen. Raises UsageError for a host that is none, BusyError for a port that is taken."""
         self.guard, self.limits = guard, limits
         self.metrics, self.created = Metrics(), int(time.time())
-        self.reading: dict[socket.socket, float] = {}
+        self.reading: dict[socket.socket, float] = {}  # whose request has not come in, and since when
+        self._held: set[socket.socket] = set()
         self.generator: Any = None
         self._free = threading.BoundedSemaphore(limits.connections)
         family, address = _address(host, port)
@@ -110,12 +111,18 @@ class Server(ThreadingHTTPServer):
             raise
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
+        self._held.add(request)
         self.reading[request] = time.monotonic()
         try:
             super().process_request_thread(request, client_address)
         finally:
+            self._held.discard(request)
             self.reading.pop(request, None)
             self._free.release()
+
+    def is_answering(self) -> bool:
+        """Whether a request has come in whose answer is not written."""
+        return any(one not in self.reading for one in self._held.copy())
 
     def _hang_up_on_the_oldest(self) -> None:
         """Of the connections whose request has not come in: a handler takes its own out once it has."""
@@ -125,7 +132,10 @@ class Server(ThreadingHTTPServer):
 
     def unhealthy(self) -> str:
         """Why requests are not served now."""
-        return "the model is loading" if self.generator.generation_available() else "the generator has ended"
+        if self.generator.is_ending:
+            return ENDS
+        available = self.generator.generation_available()
+        return "the model is loading" if available else "the generator has ended"
 
     def metrics_text(self) -> str:
         """The counts, as Prometheus reads them."""
@@ -212,7 +222,7 @@ class Service:
         self.generator._generation_thread.join(END_SECONDS)
         if self.server is None:
             return
-        while self.server.admission.running and time.monotonic() < end:
+        while self.server.is_answering() and time.monotonic() < end:
             time.sleep(0.01)
         self.server.shutdown()
         self.server.server_close()

@@ -53,9 +53,11 @@ def test_a_signal_ends_it_within_a_step_with_code_0(calibrated, number):
             server.send_signal(number)
             assert server.wait(10) == 0
             assert time.monotonic() - start < 3
+            told = b""
             with contextlib.suppress(ConnectionError):
-                while connection.recv(1 << 16):
-                    pass
+                while piece := connection.recv(1 << 16):
+                    told += piece
+        assert b'data: {"error": {"message": "the server ends"' in told
         assert server.stderr.read() == "spqt: the server has ended\n"
 
 

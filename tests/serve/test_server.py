@@ -370,6 +370,21 @@ def test_fault_76_health_fails_when_the_generating_thread_dies(calibrated, slow,
             one.run()
 
 
+@pytest.mark.parametrize("concurrency", [1, 2])
+def test_the_end_is_told_to_requests_under_way(calibrated, slow, concurrency):
+    one = serving.starting(calibrated, decode_concurrency=concurrency)
+    assert one.get_ready()
+    with connect(port(one)) as connection, connect(port(one)) as waiting:
+        connection.sendall(request(LONG))
+        wait_for(lambda: one.server.metrics.tokens > 1)
+        waiting.sendall(request(LONG))
+        one.close()
+        for each in (connection, waiting):
+            status, body = answer(each)
+            assert status == 503
+            assert b"the server ends" in body
+
+
 def test_health_says_that_the_model_is_loading(calibrated):
     one = serving.starting(calibrated)
     try:
