@@ -115,7 +115,7 @@ class _Run:
             lossless=probes.weighted({row.path: row.zeros for row in rows}, measurements.layers),
             note="; ".join(filter(None, [self.note, best.note])),
         )
-        self._store(result, curves(best, counts, target))
+        self._store(result, curves(best, counts, target), counts)
         return result
 
     def _seconds(self, harness: probes.Harness) -> float:
@@ -159,7 +159,9 @@ class _Run:
             "windows": [len(rows), rows.shape[1], options.seed, options.stream],
         }
 
-    def _store(self, result: Calibration, curves_of: Mapping[str, list[float]]) -> None:
+    def _store(
+        self, result: Calibration, curves_of: Mapping[str, list[float]], counts: Mapping[str, np.ndarray]
+    ) -> None:
         """Write the thresholds and the calibration section into config.json."""
         flat = [0.0] * len(CURVE_SPARSITIES)
         chosen = {
@@ -177,6 +179,7 @@ class _Run:
             "window": int(self.windows[0].shape[1]),
             "seed": self.options.seed,
             "layers": {row.path: row.stored() for row in result.layers},
+            "quantiles": {path: _quantiles(seen) for path, seen in counts.items()},
         }
         folder = self.loaded.folder
         with files.disk_errors(folder.path):
@@ -250,6 +253,11 @@ def _priced(row: LayerRow, costs: np.ndarray | None) -> LayerRow:
     if costs is None:
         return row
     return replace(row, price=float(np.interp(row.target, SPARSITIES, costs)))
+
+
+def _quantiles(counts: np.ndarray) -> list[float]:
+    """Of a layer's |x|, at thresholds.QUANTILES, in the digits that a picture needs."""
+    return [float(f"{value:.4g}") for value in thresholds.quantile(counts, thresholds.QUANTILES)]
 
 
 def _short(value: float) -> float:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from spqt_cli.cli import heat_maps
 from spqt_cli.errors import SpqtError
-from spqt_cli.format.thresholds import CURVE_SPARSITIES
+from spqt_cli.format.thresholds import QUANTILES
 from spqt_cli.system import terminal_picture
 from spqt_cli.system.picture import COLOURS, INK, Panel, Picture, tidy
 from spqt_cli.system.terminal import harmless
@@ -66,14 +66,18 @@ def of_folder(folder: "Folder", layer: str | None) -> Picture:
     chosen = max(shares, key=lambda path: shares[path]) if layer is None else layer
     if chosen not in folder.layers:
         raise SpqtError(f"{folder} has no Zigzag layer {chosen}", f"such as {next(iter(folder.layers))}")
-    one = folder.layers[chosen]
+    title = f"{folder.path.resolve().name}: {folder.calibration.sparsity:.0%} skipped"
+    found, quantiles = _by_layer(title, shares, prices), _quantiles(folder, chosen)
+    threshold = folder.layers[chosen].threshold or 0.0
+    if quantiles is None:  # calibrated before they were recorded, or never reached by the text
+        if layer is None:
+            return found
+        raise SpqtError(f"{folder} does not say what enters {chosen}", f"spqt calibrate {folder}")
     inputs = Panel(
         f"Distribution of the inputs of {chosen} and its threshold",
-        functools.partial(_inputs, path=chosen, curve=one.curve, threshold=one.threshold or 0.0),
-        functools.partial(_inputs_shown, chosen, one.curve, one.threshold or 0.0),
+        functools.partial(_inputs, path=chosen, quantiles=quantiles, threshold=threshold),
+        functools.partial(_inputs_shown, chosen, quantiles, threshold),
     )
-    title = f"{folder.path.resolve().name}: {folder.calibration.sparsity:.0%} skipped"
-    found = _by_layer(title, shares, prices)
     return dataclasses.replace(found, panels=[*found.panels, inputs])
 
 
@@ -93,6 +97,18 @@ def _recorded(folder: "Folder", key: str) -> dict[str, float]:
         if isinstance(value, (int, float)) and 0 <= value <= MOST_RECORDED:
             found[path] = float(value)
     return found
+
+
+def _quantiles(folder: "Folder", path: str) -> list[float] | None:
+    """Of a layer's |x|, at QUANTILES; None where its calibration recorded none, or what can be none."""
+    recorded = folder.calibration.record.get("quantiles") if folder.calibration else None
+    values = recorded.get(path) if isinstance(recorded, dict) else None
+    if not isinstance(values, list) or len(values) != len(QUANTILES):
+        return None
+    if not all(isinstance(one, (int, float)) and 0 <= one <= MOST_RECORDED for one in values):
+        return None
+    rising = all(low <= high for low, high in itertools.pairwise(values))
+    return [float(one) for one in values] if rising and values[-1] > 0 else None
 
 
 def of_bench(report: "Report") -> Picture:
@@ -217,8 +233,8 @@ def _quality_shown(rows: "Sequence[Row]") -> Any:
     return terminal_picture.bars(f"{found[0][1].text}: KL to {found[0][1].reference}, nats", named)
 
 
-def _inputs_shown(path: str, curve: Sequence[float], threshold: float) -> Any:
-    edges, shares = _binned(curve, TERMINAL_BINS)
+def _inputs_shown(path: str, quantiles: Sequence[float], threshold: float) -> Any:
+    edges, shares = _binned(quantiles, TERMINAL_BINS)
     named = [
         Bar(f"{low:.3g} to {high:.3g}", share, f"{share:.1f}%", ORANGE if low < threshold else BLUE)
         for (low, high), share in zip(itertools.pairwise(edges), shares, strict=True)
@@ -227,19 +243,21 @@ def _inputs_shown(path: str, curve: Sequence[float], threshold: float) -> Any:
     return terminal_picture.bars(title, named)
 
 
-def _binned(curve: Sequence[float], bins: int) -> tuple[list[float], list[float]]:
+def _binned(quantiles: Sequence[float], bins: int) -> tuple[list[float], list[float]]:
     """Edges of bins of one width up to the last quantile, and the percent of inputs in each."""
     import numpy as np
 
-    edges = np.linspace(0, curve[-1], bins + 1)
-    return edges.tolist(), (np.diff(np.interp(edges, curve, CURVE_SPARSITIES)) * 100).tolist()
+    edges = np.linspace(0, quantiles[-1], bins + 1)
+    below = np.interp(edges, quantiles, QUANTILES)
+    below[0] = 0.0  # zeros are in the first bin
+    return edges.tolist(), (np.diff(below) * 100).tolist()
 
 
-def _inputs(axes: Any, path: str, curve: Sequence[float], threshold: float) -> None:
+def _inputs(axes: Any, path: str, quantiles: Sequence[float], threshold: float) -> None:
     """A histogram from the stored quantiles, in bins of one width; the last quantile ends it."""
     below = f"magnitude of an input; below {threshold:.3g} (the line) it is skipped"
     tidy(axes, f"inputs of {path}", below, "percent of inputs")
-    edges, shares = _binned(curve, BINS)
+    edges, shares = _binned(quantiles, BINS)
     colours = [COLOURS[1][0] if edge < threshold else COLOURS[0][0] for edge in edges[:-1]]
     axes.bar(edges[:-1], shares, edges[1] * 0.9, align="edge", color=colours, linewidth=0)
     axes.axvline(threshold, color=INK[0], linewidth=1.2)

@@ -14,6 +14,7 @@ from spqt_cli.errors import UsageError
 # Sparsities at which a layer's curve gives the threshold: 0, 0.02, ..., 0.96, 0.98.
 CURVE_SPARSITIES = tuple(i / 50 for i in range(50))
 MAX_SPARSITY = CURVE_SPARSITIES[-1]
+QUANTILES = (*(i / 25 for i in range(25)), 0.98)  # of |x| that a calibration records of each layer's inputs
 MOST_TO_RUN = 0.95  # sparsity that a model can be calibrated for or run at
 SHIFT = 18  # bits dropped: 5 of the mantissa's 23 remain, 32 bins an octave
 BINS = 1 << (31 - SHIFT)

@@ -8,10 +8,13 @@ import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from spqt_cli.cli import pictures, worker
+from spqt_cli.errors import SpqtError
 from spqt_cli.format.folder import Folder
+from spqt_cli.format.thresholds import QUANTILES
 from spqt_cli.system import picture
 from tests.cli.test_commands import assert_error, spqt
 
@@ -78,18 +81,37 @@ def test_calibrate_and_bench_and_compare_draw(converted: Path, tmp_path: Path):
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_histogram_holds_all_inputs_up_to_the_last_quantile(calibrated: Path):
+def test_the_histogram_is_of_the_layers_own_inputs(calibrated: Path):
+    """What it shows below the threshold is what the layer skips, whatever the model skips in all."""
     from matplotlib.figure import Figure
 
     folder = Folder(calibrated)
-    name, layer = next((path, one) for path, one in folder.layers.items() if one.threshold)
-    axes = Figure().add_subplot()
-    pictures._inputs(axes, name, layer.curve, layer.threshold)
-    assert sum(bar.get_height() for bar in axes.patches) == pytest.approx(98, abs=0.1)
-    last = axes.patches[-1].get_facecolor()
-    skipped = sum(bar.get_height() for bar in axes.patches if bar.get_facecolor() != last)
-    target = folder.calibration.record["layers"][name]["target"]
-    assert skipped == pytest.approx(100 * target, abs=8)
+    realised = {path: row["realised"] for path, row in folder.calibration.record["layers"].items()}
+    assert max(realised.values()) - min(realised.values()) > 0.1
+    for path, layer in folder.layers.items():
+        quantiles, axes = pictures._quantiles(folder, path), Figure().add_subplot()
+        pictures._inputs(axes, path, quantiles, layer.threshold)
+        assert sum(bar.get_height() for bar in axes.patches) == pytest.approx(98, abs=0.1)
+        below = np.interp(layer.threshold, quantiles, QUANTILES)
+        assert below == pytest.approx(realised[path], abs=0.06)  # on held-out text, others being masked
+
+
+@pytest.mark.parametrize("recorded", [None, {}, {"x": 3}, [1.0], "short", "falling", "negative"])
+def test_a_folder_that_does_not_say_what_enters_layers(calibrated: Path, tmp_path: Path, recorded: object):
+    shutil.copytree(calibrated, tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    kept = config["spqt"]["calibration"]["quantiles"]
+    changed = {"short": slice(1, None), "falling": slice(None, None, -1)}
+    if recorded == "negative":
+        recorded = {path: [-1.0, *values[1:]] for path, values in kept.items()}
+    elif isinstance(recorded, str):
+        recorded = {path: values[changed[recorded]] for path, values in kept.items()}
+    config["spqt"]["calibration"]["quantiles"] = recorded
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    folder = Folder(tmp_path / "m")
+    assert [panel.label[:8] for panel in pictures.of_folder(folder, None).panels] == ["Heat map", "Heat map"]
+    with pytest.raises(SpqtError, match="does not say what enters"):
+        pictures.of_folder(folder, next(iter(folder.layers)))
 
 
 def test_variants_with_a_profile_are_a_line_of_their_own():
