@@ -26,10 +26,13 @@ def load(path: str, **options: "Unpack[Loading]") -> "tuple[nn.Module, Any]":
     Both go into mlx-lm's `generate`, `stream_generate` and `batch_generate`, which decode as `spqt generate`
     does. options: of `spqt_cli.decode.options.Loading`, such as sparsity (0 to 0.95) and dense (bool); not
     draft_model, which is a third thing to return. Notes and warnings go to the logger "spqt".
-    Raises SpqtError for a folder that is damaged, was edited or is not converted, UsageError for draft_model.
+    Raises SpqtError for a folder that is damaged, was edited or is not converted, UsageError for draft_model
+    and for dense together with a sparsity.
     """
     if "draft_model" in options:
         raise UsageError("load returns one model, and draft_model is another", "load it by a call of its own")
+    if options.get("dense") and options.get("sparsity") is not None:
+        raise UsageError("dense and sparsity exclude one another", "give one of them")
     try:
         from spqt_cli.decode import session
     except ImportError as error:

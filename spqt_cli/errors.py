@@ -18,6 +18,8 @@ class SpqtError(Exception):
         super().__init__(cause)
         self.cause = cause
         self.hint = hint
+        if hint:
+            self.add_note(f"hint: {hint}")  # for a traceback, which Python's callers see
 
 
 class UsageError(SpqtError):

@@ -4,13 +4,14 @@ import os
 import re
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import mlx_lm
 import pytest
 
 import spqt_cli
-from spqt_cli.errors import UsageError
+from spqt_cli.errors import SpqtError, UsageError
 from tests import ROOT
 
 
@@ -53,6 +54,17 @@ def test_what_load_returns_is_what_mlx_lm_takes(calibrated: Path):
     batch = mlx_lm.batch_generate(model, tokenizer, prompts, max_tokens=6, return_token_ids=True)
     assert batch.token_ids == alone
     assert len(alone[0]) == 6
+
+
+def test_dense_and_a_sparsity_are_refused_together(calibrated: Path):
+    with pytest.raises(UsageError, match="exclude one another"):
+        spqt_cli.load(str(calibrated), dense=True, sparsity=0.4)
+
+
+def test_a_traceback_shows_the_hint(tmp_path: Path):
+    with pytest.raises(SpqtError) as caught:
+        spqt_cli.load(str(tmp_path / "nothing"))
+    assert "hint: " in "".join(traceback.format_exception(caught.value))
 
 
 def test_a_draft_model_is_not_loaded_unseen(calibrated: Path):

@@ -56,7 +56,10 @@ def compare(
     from spqt_cli.decode.options import Prompt
     from spqt_cli.evaluate import compare as comparer
     from spqt_cli.evaluate import compare_report
+    from spqt_cli.format import thresholds
 
+    for one in sparsities:
+        thresholds.check_sparsity(one)
     effort, silent = comparer.Effort(max_tokens, rounds), quiet or json_output
     expected = comparer.expectation(model, sparsities)
     if not silent:

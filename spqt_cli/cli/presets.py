@@ -69,7 +69,8 @@ def load_preset(name_or_path: str) -> Preset:
             text = files.read_bounded(Path(name_or_path), LONGEST_BYTES).decode("utf-8")
         except (OSError, UnicodeDecodeError):
             hint = f"use one of {', '.join(names())}, or a .toml file"
-            raise SpqtError(f"there is no preset {name_or_path!r}", hint + files.near(name_or_path)) from None
+            kind = SpqtError if name_or_path.endswith(".toml") or Path(name_or_path).exists() else UsageError
+            raise kind(f"there is no preset {name_or_path!r}", hint + files.near(name_or_path)) from None
     try:
         document = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:

@@ -33,4 +33,10 @@ def warning_of(calibration: CalibrationRecord | None, sparsity: float | None) ->
     """The warning for a model that runs at a sparsity: the calibrated one, or more; else ""."""
     if calibration is None or calibration.kl is None or sparsity is None or sparsity < calibration.sparsity:
         return ""
-    return warning(calibration.kl)
+    said = warning(calibration.kl)
+    if not said or sparsity == calibration.sparsity:
+        return said
+    return (
+        f"warning: the text will suffer: KL to dense is {calibration.kl:.2f} at the calibrated "
+        f"{calibration.sparsity:.0%}, and more at {sparsity:.0%}; spqt compare measures it"
+    )

@@ -48,6 +48,9 @@ def poor(calibrated):
 def test_warned_of_the_calibrated_share_and_above(poor):
     shown = {share: quality_warning.warning_of(poor, share) for share in (None, 0.2, 0.4, 0.6)}
     assert [share for share, said in shown.items() if said] == [0.4, 0.6]
+    assert shown[0.4] == quality_warning.warning(0.25)
+    assert "0.25 at the calibrated 40%, and more at 60%" in shown[0.6]
+    assert "perplexity" not in shown[0.6]  # which was measured at 40 %
 
 
 def test_no_calibration_or_no_recorded_kl_warns_of_nothing(poor):

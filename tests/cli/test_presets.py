@@ -52,6 +52,10 @@ def test_an_unknown_preset_lists_the_known():
     with pytest.raises(SpqtError) as caught:
         presets.load_preset("turbo")
     assert "default" in caught.value.hint
+    assert caught.value.exit_code == 2
+    with pytest.raises(SpqtError) as caught:
+        presets.load_preset("no-such-file.toml")
+    assert caught.value.exit_code == 3
 
 
 @pytest.mark.parametrize(
