@@ -90,8 +90,11 @@ class Several:
         what = (
             "KL source" if any(SOURCE in row.against for row in self.texts[0].variants) else "ln perplexity"
         )
-        foot = f"± standard errors over windows; less: of {what}, paired by window"
-        return "\n\n".join(one.table() for one in self.texts) + "\n".join(["\n", foot, *self.notes])
+        foot = "± standard errors over windows"
+        if any(row.less for one in self.texts for row in one.variants):
+            foot += f"; less: of {what}, paired by window"
+        stored = "MB/token: as stored; where a backend reads more, run and compare count it"
+        return "\n\n".join(one.table() for one in self.texts) + "\n".join(["\n", foot, stored, *self.notes])
 
 
 def hold_against(results: Sequence[TextResult], asked: str | None) -> str:
