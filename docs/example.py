@@ -44,6 +44,8 @@ token = mx.argmax(model(mx.array([tokens_of("Count to three.")]), cache=cache)[:
 written = []
 with spqt_cli.decoding():
     for _ in range(8):
+        if token.item() in tokenizer.eos_token_ids:
+            break
         written.append(token.item())
         token = mx.argmax(model(token[None], cache=cache)[:, -1], axis=-1)
 print(tokenizer.decode(written))
