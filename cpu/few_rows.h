@@ -28,19 +28,15 @@ struct FewBlock {
   alignas(64) float u[FEW_BLOCK][ROWS][tile_of_rows(ROWS) / 32 + PADDING];
 };
 
-// x * scale of each row by group, raised by its power, and x * bias added to the rows' sums by group, `stride` apart;
-// odd: as scale_channel's
-template <Type T, int ROWS, bool RAISED, class U>
-SPQT_INLINE void scale_channel_rows(const Tile& tile, int64_t first, const float* x, const Powers* powers, U& u,
-                                    float* bias_sums, size_t stride, vi& odd) {
+// x * scale of each row by group, and x * bias added to the rows' sums by group, `stride` apart
+template <Type T, int ROWS, class U>
+SPQT_INLINE void scale_channel_rows(const Tile& tile, int64_t first, const float* x, U& u, float* bias_sums,
+                                    size_t stride) {
   int g = 0;
-  auto raised = [&](int r) SPQT_LAMBDA { return RAISED ? x[r] * powers[r].up : x[r]; };
   auto scale = [&](vf scales, vf biases) SPQT_LAMBDA {
     for (int r = 0; r < ROWS; ++r) {
       float* sums = bias_sums + r * stride + g;
-      const vf value = splat(raised(r)) * scales;
-      store(u[r] + g, value);
-      if constexpr (RAISED && T != FLOAT16) odd |= out_of_range(value);
+      store(u[r] + g, splat(x[r]) * scales);
       store(sums, load<vf>(sums) + splat(x[r]) * biases);
     }
   };
@@ -52,17 +48,15 @@ SPQT_INLINE void scale_channel_rows(const Tile& tile, int64_t first, const float
 #else
   for (; g < tile.groups; ++g)
     for (int r = 0; r < ROWS; ++r) {
-      u[r][g] = raised(r) * scalar<T>(tile.scales, first + g);
-      if constexpr (RAISED && T != FLOAT16) odd[0] |= out_of_range(u[r][g]);
+      u[r][g] = x[r] * scalar<T>(tile.scales, first + g);
       bias_sums[r * stride + g] += x[r] * scalar<T>(tile.biases, first + g);
     }
 #endif
 }
 
 // A block short of channels is filled up with its first one, times zero: that changes no sum's bits.
-template <Type T, bool RAISED, int ROWS>
-static void start_few_of(const Tile& tile, const Active& active, const Powers* powers, int first, FewBlock<ROWS>& block,
-                         float* bias_sums, vi& odd) {
+template <Type T, int ROWS>
+static void start_few_of(const Tile& tile, const Active& active, int first, FewBlock<ROWS>& block, float* bias_sums) {
   constexpr int BYTES = T == FLOAT32 ? 4 : 2;
   const int count = min_of(FEW_BLOCK, active.count - first);
   for (int i = count; i < FEW_BLOCK; ++i) {
@@ -72,8 +66,8 @@ static void start_few_of(const Tile& tile, const Active& active, const Powers* p
   for (int i = 0; i < count; ++i) {
     const int64_t channel = active.channel[first + i];
     block.codes[i] = tile.codes + channel * tile.code_stride;
-    scale_channel_rows<T, ROWS, RAISED>(tile, channel * tile.scale_stride, active.x + (int64_t)(first + i) * ROWS,
-                                        powers, block.u[i], bias_sums, active.row_stride, odd);
+    scale_channel_rows<T, ROWS>(tile, channel * tile.scale_stride, active.x + (int64_t)(first + i) * ROWS, block.u[i],
+                                bias_sums, active.row_stride);
     const int64_t next = active.channel[min_of(first + FEW_BLOCK + i, active.count - 1)];
     block.next[i] = tile.codes + next * tile.code_stride;
     const int64_t offset = next * tile.scale_stride * BYTES;
@@ -84,12 +78,11 @@ static void start_few_of(const Tile& tile, const Active& active, const Powers* p
   }
 }
 
-template <bool RAISED, int ROWS>
-static void start_few(const Tile& tile, const Active& active, const Powers* powers, int first, FewBlock<ROWS>& block,
-                      float* bias_sums, vi& odd) {
-  if (tile.type == FLOAT32) start_few_of<FLOAT32, RAISED>(tile, active, powers, first, block, bias_sums, odd);
-  if (tile.type == FLOAT16) start_few_of<FLOAT16, RAISED>(tile, active, powers, first, block, bias_sums, odd);
-  if (tile.type == BFLOAT16) start_few_of<BFLOAT16, RAISED>(tile, active, powers, first, block, bias_sums, odd);
+template <int ROWS>
+static void start_few(const Tile& tile, const Active& active, int first, FewBlock<ROWS>& block, float* bias_sums) {
+  if (tile.type == FLOAT32) start_few_of<FLOAT32>(tile, active, first, block, bias_sums);
+  if (tile.type == FLOAT16) start_few_of<FLOAT16>(tile, active, first, block, bias_sums);
+  if (tile.type == BFLOAT16) start_few_of<BFLOAT16>(tile, active, first, block, bias_sums);
 }
 
 // u of a column for every channel and row, as vectors: KINDS of them, of SHARED vectors of codes each
@@ -111,7 +104,7 @@ SPQT_INLINE void lay_out(const FewBlock<ROWS>& block, int column, int group_size
   if (group_size == 128) lay_out_of<BITS, 128>(block, column, laid);
 }
 
-template <int BITS, int ROWS, class As, int PASS, int FIRST = 0>
+template <int BITS, int ROWS, int PASS, int FIRST = 0>
 SPQT_INLINE void add_rows(const uint8_t* const* codes, size_t offset, const float* laid, float* sums, size_t stride) {
   using C = Codec<BITS>;
   constexpr int SOME = min_of(VECTORS, ACCUMULATORS / ROWS), KINDS = VECTORS / C::SHARED;
@@ -122,7 +115,7 @@ SPQT_INLINE void add_rows(const uint8_t* const* codes, size_t offset, const floa
     const float* u = laid + i * ROWS * KINDS * LANES;
     vf unpacked[SOME];
     auto keep = [&](int v, vf code) SPQT_LAMBDA { unpacked[v - FIRST] = code; };
-    C::template unpack<PASS, FIRST, SOME, As>(codes[i] + offset, keep);
+    C::template unpack<PASS, FIRST, SOME>(codes[i] + offset, keep);
     for (int r = 0; r < ROWS; ++r) {
       vf one;
       for (int v = 0; v < SOME; ++v) {
@@ -137,10 +130,10 @@ SPQT_INLINE void add_rows(const uint8_t* const* codes, size_t offset, const floa
   for (int r = 0; r < ROWS; ++r)
     for (int v = 0; v < SOME; ++v) store(sums + r * stride + (FIRST + v) * LANES, sum[r][v]);
   if constexpr (FIRST + SOME < VECTORS)
-    add_rows<BITS, ROWS, As, PASS, FIRST + SOME>(codes, offset, laid, sums, stride);
+    add_rows<BITS, ROWS, PASS, FIRST + SOME>(codes, offset, laid, sums, stride);
 }
 
-template <int BITS, class As, int ROWS>
+template <int BITS, int ROWS>
 static void add_few(const FewBlock<ROWS>& block, const Tile& tile, float* sums, size_t stride) {
   using C = Codec<BITS>;
   constexpr int SUMS = VECTORS * LANES;  // of one pass
@@ -160,41 +153,20 @@ static void add_few(const FewBlock<ROWS>& block, const Tile& tile, float* sums, 
     }
     const uint8_t* const* codes = whole ? block.codes : of_last;
     const size_t offset = whole ? begin : 0;
-    add_rows<BITS, ROWS, As, 0>(codes, offset, laid, sums, stride);
-    if constexpr (C::PASSES == 2) add_rows<BITS, ROWS, As, 1>(codes, offset, laid, sums + SUMS, stride);
+    add_rows<BITS, ROWS, 0>(codes, offset, laid, sums, stride);
+    if constexpr (C::PASSES == 2) add_rows<BITS, ROWS, 1>(codes, offset, laid, sums + SUMS, stride);
   }
-}
-
-// As gemv_tile.
-template <int BITS, int ROWS, class As>
-static bool few_rows_tile(const Tile& tile, const Active& active, const Powers* powers, float* partial) {
-  constexpr bool RAISED = std::is_same_v<As, Subnormal>;
-  const size_t size = partial_size(tile.groups, tile.group_size), sums = partial_sums(tile.groups, tile.group_size);
-  const size_t stride = active.row_stride;
-  for (int r = 0; r < ROWS; ++r)
-    for (size_t i = 0; i < size; i += LANES) store(partial + r * stride + i, vf{});
-  float* bias_sums = partial + sums;
-  FewBlock<ROWS> block;
-  vi odd = {};
-  for (int first = 0; first < active.count; first += FEW_BLOCK) {
-    start_few<RAISED>(tile, active, powers, first, block, bias_sums, odd);
-    add_few<BITS, As>(block, tile, partial, stride);
-  }
-  if constexpr (RAISED) {
-    for (int l = 0; l < LANES; ++l)
-      if (odd[l]) return false;
-    for (int r = 0; r < ROWS; ++r)
-      for (size_t i = 0; i < sums; i += LANES)
-        store(partial + r * stride + i, load<vf>(partial + r * stride + i) * splat(powers[r].down));
-  }
-  return true;
 }
 
 template <int BITS, int ROWS>
-static void few_rows(const Tile& tile, const Active& active, float* partial) {
-  Powers powers[ROWS];
-  if (takes_subnormals() && powers_of<ROWS>(active, powers) &&
-      few_rows_tile<BITS, ROWS, Subnormal>(tile, active, powers, partial))
-    return count_subnormal();
-  few_rows_tile<BITS, ROWS, Converted>(tile, active, nullptr, partial);
+static void few_rows_tile(const Tile& tile, const Active& active, float* partial) {
+  const size_t size = partial_size(tile.groups, tile.group_size), stride = active.row_stride;
+  for (int r = 0; r < ROWS; ++r)
+    for (size_t i = 0; i < size; i += LANES) store(partial + r * stride + i, vf{});
+  float* bias_sums = partial + partial_sums(tile.groups, tile.group_size);
+  FewBlock<ROWS> block;
+  for (int first = 0; first < active.count; first += FEW_BLOCK) {
+    start_few(tile, active, first, block, bias_sums);
+    add_few<BITS, ROWS>(block, tile, partial, stride);
+  }
 }

@@ -146,7 +146,7 @@ static bool gemv_tile(const Tile& tile, const Active& active, Powers powers, flo
 template <int BITS, int GROUP>
 static void gemv_group(const Tile& tile, const Active& active, float* partial) {
   Powers powers;
-  if (takes_subnormals() && powers_of<1>(active, &powers) &&
+  if (takes_subnormals() && powers_of(active, powers) &&
       gemv_tile<BITS, GROUP, Subnormal>(tile, active, powers, partial))
     return count_subnormal();
   gemv_tile<BITS, GROUP, Converted>(tile, active, {}, partial);
@@ -156,9 +156,9 @@ static void gemv_group(const Tile& tile, const Active& active, float* partial) {
 
 template <int BITS>
 static void gemv_bits(const Tile& tile, const Active& active, float* partial) {
-  if (active.rows == 2) return few_rows<BITS, 2>(tile, active, partial);
-  if (active.rows == 4) return few_rows<BITS, 4>(tile, active, partial);
-  if (active.rows == 8) return few_rows<BITS, 8>(tile, active, partial);
+  if (active.rows == 2) return few_rows_tile<BITS, 2>(tile, active, partial);
+  if (active.rows == 4) return few_rows_tile<BITS, 4>(tile, active, partial);
+  if (active.rows == 8) return few_rows_tile<BITS, 8>(tile, active, partial);
   if (tile.group_size == 32) gemv_group<BITS, 32>(tile, active, partial);
   if (tile.group_size == 64) gemv_group<BITS, 64>(tile, active, partial);
   if (tile.group_size == 128) gemv_group<BITS, 128>(tile, active, partial);

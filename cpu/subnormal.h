@@ -26,48 +26,31 @@ SPQT_INLINE bool out_of_range(float u) {
   return bits - LEAST_U >= MOST_U - LEAST_U && bits;
 }
 
-// Whether sizes from `least` (of those that are not 0) to `most` have powers: between LEAST_X and 2^111 once raised.
-static bool powers_between(float least, float most, Powers& powers) {
+// Whether x has powers: all but zeros between LEAST_X and 2^111 once they are raised. What is NaN stays NaN.
+static bool powers_of(const Active& active, Powers& powers) {
+  float most = 0, least = __builtin_inff();
+  vf mosts = {}, leasts = splat(least);
+  int i = 0;
+  for (; i + LANES <= active.count; i += LANES) {
+    const vf size = (vf)(load<vu>(active.x + i) & 0x7fffffffu);
+    mosts = size > mosts ? size : mosts;
+    leasts = ((size < leasts) & (size > vf{})) ? size : leasts;
+  }
+  for (int l = 0; l < LANES; ++l) {
+    most = mosts[l] > most ? mosts[l] : most;
+    least = leasts[l] < least ? leasts[l] : least;
+  }
+  for (; i < active.count; ++i) {
+    const float size = __builtin_fabsf(active.x[i]);
+    most = size > most ? size : most;
+    least = size > 0 && size < least ? size : least;
+  }
   int exponent = (int)(float_bits(most) >> 23) - 126;  // most < 2^exponent
   if (exponent < LEAST_EXPONENT) exponent = LEAST_EXPONENT;
-  if (exponent > MOST_EXPONENT) return false;
+  if (most == 0 || exponent > MOST_EXPONENT) return false;
   powers.up = bits_float((uint32_t)(X_BITS - exponent + 127) << 23);
   powers.down = bits_float((uint32_t)(149 - X_BITS + exponent + 127) << 23);
   return least * powers.up >= LEAST_X;
-}
-
-// Whether the x of every row has powers; of a row of zeros any will do. What is NaN stays NaN.
-template <int ROWS>
-static bool powers_of(const Active& active, Powers* powers) {
-  constexpr int PERIOD = ROWS > LANES ? ROWS : LANES, PARTS = PERIOD / LANES;  // a lane of a part is of one row
-  const int numbers = active.count * ROWS;
-  float most[ROWS] = {}, least[ROWS];
-  vf mosts[PARTS] = {}, leasts[PARTS];
-  for (float& one : least) one = __builtin_inff();
-  for (vf& part : leasts) part = splat(__builtin_inff());
-  auto take = [&](int row, float larger, float smaller) SPQT_LAMBDA {
-    most[row] = larger > most[row] ? larger : most[row];
-    least[row] = smaller < least[row] ? smaller : least[row];
-  };
-  int i = 0;
-  for (; i + PERIOD <= numbers; i += PERIOD)
-    for (int p = 0; p < PARTS; ++p) {
-      const vf size = (vf)(load<vu>(active.x + i + p * LANES) & 0x7fffffffu);
-      mosts[p] = size > mosts[p] ? size : mosts[p];
-      leasts[p] = ((size < leasts[p]) & (size > vf{})) ? size : leasts[p];
-    }
-  for (int p = 0; p < PARTS; ++p)
-    for (int l = 0; l < LANES; ++l) take((p * LANES + l) % ROWS, mosts[p][l], leasts[p][l]);
-  for (; i < numbers; ++i) {
-    const float size = __builtin_fabsf(active.x[i]);
-    take(i % ROWS, size, size > 0 ? size : __builtin_inff());
-  }
-  bool any = false;
-  for (int r = 0; r < ROWS; ++r) {
-    any |= most[r] != 0;
-    if (!powers_between(least[r], most[r], powers[r])) return false;
-  }
-  return any;
 }
 
 // Whether this thread's arithmetic keeps subnormal numbers: libraries built for fast mathematics switch it off.
