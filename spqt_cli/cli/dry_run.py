@@ -72,7 +72,7 @@ def _memory(found: Rehearsal) -> tuple[int, str]:
     if mx.default_device().type == mx.DeviceType.cpu:
         needed *= 2  # float32
     room = fit.EIGHT_BITS_FIT * psutil.virtual_memory().available
-    said = f"; while it writes it takes {needed / 1e6:.0f} MB of memory, without its cache"
+    said = f"; while it writes it takes {needed / 1e6:.0f} MB of memory, without keys and values"
     if needed / 4 > room:
         return needed, f"{said}; they are not free: give a text, --own-text 0 --data FILE"
     return needed, f"{said}; they are not free: it will be read in 8 bits" if needed > room else said

@@ -27,6 +27,7 @@ PRICES = f"{HELD_OUT} Prices are estimates from gradients; their sum is of the s
 UNPRICED = f"{HELD_OUT} No prices: only methods with gradients (auto, fast) know them."
 BINS = 48  # of a layer's histogram
 TERMINAL_BINS = 16  # likewise, in the terminal
+OF_INPUTS = "dense, on the calibration's text, all but the largest 2%"
 MOST_RECORDED = 1e6  # nats, or a share: whatever lies above was not written by a calibration
 
 
@@ -234,31 +235,36 @@ def _quality_shown(rows: "Sequence[Row]") -> Any:
 
 
 def _inputs_shown(path: str, quantiles: Sequence[float], threshold: float) -> Any:
-    edges, shares = _binned(quantiles, TERMINAL_BINS)
+    edges, shares = _binned(quantiles, threshold, TERMINAL_BINS)
     named = [
-        Bar(f"{low:.3g} to {high:.3g}", share, f"{share:.1f}%", ORANGE if low < threshold else BLUE)
+        Bar(f"{low:.3g} to {high:.3g}", share, f"{share:.1f}%", ORANGE if high <= threshold else BLUE)
         for (low, high), share in zip(itertools.pairwise(edges), shares, strict=True)
     ]
-    title = f"inputs of {harmless(path)} by magnitude; skipped below {threshold:.3g} (orange)"
+    title = f"inputs of {harmless(path)}, {OF_INPUTS}; below {threshold:.3g} (orange) they are skipped"
     return terminal_picture.bars(title, named)
 
 
-def _binned(quantiles: Sequence[float], bins: int) -> tuple[list[float], list[float]]:
-    """Edges of bins of one width up to the last quantile, and the percent of inputs in each."""
+def _binned(quantiles: Sequence[float], threshold: float, bins: int) -> tuple[list[float], list[float]]:
+    """Edges of bins up to the last quantile, one of them the threshold, and the percent of inputs in each."""
     import numpy as np
 
-    edges = np.linspace(0, quantiles[-1], bins + 1)
+    cut = min(threshold, quantiles[-1])
+    skipped = min(max(round(bins * cut / quantiles[-1]), cut > 0), bins - (cut < quantiles[-1]))
+    edges = np.append(
+        np.linspace(0, cut, skipped + 1)[:-1], np.linspace(cut, quantiles[-1], bins - skipped + 1)
+    )
     below = np.interp(edges, quantiles, QUANTILES)
     below[0] = 0.0  # zeros are in the first bin
     return edges.tolist(), (np.diff(below) * 100).tolist()
 
 
 def _inputs(axes: Any, path: str, quantiles: Sequence[float], threshold: float) -> None:
-    """A histogram from the stored quantiles, in bins of one width; the last quantile ends it."""
-    below = f"magnitude of an input; below {threshold:.3g} (the line) it is skipped"
+    """A histogram from the stored quantiles; the last quantile ends it."""
+    below = f"magnitude of an input, {OF_INPUTS}; below {threshold:.3g} (the line) it is skipped"
     tidy(axes, f"inputs of {path}", below, "percent of inputs")
-    edges, shares = _binned(quantiles, BINS)
-    colours = [COLOURS[1][0] if edge < threshold else COLOURS[0][0] for edge in edges[:-1]]
-    axes.bar(edges[:-1], shares, edges[1] * 0.9, align="edge", color=colours, linewidth=0)
+    edges, shares = _binned(quantiles, threshold, BINS)
+    colours = [COLOURS[1][0] if high <= threshold else COLOURS[0][0] for high in edges[1:]]
+    widths = [0.9 * (high - low) for low, high in itertools.pairwise(edges)]
+    axes.bar(edges[:-1], shares, widths, align="edge", color=colours, linewidth=0)
     axes.axvline(threshold, color=INK[0], linewidth=1.2)
     axes.margins(x=0.02)

@@ -36,7 +36,7 @@ UNUSED = {
     "quantized_kv_start": 0,
 }
 SPARSITY = "Sparsity that thresholds aim at, 0 to 1."
-SKIPPED = "Share of the Zigzag weights skipped, 0 to 1, mean of all tokens decoded."
+SKIPPED = "Share of the Zigzag weights skipped, 0 to 1, mean of all tokens of answers that have ended."
 RATE = (
     f"Tokens decoded per second of decoding, all requests, over its last {WINDOW_SECONDS:.0f} seconds; "
     "prompts and idle time do not count."

@@ -44,7 +44,7 @@ def test_inspect_draws_every_layer_and_the_inputs_of_one(calibrated: Path, tmp_p
     most = max(rows, key=lambda name: rows[name]["realised"])
     assert f"inputs of {most}" in written
     assert any(
-        re.match(r"magnitude of an input; below [\d.e-]+ \(the line\) it is skipped", text)
+        re.match(r"magnitude of an input, dense, .*; below [\d.e-]+ \(the line\) it is skipped", text)
         for text in written
     )
     other = next(name for name in rows if name != most)
@@ -94,6 +94,18 @@ def test_the_histogram_is_of_the_layers_own_inputs(calibrated: Path):
         assert sum(bar.get_height() for bar in axes.patches) == pytest.approx(98, abs=0.1)
         below = np.interp(layer.threshold, quantiles, QUANTILES)
         assert below == pytest.approx(realised[path], abs=0.06)  # on held-out text, others being masked
+        orange = [bar for bar in axes.patches if bar.get_x() < layer.threshold]
+        assert sum(bar.get_height() for bar in orange) == pytest.approx(100 * below, abs=0.1)
+        assert len({bar.get_facecolor() for bar in orange}) == 1
+
+
+def test_a_threshold_at_the_ends_of_the_histogram():
+    quantiles = [float(i) for i in range(len(QUANTILES))]
+    for threshold in (0.0, quantiles[-1], 1e9, 1e-9):
+        edges, shares = pictures._binned(quantiles, threshold, 6)
+        assert len(edges) == 7
+        assert edges == sorted(edges)
+        assert sum(shares) == pytest.approx(98)
 
 
 @pytest.mark.parametrize("recorded", [None, {}, {"x": 3}, [1.0], "short", "falling", "negative"])
@@ -147,7 +159,7 @@ def test_the_terminal_needs_no_matplotlib(
         _, _, drawn = text.partition("percent of inputs skipped")
         assert "its price: KL to dense by this layer alone" in drawn
         assert max(map(len, drawn.splitlines())) <= 80
-    assert re.search(r"inputs of \S+ by magnitude; skipped below", inspect)
+    assert re.search(r"inputs of \S+, dense, .*; below \S+ \(orange\) they are", " ".join(inspect.split()))
     assert "stock mlx-lm" in bench
     assert "25% skipped" in bench
     assert "KL to dense, nats" in compare
