@@ -179,7 +179,7 @@ class _Run:
             "window": int(self.windows[0].shape[1]),
             "seed": self.options.seed,
             "layers": {row.path: row.stored() for row in result.layers},
-            "quantiles": {path: _quantiles(seen) for path, seen in counts.items()},
+            "quantiles": {path: found for path, seen in counts.items() if (found := _quantiles(seen))},
         }
         folder = self.loaded.folder
         with files.disk_errors(folder.path):
@@ -256,7 +256,9 @@ def _priced(row: LayerRow, costs: np.ndarray | None) -> LayerRow:
 
 
 def _quantiles(counts: np.ndarray) -> list[float]:
-    """Of a layer's |x|, at thresholds.QUANTILES, in the digits that a picture needs."""
+    """Of a layer's |x|, at thresholds.QUANTILES, in the digits that a picture needs; [] of none."""
+    if not counts[: thresholds.FINITE_BINS].any():
+        return []
     return [float(f"{value:.4g}") for value in thresholds.quantile(counts, thresholds.QUANTILES)]
 
 

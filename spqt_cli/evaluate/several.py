@@ -8,7 +8,7 @@ import gc
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -354,7 +354,11 @@ class Kept:
         self._shapes = shapes
         self._vocab = 0
         self._folder = folder
-        self._files = [(folder / str(at)).open("w+b", buffering=0) for at in range(len(shapes))]
+        # without a name, so that what a killed process leaves takes no room
+        self._open = ExitStack()
+        self._files = [
+            self._open.enter_context(tempfile.TemporaryFile(dir=folder, buffering=0)) for _ in shapes
+        ]
 
     def write(self, passage: int, place: int, log_p: np.ndarray) -> None:
         """log_p (B, T, vocab) of windows from `place` on. Raises ResourceError for too small a disk."""
@@ -388,8 +392,7 @@ class Kept:
 
     def close(self) -> None:
         """Close the files."""
-        for file in self._files:
-            file.close()
+        self._open.close()
 
 
 def freed() -> None:

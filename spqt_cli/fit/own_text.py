@@ -39,7 +39,6 @@ def windows(
     context, and for logits that are not finite.
     """
     context.window(context.of(model), length, length)
-    vocabulary = _vocabulary(model)
     vocabulary, at_once = _vocabulary(model), _at_once(model, length, count)
     begun = starts.starts(tokenizer, vocabulary, count * (TRIES + 1), seed)
     found = np.zeros((count, length), np.int32)

@@ -10,7 +10,7 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from http.server import ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from inspect import signature
 from typing import Any, NoReturn
 
@@ -73,7 +73,7 @@ class Server(ThreadingHTTPServer):
         family, address = _address(host, port)
         self.address_family = family
         try:
-            super().__init__(address, None)  # type: ignore[arg-type]
+            super().__init__(address, BaseHTTPRequestHandler)  # until open_to names ours
         except PermissionError:
             raise ResourceError(f"port {port} is not allowed", "use one from 1024 on: --port") from None
         except OSError as error:

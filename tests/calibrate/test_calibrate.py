@@ -17,6 +17,7 @@ from spqt_cli.calibrate.progress import NAME
 from spqt_cli.decode import layers, session
 from spqt_cli.errors import BusyError, ResourceError, SpqtError, UsageError
 from spqt_cli.format import config_json, contract, thresholds
+from spqt_cli.format.folder import Folder
 from spqt_cli.measure import probes
 
 OPTIONS = CalibrateOptions(sparsity=0.4, tokens=512, window=64, method="uniform")
@@ -68,6 +69,26 @@ def test_stored_thresholds_pass_the_checks_and_load(done):
     section = loaded.config["spqt"]["calibration"]
     assert section["fingerprint"] == loaded.folder.weights_fingerprint
     assert len(section["text"]["sha256"]) == 64
+
+
+def test_what_enters_layers_is_recorded(done):
+    recorded = contract_of(done)["quantiles"]
+    for path, row in contract_of(done)["layers"].items():
+        assert recorded[path] == sorted(recorded[path])
+        assert len(recorded[path]) == len(thresholds.QUANTILES)
+        at_target = np.interp(row["target"], thresholds.QUANTILES, recorded[path])
+        assert at_target == pytest.approx(layers_of(done)[path].threshold, rel=0.25)  # refined since
+    nothing_finite = np.zeros(thresholds.BINS, int)
+    nothing_finite[-1] = 5
+    assert calibrate._quantiles(nothing_finite) == calibrate._quantiles(np.zeros(thresholds.BINS, int)) == []
+
+
+def layers_of(done) -> dict:
+    return Folder(done[0]).layers
+
+
+def contract_of(done) -> dict:
+    return json.loads((done[0] / "config.json").read_text())["spqt"]["calibration"]
 
 
 def test_curve_derives_other_sparsities(done):

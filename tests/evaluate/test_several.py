@@ -209,6 +209,7 @@ def test_kept_predictions_come_back_normalized(tmp_path):
     kept = Kept(tmp_path, [(1, 5), (3, 5)])
     kept.write(1, 0, log_p[:1])
     kept.write(1, 1, log_p[1:])
+    assert not list(tmp_path.iterdir())  # nothing that a killed process would leave
     found = kept.read(1, 1, 2)
     kept.close()
     assert np.exp(found).sum(axis=-1) == pytest.approx(1, abs=1e-5)
