@@ -8,7 +8,7 @@ import gc
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -354,11 +354,10 @@ class Kept:
         self._shapes = shapes
         self._vocab = 0
         self._folder = folder
-        # without a name, so that what a killed process leaves takes no room
-        self._open = ExitStack()
-        self._files = [
-            self._open.enter_context(tempfile.TemporaryFile(dir=folder, buffering=0)) for _ in shapes
-        ]
+        places = [folder / str(at) for at in range(len(shapes))]
+        self._files = [place.open("w+b", buffering=0) for place in places]
+        for place in places:  # a file without a name is gone with its process, however that ends
+            place.unlink()
 
     def write(self, passage: int, place: int, log_p: np.ndarray) -> None:
         """log_p (B, T, vocab) of windows from `place` on. Raises ResourceError for too small a disk."""
@@ -392,7 +391,8 @@ class Kept:
 
     def close(self) -> None:
         """Close the files."""
-        self._open.close()
+        for file in self._files:
+            file.close()
 
 
 def freed() -> None:
