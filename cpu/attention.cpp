@@ -4,7 +4,6 @@
 #include "check.h"
 #include "mlx/backend/cpu/encoder.h"
 #include "mlx/fast.h"
-#include "mlx/scheduler.h"
 #include "native.h"
 #include "ops.h"
 #include "pool.h"
@@ -190,6 +189,46 @@ class Attention : public Native {
   int oldest_;
 };
 
+size_t floats_of(int heads, int width, int place) {
+  return (size_t)heads * ((place + SPLIT_KEYS) / SPLIT_KEYS) * (width + 2);
+}
+
+bool is_width(int width, const RopeForm& form) {
+  return width > 0 && width % 16 == 0 && width <= ATTEND_WIDTH && form.dims <= width;
+}
+
+AttentionJob job_of(const TokenPlace& t, int heads, int key_heads, float scale, int sequences) {
+  AttentionJob job{};
+  const int width = t.width;
+  job.first = {t.turned, t.keys, t.values, width, width, width, 0, t.place + 1, width, scale, 0, 0, nullptr, 0, nullptr, nullptr};
+  job.q_head = width, job.k_head = job.v_head = (int64_t)t.room * width;
+  job.q_batch = heads * job.q_head, job.k_batch = job.v_batch = key_heads * job.k_head;
+  job.heads = heads, job.key_heads = key_heads, job.rows = 1;
+  job.splits = (t.place + SPLIT_KEYS) / SPLIT_KEYS;
+  job.tasks = sequences * key_heads * job.splits;
+  job.y = t.y;
+  job.memory = t.memory;
+  return job;
+}
+
+// the tokens' queries, turned, and their keys, turned, and values in their places
+void join_cache(const AttentionJob& job, const TokenPlace& t, const RopeForm& form, int sequences) {
+  const int width = t.width, half = form.dims / 2;
+  for (int s = 0; s < sequences; ++s) {
+    Rope rope{t.q + s * job.q_batch, t.turned + s * job.q_batch, 0, 0, t.table + (int64_t)s * 2 * half, 1, half, width,
+              form.traditional};
+    for (int head = 0; head < job.heads; ++head, rope.x += width, rope.y += width) kernels().rope(rope);
+    for (int head = 0; head < job.key_heads; ++head) {
+      const int64_t from = (int64_t)(s * job.key_heads + head) * width;
+      const int64_t to = s * job.k_batch + head * job.k_head + (int64_t)t.place * width;
+      rope.x = t.k + from;
+      rope.y = t.keys + to;
+      kernels().rope(rope);
+      std::copy_n(t.v + from, width, t.values + to);
+    }
+  }
+}
+
 // One token of each sequence: rotary positions, its keys and values into the cache, then attention.
 class TokenAttention : public OnCpu {
  public:
@@ -199,37 +238,30 @@ class TokenAttention : public OnCpu {
   // inputs: q, k, v, keys, values, then the table, or padding and mask; outputs: as q, keys, values
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override {
     allocate(outputs[0]);
-    // Each output holds the inputs, all but the first of these for nothing: dropped, or no cache could be reused.
-    for (auto& output : outputs)
-      if (&output.inputs() != &inputs && !output.is_tracer()) output.inputs().clear();
+    drop_inputs(inputs, outputs);
     for (int i = 1; i <= 2; ++i) take_over(inputs[2 + i], outputs[i]);
     Arrays in;
     for (size_t i : {0, 1, 2, 5, 6})
       if (i < inputs.size()) in.push_back(in_order(inputs[i], stream()));
     const int sequences = outputs[1].shape(0), room = outputs[1].shape(2), width = outputs[1].shape(3);
     auto between = scratch(stream().index, BETWEEN, (size_t)sequences * heads_ * width);
-    float *turned = between.get(), *keys = outputs[1].data<float>(), *values = outputs[2].data<float>();
-    AttentionJob job{};
-    job.first = {turned, keys, values, width, width, width, 0, place_ + 1, width, scale_, 0, 0, nullptr, 0, nullptr, nullptr};
-    job.q_head = width, job.k_head = job.v_head = (int64_t)room * width;
-    job.q_batch = heads_ * job.q_head, job.k_batch = job.v_batch = key_heads_ * job.k_head;
-    job.heads = heads_, job.key_heads = key_heads_, job.rows = 1;
-    job.splits = (place_ + SPLIT_KEYS) / SPLIT_KEYS;
-    job.tasks = sequences * key_heads_ * job.splits;
-    job.y = outputs[0].data<float>();
-    job.memory = scratch(stream().index, PARTIALS, (size_t)sequences * heads_ * job.splits * (width + 2));
-    Token token{in[0].data<float>(), in[1].data<float>(), in[2].data<float>(), sequences, place_};
-    if (inputs.size() == 6) token.table = in[3].data<float>();
-    else token.padding = in[3].data<int32_t>(), token.mask = {in[4].data<bool>(), place_ + 1, place_ + 1, 0};
-    mx::cpu::get_command_encoder(stream()).dispatch([job, between, token, form = form_]() mutable {
+    TokenPlace place{in[0].data<float>(), in[1].data<float>(), in[2].data<float>(), between.get(),
+                     outputs[1].data<float>(), outputs[2].data<float>(), outputs[0].data<float>(), room, width, place_};
+    place.memory = scratch(stream().index, PARTIALS, sequences * floats_of(heads_, width, place_));
+    const int32_t* padding = nullptr;  // of each sequence, before its first token
+    Mask mask{};
+    if (inputs.size() == 6) place.table = in[3].data<float>();
+    else padding = in[3].data<int32_t>(), mask = {in[4].data<bool>(), place_ + 1, place_ + 1, 0};
+    AttentionJob job = job_of(place, heads_, key_heads_, scale_, sequences);
+    mx::cpu::get_command_encoder(stream()).dispatch([=, form = form_]() mutable {
       between.start();
-      if (!token.table) {
-        std::vector<int32_t> positions(token.sequences);
-        for (int s = 0; s < token.sequences; ++s) positions[s] = token.place - token.padding[s];
-        token.table = rope_turns(form, positions.data(), token.sequences, 1);
-        see(job, token.mask, token.sequences);
+      if (padding) {
+        std::vector<int32_t> positions(sequences);
+        for (int s = 0; s < sequences; ++s) positions[s] = place.place - padding[s];
+        place.table = rope_turns(form, positions.data(), sequences, 1);
+        see(job, mask, sequences);
       }
-      join_cache(job, token, form);
+      join_cache(job, place, form, sequences);
       run_token(job);
     });
   }
@@ -237,47 +269,6 @@ class TokenAttention : public OnCpu {
   const char* name() const override { return "SpqtTokenAttention"; }
 
  private:
-  struct Token {
-    const float *q, *k, *v;  // (sequences, heads or key heads, width)
-    int sequences, place;    // place: in the cache
-    const float* table = nullptr;  // of each sequence
-    const int32_t* padding = nullptr;  // of each sequence, before its first token
-    Mask mask{};
-  };
-
-  // `out` with the values of `in`: its memory where nobody else needs it
-  void take_over(const mx::array& in, mx::array& out) {
-    // The step before holds its cache until it has run, which it will have before this one does.
-    while (!in.is_donatable() && mx::scheduler::n_active_tasks() > 1) mx::scheduler::wait_for_one();
-    if (!in.is_donatable()) mx::synchronize(stream());
-    if (in.is_donatable() && in.flags().row_contiguous && in.data_size() == in.size()) {
-      out.copy_shared_buffer(in);
-      return;
-    }
-    allocate(out);
-    const mx::array from = in_order(in, stream());
-    mx::cpu::get_command_encoder(stream()).dispatch(
-        [from = from.data<float>(), to = out.data<float>(), n = out.size()]() { std::copy(from, from + n, to); });
-  }
-
-  // the tokens' queries, turned, and their keys, turned, and values in their places
-  static void join_cache(const AttentionJob& job, const Token& t, const RopeForm& form) {
-    const int width = job.first.width, half = form.dims / 2;
-    for (int s = 0; s < t.sequences; ++s) {
-      Rope rope{t.q + s * job.q_batch, const_cast<float*>(job.first.q) + s * job.q_batch, 0, 0,
-                t.table + (int64_t)s * 2 * half, 1, half, width, form.traditional};
-      for (int head = 0; head < job.heads; ++head, rope.x += width, rope.y += width) kernels().rope(rope);
-      for (int head = 0; head < job.key_heads; ++head) {
-        const int64_t from = (int64_t)(s * job.key_heads + head) * width;
-        const int64_t to = s * job.k_batch + head * job.k_head + (int64_t)t.place * width;
-        rope.x = t.k + from;
-        rope.y = const_cast<float*>(job.first.k) + to;
-        kernels().rope(rope);
-        std::copy_n(t.v + from, width, const_cast<float*>(job.first.v) + to);
-      }
-    }
-  }
-
   int heads_, key_heads_, place_;
   float scale_;
   RopeForm form_;
@@ -288,6 +279,22 @@ class TokenAttention : public OnCpu {
 TokenStep::TokenStep(int heads, int key_heads, float scale, RopeForm form)
     : heads_(heads), key_heads_(key_heads), scale_(scale), form_(std::move(form)) {
   require(heads > 0 && key_heads > 0 && heads % key_heads == 0, "the heads of q and k do not fit.");
+}
+
+bool TokenStep::takes(const mx::array& keys, const mx::array& values, int place, int width) const {
+  return keys.dtype() == mx::float32 && values.dtype() == mx::float32 && keys.ndim() == 4 && keys.shape(0) == 1 &&
+      keys.shape(1) == key_heads_ && keys.shape(3) == width && keys.shape() == values.shape() && is_width(width, form_) &&
+      place >= 0 && place < keys.shape(2);
+}
+
+size_t TokenStep::floats(int width, int place) const { return floats_of(heads_, width, place); }
+
+mx::array TokenStep::table(int place) const { return rope_table(form_, place, 1); }
+
+void TokenStep::run(const TokenPlace& place) const {
+  AttentionJob job = job_of(place, heads_, key_heads_, scale_, 1);
+  join_cache(job, place, form_, 1);
+  run_token(job);
 }
 
 std::tuple<mx::array, mx::array, mx::array> TokenStep::operator()(
@@ -303,8 +310,7 @@ std::tuple<mx::array, mx::array, mx::array> TokenStep::operator()(
   require(keys.ndim() == 4 && keys.shape() == values.shape() && keys.shape(1) == key_heads_,
           "keys and values must be (sequences, key heads, room, width).");
   const int sequences = keys.shape(0), width = keys.shape(3);
-  require(width > 0 && width % 16 == 0 && width <= ATTEND_WIDTH && form_.dims <= width,
-          "heads must be a multiple of 16, at most 256 and no narrower than the rotary positions.");
+  require(is_width(width, form_), "heads must be a multiple of 16, at most 256 and no narrower than the rotary positions.");
   require(place >= 0 && place < keys.shape(2), "the cache has no room for the token.");
   require(q.ndim() > 0 && q.shape(-1) == heads_ * width && q.size() == (size_t)sequences * q.shape(-1),
           "q must be of each sequence one row of all heads.");
@@ -321,7 +327,7 @@ std::tuple<mx::array, mx::array, mx::array> TokenStep::operator()(
             "the mask must be bool, of each sequence up to the token.");
     in.insert(in.end(), {*padding, *mask});
   } else {
-    in.push_back(rope_table(form_, place, 1));
+    in.push_back(table(place));
   }
   auto native = std::make_shared<TokenAttention>(cpu_stream(), heads_, key_heads_, scale_, form_, place);
   auto out = mx::array::make_arrays({q.shape(), keys.shape(), values.shape()}, {mx::float32, mx::float32, mx::float32},

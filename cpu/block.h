@@ -22,6 +22,7 @@ class HeadStep {
       const std::optional<mlx::core::array>& counted) const;
 
  private:
+  friend class ChainStep;
   int inputs_;
   float eps_;
   std::vector<ProjectionShape> shapes_;
@@ -45,6 +46,7 @@ class TailStep {
       const std::vector<std::optional<mlx::core::array>>& counted) const;
 
  private:
+  friend class ChainStep;
   int inputs_;  // of out
   float eps_;
   std::vector<mlx::core::array> arrays_;  // before the shapes, which fill it

@@ -160,6 +160,7 @@ static void attend_few(const Attend& a, float* scores) {
     float* y = a.y + row * a.y_stride;
     int d = 0;
     for (; d + 8 * LANES <= a.width; d += 8 * LANES) weigh_values<8>(a, scores, d, y);
+    for (; d + 4 * LANES <= a.width; d += 4 * LANES) weigh_values<4>(a, scores, d, y);
     for (; d < a.width; d += LANES) weigh_values<1>(a, scores, d, y);
   }
 }

@@ -8,6 +8,7 @@
 #include <nanobind/stl/vector.h>
 
 #include "block.h"
+#include "chain.h"
 #include "dense.h"
 #include "fit.h"
 #include "kernels.h"
@@ -70,6 +71,18 @@ NB_MODULE(_cpu, m) {
            nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg().none())
       .def("__call__", &spqt::TokenStep::operator(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
            nb::arg().none() = nb::none(), nb::arg().none() = nb::none());
+  nb::class_<spqt::ChainStep>(m, "ChainStep")
+      .def(nb::init<std::vector<spqt::ChainStep::Block>>())
+      .def("takes", &spqt::ChainStep::takes)
+      .def("__call__", &spqt::ChainStep::operator(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none());
+  m.def("same", [](nb::list dicts, nb::list keys, nb::list values) {
+    for (size_t i = 0; i < dicts.size(); ++i) {
+      PyObject* found = PyDict_GetItemWithError(nb::handle(dicts[i]).ptr(), nb::handle(keys[i]).ptr());
+      if (!found && PyErr_Occurred()) throw nb::python_error();
+      if (found != nb::handle(values[i]).ptr() && (found || !nb::handle(values[i]).is_none())) return false;
+    }
+    return true;
+  });
   m.def("set_threads", &set_threads);
   m.def("threads", &threads);
   m.def("isas", [] {  // those that this machine can execute, widest first

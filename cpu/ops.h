@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "mlx/array.h"
+#include "scratch.h"
 
 namespace spqt {
 
@@ -64,6 +65,17 @@ mlx::core::array attention(
     const std::optional<mlx::core::array>& mask,
     int oldest);
 
+// Where one token of each sequence lies, and its sequences' caches, while a TokenStep runs.
+struct TokenPlace {
+  const float *q, *k, *v;  // (sequences, heads or key heads, width)
+  float* turned;           // room as of q
+  float *keys, *values;    // (sequences, key heads, room, width)
+  float* y;                // as q
+  int room, width, place;  // place: in the cache
+  const float* table = nullptr;  // of each sequence, as rope_table's
+  Scratch memory;
+};
+
 // Attention of one token of each sequence to a cache that it joins, with rotary positions.
 class TokenStep {
  public:
@@ -83,6 +95,14 @@ class TokenStep {
       int place,
       const std::optional<mlx::core::array>& padding,
       const std::optional<mlx::core::array>& mask) const;
+
+  // Whether this is such a cache of one sequence, of heads of this width, with room at `place`.
+  bool takes(const mlx::core::array& keys, const mlx::core::array& values, int place, int width) const;
+  int heads() const { return heads_; }
+  int key_heads() const { return key_heads_; }
+  mlx::core::array table(int place) const;
+  size_t floats(int width, int place) const;  // of memory for one sequence
+  void run(const TokenPlace& place) const;    // one sequence's token, on a thread of the pool's callers
 
  private:
   int heads_, key_heads_;

@@ -22,6 +22,10 @@ class OnCpu : public mlx::core::Primitive {
  protected:
   // Room for the outputs, and the inputs in order from `first` on: x of a product is read by its stride.
   Arrays ready(const Arrays& inputs, Arrays& outputs, size_t first = 1);
+  // Each output holds the inputs, all but the first of these for nothing: dropped, or no cache could be reused.
+  static void drop_inputs(const Arrays& inputs, Arrays& outputs);
+  // `out` with the values of `in`: its memory where nobody else needs it.
+  void take_over(const mlx::core::array& in, mlx::core::array& out);
 };
 
 using Count = std::optional<mlx::core::array>;

@@ -1,7 +1,10 @@
 #include "zigzag.h"
 
+#include <algorithm>
+
 #include "check.h"
 #include "mlx/backend/cpu/encoder.h"
+#include "mlx/scheduler.h"
 #include "scratch.h"
 #include "step.h"
 
@@ -93,6 +96,25 @@ Arrays OnCpu::ready(const Arrays& inputs, Arrays& outputs, size_t first) {
   Arrays in(inputs.begin(), inputs.begin() + first);
   for (size_t i = first; i < inputs.size(); ++i) in.push_back(in_order(inputs[i], stream()));
   return in;
+}
+
+void OnCpu::drop_inputs(const Arrays& inputs, Arrays& outputs) {
+  for (auto& output : outputs)
+    if (&output.inputs() != &inputs && !output.is_tracer()) output.inputs().clear();
+}
+
+void OnCpu::take_over(const mx::array& in, mx::array& out) {
+  // The step before holds its cache until it has run, which it will have before this one does.
+  while (!in.is_donatable() && mx::scheduler::n_active_tasks() > 1) mx::scheduler::wait_for_one();
+  if (!in.is_donatable()) mx::synchronize(stream());
+  if (in.is_donatable() && in.flags().row_contiguous && in.data_size() == in.size()) {
+    out.copy_shared_buffer(in);
+    return;
+  }
+  allocate(out);
+  const mx::array from = in_order(in, stream());
+  mx::cpu::get_command_encoder(stream()).dispatch(
+      [from = from.data<float>(), to = out.data<float>(), n = out.size()]() { std::copy(from, from + n, to); });
 }
 
 GatedJob plan_gated(const GatedShape& shape, const Row& x, const Operands& in, const GatedPlaces& places,

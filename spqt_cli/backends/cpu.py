@@ -316,6 +316,23 @@ def prepare_token(heads: int, key_heads: int, scale: float, rope: dict[str, Any]
     return _native().TokenStep(heads, key_heads, scale, *form)
 
 
+def prepare_chain(blocks: Sequence[tuple[Any, Any, Any]]) -> Any:
+    """Blocks that follow one another, as one operation: of each what `prepare_head`, `prepare_token` and
+    `prepare_tail` gave.
+
+    Called with x, of each block keys, values and place, and counts, (7 * blocks,) uint32 of q, k, v, o, gate,
+    up and down of each, or None; returns of each y, keys and values, and counts. See `prepare_token`. Its
+    `takes` says of x, keys, values and places whether it covers them.
+    """
+    return _native().ChainStep(list(blocks))
+
+
+def same(dicts: list[dict[str, Any]], keys: list[str], values: list[Any]) -> bool:
+    """Whether each dictionary has the very value at its key, or nothing where that is None."""
+    found: bool = _native().same(dicts, keys, values)
+    return found
+
+
 def takes_token(x: mx.array, keys: mx.array, values: mx.array) -> bool:
     """Whether a step of `prepare_token` covers this x and cache: float32, equal heads of 16 to 256 values."""
     shape = keys.shape

@@ -25,13 +25,13 @@ class CachedAttention:
         self.module, self.rope, self.kinds = module, module["rope"], (KVCache, BatchKVCache)
         form = recognize.rope(self.rope)
         assert form is not None
-        self._step = cpu.prepare_token(module.n_heads, module.n_kv_heads, module.scale, form._asdict())
+        self.step = cpu.prepare_token(module.n_heads, module.n_kv_heads, module.scale, form._asdict())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CachedAttention":
         """The same for the copied module; the step holds settings alone."""
         made = object.__new__(CachedAttention)
         made.module, made.rope = copy.deepcopy(self.module, memo), copy.deepcopy(self.rope, memo)
-        made.kinds, made._step = self.kinds, self._step
+        made.kinds, made.step = self.kinds, self.step
         return made
 
     def __call__(self, x: mx.array, mask: Any = None, cache: Any = None, **others: Any) -> mx.array | None:
@@ -65,7 +65,7 @@ class CachedAttention:
         """What the module gives to `o_proj`; keys and values join the cache. products: q, k and v."""
         place = cache.offset if mask is None else cache._idx
         batched = () if mask is None else (cache.left_padding, mask)
-        found, cache.keys, cache.values = self._step(*products, cache.keys, cache.values, place, *batched)
+        found, cache.keys, cache.values = self.step(*products, cache.keys, cache.values, place, *batched)
         if mask is None:
             cache.offset = place + 1
         else:

@@ -20,7 +20,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from spqt_cli.backends import interface, select
-from spqt_cli.decode import active_counts, attention_cpu, foreign, phase, recognize
+from spqt_cli.decode import active_counts, attention_cpu, chain, foreign, phase, recognize
 from spqt_cli.decode.attention_gpu import OwnAttention, TracedStep
 from spqt_cli.decode.layers import SharedInput
 
@@ -97,7 +97,7 @@ def _asking(attribute: str, most: int) -> Callable[[Any], Callable[..., Any]]:
     return make_call
 
 
-class _Sources:
+class Sources:
     """What lay at some places when this was made.
 
     A profile, a calibration or a user may put other layers, weights or thresholds in at any time. A decode
@@ -106,13 +106,13 @@ class _Sources:
 
     def __init__(self, places: Iterable[Place]) -> None:
         places = list(places)
-        self._holders = [holder for holder, _ in places]
-        self._keys = [key for _, key in places]
-        self._known = list(map(dict.get, self._holders, self._keys))
+        self.holders = [holder for holder, _ in places]
+        self.keys = [key for _, key in places]
+        self.known = list(map(dict.get, self.holders, self.keys))
 
     def unchanged(self) -> bool:
         """Whether the very same things lie there now."""
-        return all(map(is_, map(dict.get, self._holders, self._keys), self._known))
+        return all(map(is_, map(dict.get, self.holders, self.keys), self.known))
 
 
 def _arrange(layers: Iterable[Any]) -> None:
@@ -145,7 +145,7 @@ class FusedMLP:
     def __init__(self, module: Any, names: tuple[str, str, str]) -> None:
         self.module, self.names = module, names
         self._form: tuple[Any, ...] = ()
-        self._sources = _Sources([])
+        self._sources = Sources([])
         self._step: interface.GatedStep | None = None
         self._groups: list[SharedInput] = []  # gate and up; down
         self._skips = False
@@ -181,7 +181,7 @@ class FusedMLP:
         self._form, self._step = (x.dtype, x.ndim), None
         _arrange(layers)
         places = [(self.module, name) for name in self.names]
-        self._sources = _Sources([*places, *_of_layers(layers)])
+        self._sources = Sources([*places, *_of_layers(layers)])
         if not all(map(recognize.is_zigzag, layers)):
             return  # a profile's row-grouped layer, or a watched one
         gate, up, down = layers
@@ -205,7 +205,7 @@ class FusedBlock:
         self.module = module
         self.reason: str | None = None  # "" where it runs fused; None before the first token
         self._form: tuple[Any, ...] = ()
-        self._sources = _Sources([])
+        self._sources = Sources([])
         self._front: interface.HeadStep | None = None
         self._tail: interface.TailStep | interface.MiddleStep | None = None
         self._rest: str | None = None  # under which the module has what the tail leaves out
@@ -214,10 +214,13 @@ class FusedBlock:
         self._traced: TracedStep | None = None
         self._groups: list[SharedInput] = []  # as `Block.launches`
         self._skips = False
+        self._parted = False  # over processes, which add up between its products
+        self.chain: chain.Chain | None = None
+        self.place = 0  # in the chain
 
     def forget(self) -> None:
         """Prepare anew with the next token."""
-        self._form = ()
+        self._form, self.chain = (), None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "FusedBlock":
         """The same for the copied module; what was prepared belongs to the old one."""
@@ -227,6 +230,10 @@ class FusedBlock:
         """y for x, one row of each sequence; None where the module's own code is to run."""
         if others:
             return None
+        if self.chain is not None and mask is None:
+            known = self.chain.result(self.place, x, cache)
+            if known is not None:
+                return known
         if (x.dtype, x.ndim) != self._form or not self._sources.unchanged():
             self._prepare(x)
         if self.reason or (self._skips and not phase.decodes()):
@@ -242,9 +249,28 @@ class FusedBlock:
             y, counted = step(x, mask, cache, tally.running)
             tally.keep(counted)
         if self._rest is None:
+            if self._cached is not None and mask is None and cache is not None:
+                chain.ran(self, x, y, cache)
             return y
         h, normed = y
         return h + self.module[self._rest](normed)
+
+    def steps(self) -> chain.Steps | None:
+        """As `chain.Member`'s."""
+        if self.reason or self._cached is None or self._rest is not None or self._parted:
+            return None
+        layers = [layer for group in self._groups for layer in group.layers]
+        sources = self._sources
+        return chain.Steps(
+            self._front,
+            self._cached.step,
+            self._tail,
+            layers,
+            self._skips,
+            sources.holders,
+            sources.keys,
+            sources.known,
+        )
 
     @property
     def attention(self) -> str:
@@ -277,7 +303,7 @@ class FusedBlock:
         zigzag += [mlp.get(name) for name in names]
         _arrange(zigzag)
         self._form = (x.dtype, x.ndim)
-        self._sources = _Sources(
+        self._sources = Sources(
             [
                 *((module, name) for name in parts),
                 *((norm, "weight") for norm in (first, second)),
@@ -302,6 +328,7 @@ class FusedBlock:
             return
         self.reason = ""
         self._groups = [layers[0].shared_input for layers in found.launches]
+        self._parted = isinstance(found.tail, interface.Tail) and found.tail.total is not None
         self._skips = any(group.skips for group in self._groups)
         self._own = OwnAttention(attention, found.projections)
         if backend.traces:

@@ -1,0 +1,237 @@
+#include "chain.h"
+
+#include <algorithm>
+#include <map>
+#include <mutex>
+#include <new>
+
+#include "check.h"
+#include "mlx/backend/cpu/encoder.h"
+#include "mlx/transforms.h"
+#include "scratch.h"
+#include "step.h"
+
+namespace spqt {
+namespace mx = mlx::core;
+namespace {
+
+constexpr int COUNTED = 7;  // projections of a block: q, k, v, out, gate, up, down
+
+// One block's jobs: they read and write the plan's memory, but for x and y.
+struct BlockPlan {
+  Norm first, second;  // x of the first is the block's
+  std::shared_ptr<Job> head, out;
+  GatedJob gated;
+};
+
+// What one stream runs for each token. Its memory holds one block's values at a time.
+struct Plan {
+  std::shared_ptr<float[]> memory;
+  size_t size;
+  float *normed, *q, *k, *v, *turned, *attended, *h, *down;
+  std::vector<uint32_t> counts;
+  std::vector<BlockPlan> blocks;
+};
+
+// What differs from token to token.
+struct Token {
+  const float* x;
+  std::vector<float*> y;
+  std::vector<TokenPlace> places;
+  uint32_t* counts;
+  const uint32_t* before;
+};
+
+void in_place(Arrays& arrays) {
+  for (mx::array& a : arrays)
+    if (!a.is_available() || !a.flags().row_contiguous) a = mx::contiguous(a);
+  mx::eval(arrays);
+}
+
+}  // namespace
+
+struct ChainStep::Blocks {
+  std::vector<Block> all;
+  int width;
+  std::mutex lock;
+  std::map<int, std::shared_ptr<Plan>> plans;  // by stream
+
+  std::shared_ptr<Plan> plan(mx::Stream stream) {
+    std::lock_guard guard(lock);
+    std::shared_ptr<Plan>& found = plans[stream.index];
+    if (!found) found = made(stream);
+    return found;
+  }
+
+ private:
+  std::shared_ptr<Plan> made(mx::Stream stream) const {
+    size_t products[3] = {}, attended = 0, middle = 0;  // the widest block's
+    for (const auto& [head, token, tail] : all) {
+      for (int p = 0; p < 3; ++p) products[p] = std::max<size_t>(products[p], head.shapes_[p].outputs);
+      attended = std::max<size_t>(attended, tail.inputs_);
+      middle = std::max<size_t>(middle, tail.gated_.pair[0].outputs);
+    }
+    auto plan = std::make_shared<Plan>();
+    const size_t sizes[] = {(size_t)width, products[0], products[1], products[2], attended, attended,
+                            (size_t)width, (size_t)width, 2 * middle};
+    float** starts[] = {&plan->normed, &plan->q, &plan->k, &plan->v, &plan->turned, &plan->attended, &plan->h, &plan->down};
+    constexpr std::align_val_t LINE{64};
+    for (size_t size : sizes) plan->size += (size + PADDING - 1) / PADDING * PADDING;
+    plan->memory = {new (LINE) float[plan->size], [](float* p) { operator delete[](p, LINE); }};
+    float* free = plan->memory.get();
+    for (int i = 0; i < 8; free += (sizes[i++] + PADDING - 1) / PADDING * PADDING) *starts[i] = free;
+    plan->counts.resize(COUNTED * all.size());
+    uint32_t* counts = plan->counts.data();
+    for (const auto& [head, token, tail] : all) {
+      BlockPlan block;
+      block.first = {nullptr, head.arrays_[0].data<float>(), plan->normed, 1, width, head.eps_};
+      block.head = spqt::plan(head.shapes_, {plan->normed, FLOAT32, 1}, {head.arrays_, 1},
+                              {{plan->q, FLOAT32}, {plan->k, FLOAT32}, {plan->v, FLOAT32}}, {counts, nullptr}, stream);
+      block.out = spqt::plan({tail.out_}, {plan->attended, FLOAT32, 1}, {tail.arrays_, 1}, {{plan->h, FLOAT32}},
+                             {counts + 3, nullptr}, stream);
+      block.second = {plan->h, tail.arrays_[0].data<float>(), plan->normed, 1, width, tail.eps_};
+      block.gated = plan_gated(tail.gated_, {plan->normed, FLOAT32, 1}, {tail.arrays_, after(tail.out_, 1)},
+                               {plan->down, free, {counts + 4, nullptr}, {counts + 6, nullptr}}, stream);
+      plan->blocks.push_back(std::move(block));
+      counts += COUNTED;
+    }
+    return plan;
+  }
+};
+
+namespace {
+
+void run(const std::vector<ChainStep::Block>& blocks, Plan& plan, Token& token) {
+  const float* x = token.x;
+  for (size_t i = 0; i < blocks.size(); ++i) {
+    BlockPlan& block = plan.blocks[i];
+    poison(plan.memory.get(), plan.size * sizeof(float));
+    block.first.x = x;
+    kernels().rms_norm(block.first);
+    run_job(*block.head);
+    std::get<TokenStep>(blocks[i]).run(token.places[i]);
+    run_job(*block.out);
+    const int width = block.first.width;
+    for (int w = 0; w < width; ++w) plan.h[w] += x[w];
+    kernels().rms_norm(block.second);
+    run_gated(block.gated);
+    float* y = token.y[i];
+    for (int w = 0; w < width; ++w) y[w] = plan.down[w] + plan.h[w];
+    x = y;
+  }
+  for (size_t i = 0; i < plan.counts.size(); ++i)
+    token.counts[i] = plan.counts[i] + (token.before ? token.before[i] : 0);
+}
+
+// outputs: y, keys and values of each block, counts
+class Chain : public OnCpu {
+ public:
+  // tables: where among the inputs each block's rotary positions are
+  Chain(mx::Stream stream, std::shared_ptr<ChainStep::Blocks> blocks, std::vector<int> places, std::vector<int> tables,
+        bool counted)
+      : OnCpu(stream),
+        blocks_(std::move(blocks)),
+        places_(std::move(places)),
+        tables_(std::move(tables)),
+        counted_(counted) {}
+
+  // inputs: x, keys and values of each block, tables, counts there are
+  void eval_cpu(const Arrays& inputs, Arrays& outputs) override {
+    const size_t n = places_.size();
+    for (size_t i = 0; i < n; ++i) allocate(outputs[i]);
+    allocate(outputs.back());
+    drop_inputs(inputs, outputs);
+    for (size_t i = 0; i < 2 * n; ++i) take_over(inputs[1 + i], outputs[n + i]);
+    auto plan = blocks_->plan(stream());
+    Token token{in_order(inputs[0], stream()).data<float>()};
+    size_t room = 0;  // floats of the neediest attention
+    for (size_t i = 0; i < n; ++i) {
+      token.y.push_back(outputs[i].data<float>());
+      mx::array &keys = outputs[n + i], &values = outputs[2 * n + i];
+      token.places.push_back({plan->q, plan->k, plan->v, plan->turned, keys.data<float>(), values.data<float>(),
+                              plan->attended, keys.shape(2), keys.shape(3), places_[i],
+                              inputs[tables_[i]].data<float>()});
+      room = std::max(room, std::get<TokenStep>(blocks_->all[i]).floats(keys.shape(3), places_[i]));
+    }
+    const Scratch memory = scratch(stream().index, PARTIALS, room);
+    for (TokenPlace& place : token.places) place.memory = memory;
+    token.counts = outputs.back().data<uint32_t>();
+    token.before = counted_ ? inputs.back().data<uint32_t>() : nullptr;
+    mx::cpu::get_command_encoder(stream()).dispatch(
+        [plan, blocks = blocks_, token = std::move(token)]() mutable { run(blocks->all, *plan, token); });
+  }
+
+  const char* name() const override { return "SpqtChain"; }
+
+ private:
+  std::shared_ptr<ChainStep::Blocks> blocks_;
+  std::vector<int> places_, tables_;
+  bool counted_;
+};
+
+}  // namespace
+
+ChainStep::ChainStep(std::vector<Block> blocks) : blocks_(std::make_shared<Blocks>()) {
+  require(!blocks.empty(), "no block was given.");
+  blocks_->width = std::get<HeadStep>(blocks[0]).inputs_;
+  for (auto& [head, token, tail] : blocks) {
+    require(head.shapes_.size() == 3, "a block's first step must be of q, k and v.");
+    require(head.inputs_ == blocks_->width && tail.out_.outputs == blocks_->width, "blocks must be of one width.");
+    const int heads = head.shapes_[0].outputs / token.heads();
+    require(head.shapes_[0].outputs == tail.inputs_ && tail.inputs_ == token.heads() * heads,
+            "q must be whole heads, as wide as what out takes.");
+    require(head.shapes_[1].outputs == token.key_heads() * heads && head.shapes_[2].outputs == head.shapes_[1].outputs,
+            "k and v must be whole heads, as wide as q's.");
+    in_place(head.arrays_);
+    in_place(tail.arrays_);
+  }
+  blocks_->all = std::move(blocks);
+}
+
+bool ChainStep::takes(const mx::array& x, const Arrays& keys, const Arrays& values, const std::vector<int>& places) const {
+  const size_t n = blocks_->all.size();
+  if (x.dtype() != mx::float32 || x.ndim() == 0 || x.shape(-1) != blocks_->width || x.size() != (size_t)blocks_->width ||
+      keys.size() != n || values.size() != n || places.size() != n)
+    return false;
+  for (size_t i = 0; i < n; ++i) {
+    const auto& [head, token, tail] = blocks_->all[i];
+    if (!token.takes(keys[i], values[i], places[i], head.shapes_[0].outputs / token.heads())) return false;
+  }
+  return true;
+}
+
+std::tuple<Arrays, Arrays, Arrays, mx::array> ChainStep::operator()(
+    const mx::array& x,
+    const Arrays& keys,
+    const Arrays& values,
+    const std::vector<int>& places,
+    const std::optional<mx::array>& counted) const {
+  const size_t n = blocks_->all.size();
+  require(takes(x, keys, values, places), "x must be one float32 row, and of each block there must be a cache with room.");
+  Arrays in{x}, tables;
+  std::vector<mx::Shape> shapes(n, x.shape());
+  std::vector<mx::Dtype> types(3 * n, mx::float32);
+  std::vector<int> table_of;  // each block's, in the order of the inputs
+  for (size_t i = 0; i < n; ++i) {
+    const mx::array table = std::get<TokenStep>(blocks_->all[i]).table(places[i]);  // the last one again, where it serves
+    if (tables.empty() || tables.back().id() != table.id()) tables.push_back(table);
+    table_of.push_back(1 + 2 * n + tables.size() - 1);
+  }
+  for (const Arrays& arrays : {keys, values}) {
+    in.insert(in.end(), arrays.begin(), arrays.end());
+    for (const mx::array& a : arrays) shapes.push_back(a.shape());
+  }
+  in.insert(in.end(), tables.begin(), tables.end());
+  shapes.push_back({COUNTED * (int)n});
+  types.push_back(mx::uint32);
+  if (counted) {
+    require(counted->dtype() == mx::uint32 && counted->shape() == shapes.back(), "counts must be uint32, seven a block.");
+    in.push_back(*counted);
+  }
+  auto chain = std::make_shared<Chain>(cpu_stream(), blocks_, places, std::move(table_of), counted.has_value());
+  auto out = mx::array::make_arrays(std::move(shapes), types, std::move(chain), std::move(in));
+  auto part = [&](size_t at) { return Arrays(out.begin() + at * n, out.begin() + (at + 1) * n); };
+  return {part(0), part(1), part(2), out.back()};
+}
+
+}  // namespace spqt
