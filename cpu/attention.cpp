@@ -189,15 +189,11 @@ class Attention : public Native {
   int oldest_;
 };
 
-size_t floats_of(int heads, int width, int place) {
-  return (size_t)heads * ((place + SPLIT_KEYS) / SPLIT_KEYS) * (width + 2);
-}
-
 bool is_width(int width, const RopeForm& form) {
   return width > 0 && width % 16 == 0 && width <= ATTEND_WIDTH && form.dims <= width;
 }
 
-AttentionJob job_of(const TokenPlace& t, int heads, int key_heads, float scale, int sequences) {
+AttentionJob job_of(const TokenPlace& t, int heads, int key_heads, float scale) {
   AttentionJob job{};
   const int width = t.width;
   job.first = {t.turned, t.keys, t.values, width, width, width, 0, t.place + 1, width, scale, 0, 0, nullptr, 0, nullptr, nullptr};
@@ -205,16 +201,16 @@ AttentionJob job_of(const TokenPlace& t, int heads, int key_heads, float scale, 
   job.q_batch = heads * job.q_head, job.k_batch = job.v_batch = key_heads * job.k_head;
   job.heads = heads, job.key_heads = key_heads, job.rows = 1;
   job.splits = (t.place + SPLIT_KEYS) / SPLIT_KEYS;
-  job.tasks = sequences * key_heads * job.splits;
+  job.tasks = t.sequences * key_heads * job.splits;
   job.y = t.y;
   job.memory = t.memory;
   return job;
 }
 
 // the tokens' queries, turned, and their keys, turned, and values in their places
-void join_cache(const AttentionJob& job, const TokenPlace& t, const RopeForm& form, int sequences) {
+void join_cache(const AttentionJob& job, const TokenPlace& t, const RopeForm& form) {
   const int width = t.width, half = form.dims / 2;
-  for (int s = 0; s < sequences; ++s) {
+  for (int s = 0; s < t.sequences; ++s) {
     Rope rope{t.q + s * job.q_batch, t.turned + s * job.q_batch, 0, 0, t.table + (int64_t)s * 2 * half, 1, half, width,
               form.traditional};
     for (int head = 0; head < job.heads; ++head, rope.x += width, rope.y += width) kernels().rope(rope);
@@ -232,8 +228,8 @@ void join_cache(const AttentionJob& job, const TokenPlace& t, const RopeForm& fo
 // One token of each sequence: rotary positions, its keys and values into the cache, then attention.
 class TokenAttention : public OnCpu {
  public:
-  TokenAttention(mx::Stream stream, int heads, int key_heads, float scale, RopeForm form, int place)
-      : OnCpu(stream), heads_(heads), key_heads_(key_heads), place_(place), scale_(scale), form_(std::move(form)) {}
+  TokenAttention(mx::Stream stream, TokenStep step, int place)
+      : OnCpu(stream), step_(std::move(step)), place_(place) {}
 
   // inputs: q, k, v, keys, values, then the table, or padding and mask; outputs: as q, keys, values
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override {
@@ -244,34 +240,23 @@ class TokenAttention : public OnCpu {
     for (size_t i : {0, 1, 2, 5, 6})
       if (i < inputs.size()) in.push_back(in_order(inputs[i], stream()));
     const int sequences = outputs[1].shape(0), room = outputs[1].shape(2), width = outputs[1].shape(3);
-    auto between = scratch(stream().index, BETWEEN, (size_t)sequences * heads_ * width);
+    auto between = scratch(stream().index, BETWEEN, (size_t)sequences * step_.heads() * width);
     TokenPlace place{in[0].data<float>(), in[1].data<float>(), in[2].data<float>(), between.get(),
-                     outputs[1].data<float>(), outputs[2].data<float>(), outputs[0].data<float>(), room, width, place_};
-    place.memory = scratch(stream().index, PARTIALS, sequences * floats_of(heads_, width, place_));
-    const int32_t* padding = nullptr;  // of each sequence, before its first token
-    Mask mask{};
+                     outputs[1].data<float>(), outputs[2].data<float>(), outputs[0].data<float>(), room, width, place_, sequences};
+    place.memory = scratch(stream().index, PARTIALS, sequences * step_.floats(width, place_));
     if (inputs.size() == 6) place.table = in[3].data<float>();
-    else padding = in[3].data<int32_t>(), mask = {in[4].data<bool>(), place_ + 1, place_ + 1, 0};
-    AttentionJob job = job_of(place, heads_, key_heads_, scale_, sequences);
-    mx::cpu::get_command_encoder(stream()).dispatch([=, form = form_]() mutable {
+    else place.padding = in[3].data<int32_t>(), place.mask = in[4].data<bool>();
+    mx::cpu::get_command_encoder(stream()).dispatch([place, between, step = step_]() {
       between.start();
-      if (padding) {
-        std::vector<int32_t> positions(sequences);
-        for (int s = 0; s < sequences; ++s) positions[s] = place.place - padding[s];
-        place.table = rope_turns(form, positions.data(), sequences, 1);
-        see(job, mask, sequences);
-      }
-      join_cache(job, place, form, sequences);
-      run_token(job);
+      step.run(place);
     });
   }
 
   const char* name() const override { return "SpqtTokenAttention"; }
 
  private:
-  int heads_, key_heads_, place_;
-  float scale_;
-  RopeForm form_;
+  TokenStep step_;
+  int place_;
 };
 
 }  // namespace
@@ -281,19 +266,27 @@ TokenStep::TokenStep(int heads, int key_heads, float scale, RopeForm form)
   require(heads > 0 && key_heads > 0 && heads % key_heads == 0, "the heads of q and k do not fit.");
 }
 
-bool TokenStep::takes(const mx::array& keys, const mx::array& values, int place, int width) const {
-  return keys.dtype() == mx::float32 && values.dtype() == mx::float32 && keys.ndim() == 4 && keys.shape(0) == 1 &&
+bool TokenStep::takes(const mx::array& keys, const mx::array& values, int place, int sequences, int width) const {
+  return keys.dtype() == mx::float32 && values.dtype() == mx::float32 && keys.ndim() == 4 && keys.shape(0) == sequences &&
       keys.shape(1) == key_heads_ && keys.shape(3) == width && keys.shape() == values.shape() && is_width(width, form_) &&
       place >= 0 && place < keys.shape(2);
 }
 
-size_t TokenStep::floats(int width, int place) const { return floats_of(heads_, width, place); }
+size_t TokenStep::floats(int width, int place) const {
+  return (size_t)heads_ * ((place + SPLIT_KEYS) / SPLIT_KEYS) * (width + 2);
+}
 
 mx::array TokenStep::table(int place) const { return rope_table(form_, place, 1); }
 
-void TokenStep::run(const TokenPlace& place) const {
-  AttentionJob job = job_of(place, heads_, key_heads_, scale_, 1);
-  join_cache(job, place, form_, 1);
+void TokenStep::run(TokenPlace place) const {
+  AttentionJob job = job_of(place, heads_, key_heads_, scale_);
+  if (place.padding) {
+    std::vector<int32_t> positions(place.sequences);
+    for (int s = 0; s < place.sequences; ++s) positions[s] = place.place - place.padding[s];
+    place.table = rope_turns(form_, positions.data(), place.sequences, 1);
+    see(job, {place.mask, place.place + 1, place.place + 1, 0}, place.sequences);
+  }
+  join_cache(job, place, form_);
   run_token(job);
 }
 
@@ -329,7 +322,7 @@ std::tuple<mx::array, mx::array, mx::array> TokenStep::operator()(
   } else {
     in.push_back(table(place));
   }
-  auto native = std::make_shared<TokenAttention>(cpu_stream(), heads_, key_heads_, scale_, form_, place);
+  auto native = std::make_shared<TokenAttention>(cpu_stream(), *this, place);
   auto out = mx::array::make_arrays({q.shape(), keys.shape(), values.shape()}, {mx::float32, mx::float32, mx::float32},
                                     std::move(native), std::move(in));
   return {out[0], out[1], out[2]};

@@ -1,4 +1,4 @@
-// Transformer blocks that follow one another, as one operation, for one token of one sequence, float32.
+// Transformer blocks that follow one another, as one operation, for one token of each sequence, float32.
 #pragma once
 
 #include <memory>
@@ -21,23 +21,25 @@ class ChainStep {
   // Evaluates the blocks' arrays.
   explicit ChainStep(std::vector<Block> blocks);
 
-  // Whether x and the caches are such as follows.
-  bool takes(
-      const mlx::core::array& x,
-      const std::vector<mlx::core::array>& keys,
-      const std::vector<mlx::core::array>& values,
-      const std::vector<int>& places) const;
+  using Array = mlx::core::array;
+  using Arrays = std::vector<Array>;
+  // Of several sequences: padding (sequences,) int32 and mask (sequences, ..., place + 1) bool, as TokenStep's.
+  using Batch = std::optional<std::pair<Array, Array>>;
 
-  // x (..., width), one row; of each block keys and values as TokenStep's, and how much of them is taken. counted:
-  // uint32, the active channels so far of q, k, v, out, gate, up and down of the first block, then of the next; or
-  // none. Returns y, keys and values of each block, and the counts.
-  std::tuple<std::vector<mlx::core::array>, std::vector<mlx::core::array>, std::vector<mlx::core::array>, mlx::core::array>
-  operator()(
-      const mlx::core::array& x,
-      const std::vector<mlx::core::array>& keys,
-      const std::vector<mlx::core::array>& values,
+  // Whether x and the caches are such as follows.
+  bool takes(const Array& x, const Arrays& keys, const Arrays& values, const std::vector<int>& places, const Batch& batch) const;
+
+  // x (..., width), one row of each sequence; of each block keys and values as TokenStep's, and how much of them is
+  // taken. counted: uint32, the active channels so far of q, k, v, out, gate, up and down of the first block, then of
+  // the next, (7 * blocks,), of several rows (7 * blocks, rows + 1), as SparseStep's; or none. Returns y, keys and
+  // values of each block, and the counts.
+  std::tuple<Arrays, Arrays, Arrays, Array> operator()(
+      const Array& x,
+      const Arrays& keys,
+      const Arrays& values,
       const std::vector<int>& places,
-      const std::optional<mlx::core::array>& counted) const;
+      const std::optional<Array>& counted,
+      const Batch& batch) const;
 
   struct Blocks;
 

@@ -73,8 +73,9 @@ NB_MODULE(_cpu, m) {
            nb::arg().none() = nb::none(), nb::arg().none() = nb::none());
   nb::class_<spqt::ChainStep>(m, "ChainStep")
       .def(nb::init<std::vector<spqt::ChainStep::Block>>())
-      .def("takes", &spqt::ChainStep::takes)
-      .def("__call__", &spqt::ChainStep::operator(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none());
+      .def("takes", &spqt::ChainStep::takes, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none())
+      .def("__call__", &spqt::ChainStep::operator(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(),
+           nb::arg().none());
   m.def("same", [](nb::list dicts, nb::list keys, nb::list values) {
     for (size_t i = 0; i < dicts.size(); ++i) {
       PyObject* found = PyDict_GetItemWithError(nb::handle(dicts[i]).ptr(), nb::handle(keys[i]).ptr());

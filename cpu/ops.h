@@ -71,8 +71,10 @@ struct TokenPlace {
   float* turned;           // room as of q
   float *keys, *values;    // (sequences, key heads, room, width)
   float* y;                // as q
-  int room, width, place;  // place: in the cache
-  const float* table = nullptr;  // of each sequence, as rope_table's
+  int room, width, place, sequences;  // place: in the cache
+  const float* table = nullptr;       // as rope_table's; nullptr with the next two
+  const int32_t* padding = nullptr;   // of each sequence, before its first token
+  const bool* mask = nullptr;         // (sequences, place + 1)
   Scratch memory;
 };
 
@@ -96,13 +98,13 @@ class TokenStep {
       const std::optional<mlx::core::array>& padding,
       const std::optional<mlx::core::array>& mask) const;
 
-  // Whether this is such a cache of one sequence, of heads of this width, with room at `place`.
-  bool takes(const mlx::core::array& keys, const mlx::core::array& values, int place, int width) const;
+  // Whether this is such a cache of so many sequences, of heads of this width, with room at `place`.
+  bool takes(const mlx::core::array& keys, const mlx::core::array& values, int place, int sequences, int width) const;
   int heads() const { return heads_; }
   int key_heads() const { return key_heads_; }
   mlx::core::array table(int place) const;
   size_t floats(int width, int place) const;  // of memory for one sequence
-  void run(const TokenPlace& place) const;    // one sequence's token, on a thread of the pool's callers
+  void run(TokenPlace place) const;           // in a task of a stream
 
  private:
   int heads_, key_heads_;

@@ -1,6 +1,7 @@
 """Imports run in one direction: a package imports only what stands below it, and there is no circle."""
 
 import ast
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -73,8 +74,7 @@ def test_imports_point_downwards(name: str) -> None:
 
 
 def test_no_circles() -> None:
-    for name in MODULES:
-        _longest(name, ARROWS)
+    assert len(list(TopologicalSorter(ARROWS).static_order())) == len(MODULES)  # raises for a circle
 
 
 FOLDERS = sorted({name.rpartition(".")[0] for name in MODULES})

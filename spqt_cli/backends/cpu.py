@@ -320,9 +320,10 @@ def prepare_chain(blocks: Sequence[tuple[Any, Any, Any]]) -> Any:
     """Blocks that follow one another, as one operation: of each what `prepare_head`, `prepare_token` and
     `prepare_tail` gave.
 
-    Called with x, of each block keys, values and place, and counts, (7 * blocks,) uint32 of q, k, v, o, gate,
-    up and down of each, or None; returns of each y, keys and values, and counts. See `prepare_token`. Its
-    `takes` says of x, keys, values and places whether it covers them.
+    Called with x, of each block keys, values and place, counts, (7 * blocks,) uint32 of q, k, v, o, gate, up
+    and down of each, or None, and of a batch padding and mask, or None; returns of each y, keys and values,
+    and counts. See `prepare_token`; of several rows counts are (7 * blocks, rows + 1). Its `takes` says of x,
+    keys, values, places and a batch whether it covers them.
     """
     return _native().ChainStep(list(blocks))
 

@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 
 from spqt_cli.backends import cpu
-from spqt_cli.decode import recognize
+from spqt_cli.decode import chain, recognize
 
 ATTRIBUTE = "_cached_attention"
 
@@ -66,10 +66,6 @@ class CachedAttention:
         place = cache.offset if mask is None else cache._idx
         batched = () if mask is None else (cache.left_padding, mask)
         found, cache.keys, cache.values = self.step(*products, cache.keys, cache.values, place, *batched)
-        if mask is None:
-            cache.offset = place + 1
-        else:
-            cache._idx = place + 1
-            cache.offset = cache._idx - cache.left_padding  # as offset + 1, but of no step before
+        chain.joined(cache, place, mask)
         attended: mx.array = found
         return attended

@@ -216,7 +216,7 @@ class FusedBlock:
         self._skips = False
         self._parted = False  # over processes, which add up between its products
         self.chain: chain.Chain | None = None
-        self.place = 0  # in the chain
+        self.place, self.alone = 0, False  # in the chain; in none
 
     def forget(self) -> None:
         """Prepare anew with the next token."""
@@ -230,8 +230,8 @@ class FusedBlock:
         """y for x, one row of each sequence; None where the module's own code is to run."""
         if others:
             return None
-        if self.chain is not None and mask is None:
-            known = self.chain.result(self.place, x, cache)
+        if self.chain is not None:
+            known = self.chain.result(self.place, x, mask, cache)
             if known is not None:
                 return known
         if (x.dtype, x.ndim) != self._form or not self._sources.unchanged():
@@ -249,7 +249,7 @@ class FusedBlock:
             y, counted = step(x, mask, cache, tally.running)
             tally.keep(counted)
         if self._rest is None:
-            if self._cached is not None and mask is None and cache is not None:
+            if self._cached is not None and type(cache) in self._cached.kinds:
                 chain.ran(self, x, y, cache)
             return y
         h, normed = y

@@ -169,7 +169,7 @@ def test_the_cache_is_not_copied(evaluate):
     base = mx.get_active_memory()
     mx.reset_peak_memory()
     for i in range(6):
-        y, keys, values, _ = run(x, keys, values, [i] * BLOCKS, None)
+        y, keys, values, _ = run(x, keys, values, [i] * BLOCKS, None, None)
         evaluate(y)
     mx.eval(y, keys, values)
     assert mx.get_peak_memory() - base < keys[0].nbytes / 2
@@ -203,6 +203,29 @@ def test_a_prompt_of_one_row_is_dense():
     assert not np.array_equal(dense, steps(made, caches, count=1)[0])
 
 
+@pytest.mark.parametrize("lengths", [(4,), (5, 2, 9)])
+def test_a_batch_is_bit_for_bit_what_it_is_block_by_block(lengths, runs):
+    def results(made):
+        alone = [prompted(made, length) for length in lengths]
+        caches = [type(many[0]).merge(list(many)) for many in zip(*alone, strict=True)]
+        with active_counts.counting() as counter:
+            found = [made(mx.array([[7 + i]] * len(lengths)), cache=caches) for i in range(6)]
+            mx.eval(found)
+        shares = dict(named(made, counter.densities()))
+        return np.array(mx.concatenate(found)), shares, [one.keys[:, :, : one._idx] for one in caches], caches
+
+    found, shares, keys, caches = results(model())
+    assert runs == [BLOCKS] * 4
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chain, "ran", lambda *_: None)
+        alone, counted, kept, others = results(model())
+    assert np.array_equal(found, alone)
+    assert shares == pytest.approx(counted)
+    for mine, theirs in zip(keys, kept, strict=True):
+        assert mx.array_equal(mine, theirs).item()
+    assert [one.offset.tolist() for one in caches] == [one.offset.tolist() for one in others]
+
+
 class Between(nn.Module):
     """Blocks with something between two of them, from some token on."""
 
@@ -231,7 +254,7 @@ def test_what_comes_between_blocks_later_is_not_passed_over(runs):
         return np.array(mx.concatenate(found)), [one.offset for one in caches]
 
     found, offsets = results(model())
-    assert runs == [BLOCKS] * 3  # the fourth token's was begun in vain
+    assert runs == [BLOCKS] * 2  # the fourth token's was begun in vain; then each by itself
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chain, "ran", lambda *_: None)
         alone, known = results(model())
@@ -258,6 +281,8 @@ def test_what_does_not_fit_is_refused():
     places, counted = [one.offset for one in caches], mx.zeros((7 * BLOCKS,), mx.uint32)
     for wrong in (
         (mx.ones((1, 2, WIDTH)), keys, values, places, counted),
+        (x, keys, values, places, counted, (mx.zeros((1,), mx.int32), mx.ones((1, 3), mx.bool_))),
+        (x, keys, values, places, counted, (mx.zeros((1,)), mx.ones((1, places[0] + 1), mx.bool_))),
         (x.astype(mx.float16), keys, values, places, counted),
         (x[..., 1:], keys, values, places, counted),
         (x, keys[1:], values, places, counted),
@@ -267,6 +292,6 @@ def test_what_does_not_fit_is_refused():
         (x, keys, values, places, counted[1:]),
     ):
         with pytest.raises(ValueError, match=r"\[spqt\]"):
-            run(*wrong)
+            run(*wrong, *[None] * (6 - len(wrong)))
     with pytest.raises(ValueError, match="no block"):
         cpu.prepare_chain([])
