@@ -61,6 +61,7 @@ def main() -> None:
     names = ("libasan.so", "libstdc++.so.6")
     libraries = [subprocess.check_output(["g++", f"-print-file-name={n}"], text=True).strip() for n in names]
     tests = sorted(str(path) for path in (ROOT / "tests" / "backends" / "cpu").glob("test_*.py"))
+    tests += [str(ROOT / "tests" / "decode" / f"test_{name}.py") for name in ("attention_cpu", "chain")]
     run(sys.executable, "-c", RUN_TESTS, str(extension), *tests, LD_PRELOAD=":".join(libraries))
     print("clean under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer")
 
