@@ -7,7 +7,6 @@
 
 #include "check.h"
 #include "mlx/backend/cpu/encoder.h"
-#include "mlx/transforms.h"
 #include "scratch.h"
 #include "step.h"
 
@@ -43,10 +42,9 @@ struct Token {
   const uint32_t* before;
 };
 
-void in_place(Arrays& arrays) {
-  for (mx::array& a : arrays)
-    if (!a.is_available() || !a.flags().row_contiguous) a = mx::contiguous(a);
-  mx::eval(arrays);
+void require_there(const Arrays& arrays) {
+  for (const mx::array& a : arrays)
+    require(a.is_available() && !a.is_tracer() && a.flags().row_contiguous, "weights must be available, and in order.");
 }
 
 }  // namespace
@@ -150,21 +148,21 @@ class Chain : public OnCpu {
     auto plan = blocks_->plan(stream(), rows);
     Token token{in_order(inputs[0], stream()).data<float>()};
     const bool batch = tables_.empty();
-    const int32_t* padding = batch ? in_order(inputs[1 + 2 * n], stream()).data<int32_t>() : nullptr;
-    const bool* mask = batch ? in_order(inputs[2 + 2 * n], stream()).data<bool>() : nullptr;
+    const bool* mask = batch ? in_order(inputs[1 + 3 * n], stream()).data<bool>() : nullptr;
     size_t room = 0;  // floats of the neediest attention
     for (size_t i = 0; i < n; ++i) {
       token.y.push_back(outputs[i].data<float>());
       mx::array &keys = outputs[n + i], &values = outputs[2 * n + i];
       token.places.push_back({plan->q, plan->k, plan->v, plan->turned, keys.data<float>(), values.data<float>(),
                               plan->attended, keys.shape(2), keys.shape(3), places_[i], rows,
-                              batch ? nullptr : inputs[tables_[i]].data<float>(), padding, mask});
+                              batch ? nullptr : inputs[tables_[i]].data<float>(),
+                              batch ? in_order(inputs[1 + 2 * n + i], stream()).data<int32_t>() : nullptr, mask});
       room = std::max(room, rows * std::get<TokenStep>(blocks_->all[i]).floats(keys.shape(3), places_[i]));
     }
     const Scratch memory = scratch(stream().index, PARTIALS, room);
     for (TokenPlace& place : token.places) place.memory = memory;
     token.counts = outputs.back().data<uint32_t>();
-    token.before = counted_ ? inputs.back().data<uint32_t>() : nullptr;
+    token.before = counted_ ? in_order(inputs.back(), stream()).data<uint32_t>() : nullptr;
     mx::cpu::get_command_encoder(stream()).dispatch(
         [plan, blocks = blocks_, token = std::move(token)]() mutable { run(blocks->all, *plan, token); });
   }
@@ -190,8 +188,8 @@ ChainStep::ChainStep(std::vector<Block> blocks) : blocks_(std::make_shared<Block
             "q must be whole heads, as wide as what out takes.");
     require(head.shapes_[1].outputs == token.key_heads() * heads && head.shapes_[2].outputs == head.shapes_[1].outputs,
             "k and v must be whole heads, as wide as q's.");
-    in_place(head.arrays_);
-    in_place(tail.arrays_);
+    require_there(head.arrays_);
+    require_there(tail.arrays_);
   }
   blocks_->all = std::move(blocks);
 }
@@ -204,13 +202,14 @@ bool ChainStep::takes(const mx::array& x, const Arrays& keys, const Arrays& valu
     return false;
   const size_t rows = x.size() / blocks_->width;
   if (rows == 0 || rows > MOST_ROWS || (!batch && rows > 1)) return false;
-  if (batch && (batch->first.dtype() != mx::int32 || batch->first.size() != rows || batch->second.dtype() != mx::bool_ ||
+  if (batch && (batch->first.size() != n || batch->second.dtype() != mx::bool_ ||
                 batch->second.size() != rows * (places[0] + 1)))
     return false;
   for (size_t i = 0; i < n; ++i) {
     const auto& [head, token, tail] = blocks_->all[i];
     if (!token.takes(keys[i], values[i], places[i], rows, head.shapes_[0].outputs / token.heads())) return false;
-    if (batch && places[i] != places[0]) return false;
+    if (batch && (places[i] != places[0] || batch->first[i].dtype() != mx::int32 || batch->first[i].size() != rows))
+      return false;
   }
   return true;
 }
@@ -234,7 +233,10 @@ std::tuple<Arrays, Arrays, Arrays, mx::array> ChainStep::operator()(
     if (tables.empty() || tables.back().id() != table.id()) tables.push_back(table);
     table_of.push_back(1 + 2 * n + tables.size() - 1);
   }
-  if (batch) tables = {batch->first, batch->second};
+  if (batch) {
+    tables = batch->first;
+    tables.push_back(batch->second);
+  }
   for (const Arrays& arrays : {keys, values}) {
     in.insert(in.end(), arrays.begin(), arrays.end());
     for (const mx::array& a : arrays) shapes.push_back(a.shape());

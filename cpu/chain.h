@@ -18,13 +18,14 @@ class ChainStep {
  public:
   using Block = std::tuple<HeadStep, TokenStep, TailStep>;
 
-  // Evaluates the blocks' arrays.
+  // The blocks' arrays must be available, and in order.
   explicit ChainStep(std::vector<Block> blocks);
 
   using Array = mlx::core::array;
   using Arrays = std::vector<Array>;
-  // Of several sequences: padding (sequences,) int32 and mask (sequences, ..., place + 1) bool, as TokenStep's.
-  using Batch = std::optional<std::pair<Array, Array>>;
+  // Of several sequences: of each block padding (sequences,) int32, and mask (sequences, ..., place + 1) bool, as
+  // TokenStep's.
+  using Batch = std::optional<std::pair<Arrays, Array>>;
 
   // Whether x and the caches are such as follows.
   bool takes(const Array& x, const Arrays& keys, const Arrays& values, const std::vector<int>& places, const Batch& batch) const;

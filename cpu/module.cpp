@@ -76,6 +76,10 @@ NB_MODULE(_cpu, m) {
       .def("takes", &spqt::ChainStep::takes, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none())
       .def("__call__", &spqt::ChainStep::operator(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(),
            nb::arg().none());
+  // Of the value that an array has now: another one once it was changed in place.
+  m.def("identity", [](const mlx::core::array& a) { return (uintptr_t)a.id(); });
+  // The same arrays as other objects: what is done in place to those is not done to these.
+  m.def("held", [](const std::vector<mlx::core::array>& arrays) { return arrays; });
   m.def("same", [](nb::list dicts, nb::list keys, nb::list values) {
     for (size_t i = 0; i < dicts.size(); ++i) {
       PyObject* found = PyDict_GetItemWithError(nb::handle(dicts[i]).ptr(), nb::handle(keys[i]).ptr());

@@ -321,11 +321,27 @@ def prepare_chain(blocks: Sequence[tuple[Any, Any, Any]]) -> Any:
     `prepare_tail` gave.
 
     Called with x, of each block keys, values and place, counts, (7 * blocks,) uint32 of q, k, v, o, gate, up
-    and down of each, or None, and of a batch padding and mask, or None; returns of each y, keys and values,
-    and counts. See `prepare_token`; of several rows counts are (7 * blocks, rows + 1). Its `takes` says of x,
-    keys, values, places and a batch whether it covers them.
+    and down of each, or None, and of a batch each block's padding, and the mask, or None; returns of each y,
+    keys and values, and counts. See `prepare_token`; of several rows counts are (7 * blocks, rows + 1). Its
+    `takes` says of x, keys, values, places and a batch whether it covers them. None for blocks that do not
+    fit together, or whose weights are not there yet.
     """
-    return _native().ChainStep(list(blocks))
+    try:
+        return _native().ChainStep(list(blocks))
+    except ValueError:
+        return None
+
+
+def identity(a: mx.array) -> int:
+    """What tells an array's value now from the one after a change in place."""
+    found: int = _native().identity(a)
+    return found
+
+
+def held(arrays: list[mx.array]) -> list[mx.array]:
+    """The same arrays as other objects, which keep what these are now, whatever is done to them in place."""
+    found: list[mx.array] = _native().held(arrays)
+    return found
 
 
 def same(dicts: list[dict[str, Any]], keys: list[str], values: list[Any]) -> bool:

@@ -72,6 +72,8 @@ class Tally:
     def totals(self) -> Iterator[tuple[Any, list[int], int]]:
         """Each layer, the channels that were active in each row of a step, and those read, over the steps."""
         parts = self._finished + self._since
+        if not parts:  # a step was begun, and none was ended
+            return
         for at, group in enumerate(self.groups):
             sums = np.sum([np.array(part[at], np.int64) for part in parts], axis=0, dtype=np.int64)
             for layer, numbers in zip(

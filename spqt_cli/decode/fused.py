@@ -215,12 +215,12 @@ class FusedBlock:
         self._groups: list[SharedInput] = []  # as `Block.launches`
         self._skips = False
         self._parted = False  # over processes, which add up between its products
-        self.chain: chain.Chain | None = None
+        self.chain: Callable[[], chain.Chain | None] | None = None
         self.place, self.alone = 0, False  # in the chain; in none
 
     def forget(self) -> None:
         """Prepare anew with the next token."""
-        self._form, self.chain = (), None
+        self._form, self.chain, self.alone = (), None, False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "FusedBlock":
         """The same for the copied module; what was prepared belongs to the old one."""
@@ -230,8 +230,8 @@ class FusedBlock:
         """y for x, one row of each sequence; None where the module's own code is to run."""
         if others:
             return None
-        if self.chain is not None:
-            known = self.chain.result(self.place, x, mask, cache)
+        if self.chain is not None and (whole := self.chain()) is not None:
+            known = whole.result(self.place, x, mask, cache)
             if known is not None:
                 return known
         if (x.dtype, x.ndim) != self._form or not self._sources.unchanged():
@@ -258,6 +258,8 @@ class FusedBlock:
     def steps(self) -> chain.Steps | None:
         """As `chain.Member`'s."""
         if self.reason or self._cached is None or self._rest is not None or self._parted:
+            return None
+        if self._cached.module.get("rope") is not self._cached.rope:
             return None
         layers = [layer for group in self._groups for layer in group.layers]
         sources = self._sources
