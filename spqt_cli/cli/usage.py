@@ -1,5 +1,6 @@
 """A wrong command line as one line and a hint, instead of Typer's usage, advice and error."""
 
+import difflib
 import itertools
 import re
 from collections.abc import Mapping, Sequence
@@ -35,12 +36,23 @@ def as_line(error: Any, arguments: Sequence[str], examples: Mapping[str, str]) -
     name = next((one for one in arguments if not one.startswith("-")), "")
     known = name in examples
     hint = f"spqt {name} -h shows what it takes" if known else "spqt -h lists the commands"
-    if found:
-        near = re.sub(r", (?=[^,]*$)", " or ", found[1] or found[2])
+    near = _alike(found[1] or found[2], cause.split()[-1]) if found else ""
+    if near:
         hint = f"did you mean {near}? {hint}"
-    elif known and message.startswith("Missing"):
+    elif known and message.startswith(("Missing", "No such option")):
         hint = f"for example: {examples[name]}; {hint}"
     return UsageError(cause[:1].lower() + cause[1:], hint)
+
+
+def _alike(names: str, given: str) -> str:
+    """Of names that Typer finds near what was given those that are without their dashes, "a, b or c"."""
+    bare = given.lstrip("-")
+    alike = [
+        name
+        for name in names.split(", ")
+        if not name.startswith("-") or difflib.get_close_matches(bare, [name.lstrip("-")])
+    ]
+    return re.sub(r", (?=[^,]*$)", " or ", ", ".join(alike))
 
 
 def _as_given(what: str, arguments: Sequence[str]) -> str:

@@ -304,14 +304,16 @@ def test_a_wrong_flag_is_a_json_object_where_json_was_asked(converted):
 
 def test_usage_names_the_command_as_it_was_typed():
     said = process("inspect", "--nosuch").stderr.decode()
-    assert said == "spqt: no such option: --nosuch\n  hint: spqt inspect -h shows what it takes\n"
+    hint = "for example: spqt inspect my-model; spqt inspect -h shows what it takes"
+    assert said == f"spqt: no such option: --nosuch\n  hint: {hint}\n"
 
 
 @pytest.mark.parametrize(
     ("typed", "cause", "hint"),
     [
         ("calibrat x", "no such command 'calibrat'", "did you mean 'calibrate'? spqt -h lists the commands"),
-        ("run m --promt hi", "no such option: --promt", "did you mean --prompt, --prompt-file or --system"),
+        ("run m --promt hi", "no such option: --promt", "did you mean --prompt or --prompt-file? "),
+        ("eval --text a.txt", "no such option: --text", "for example: spqt eval my-model text.txt"),
         ("calibrate", "missing argument 'model'", "for example: spqt calibrate my-model"),
         ("calibrate m --sparsity half", "--sparsity half: input should be a valid number", "calibrate -h"),
         ("run m hi -m=ten", "-m=ten: input should be a valid integer", "spqt run -h"),
