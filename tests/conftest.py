@@ -183,6 +183,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("isa", sets, indirect=True)
 
 
+@pytest.fixture(scope="session")
+def clang() -> str:
+    """A clang, for what is counted in its output; where CI says so (CI=true) a missing one fails."""
+    from tests.metal.count_instructions import clang_path
+
+    found = clang_path()
+    if found is None:
+        missing = pytest.fail if os.environ.get("CI") == "true" else pytest.skip
+        missing("no clang (Debian's package is clang-14)")
+    return found
+
+
 @pytest.fixture
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """The CPU extension with one instruction set."""

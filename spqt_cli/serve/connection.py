@@ -5,8 +5,12 @@ import io
 import select
 import socket
 import time
+from typing import TYPE_CHECKING
 
 from spqt_cli.serve.refusal import ClientGone, Refusal
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
 
 
 class BoundedReader(io.RawIOBase):
@@ -20,7 +24,7 @@ class BoundedReader(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+    def readinto(self, buffer: "WriteableBuffer") -> int:
         """Raises Refusal: 408 when the time is over, 431 when the bytes are."""
         if self.left <= 0:
             raise Refusal(431, "the headers are too long")
@@ -29,7 +33,7 @@ class BoundedReader(io.RawIOBase):
             raise Refusal(408, "the request came too slowly")
         self._connection.settimeout(remaining)
         try:
-            count = self._connection.recv_into(buffer[: self.left])
+            count = self._connection.recv_into(memoryview(buffer)[: self.left])
         except TimeoutError:
             raise Refusal(408, "the request came too slowly") from None
         self.left -= count

@@ -79,11 +79,8 @@ def test_a_call_counts_its_launches(found):
 
 
 @pytest.mark.parametrize(("decode", "work"), [(geometry.HALVES, "OURS"), (geometry.CONVERT, "CONVERTED")])
-def test_the_work_of_our_kernel_is_what_is_counted(decode, work):
+def test_the_work_of_our_kernel_is_what_is_counted(clang, decode, work):
     """Two digits, as metal/README.md has them; conversions and shifts are the slow ones."""
-    clang = count_instructions.clang_path()
-    if clang is None:
-        pytest.skip("no clang (Debian's package is clang-14)")
     text = count_instructions.ir(4, decode, clang)
     loop = count_instructions.inner_loop(text, "@_Z3fmafff(", "threadgroup_barrier")
     loop = count_instructions.halves_moved(loop)

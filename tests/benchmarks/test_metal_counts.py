@@ -4,7 +4,6 @@ Contract: with half of the channels active every launch of every Llama shape rea
 row-grouped form's lines; the sizes worked out are those that the compiler lays out.
 """
 
-import os
 import re
 
 import pytest
@@ -14,16 +13,6 @@ from tests.metal import count_instructions, count_registers
 
 metal_counts = pytest.importorskip("benchmarks.metal_counts", reason="benchmarks/ is not in a source archive")
 LLAMAS = ["llama-3.2-1b", "llama-3.2-3b", "llama-3-8b", "llama-3-70b", "llama-2-7b", "llama-2-13b"]
-
-
-@pytest.fixture(scope="module")
-def clang():
-    found = count_instructions.clang_path()
-    if found is None:
-        if os.environ.get("CI") == "true":
-            pytest.fail("no clang: registers were not counted (Debian's package is clang-14)")
-        pytest.skip("no clang (Debian's package is clang-14)")
-    return found
 
 
 @pytest.mark.parametrize("shape", LLAMAS)

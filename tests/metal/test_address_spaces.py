@@ -6,8 +6,6 @@ elsewhere it skips.
 """
 
 import itertools
-import os
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -20,7 +18,6 @@ from spqt_cli.backends.gpu import compensate, dequantize, experts, first_use, ge
 from spqt_cli.backends.gpu import launch as launching
 from tests.metal.emulator import clang_text, metal_text
 
-CLANGS = ("clang-14", "clang-15", "clang-16", "clang-17", "clang-18", "clang-19", "clang")
 WARNINGS = (
     "-Wall",
     "-Wdouble-promotion",
@@ -31,16 +28,6 @@ WARNINGS = (
 )
 SHIM = Path(__file__).parent / "emulator" / "shim_clang.h"
 METAL = Path(__file__).parents[2] / "metal"
-
-
-@pytest.fixture(scope="module")
-def clang():
-    found = next(filter(None, map(shutil.which, CLANGS)), None)
-    if found is None:
-        if os.environ.get("CI") == "true":
-            pytest.fail("no clang: the address-space check did not run (Debian's package is clang-14)")
-        pytest.skip("no clang (Debian's package is clang-14)")
-    return found
 
 
 def refusals(clang, text, tmp_path):

@@ -5,8 +5,6 @@ Contract: at 4 bits at most three, and a planted one more is counted. Three is t
 that work on codes, and 2.6 in all, with either way to decode it.
 """
 
-import os
-
 import mlx.core as mx
 import pytest
 
@@ -38,16 +36,6 @@ DONE:
 }
 """
 WEIGHTS = "fma.rn.f32 %f1, %f2, %f3, %f1;\n" * 32
-
-
-@pytest.fixture(scope="module")
-def clang():
-    found = count_instructions.clang_path()
-    if found is None:
-        if os.environ.get("CI") == "true":
-            pytest.fail("no clang: instructions were not counted (Debian's package is clang-14)")
-        pytest.skip("no clang (Debian's package is clang-14)")
-    return found
 
 
 @pytest.mark.parametrize("decode", [1, 2, 3])
