@@ -1,4 +1,4 @@
-// Error-compensating rounding: what spqt_cli/fit/gptq.py calls.
+// What spqt_cli/fit calls, on NumPy arrays: error-compensating rounding, and the way back through a layer.
 #pragma once
 
 #include <nanobind/nanobind.h>
@@ -20,5 +20,17 @@ void compensate(
     Numbers<uint8_t, 3> codes,
     Numbers<float, 2> scales,
     Numbers<float, 2> biases);
+
+// Slopes of y = x @ w, band beside band; written in place. dy (rows, bands * band): those by y; x (rows, inputs);
+// w (bands, inputs, band); dx (rows, inputs): those by x; dots (bands, inputs, band / group_size): sums over rows and a
+// group's outputs of x * dy * w. Alone, the caller computes everything itself: several may, each on its own thread.
+void slopes(
+    Numbers<const float, 2> dy,
+    Numbers<const float, 2> x,
+    Numbers<const float, 3> w,
+    int group_size,
+    bool alone,
+    Numbers<float, 2> dx,
+    Numbers<float, 3> dots);
 
 }  // namespace spqt

@@ -16,7 +16,7 @@ int rounds(unsigned seed, int count) {
   int wrong = 0;
   for (int i = 0; i < count; ++i)
     for (auto one : {sparse_gemv, collected, few_rows, many_rows, one_row, few_tokens, normalized, turned, attention, gated,
-                     sum_of_exponentials, compensated})
+                     sum_of_exponentials, compensated, sloped})
       wrong += !one(random);
   return wrong;
 }

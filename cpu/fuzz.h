@@ -174,3 +174,4 @@ bool attention(Random& random);
 bool gated(Random& random);
 bool sum_of_exponentials(Random& random);
 bool compensated(Random& random);
+bool sloped(Random& random);

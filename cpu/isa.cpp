@@ -15,6 +15,7 @@ namespace {
 #include "unpack.h"
 #include "gemv.h"
 #include "gemm.h"
+#include "slopes.h"
 #include "rows.h"
 #include "decode.h"
 }  // namespace
@@ -33,4 +34,4 @@ constinit const Kernels SPQT_JOIN(kernels_, SPQT_ISA) = {SPQT_STRING(SPQT_ISA), 
     Clean<gemv>::call,
     Clean<finish>::call, Clean<gemm>::call, Clean<prepare>::call, Clean<rows>::call, Clean<rms_norm>::call,
     Clean<rope>::call, Clean<gate>::call, Clean<sum_exp>::call, Clean<attend_few>::call, Clean<attend_many>::call,
-    Clean<SPQT_JOIN(compensate_, SPQT_ISA)>::call};
+    Clean<SPQT_JOIN(compensate_, SPQT_ISA)>::call, Clean<slopes>::call};

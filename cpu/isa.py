@@ -24,6 +24,7 @@ SOURCES = [
     "fuzz_products.cpp",
     "fuzz_decode.cpp",
     "fuzz_compensate.cpp",
+    "fuzz_slopes.cpp",
     "dispatch.cpp",
     "pool.cpp",
 ]

@@ -140,6 +140,24 @@ struct Compensate {
   Type type;
 };
 
+constexpr int SLOPE_INPUTS = 32;      // of one task
+constexpr int SLOPE_ROWS = 12;        // rows of dy are padded to whole tiles of an instruction set: of 12 or 6
+constexpr int MOST_SLOPE_ROWS = 960;  // of one task: x and dx of its inputs are in its scratch
+constexpr int slope_rows(int rows) { return (rows + SLOPE_ROWS - 1) / SLOPE_ROWS * SLOPE_ROWS; }
+
+// Slopes of a layer, back from those by its outputs, for SLOPE_INPUTS inputs or the last ones and MOST_SLOPE_ROWS rows
+// at most.
+struct Slopes {
+  const float* dy;  // (bands * groups of a band, slope_rows(rows), group_size), zeros in the rows that are added
+  const float* x;   // (rows, inputs)
+  const float* w;   // (bands, inputs, band)
+  float* dx;        // (rows, inputs): sums over outputs of dy * w
+  float* dots;      // (bands, inputs, groups of a band): sums over rows and a group's outputs of x * dy * w
+  int rows, inputs, bands, band, group_size;
+  int first;        // input of the task
+  bool adds;        // dots holds those of other rows, and is added to
+};
+
 // Nothing can be said of what lies in the memory that a kernel is given to work in or to write to.
 
 struct Kernels {
@@ -172,6 +190,7 @@ struct Kernels {
   void (*attend_many)(const Attend&, float* work);
   // The same bits with every instruction set.
   void (*compensate)(const Compensate&, float* work);
+  void (*slopes)(const Slopes&, float* work);
 };
 
 // Those for matrices in MLX's own layout. What an instruction set's object defines is constinit, as are its tables:

@@ -61,6 +61,7 @@ NB_MODULE(_cpu, m) {
         nb::arg().none());
   m.def("attention", &spqt::attention, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg());
   m.def("compensate", &spqt::compensate);
+  m.def("slopes", &spqt::slopes);
   nb::class_<spqt::TokenStep>(m, "TokenStep")
       .def("__init__",
            [](spqt::TokenStep* self, int heads, int key_heads, float scale, int dims, bool traditional,

@@ -377,6 +377,24 @@ def compensate(
     return codes.swapaxes(0, 1).reshape(inputs, columns), scales.T, biases.T
 
 
+def slopes(
+    dy: np.ndarray, x: np.ndarray, w: np.ndarray, group_size: int, *, alone: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """The way back through a layer: slopes by its inputs, and those that scales of its groups need.
+
+    dy: (rows, bands * band), slopes by the outputs; x: (rows, inputs); w: (bands, inputs, band), columns in
+    whole groups; float32. Returns dx (rows, inputs), sums of dy * w over outputs, and dots (bands, inputs,
+    band / group_size), sums of x * dy * w over rows and a group's outputs; float32, the same bits for any
+    threads. alone: the calling thread computes everything itself, for callers that share the machine.
+    Raises ValueError for shapes that do not fit.
+    """
+    (rows, _), (_, inputs), (bands, _, band) = dy.shape, x.shape, w.shape
+    dx = np.empty((rows, inputs), np.float32)
+    dots = np.empty((bands, inputs, band // max(group_size, 1)), np.float32)
+    _native().slopes(dy, x, w, group_size, alone, dx, dots)
+    return dx, dots
+
+
 def threads() -> int:
     """The number of threads that work on one operation."""
     return _native().threads()

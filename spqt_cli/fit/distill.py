@@ -23,9 +23,10 @@ from spqt_cli.decode.session import Loaded
 from spqt_cli.errors import SpqtError
 from spqt_cli.fit import masks, predictions, shares, targets
 from spqt_cli.fit.affine import NORM_RATE, Trained
+from spqt_cli.fit.matrices import FACTOR
 from spqt_cli.fit.source_blocks import SourceBlocks
 from spqt_cli.fit.store import Store
-from spqt_cli.fit.student import FACTOR, Student
+from spqt_cli.fit.student import Student
 from spqt_cli.fit.weights_file import WeightsFile
 from spqt_cli.format.thresholds import CURVE_SPARSITIES
 from spqt_cli.measure import many_rows
@@ -108,7 +109,8 @@ class Distillation:
         """Train and write what comes of it into `output`. What an earlier run did is not done again."""
         if (done := finish_writing(output, journal, self._store)) is not None:
             return done
-        with many_rows.holding(HEADS_BYTES["cpu" if many_rows.on_cpu() else "gpu"]):
+        heads = HEADS_BYTES["cpu" if many_rows.on_cpu() else "gpu"]
+        with many_rows.holding(heads), self._student.side_by_side(self._options.batch):
             return self._run(output, journal)
 
     def _run(self, output: WeightsFile, journal: Journal) -> DistillationResult:
@@ -270,7 +272,7 @@ class Distillation:
     def _final(self) -> dict[str, mx.array]:
         """Name -> what will be stored: scales, biases and norms in their dtypes; the student has the same."""
         found: dict[str, mx.array] = {}
-        self._student.rounded_to = self._stored
+        self._student.matrices.rounded_to = self._stored
         for number, part in enumerate(self._parts):
             self._adopt(number)
             for name, value in part.values.items():
@@ -278,7 +280,9 @@ class Distillation:
                     found[name] = value.astype(self._stored[name])
                 elif name.endswith(FACTOR):
                     path = name.removesuffix(f".{FACTOR}")
-                    for kind, array in zip(("scales", "biases"), self._student.affine(path), strict=True):
+                    for kind, array in zip(
+                        ("scales", "biases"), self._student.matrices.affine(path), strict=True
+                    ):
                         found[f"{path}.{kind}"] = array.astype(self._stored[f"{path}.{kind}"])
             part.values |= {name: a.astype(mx.float32) for name, a in found.items() if name in part.values}
         for name, array in found.items():

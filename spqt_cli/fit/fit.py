@@ -36,7 +36,7 @@ from spqt_cli.fit.store import Store, room
 from spqt_cli.fit.weights_file import WeightsFile, copy_folder
 from spqt_cli.format.folder import Folder
 from spqt_cli.measure import texts
-from spqt_cli.system import files
+from spqt_cli.system import files, heap
 from spqt_cli.version import __version__
 
 OnProgress = Callable[[float, float, str], None]
@@ -162,7 +162,8 @@ class _Fit:
             self._round(rounded)
         said = self._journal.done.get(FITTED)
         if said is None:
-            said = self._fitted()
+            with heap.kept():
+                said = self._fitted()
             self._journal.note(FITTED, said)
         with WeightsFile(self._folder) as output:
             output.finish("fit", said["config"])

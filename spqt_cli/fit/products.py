@@ -7,6 +7,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from spqt_cli.backends import cpu
 from spqt_cli.format import layout
 from spqt_cli.measure import many_rows
 
@@ -99,6 +100,34 @@ def times(x: Values, w: Any) -> mx.array:
     if not many_rows.on_cpu():
         return x @ w.astype(x.dtype)
     return many_rows.from_host(local(x).reshape(-1, x.shape[-1]) @ w).reshape(*x.shape[:-1], w.shape[1])
+
+
+def slopes_by_inputs(dy: Values, w: Any) -> Any:
+    """The slopes by inputs (rows, inputs) of a product with w (bands, inputs, band).
+
+    dy: those by its outputs (rows, bands * band). All of numpy, or all of MLX.
+    """
+    parts = dy.reshape(len(dy), len(w), -1)
+    dx = parts[:, 0] @ w[0].T
+    for band in range(1, len(w)):
+        dx = dx + parts[:, band] @ w[band].T
+    return dx
+
+
+def slopes(dy: Values, x: Values, w: Any, group_size: int) -> tuple[Any, Any, Any]:
+    """`slopes_by_inputs`, and of the slopes by w's values the sums over each group of its columns, plain and
+    times the values: (bands, inputs, groups) both. x: (rows, inputs).
+    """
+    bands, inputs, _ = w.shape
+    grouped = dy.reshape(len(dy), -1, group_size).sum(-1)
+    sums = (x.T @ grouped).reshape(inputs, bands, -1).swapaxes(0, 1)
+    if isinstance(w, np.ndarray) and cpu.status()[0]:
+        dx, dots = cpu.slopes(dy, x, w, group_size, alone=cpu.threads() == 1)
+        return dx, sums, dots
+    by_group = w.reshape(bands, inputs, -1, group_size)
+    by_weight = (x.T @ dy).reshape(inputs, bands, -1, group_size).swapaxes(0, 1)
+    dots = np.vecdot(by_weight, by_group) if isinstance(w, np.ndarray) else (by_weight * by_group).sum(-1)
+    return slopes_by_inputs(dy, w), sums, dots
 
 
 def unpacked(weight: mx.array, scales: mx.array, biases: mx.array, bits: int, group_size: int) -> Any:

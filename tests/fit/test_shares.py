@@ -11,7 +11,7 @@ from spqt_cli.convert.journal import Journal
 from spqt_cli.decode import session
 from spqt_cli.decode.layers import zigzag_layers
 from spqt_cli.fit import predictions, shares
-from spqt_cli.fit.student import FACTOR, OFFSET
+from spqt_cli.fit.matrices import FACTOR, OFFSET
 from tests.fit.test_distill import WINDOW, _Reference, distillation, llama, windows_of
 
 __all__ = ["llama"]  # a fixture

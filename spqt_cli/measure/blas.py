@@ -1,0 +1,22 @@
+"""How many threads numpy's BLAS computes with."""
+
+from contextlib import AbstractContextManager
+from functools import cache
+from typing import Any, cast
+
+
+@cache
+def _controller() -> Any:
+    from threadpoolctl import ThreadpoolController
+
+    return ThreadpoolController().select(user_api="blas")
+
+
+def threads() -> int:
+    """Those that it may use; 1 where it can't be asked, as on macOS."""
+    return max((library.num_threads for library in _controller().lib_controllers), default=1)
+
+
+def limited(count: int) -> AbstractContextManager[Any]:
+    """In this block it uses at most so many, in every thread of the process."""
+    return cast(AbstractContextManager[Any], _controller().limit(limits=count))
