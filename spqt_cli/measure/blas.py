@@ -2,6 +2,7 @@
 
 from contextlib import AbstractContextManager
 from functools import cache
+from importlib import import_module
 from typing import Any, cast
 
 
@@ -9,6 +10,7 @@ from typing import Any, cast
 def _controller() -> Any:
     from threadpoolctl import ThreadpoolController
 
+    import_module("numpy")  # before it is, there is none
     return ThreadpoolController().select(user_api="blas")
 
 

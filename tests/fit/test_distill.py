@@ -11,6 +11,7 @@ import pytest
 from mlx import nn
 from mlx.utils import tree_unflatten
 
+from spqt_cli.backends import cpu
 from spqt_cli.convert import convert, source_model
 from spqt_cli.convert.journal import Journal
 from spqt_cli.decode import hooks_cpu, session
@@ -170,7 +171,7 @@ def states(training: Distillation, w: int) -> mx.array:
     return h
 
 
-def slopes_of(training: Distillation) -> dict[str, mx.array]:
+def slopes_of(training: Distillation, which: list[int] | None = None) -> dict[str, mx.array]:
     """The slopes with every group and norm moved a little."""
     training._find_targets()
     mx.random.seed(1)
@@ -178,17 +179,22 @@ def slopes_of(training: Distillation) -> dict[str, mx.array]:
         for name, value in part.values.items():
             part.values[name] = value + 0.05 * mx.random.normal(value.shape)
     training._student.thresholds = dict.fromkeys(training._student.layers, 0.3)
-    return {name: slope for _, some in training.slopes([4, 2]) for name, slope in some.items()}
+    return {name: slope for _, some in training.slopes(which or [4, 2]) for name, slope in some.items()}
 
 
-@pytest.mark.parametrize("which", ["small", "gpu"])
+@pytest.mark.parametrize("which", ["small", "gpu", "numpy"])
 def test_slopes_are_the_same_in_other_circumstances(which, llama, tmp_path, monkeypatch):
-    """With little room nothing is held or kept, and texts and logits go in pieces; a GPU computes by MLX."""
+    """With little room nothing is held or kept, and texts and logits go in pieces; a GPU computes by MLX, and
+    a CPU without the extension by numpy alone.
+    """
     want = slopes_of(distillation(llama, llama / "model", tmp_path / "one"))
     if which == "gpu":
         monkeypatch.setattr(many_rows, "on_cpu", lambda: False)
         for name in ("rms_norm", "rope"):
             monkeypatch.setattr(mx.fast, name, hooks_cpu.STOCK[name])
+    elif which == "numpy":
+        monkeypatch.setattr(cpu, "status", lambda: (False, "not built"))
+        monkeypatch.setattr(cpu, "slopes", None)
     else:
         for limit in ("HELD_BYTES", "KEPT_BYTES", "CHUNK_BYTES"):
             monkeypatch.setattr(student, limit, {"cpu": 0})

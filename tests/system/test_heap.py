@@ -1,6 +1,8 @@
-"""Freed memory goes back to the system where the C library can give it, and nothing fails elsewhere."""
+"""Freed memory goes back to the system, or is kept, where the C library can; nothing fails elsewhere."""
 
 import ctypes
+import subprocess
+import sys
 
 import psutil
 import pytest
@@ -10,12 +12,46 @@ from spqt_cli.system import heap
 
 @pytest.fixture(autouse=True)
 def asked_anew():
-    heap._malloc_trim.cache_clear()
+    heap._call.cache_clear()
     yield
-    heap._malloc_trim.cache_clear()
+    heap._call.cache_clear()
 
 
-@pytest.mark.skipif(heap._malloc_trim() is None, reason="this C library has no malloc_trim")
+IS_GLIBC = heap._call("malloc_trim", ctypes.c_size_t) is not None
+FAULTS = """
+import resource, sys
+import numpy as np
+from spqt_cli.system import heap
+
+def faults():
+    def some(count):
+        for _ in range(count):
+            arrays = [np.ones(1 << 20, np.float32) for _ in range(8)]
+            del arrays
+    some(5)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    some(20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+usual = faults()
+with heap.kept():
+    kept = faults()
+print(usual, kept, faults())
+"""
+
+
+@pytest.mark.skipif(not IS_GLIBC, reason="this C library has no mallopt")
+def test_memory_that_is_kept_is_not_asked_for_again():
+    command = [sys.executable, "-c", FAULTS]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    before, kept, after = map(int, said.split())
+    pages = 20 * 8 * 1024  # of 4 KB
+    assert before > pages / 4
+    assert kept < pages / 100
+    assert after < pages / 4  # 32 MB at the heap's end are less than is given back from then on
+
+
+@pytest.mark.skipif(not IS_GLIBC, reason="this C library has no malloc_trim")
 def test_freed_memory_is_given_back():
     library = ctypes.CDLL(None)
     library.malloc.restype, library.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
@@ -34,3 +70,5 @@ def test_freed_memory_is_given_back():
 def test_a_c_library_without_the_call(monkeypatch):
     monkeypatch.setattr(ctypes, "CDLL", lambda _: object())
     heap.trim()
+    with heap.kept():
+        pass
