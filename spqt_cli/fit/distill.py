@@ -250,7 +250,7 @@ class Distillation:
         h = self._student.embedded(self._windows[: min(SETTLING, self._training)])
         for number in range(len(self._student.blocks)):
             self._adopt(number)
-            h = self._student.forward(number, h, settle=self._shares[share])
+            h = self._student.forward(number, h, shares=self._shares[share])
         return self._student.thresholds
 
     def _held_out_loss(self) -> float:

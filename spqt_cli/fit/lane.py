@@ -42,7 +42,8 @@ class Lane:
 
     thresholds: path -> on |x|, of layers that skip in decode steps; one left out is dense.
     settling: path -> the share of inputs for which a threshold is set in passes from now on.
-    keeping: layers whose products `backward` will ask for again.
+    keeping: layers whose products `backward` will ask for again. threads: its part of the CPU's, beside
+    other lanes; None: all.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Lane:
         self.thresholds: dict[str, float] = {}
         self.settling: Mapping[str, float] = {}
         self.keeping: frozenset[str] = frozenset()
+        self.threads: int | None = None
         self._kept: dict[tuple[int, int, str], list[Any]] = {}  # products by block, first text and path
         self._place = (0, 0)  # the block and the first text at hand
         self._slopes: Slopes | None = None
@@ -150,8 +152,11 @@ class Lane:
             if self._slopes is None:
                 dx = products.slopes_by_inputs(dy, w)
             else:
-                dx, *sums = products.slopes(dy, left, w, size)
-                for kind, found in self._matrices.slopes(path, *sums).items():
+                dx, *sums = products.slopes(dy, left, w, size, self.threads)
+                by_group = self._matrices.slopes(path, *sums)
+                if not many_rows.on_cpu():
+                    mx.eval(dx, by_group)  # or all layers' products would wait in memory
+                for kind, found in by_group.items():
                     name = f"{path}.{kind}"
                     self._slopes[name] = self._slopes.get(name, 0) + found
             if self._taking is not None:

@@ -5,6 +5,7 @@ with its part of the cores for products, keep all of them busy.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
 from typing import TypeVar
@@ -40,9 +41,12 @@ class Lanes:
         with workers(count - 1) as threads:
             try:
                 self._others = [(thread.submit(make).result(), thread) for thread in threads]
+                for lane in self.all if count > 1 else ():
+                    lane.threads = max(1, blas.threads() // count)
                 yield
             finally:
                 self._others = []
+                self.first.threads = None
 
     def run(self, jobs: Sequence[Callable[[Lane], T]]) -> list[T]:
         """Call jobs, each lane every so many of them in order; their results. Raises what a job raises."""
@@ -50,11 +54,10 @@ class Lanes:
         if count == 1 or len(jobs) == 1:
             return [job(self.first) for job in jobs]
         with _parts_of_the_cores(count):
-            running = [
-                thread.submit(partial(_each, jobs[i::count], lane))
-                for i, (lane, thread) in enumerate(self._others, 1)
-            ]
+            running: list[Future[list[T]]] = []
             try:
+                for i, (lane, thread) in enumerate(self._others, 1):
+                    running.append(thread.submit(partial(_each, jobs[i::count], lane)))
                 found = [_each(jobs[::count], self.first), *(one.result() for one in running)]
             finally:
                 for one in running:
@@ -79,9 +82,9 @@ def _parts_of_the_cores(count: int) -> Iterator[None]:
     """In this block a product takes one of so many parts of them."""
     ours = cpu.threads() if cpu.status()[0] else 0
     with blas.limited(max(1, blas.threads() // count)):
-        if ours:
-            cpu.set_threads(max(1, ours // count))
         try:
+            if ours:
+                cpu.set_threads(max(1, ours // count))
             yield
         finally:
             if ours:

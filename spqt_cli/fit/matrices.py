@@ -73,7 +73,7 @@ class Matrices:
 
     def _unpacking(self, path: str, scales: mx.array, biases: mx.array) -> Callable[[], Any]:
         layer = self.layers[path]
-        mx.eval(layer.weight, scales, biases)  # of this thread's streams
+        settle(layer.weight, scales, biases)
         return lambda: products.unpacked(layer.weight, scales, biases, layer.bits, layer.group_size)
 
     def _moved_from(self, path: str) -> Groups:
@@ -82,9 +82,19 @@ class Matrices:
             scales, biases = (layer[part].astype(mx.float32) for part in ("scales", "biases"))
             w = mx.array(self._unpacking(path, scales, biases)()).reshape(*scales.shape, layer.group_size)
             spread = mx.maximum(mx.sqrt(mx.var(w, axis=-1, ddof=1)), LEAST_SPREAD)
-            mx.eval(spread)
+            settle(spread)
             self._groups[path] = Groups(scales, biases, spread)
         return self._groups[path]
+
+
+def settle(*arrays: Any) -> None:
+    """Compute what other threads will use, which belongs to this thread before.
+
+    Twice, since a computed array still has the event of its computation, and whoever asks for its values
+    next lets go of that: two threads at once might.
+    """
+    mx.eval(*arrays)
+    mx.eval(*arrays)
 
 
 def native(a: mx.array) -> Any:

@@ -114,15 +114,18 @@ def slopes_by_inputs(dy: Values, w: Any) -> Any:
     return dx
 
 
-def slopes(dy: Values, x: Values, w: Any, group_size: int) -> tuple[Any, Any, Any]:
+def slopes(
+    dy: Values, x: Values, w: Any, group_size: int, threads: int | None = None
+) -> tuple[Any, Any, Any]:
     """`slopes_by_inputs`, and of the slopes by w's values the sums over each group of its columns, plain and
-    times the values: (bands, inputs, groups) both. x: (rows, inputs).
+    times the values: (bands, inputs, groups) both. x: (rows, inputs). threads: the caller's part of the CPU
+    where others call this meanwhile. One product by one thread of ours is two by two of BLAS's.
     """
     bands, inputs, _ = w.shape
     grouped = dy.reshape(len(dy), -1, group_size).sum(-1)
     sums = (x.T @ grouped).reshape(inputs, bands, -1).swapaxes(0, 1)
-    if isinstance(w, np.ndarray) and cpu.status()[0]:
-        dx, dots = cpu.slopes(dy, x, w, group_size, alone=cpu.threads() == 1)
+    if isinstance(w, np.ndarray) and cpu.status()[0] and (threads or 1) <= 2:
+        dx, dots = cpu.slopes(dy, x, w, group_size, alone=threads is not None)
         return dx, sums, dots
     by_group = w.reshape(bands, inputs, -1, group_size)
     by_weight = (x.T @ dy).reshape(inputs, bands, -1, group_size).swapaxes(0, 1)

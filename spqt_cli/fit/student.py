@@ -17,7 +17,7 @@ from spqt_cli.decode.layers import linear_layers
 from spqt_cli.decode.session import Loaded
 from spqt_cli.fit.lane import PROMPTS, Lane, Taking, norms, put
 from spqt_cli.fit.lanes import Lanes
-from spqt_cli.fit.matrices import Matrices
+from spqt_cli.fit.matrices import Matrices, settle
 from spqt_cli.measure import blas, many_rows
 
 HELD_BYTES = {"cpu": 256 << 20, "gpu": 16 << 30}  # of packed weights: models above are read block by block
@@ -91,21 +91,21 @@ class Student:
     def embedded(self, tokens: np.ndarray) -> mx.array:
         """What enters the first block, float32, for tokens (texts, window)."""
         h = self.walk.embedded(tokens).astype(mx.float32)
-        mx.eval(h)
+        settle(h)
         return h
 
     def forward(
-        self, number: int, h: mx.array, *, settle: Mapping[str, float] = NOTHING, keep: bool = False
+        self, number: int, h: mx.array, *, shares: Mapping[str, float] = NOTHING, keep: bool = False
     ) -> mx.array:
         """States (texts, window, width) after a block.
 
-        settle: path -> the share of inputs for which a layer's threshold is set on the way, from these texts.
+        shares: path -> that of inputs for which a layer's threshold is set on the way, from these texts.
         keep: `backward` will be called for the same texts.
         """
-        chunks = [slice(0, len(h))] if settle else self.chunks(len(h))
+        chunks = [slice(0, len(h))] if shares else self.chunks(len(h))
         keeping = self._worth_keeping(len(h)) if keep else frozenset()
-        mx.eval(h)
-        with self._at(number, settling=settle, keeping=keeping):
+        settle(h)
+        with self._at(number, settling=shares, keeping=keeping):
             found = self._lanes.run([partial(Lane.forward, number=number, texts=c, h=h) for c in chunks])
         whole = mx.concatenate(found)
         mx.eval(whole)
@@ -123,7 +123,7 @@ class Student:
 
     def backward(self, number: int, h: mx.array, slope: mx.array) -> tuple[mx.array, dict[str, mx.array]]:
         """The slopes by a block's input h and by its values. slope: that by its output."""
-        mx.eval(h, slope)
+        settle(h, slope)
         with self._at(number):
             run = partial(Lane.backward, number=number, h=h, slope=slope, by=self.values)
             found = self._lanes.run([partial(run, texts=c) for c in self.chunks(len(h))])
@@ -157,7 +157,7 @@ class Student:
         self, number: int, settling: Mapping[str, float] = NOTHING, keeping: frozenset[str] = frozenset()
     ) -> Iterator[None]:
         """The block's weights are there, and products go through BLAS."""
-        mx.eval([self.layers[path].get("bias", []) for path in self.blocks[number].paths], self.values)
+        settle([self.layers[path].get("bias", []) for path in self.blocks[number].paths], self.values)
         for lane in self._lanes.all:
             lane.thresholds, lane.settling, lane.keeping = self.thresholds, settling, keeping
             lane.enter(number, self.values)

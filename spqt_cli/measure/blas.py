@@ -15,10 +15,10 @@ def _controller() -> Any:
 
 
 def threads() -> int:
-    """Those that it may use; 1 where it can't be asked, as on macOS."""
-    return max((library.num_threads for library in _controller().lib_controllers), default=1)
+    """Those that it may use; 1 where it can't be asked, as on macOS. Of several libraries the fewest."""
+    return min((library.num_threads for library in _controller().lib_controllers), default=1)
 
 
 def limited(count: int) -> AbstractContextManager[Any]:
-    """In this block it uses at most so many, in every thread of the process."""
+    """In this block it uses so many, no more than `threads`, whichever thread of the process calls it."""
     return cast(AbstractContextManager[Any], _controller().limit(limits=count))

@@ -6,10 +6,10 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
-TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD, ARENAS = -1, -2, -3, -8  # glibc's mallopt
-KEEPING = {TRIM_THRESHOLD: (1 << 31) - 1, TOP_PAD: 16 << 20, MMAP_THRESHOLD: 32 << 20, ARENAS: 1}
+TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD = -1, -2, -3  # glibc's mallopt
+KEEPING = {TRIM_THRESHOLD: (1 << 31) - 1, TOP_PAD: 16 << 20, MMAP_THRESHOLD: 32 << 20}
 # What it comes to by itself once large arrays were freed
-USUAL = {TRIM_THRESHOLD: 64 << 20, TOP_PAD: 128 << 10, MMAP_THRESHOLD: 32 << 20, ARENAS: 0}
+USUAL = {TRIM_THRESHOLD: 64 << 20, TOP_PAD: 128 << 10, MMAP_THRESHOLD: 32 << 20}
 
 
 def trim() -> None:
@@ -24,7 +24,7 @@ def trim() -> None:
 
 @contextmanager
 def kept() -> Iterator[None]:
-    """In this block keep what is freed, and let new threads share one heap, where the C library is glibc.
+    """In this block keep what is freed where the C library is glibc.
 
     With arrays of a few MB that come and go, a tenth of the time was the system's, for pages of zeros.
     """

@@ -41,6 +41,16 @@ def test_they_are_used_again(monkeypatch):
     assert threading.active_count() == before
 
 
+def test_one_that_still_works_is_let_go(monkeypatch):
+    monkeypatch.setattr(worker, "_idle", [])
+    go = threading.Event()
+    with workers(2) as (busy, free):
+        waiting = busy.submit(go.wait)
+    assert worker._idle == [free]
+    go.set()
+    assert waiting.result()
+
+
 def test_a_process_ends_while_one_works():
     code = (
         "import time\nfrom spqt_cli.system.worker import workers\n"
