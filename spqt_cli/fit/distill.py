@@ -30,6 +30,7 @@ from spqt_cli.fit.student import Student
 from spqt_cli.fit.weights_file import WeightsFile
 from spqt_cli.format.thresholds import CURVE_SPARSITIES
 from spqt_cli.measure import many_rows
+from spqt_cli.system import heap
 
 HELD_OUT = 8  # one window of so many is not trained on
 PRICED = 6  # windows at most, for the shares of layers
@@ -114,11 +115,13 @@ class Distillation:
             return self._run(output, journal)
 
     def _run(self, output: WeightsFile, journal: Journal) -> DistillationResult:
+        heap.trim()
         self._shares = self._known_shares(journal)  # a model that can't be trained is refused here
         self._find_targets()
         start = self._resumed(journal)
         if not start:
             self._first = self._held_out_loss()
+        heap.trim()
         steps = self._options.steps
         for step in range(start, steps):
             if step > start and step % self._options.save_every == 0:
@@ -251,6 +254,7 @@ class Distillation:
         for number in range(len(self._student.blocks)):
             self._adopt(number)
             h = self._student.forward(number, h, shares=self._shares[share])
+        heap.trim()  # so many texts at once leave much
         return self._student.thresholds
 
     def _held_out_loss(self) -> float:

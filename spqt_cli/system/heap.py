@@ -6,8 +6,8 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
-TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD = -1, -2, -3  # glibc's mallopt
-KEEPING = {TRIM_THRESHOLD: (1 << 31) - 1, TOP_PAD: 16 << 20, MMAP_THRESHOLD: 32 << 20}
+TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD, ARENAS = -1, -2, -3, -8  # glibc's mallopt
+KEEPING = {TRIM_THRESHOLD: (1 << 31) - 1, TOP_PAD: 16 << 20, MMAP_THRESHOLD: 32 << 20, ARENAS: 1}
 # What it comes to by itself once large arrays were freed
 USUAL = {TRIM_THRESHOLD: 64 << 20, TOP_PAD: 128 << 10, MMAP_THRESHOLD: 32 << 20}
 
@@ -24,7 +24,9 @@ def trim() -> None:
 
 @contextmanager
 def kept() -> Iterator[None]:
-    """In this block keep what is freed where the C library is glibc.
+    """In this block keep what is freed where the C library is glibc; `trim` still gives it back.
+
+    New threads share the main heap, from then on: heaps of their own are too small to keep much in.
 
     With arrays of a few MB that come and go, a tenth of the time was the system's, for pages of zeros.
     """
