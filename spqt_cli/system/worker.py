@@ -1,7 +1,7 @@
 """Threads that run MLX, and live as long as the process.
 
 One that ends while Python does can end the process with it: what MLX keeps for a thread is freed after Python
-has let go of it, and asks for Python again (seen as an abort in 2 of 5 runs, mlx 0.32.4).
+has let go of it, and asks for Python again (seen as an abort, mlx 0.32.4).
 """
 
 import os
