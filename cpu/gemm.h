@@ -33,6 +33,8 @@ SPQT_INLINE void unpack_unit(const uint8_t* p, Use use, std::integer_sequence<in
 
 SPQT_INLINE float* slab_of(float* panel, int output) { return panel + output / SLAB * GEMM_INPUTS * SLAB; }
 
+constexpr int CHANNELS_AHEAD = 64;  // hardware does not follow strides of a chunk
+
 // Groups along the outputs: vectors of outputs are what the slab wants.
 template <int BITS, Type T>
 static void fill_zigzag(const Gemm& g, int first_input, int inputs, float* panel) {
@@ -44,6 +46,7 @@ static void fill_zigzag(const Gemm& g, int first_input, int inputs, float* panel
       const int64_t channel = first_input + k;
       const vf scale = splat(scalar<T>(w.scales, channel * w.scale_stride + group));
       const vf bias = splat(scalar<T>(w.biases, channel * w.scale_stride + group));
+      prefetch(codes + (channel + CHANNELS_AHEAD) * w.code_stride);
       auto put_vector = [&](int v, vf code) __attribute__((always_inline)) {
         const int output = n + v * LANES;
         store(slab_of(panel, output) + k * SLAB + output % SLAB,

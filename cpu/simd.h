@@ -42,6 +42,16 @@ SPQT_INLINE vf splat(float x) {
 }
 SPQT_INLINE vf to_float(vu v) { return __builtin_convertvector((vi)v, vf); }
 
+// v with another value in its odd places
+SPQT_INLINE vq in_odd(vq v, uint64_t value) {
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+  return (vq)_mm512_mask_set1_epi64((__m512i)v, 0xaa, (long long)value);  // one by one a compiler writes five
+#else
+  for (int q = 1; q < LANES / 2; q += 2) v[q] = value;
+  return v;
+#endif
+}
+
 // lane l of the result is lane I[l] of v
 template <class V, int... I>
 SPQT_INLINE V permute(V v) {

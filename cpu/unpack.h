@@ -115,10 +115,7 @@ struct ByteCodec {
   SPQT_INLINE vf unpack_vector(const uint8_t* unit, std::integer_sequence<int, BYTE...>,
                                       std::integer_sequence<int, LANE...>) {
     vq window = load<uint64_t>(unit + start(V, 0)) - vq{};
-    if constexpr (LANES == 16) {
-      uint64_t high = load<uint64_t>(unit + start(V, LANES - 1));
-      for (int q = 1; q < LANES / 2; q += 2) window[q] = high;
-    }
+    if constexpr (LANES == 16) window = in_odd(window, load<uint64_t>(unit + start(V, LANES - 1)));
     vu codes = (vu)permute<vbytes, source(V, BYTE)...>((vbytes)window);
     constexpr uint32_t MASK = (1u << BITS) - 1;
     return As::of(codes & (vu){(MASK << shift(0, V, LANE))...});

@@ -115,18 +115,23 @@ def attention(
     of each sequence with one of booleans.
     """
     oldest = _oldest(k)
-    plain = (
-        not any(value is not None for value in kw.values())
-        and _ours(q)
-        and k.dtype == v.dtype == mx.float32
-        and cpu.attends(q, k, v)
-    )
+    plain = attends(q, k, v, **kw)
     if plain and isinstance(mask, mx.array) and q.shape[2] == 1 and _of_keys(mask, q, k):
         return cpu.attention(q, k, v, scale=scale, causal=False, mask=mask, oldest=oldest)
     if plain and not isinstance(mask, mx.array):
         oldest = oldest if q.shape[2] == 1 else 0
         return cpu.attention(q, k, v, scale=scale, causal=mask is not None, oldest=oldest)
     return STOCK["scaled_dot_product_attention"](q, k, v, scale=scale, mask=mask, **kw)
+
+
+def attends(q: mx.array, k: mx.array, v: mx.array, **kw: Any) -> bool:
+    """Whether `attention` is ours for these, if without a mask or with the causal one."""
+    return (
+        all(name in ("scale", "mask") or value is None for name, value in kw.items())
+        and _ours(q)
+        and k.dtype == v.dtype == mx.float32
+        and cpu.attends(q, k, v)
+    )
 
 
 def logsumexp(x: mx.array, *args: Any, **kw: Any) -> mx.array:

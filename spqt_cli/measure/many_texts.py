@@ -1,10 +1,11 @@
 """Steps of one token for many texts at once on the CPU: what sampling a batch is made of.
 
 MLX's own CPU build takes many times as long: its products run at a few GFLOP/s, its exp at a fourth of
-numpy's speed, and its attention at an eighth. So attention and activations go through numpy, and products
-through our extension with weights in 8 bits, the rows of all texts as those of one prompt: that takes the
-time of numpy's BLAS, whose threads are slow on a busy machine, and two thirds of that of rows computed each
-as alone. On a GPU everything here steps aside. Nothing here can be differentiated. It knows no sampling.
+numpy's speed, and its attention at an eighth. So attention and activations are our extension's, or go through
+numpy where it does not run, and products go through the extension with weights in 8 bits, the rows of all
+texts as those of one prompt: that takes the time of numpy's BLAS, whose threads are slow on a busy machine,
+and two thirds of that of rows computed each as alone. On a GPU everything here steps aside. Nothing here can
+be differentiated. It knows no sampling.
 """
 
 from collections.abc import Callable, Iterator
@@ -43,9 +44,10 @@ def many_texts(model: nn.Module) -> Iterator[None]:
     with (
         ThreadPoolExecutor(threads) as pool,
         _eight_bits(model if extension else None),
-        foreign.replaced([*_layers(extension), *_functions(pool, threads)]),
+        foreign.replaced([*_layers(extension), *_functions(pool, threads, extension)]),
         many_rows.holding(0 if extension else many_rows.spare_bytes()),
         many_rows.uncompiled(),
+        hooks_cpu.also_with(many_rows.sigmoid),
     ):
         yield
 
@@ -115,10 +117,12 @@ def _layers(extension: bool) -> list[tuple[Any, str, Any]]:
     ]
 
 
-def _functions(pool: ThreadPoolExecutor, threads: int) -> list[tuple[Any, str, Any]]:
+def _functions(pool: ThreadPoolExecutor, threads: int, extension: bool) -> list[tuple[Any, str, Any]]:
     """What computes attention and activations."""
 
     def attend(q: mx.array, k: mx.array, v: mx.array, **form: Any) -> mx.array:
+        if extension and form.get("mask") is None and hooks_cpu.attends(q, k, v, **form):
+            return hooks_cpu.attention(q, k, v, **form)
         if q.shape[2] != 1 or form.get("mask") is not None or form.get("sinks") is not None:
             return many_rows.attention(q, k, v, **form)
         return _attention(pool, threads, q, k, v, form["scale"])

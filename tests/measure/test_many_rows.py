@@ -123,6 +123,11 @@ class _Heard(BaseException):
     pass
 
 
+def _product_with_a_signal(x: mx.array, w: np.ndarray) -> None:
+    signal.setitimer(signal.ITIMER_REAL, 0.004)
+    mx.eval(many_rows._plain(x, w, None))
+
+
 def test_a_signal_that_comes_during_a_product_is_heard():
     """mx.array loses what a handler raises within it: see findings/mlx-array-loses-a-signal.sh."""
 
@@ -135,9 +140,8 @@ def test_a_signal_that_comes_during_a_product_is_heard():
     mx.eval(x)
     try:
         for _ in range(5):
-            signal.setitimer(signal.ITIMER_REAL, 0.004)
             with pytest.raises(_Heard):
-                mx.eval(many_rows._plain(x, w, None))
+                _product_with_a_signal(x, w)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
