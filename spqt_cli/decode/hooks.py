@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from importlib.abc import MetaPathFinder
 from importlib.machinery import PathFinder
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -36,6 +37,7 @@ from spqt_cli.decode import (
 from spqt_cli.decode.layers import ZigzagLayer, ZigzagLinear, share_inputs, zigzag_layers
 from spqt_cli.errors import SpqtError
 from spqt_cli.format import contract, thresholds
+from spqt_cli.system import heap
 
 _load_weights = nn.Module.load_weights
 _refusal: ContextVar[SpqtError | None] = ContextVar("refusal", default=None)
@@ -169,7 +171,10 @@ def _hook_loading(utils: Any) -> None:
     @functools.wraps(stock)
     def load_model(path: Any, lazy: bool = False, strict: bool = True, **kw: Any) -> Any:
         get = kw.pop("get_model_classes", utils._get_classes)
-        found = stock(path, lazy, strict, get_model_classes=lambda config: exact.classes(get, config), **kw)
+        with contextlib.nullcontext() if lazy else _large_pages(path):
+            found = stock(
+                path, lazy, strict, get_model_classes=lambda config: exact.classes(get, config), **kw
+            )
         parallel.prepare(*found)
         if not lazy and _follows_profile.get():  # else whoever loads it has more to do first: session.py
             kernel_check.check(found[0])
@@ -179,6 +184,13 @@ def _hook_loading(utils: Any) -> None:
     hooked.is_exact = True
     foreign.replace(utils, "load_model", hooked)
     foreign.replace_everywhere(utils, "sharded_load", _sharded(utils.sharded_load))
+
+
+def _large_pages(path: Any) -> contextlib.AbstractContextManager[None]:
+    """In this block a folder's weights are read into large pages, if the CPU will decode from them."""
+    if mx.default_device().type != mx.DeviceType.cpu:
+        return contextlib.nullcontext()
+    return heap.in_large_pages(sum(file.stat().st_size for file in Path(path).glob("*.safetensors")))
 
 
 def _sharded(stock: Callable[..., Any]) -> Callable[..., Any]:

@@ -4,6 +4,7 @@ import ctypes
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import psutil
 import pytest
@@ -70,8 +71,61 @@ def test_freed_memory_is_given_back():
     assert before - psutil.Process().memory_info().rss > 30e6
 
 
+LARGE = """
+import mlx.core as mx
+from spqt_cli.system import heap
+
+mx.set_default_device(mx.cpu)
+SIZES = 40 << 20, 3 << 20, 21 << 20  # bytes: mapped alone, and of the heap
+
+def held(name):
+    lines = open("/proc/self/smaps_rollup").read().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
+
+def arrays():
+    found = [mx.ones(size // 4) for size in SIZES]
+    mx.eval(found)
+    return found
+
+before = held("AnonHugePages")
+usual = arrays()
+plain = held("AnonHugePages")
+with heap.in_large_pages(sum(SIZES)):
+    ours = arrays()
+large = held("AnonHugePages")
+right = all(mx.array_equal(one, mx.ones(one.size)).item() for one in ours)
+del usual, ours
+heap.trim()
+one = mx.ones(64 << 18)
+mx.eval(one)
+full = held("Rss")
+del one
+mx.clear_cache()
+print(sum(SIZES), plain - before, large - plain, right, full - held("Rss"))
+"""
+THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.mark.skipif(
+    not (IS_GLIBC and THP.exists() and "[madvise]" in THP.read_text()), reason="no large pages on demand here"
+)
+def test_arrays_in_large_pages():
+    command = [sys.executable, "-c", LARGE]
+    environment = {name: v for name, v in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    size, usual, large, right, given_back = said.split()
+    assert int(usual) == 0
+    assert int(large) > 0.8 * int(size)
+    assert right == "True"
+    assert int(given_back) > 60e6  # large arrays are mapped alone again
+
+
 def test_a_c_library_without_the_call(monkeypatch):
     monkeypatch.setattr(ctypes, "CDLL", lambda _: object())
     heap.trim()
-    with heap.kept():
+    with heap.kept(), heap.in_large_pages(1 << 30):
         pass
+
+
+def test_memory_that_cant_be_had_is_none_in_large_pages():
+    heap._advise(1 << 62)
