@@ -10,7 +10,8 @@ constexpr int ACCUMULATORS = 16;  // of 32 registers
 #else
 constexpr int ACCUMULATORS = 8;  // of 16
 #endif
-constexpr int FEW_BLOCK = 8;  // channels: their codes, u and sums lie in L1
+constexpr int MOST_CHANNELS = 32;   // of a block: sums go to L2 and back once for each
+constexpr int LAID_BYTES = 16384;  // of a block's u in a column, which stays in L1
 
 // Else compilers load an operand again for each multiplication, and loads are what limits.
 SPQT_INLINE void in_register(vf& v) {
@@ -21,11 +22,14 @@ SPQT_INLINE void in_register(vf& v) {
 #endif
 }
 
-template <int ROWS>
+template <int BITS, int ROWS>
 struct FewBlock {
-  const uint8_t* codes[FEW_BLOCK];
-  const uint8_t* next[FEW_BLOCK];  // as Block's
-  alignas(64) float u[FEW_BLOCK][ROWS][tile_of_rows(ROWS) / 32 + PADDING];
+  static constexpr int KINDS = VECTORS / Codec<BITS>::SHARED;  // of vectors of u in a column
+  static constexpr int MOST = min_of(MOST_CHANNELS, LAID_BYTES / (ROWS * KINDS * LANES * 4));
+  int count;  // channels
+  const uint8_t* codes[MOST];
+  const uint8_t* next[MOST];  // as Block's
+  alignas(64) float u[MOST][ROWS][tile_of_rows(ROWS) / 32 + PADDING];
 };
 
 // x * scale of each row by group, and x * bias added to the rows' sums by group, `stride` apart
@@ -54,21 +58,17 @@ SPQT_INLINE void scale_channel_rows(const Tile& tile, int64_t first, const float
 #endif
 }
 
-// A block short of channels is filled up with its first one, times zero: that changes no sum's bits.
-template <Type T, int ROWS>
-static void start_few_of(const Tile& tile, const Active& active, int first, FewBlock<ROWS>& block, float* bias_sums) {
+template <Type T, int BITS, int ROWS>
+static void start_few_of(const Tile& tile, const Active& active, int first, FewBlock<BITS, ROWS>& block,
+                         float* bias_sums) {
   constexpr int BYTES = T == FLOAT32 ? 4 : 2;
-  const int count = min_of(FEW_BLOCK, active.count - first);
-  for (int i = count; i < FEW_BLOCK; ++i) {
-    block.codes[i] = block.next[i] = tile.codes + active.channel[first] * tile.code_stride;
-    __builtin_memset(block.u[i], 0, sizeof block.u[i]);
-  }
+  const int count = block.count = min_of(block.MOST, active.count - first);
   for (int i = 0; i < count; ++i) {
     const int64_t channel = active.channel[first + i];
     block.codes[i] = tile.codes + channel * tile.code_stride;
     scale_channel_rows<T, ROWS>(tile, channel * tile.scale_stride, active.x + (int64_t)(first + i) * ROWS, block.u[i],
                                 bias_sums, active.row_stride);
-    const int64_t next = active.channel[min_of(first + FEW_BLOCK + i, active.count - 1)];
+    const int64_t next = active.channel[min_of(first + block.MOST + i, active.count - 1)];
     block.next[i] = tile.codes + next * tile.code_stride;
     const int64_t offset = next * tile.scale_stride * BYTES;
     for (int line = 0; line < tile.groups * BYTES; line += 64) {
@@ -78,8 +78,9 @@ static void start_few_of(const Tile& tile, const Active& active, int first, FewB
   }
 }
 
-template <int ROWS>
-static void start_few(const Tile& tile, const Active& active, int first, FewBlock<ROWS>& block, float* bias_sums) {
+template <int BITS, int ROWS>
+static void start_few(const Tile& tile, const Active& active, int first, FewBlock<BITS, ROWS>& block,
+                      float* bias_sums) {
   if (tile.type == FLOAT32) start_few_of<FLOAT32>(tile, active, first, block, bias_sums);
   if (tile.type == FLOAT16) start_few_of<FLOAT16>(tile, active, first, block, bias_sums);
   if (tile.type == BFLOAT16) start_few_of<BFLOAT16>(tile, active, first, block, bias_sums);
@@ -87,9 +88,9 @@ static void start_few(const Tile& tile, const Active& active, int first, FewBloc
 
 // u of a column for every channel and row, as vectors: KINDS of them, of SHARED vectors of codes each
 template <int BITS, int GROUP, int ROWS>
-static void lay_out_of(const FewBlock<ROWS>& block, int column, float* laid) {
+static void lay_out_of(const FewBlock<BITS, ROWS>& block, int column, float* laid) {
   using C = Codec<BITS>;
-  for (int i = 0; i < FEW_BLOCK; ++i)
+  for (int i = 0; i < block.count; ++i)
     for (int r = 0; r < ROWS; ++r) {
       vf u[VECTORS];
       C::template expand<GROUP>(block.u[i][r], column, u);
@@ -98,20 +99,21 @@ static void lay_out_of(const FewBlock<ROWS>& block, int column, float* laid) {
 }
 
 template <int BITS, int ROWS>
-SPQT_INLINE void lay_out(const FewBlock<ROWS>& block, int column, int group_size, float* laid) {
+SPQT_INLINE void lay_out(const FewBlock<BITS, ROWS>& block, int column, int group_size, float* laid) {
   if (group_size == 32) lay_out_of<BITS, 32>(block, column, laid);
   if (group_size == 64) lay_out_of<BITS, 64>(block, column, laid);
   if (group_size == 128) lay_out_of<BITS, 128>(block, column, laid);
 }
 
 template <int BITS, int ROWS, int PASS, int FIRST = 0>
-SPQT_INLINE void add_rows(const uint8_t* const* codes, size_t offset, const float* laid, float* sums, size_t stride) {
+SPQT_INLINE void add_rows(int count, const uint8_t* const* codes, size_t offset, const float* laid, float* sums,
+                          size_t stride) {
   using C = Codec<BITS>;
-  constexpr int SOME = min_of(VECTORS, ACCUMULATORS / ROWS), KINDS = VECTORS / C::SHARED;
+  constexpr int SOME = min_of(VECTORS, ACCUMULATORS / ROWS), KINDS = FewBlock<BITS, ROWS>::KINDS;
   vf sum[ROWS][SOME];
   for (int r = 0; r < ROWS; ++r)
     for (int v = 0; v < SOME; ++v) sum[r][v] = load<vf>(sums + r * stride + (FIRST + v) * LANES);
-  for (int i = 0; i < FEW_BLOCK; ++i) {
+  for (int i = 0; i < count; ++i) {
     const float* u = laid + i * ROWS * KINDS * LANES;
     vf unpacked[SOME];
     auto keep = [&](int v, vf code) SPQT_LAMBDA { unpacked[v - FIRST] = code; };
@@ -130,31 +132,31 @@ SPQT_INLINE void add_rows(const uint8_t* const* codes, size_t offset, const floa
   for (int r = 0; r < ROWS; ++r)
     for (int v = 0; v < SOME; ++v) store(sums + r * stride + (FIRST + v) * LANES, sum[r][v]);
   if constexpr (FIRST + SOME < VECTORS)
-    add_rows<BITS, ROWS, PASS, FIRST + SOME>(codes, offset, laid, sums, stride);
+    add_rows<BITS, ROWS, PASS, FIRST + SOME>(count, codes, offset, laid, sums, stride);
 }
 
 template <int BITS, int ROWS>
-static void add_few(const FewBlock<ROWS>& block, const Tile& tile, float* sums, size_t stride) {
+static void add_few(const FewBlock<BITS, ROWS>& block, const Tile& tile, float* sums, size_t stride) {
   using C = Codec<BITS>;
   constexpr int SUMS = VECTORS * LANES;  // of one pass
   const int bytes = tile.groups * tile.group_size * BITS / 8;
-  alignas(64) float laid[FEW_BLOCK * ROWS * (VECTORS / C::SHARED) * LANES];
-  alignas(64) uint8_t last[FEW_BLOCK][C::COLUMN_BYTES];  // a column that chunks end in, filled up with zeros
-  const uint8_t* of_last[FEW_BLOCK];
+  alignas(64) float laid[block.MOST * ROWS * block.KINDS * LANES];
+  alignas(64) uint8_t last[block.MOST][C::COLUMN_BYTES];  // a column that chunks end in, filled up with zeros
+  const uint8_t* of_last[block.MOST];
   for (int begin = 0, column = 0; begin < bytes; begin += C::COLUMN_BYTES, ++column, sums += C::PASSES * SUMS) {
     for (int line = (begin + 63) / 64 * 64; line < min_of(begin + C::COLUMN_BYTES, bytes); line += 64)
-      for (int i = 0; i < FEW_BLOCK; ++i) prefetch(block.next[i] + line);
+      for (int i = 0; i < block.count; ++i) prefetch(block.next[i] + line);
     lay_out<BITS>(block, column, tile.group_size, laid);
     const bool whole = begin + C::COLUMN_BYTES <= bytes;
-    for (int i = 0; i < FEW_BLOCK && !whole; ++i) {
+    for (int i = 0; i < block.count && !whole; ++i) {
       __builtin_memset(last[i], 0, C::COLUMN_BYTES);
       for (int at = begin; at < bytes; at += 4) __builtin_memcpy(last[i] + at - begin, block.codes[i] + at, 4);
       of_last[i] = last[i];
     }
     const uint8_t* const* codes = whole ? block.codes : of_last;
     const size_t offset = whole ? begin : 0;
-    add_rows<BITS, ROWS, 0>(codes, offset, laid, sums, stride);
-    if constexpr (C::PASSES == 2) add_rows<BITS, ROWS, 1>(codes, offset, laid, sums + SUMS, stride);
+    add_rows<BITS, ROWS, 0>(block.count, codes, offset, laid, sums, stride);
+    if constexpr (C::PASSES == 2) add_rows<BITS, ROWS, 1>(block.count, codes, offset, laid, sums + SUMS, stride);
   }
 }
 
@@ -164,8 +166,8 @@ static void few_rows_tile(const Tile& tile, const Active& active, float* partial
   for (int r = 0; r < ROWS; ++r)
     for (size_t i = 0; i < size; i += LANES) store(partial + r * stride + i, vf{});
   float* bias_sums = partial + partial_sums(tile.groups, tile.group_size);
-  FewBlock<ROWS> block;
-  for (int first = 0; first < active.count; first += FEW_BLOCK) {
+  FewBlock<BITS, ROWS> block;
+  for (int first = 0; first < active.count; first += block.MOST) {
     start_few(tile, active, first, block, bias_sums);
     add_few<BITS, ROWS>(block, tile, partial, stride);
   }
