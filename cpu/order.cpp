@@ -45,8 +45,8 @@ uint8_t* copy_axis(const uint8_t* from, uint8_t* to, const Layout& all, size_t a
 }
 
 void copy(const uint8_t* from, uint8_t* to, const Layout& all) {
-  auto copy = all.run == 4 ? copy_axis<4> : all.run == 2 ? copy_axis<2> : copy_axis<0>;
-  copy(from, to, all, 0);
+  auto by_axis = all.run == 4 ? copy_axis<4> : all.run == 2 ? copy_axis<2> : copy_axis<0>;
+  by_axis(from, to, all, 0);
 }
 
 }  // namespace

@@ -21,8 +21,8 @@ from spqt_cli.decode.layers import zigzag_layers
 TOKENS = 1000
 PROMPT_TOKENS = 8
 AHEAD = 8  # tokens of the second run in one evaluation
-# MLX 0.32.4's attention on CUDA is cuDNN's from 256 keys on, which is not repeatable (docs/log/kernels.md), so
-# there the tokens fill several caches in turn.
+# MLX 0.32.4's attention on CUDA is cuDNN's from 256 keys on, which is not repeatable (docs/log/kernels.md),
+# so there the tokens fill several caches in turn.
 REPEATABLE_KEYS = 255
 SPARSITY = 0.5
 BITS, GROUP_SIZE = 4, 64

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -11,6 +12,8 @@ import pytest
 
 from spqt_cli.decode import hooks, session
 from spqt_cli.decode.layers import zigzag_layers
+from spqt_cli.format.folder import Folder
+from spqt_cli.system import heap
 from tests.conftest import tiny_checkpoint
 
 ON_CPU = mx.default_device().type == mx.DeviceType.cpu
@@ -121,3 +124,19 @@ def test_the_server_answers_in_float32(half_precision):
     assert answer["tokens"] >= 1
     if ON_CPU:
         assert answer["dtypes"] == ["mlx.core.float32"]
+
+
+@pytest.mark.skipif(not ON_CPU, reason="a GPU has pages of its own")
+def test_weights_that_the_cpu_decodes_from_are_read_into_large_pages(converted, monkeypatch):
+    asked: list[int] = []
+
+    @contextmanager
+    def in_large_pages(size):
+        asked.append(size)
+        yield
+
+    monkeypatch.setattr(heap, "in_large_pages", in_large_pages)
+    session.load(converted)
+    assert asked == [sum(file.stat().st_size for file in converted.glob("*.safetensors"))]
+    session.load_lazily(Folder(converted))  # nothing is read yet
+    assert len(asked) == 1
