@@ -10,7 +10,7 @@ constexpr int ACCUMULATORS = 16;  // of 32 registers
 #else
 constexpr int ACCUMULATORS = 8;  // of 16
 #endif
-constexpr int MOST_CHANNELS = 32;   // of a block: sums go to L2 and back once for each
+constexpr int MOST_CHANNELS = 32;  // of a block: sums go to L2 and back once for each
 constexpr int LAID_BYTES = 16384;  // of a block's u in a column, which stays in L1
 
 // Else compilers load an operand again for each multiplication, and loads are what limits.
