@@ -94,6 +94,40 @@ def judge_residual(apart: Result, residual: mx.array, added: Result) -> str:
     return "" if np.array_equal(_bits(found), _bits(right)) else "y + residual is off"
 
 
+def judge_mixture(
+    logits: mx.array,
+    h: mx.array,
+    y: mx.array,
+    runs: Sequence[tuple[mx.array, mx.array, mx.array]],
+    *,
+    of_all: bool,
+) -> str:
+    """What is wrong with chosen experts, their weights, and h + the weighted sum of y; empty if nothing is.
+
+    logits: (..., experts); y: (chosen, width); runs: two of indices, weights and sum. The bounds are those of
+    `judge`: 64 float32 roundings and one for each term, here also those of a difference in an exponent.
+    """
+    mx.eval(runs)
+    (indices, weights, found), again = ([np.array(wide(one)) for one in run] for run in runs)
+    if any(not np.array_equal(a, b) for a, b in zip((indices, weights, found), again, strict=True)):
+        return "two runs differ"
+    numbers = wide(logits).ravel()
+    order = np.argsort(-numbers, kind="stable")[: len(indices)]
+    if not np.array_equal(indices, order):
+        return "other experts are chosen"
+    powers = np.exp(numbers - numbers.max())
+    exact = powers[order] / powers[slice(None) if of_all else order].sum()
+    terms = len(numbers) + 64 + 8 * np.ptp(numbers)
+    if np.any(np.abs(weights - exact) > terms * ROUNDING[mx.float32] * exact):
+        return "weights of experts are off"
+    products = weights[:, None] * wide(y)
+    total = products.sum(axis=0)
+    bound = (len(order) + 64) * ROUNDING[mx.float32] * np.abs(products).sum(axis=0)
+    right = total + wide(h).ravel()
+    bound += ROUNDING[h.dtype] * (np.abs(total) + np.abs(right)) * 1.01 + 2 * SMALLEST[h.dtype]
+    return "" if np.all(np.abs(found.ravel() - right) <= bound) else "the sum over experts is off"
+
+
 def judge_rotary(apart: Result, turns: mx.array, turned: Result, form: Rotary) -> str:
     """What is wrong with turned heads, from the products as they stand alone; empty if nothing is.
 

@@ -124,6 +124,31 @@ class Middle(NamedTuple):
     norm: Norm
 
 
+class Mixture(NamedTuple):
+    """A mixture of experts whose router's numbers decide: y = sum of weight * down(silu(gate) * up) over the
+    `chosen` experts with the largest, weights being the softmax of these, or with of_all that of all.
+
+    router: normed -> the numbers, (..., experts). pair: gate and up.
+    """
+
+    router: Callable[[mx.array], mx.array]
+    pair: "Sequence[Experts]"
+    down: "Experts"
+    chosen: int
+    of_all: bool
+
+
+class MixtureStep(Protocol):
+    """One token through a `Mixture`: h and normed, one row each -> h + y, and counts.
+
+    Counts, as in `Step`, are a list: of gate and up, of down; each over all chosen experts.
+    """
+
+    def __call__(
+        self, h: mx.array, normed: mx.array, counted: Sequence[Count], /
+    ) -> tuple[mx.array, Sequence[Count]]: ...  # pragma: no cover
+
+
 class HeadStep(Protocol):
     """One token through a norm and projections of its result: x -> norm(x), y of each, and counts."""
 
@@ -213,6 +238,7 @@ class FusedCalls(Protocol):
     ) -> RotaryStep | None: ...
     def prepare_tail(self, x: mx.array, tail: Tail, /) -> TailStep | None: ...
     def prepare_middle(self, x: mx.array, middle: Middle, /) -> MiddleStep | None: ...
+    def prepare_mixture(self, x: mx.array, mixture: Mixture, /) -> MixtureStep | None: ...
 
 
 @dataclass(frozen=True)

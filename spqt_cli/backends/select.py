@@ -20,6 +20,8 @@ from spqt_cli.backends.interface import (
     HeadStep,
     Middle,
     MiddleStep,
+    Mixture,
+    MixtureStep,
     Norm,
     Projection,
     Rotary,
@@ -139,6 +141,15 @@ def prepare_middle(x: mx.array, middle: Middle) -> MiddleStep | None:
     """
     fused = backend().fused
     return fused.prepare_middle(x, middle) if fused else None
+
+
+def prepare_mixture(x: mx.array, mixture: Mixture) -> MixtureStep | None:
+    """All that follows a mixture's norm in a block, in one call.
+
+    x: such an input as the steps will get. None if the backend has no such step.
+    """
+    fused = backend().fused
+    return fused.prepare_mixture(x, mixture) if fused else None
 
 
 def prepare_experts(layers: Sequence[Experts]) -> ExpertsStep:

@@ -198,3 +198,13 @@ def counting(every: int = 1) -> Iterator[Counter]:
         yield counter
     finally:  # maybe late, while another counts: where a loop was left half done
         counters.remove(counter)
+
+
+@contextmanager
+def instead(counter: Any) -> Iterator[None]:
+    """Let code in this block count with another counter; None: with none."""
+    _here.counters.append(counter)
+    try:
+        yield
+    finally:
+        _here.counters.pop()

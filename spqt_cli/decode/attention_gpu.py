@@ -170,12 +170,12 @@ class TracedStep:
             normed, products, _ = self._front(x, None)
             expected = self._around.traced(normed, products, mx.array(cache.offset))[0]
             found, _ = self._before(x, self._position(cache.offset), None)
-            if not all(_close(a, b) for a, b in zip(found, expected, strict=True)):
+            if not all(close(a, b) for a, b in zip(found, expected, strict=True)):
                 return "its queries, keys and values differ from those of its own code"
             queries, keys, values = found
             attended = self._around.product(queries, keys, values, copy.deepcopy(cache))
             own = self._own(normed, products, None, copy.deepcopy(cache))
-            right = _close(self._around.after(attended), own)
+            right = close(self._around.after(attended), own)
             return "" if right else "after the product it uses more than the product"
         except NotTraceable as why:
             return str(why)
@@ -322,6 +322,7 @@ def _watching(attention: nn.Module) -> str:
     return f"its {others[0]} may watch its calls" if others else ""
 
 
-def _close(found: mx.array, expected: mx.array) -> bool:
+def close(found: mx.array, expected: mx.array) -> bool:
+    """Whether one array is the other but for rounding."""
     a, b = found.astype(mx.float32), expected.astype(mx.float32)
     return a.shape == b.shape and bool((mx.linalg.norm(a - b) <= CLOSE * mx.linalg.norm(b)).item())

@@ -3,10 +3,10 @@
     block: h = x + attention(norm(x)), y = h + mlp(norm(h));  mlp: down(silu(gate(x)) * up(x))
 
 A block takes one call before attention, norm and q/k/v, and one after it: o, the residual sum, norm, the
-gated module and the second sum; of a mixture of experts up to the norm, then its own code. On a GPU at 8B
-shapes Python and MLX's graph cost more than the weights; this asks for less of both. Attention itself is one
-operation on the CPU (attention_cpu.py), and on a GPU traced around its product, or else the model's own code
-(attention_gpu.py). Other modules run as they are.
+gated module and the second sum; of a mixture of experts up to the norm, then its own code, on a GPU a step
+(mixture_gpu.py). On a GPU at 8B shapes Python and MLX's graph cost more than the weights; this asks for
+less of both. Attention itself is one operation on the CPU (attention_cpu.py), and on a GPU traced around its
+product, or else the model's own code (attention_gpu.py). Other modules run as they are.
 """
 
 import copy
@@ -23,6 +23,7 @@ from spqt_cli.backends import interface, select
 from spqt_cli.decode import active_counts, attention_cpu, chain, foreign, phase, recognize
 from spqt_cli.decode.attention_gpu import OwnAttention, TracedStep
 from spqt_cli.decode.layers import SharedInput
+from spqt_cli.decode.mixture_gpu import TracedMixture, places
 
 Counts = Sequence[interface.Count]
 Place = tuple[dict[str, Any], str]  # where something is kept: a module, or its attributes, and a key
@@ -209,6 +210,7 @@ class FusedBlock:
         self._front: interface.HeadStep | None = None
         self._tail: interface.TailStep | interface.MiddleStep | None = None
         self._rest: str | None = None  # under which the module has what the tail leaves out
+        self._mixture: TracedMixture | None = None  # the same, where the backend traces
         self._own: OwnAttention | None = None
         self._cached: attention_cpu.CachedAttention | None = None
         self._traced: TracedStep | None = None
@@ -253,7 +255,10 @@ class FusedBlock:
                 chain.ran(self, x, y, cache)
             return y
         h, normed = y
-        return h + self.module[self._rest](normed)
+        mixture = self._mixture
+        if mixture is None or (result := mixture(h, normed)) is None:
+            result = h + self.module[self._rest](normed)
+        return result
 
     def steps(self) -> chain.Steps | None:
         """As `chain.Member`'s."""
@@ -283,6 +288,11 @@ class FusedBlock:
             return self._traced.reason or ""
         return "it is not rotary positions and the product alone" if select.backend().native_float32 else ""
 
+    @property
+    def traces_experts(self) -> bool:
+        """Whether a mixture after the tail is traced as well."""
+        return self._mixture is not None and self._mixture.reason == ""
+
     def _step(self, x: mx.array, mask: Any, cache: Any, counted: Counts) -> tuple[Any, Counts]:
         """What the tail gives, and the counts, by two calls and attention between them."""
         assert self._front is not None
@@ -303,7 +313,9 @@ class FusedBlock:
         names = recognize.gated(mlp) or ()
         zigzag = [attention.get(name) for name in (*recognize.PROJECTIONS, recognize.OUT)]
         zigzag += [mlp.get(name) for name in names]
-        _arrange(zigzag)
+        backend = select.backend()
+        traced = mlp if backend.traces and not names else nn.Module()  # a mixture
+        _arrange([*zigzag, *filter(recognize.is_zigzag, traced.modules())])
         self._form = (x.dtype, x.ndim)
         self._sources = Sources(
             [
@@ -312,10 +324,10 @@ class FusedBlock:
                 *_within(attention),
                 *((mlp, name) for name in names),
                 *_of_layers(zigzag),
+                *places(traced),
             ]
         )
-        self._traced = self._cached = self._own = self._rest = None
-        backend = select.backend()
+        self._traced = self._cached = self._own = self._rest = self._mixture = None
         found = recognize.block(module, backend)
         if isinstance(found, str):
             self.reason = found
@@ -335,6 +347,7 @@ class FusedBlock:
         self._own = OwnAttention(attention, found.projections)
         if backend.traces:
             self._traced = TracedStep(x, found, self._own, self._front, self._tail)
+            self._mixture = None if self._rest is None else TracedMixture(mlp)
         elif found.rope is not None:
             self._cached = attention.__dict__.get(attention_cpu.ATTRIBUTE)
 
@@ -379,7 +392,10 @@ def report(model: nn.Module, zigzag: Callable[[Any], bool] = recognize.is_zigzag
         own = block.attention if block is not None else ""
         found.blocks += 1
         found.fused += not reason
-        found.experts += not reason and recognize.has_experts(module[recognize.parts(module)[3]])
+        own_experts = block is None or not block.traces_experts
+        found.experts += (
+            not reason and own_experts and recognize.has_experts(module[recognize.parts(module)[3]])
+        )
         for said, counts in ((reason, found.reasons), (own, found.attention)):
             if said:
                 counts[said] = counts.get(said, 0) + 1

@@ -155,6 +155,72 @@ def has_experts(mlp: nn.Module) -> bool:
     return any(map(is_experts, mlp.modules()))
 
 
+def mixture(module: Any) -> interface.Mixture | None:
+    """A module as a router, and experts whose results are weighed by a softmax of its largest numbers; None
+    where it is anything else.
+    """
+    from mlx_lm.models.switch_layers import SwiGLU, SwitchGLU
+
+    if set(module) != {"gate", "switch_mlp"} or module.__dict__.get("sharding_group") is not None:
+        return None
+    experts = module["switch_mlp"]
+    if foreign.own_class(experts) is not SwitchGLU or type(experts["activation"]) is not SwiGLU:
+        return None
+    pair, down = [experts[name] for name in GATED[0][:2]], experts[GATED[0][2]]
+    if not all(is_zigzag(layer) and layer.part is None for layer in (*pair, down)):
+        return None
+    if [list(map(id, one.shared_input.layers)) for one in (pair[0], down)] != [
+        list(map(id, pair)),
+        [id(down)],
+    ]:
+        return None
+    found = _weighing(module, down.weight.shape[0])
+    return None if found is None else interface.Mixture(module["gate"], pair, down, *found)
+
+
+def _weighing(module: Any, experts: int) -> tuple[int, bool] | None:
+    """How many experts a mixture's own code chooses, and whether the softmax that weighs them is of all the
+    router's numbers; None where it does anything else. It is run with functions in the place of its parts.
+    """
+    width, asked = 8, []
+    table = mx.random.normal((experts, width), key=mx.random.key(7))
+    numbers = mx.random.normal((2, experts), key=mx.random.key(8))
+    stand_in: Any = dict.__new__(type(module))
+    object.__setattr__(stand_in, "__dict__", module.__dict__)
+
+    def results(_: mx.array, indices: mx.array, *__: Any, **___: Any) -> mx.array:
+        asked.append(indices.shape[-1])
+        return table[indices]
+
+    def router(row: mx.array) -> Callable[[mx.array], mx.array]:
+        return lambda x: mx.broadcast_to(row, (*x.shape[:-1], experts))
+
+    found = []
+    for row in numbers:
+        dict.update(stand_in, {"gate": router(row), "switch_mlp": results})
+        try:
+            found.append(foreign.own_class(module).__call__(stand_in, mx.ones((1, 1, width))).reshape(width))
+        except Exception:  # code of others, which may ask its parts for anything
+            return None
+    if len(set(asked)) != 1:
+        return None
+    chosen = asked[0]
+    best = mx.argsort(-numbers, axis=-1)[:, :chosen]
+    for of_all in (False, True):
+        rows = mx.softmax(numbers, axis=-1) if of_all else mx.softmax(_kept(numbers, best), axis=-1)
+        weights = mx.take_along_axis(rows, best, axis=-1)
+        expected = (weights[..., None] * table[best]).sum(axis=1)
+        if mx.allclose(mx.stack(found), expected, rtol=1e-4, atol=1e-4).item():
+            return chosen, of_all
+    return None
+
+
+def _kept(numbers: mx.array, best: mx.array) -> mx.array:
+    """Numbers (rows, experts) with all others than the best at minus infinity."""
+    kept = mx.put_along_axis(mx.full(numbers.shape, -mx.inf), best, mx.array(0.0), axis=-1)
+    return numbers + kept
+
+
 def blocks(model: nn.Module, zigzag: IsZigzag = is_zigzag) -> dict[str, nn.Module]:
     """Path -> module of each transformer block of a model that has Zigzag layers."""
     modules = dict(model.named_modules())

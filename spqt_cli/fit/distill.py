@@ -43,7 +43,8 @@ OnProgress = Callable[[float, float, str], None]
 
 @dataclass(frozen=True)
 class Options:
-    """rate: the learning rate of factors and offsets. sparsities: one is drawn for each step.
+    """rate: the learning rate of factors and offsets. sparsities: one is drawn for each step. scored: the
+    part of a text's positions whose predictions a step compares.
 
     save_every: steps between two states that a killed run goes on from.
     """
@@ -52,6 +53,7 @@ class Options:
     batch: int = 2
     rate: float = 1e-3
     sparsities: tuple[float, ...] = (masks.SPARSITY,)
+    scored: float = 1.0
     seed: int = 0
     save_every: int = 20
 
@@ -176,37 +178,45 @@ class Distillation:
             self._thresholds = {share: self._settled(share) for share in self._options.sparsities}
         self._student.thresholds = self._thresholds[self._drawn(step)]
         rate = self._rate(step)
-        for number, slopes in self.slopes(self._batch(step)):
+        draw = np.random.default_rng([self._options.seed, 2, step])
+        for number, slopes in self.slopes(self._batch(step), draw):
             trained = self._parts[number]
             rates = {name: NORM_RATE * rate if name in self._stored else rate for name in slopes}
             trained.step(slopes, rates, step + 1)
 
-    def slopes(self, which: list[int]) -> Iterator[tuple[int, dict[str, mx.array]]]:
+    def slopes(
+        self, which: list[int], draw: np.random.Generator
+    ) -> Iterator[tuple[int, dict[str, mx.array]]]:
         """The slopes of the mean loss on some windows by each part's values, the last part's first.
 
-        Part -1 are the norms behind the blocks. A part's values may change once its slopes are there.
+        draw: chooses the positions that are scored. Part -1 are the norms behind the blocks. A part's values
+        may change once its slopes are there.
         """
         blocks = range(len(self._student.blocks))
         states = [self._student.embedded(self._windows[which])]
         for number in blocks:
             self._adopt(number)
             states.append(self._student.forward(number, states[-1], keep=True))
-        slope, by_norms = self._at_head(which, states.pop())
+        slope, by_norms = self._at_head(which, states.pop(), draw)
         yield -1, by_norms
         for number in reversed(blocks):
             self._adopt(number)
             slope, slopes = self._student.backward(number, states.pop(), slope)
             yield number, slopes
 
-    def _at_head(self, which: list[int], hidden: mx.array) -> tuple[mx.array, dict[str, mx.array]]:
+    def _at_head(
+        self, which: list[int], hidden: mx.array, draw: np.random.Generator
+    ) -> tuple[mx.array, dict[str, mx.array]]:
         """The slopes of the batch's mean loss by hidden (texts, window, width) and by the last norms."""
         self._adopt(-1)
         names = list(self._student.last_norms)
         others = [self._student.values[name] for name in names]
         by_hidden, by_others = [], [mx.zeros_like(a) for a in others]
+        prompt, part = self._student.prompt, self._options.scored
+        weight = predictions.weights(hidden.shape[1], prompt)
         for i, w in enumerate(which):
-            found = predictions.slopes(*self._heads(w), hidden[i : i + 1], others, self._student.prompt)
-            _, one, rest = found
+            some = weight if part == 1 else predictions.drawn(weight, prompt, part, draw)
+            _, one, rest = predictions.slopes(*self._heads(w), hidden[i : i + 1], others, some)
             by_hidden.append(one / len(which))
             by_others = [a + b / len(which) for a, b in zip(by_others, rest, strict=True)]
         mx.eval(by_hidden, by_others)
@@ -216,7 +226,7 @@ class Distillation:
         """The model's head, its source's, and the source's states, for a window."""
         tokens = self._windows[w : w + 1]
 
-        def source(h: mx.array, rows: slice) -> mx.array:
+        def source(h: mx.array, rows: slice | np.ndarray) -> mx.array:
             return self._walk.logits(tokens[:, rows], h)
 
         return self._student.head(tokens), source, self._store.load(targets.name(w))

@@ -251,8 +251,13 @@ class _Fit:
         assert wishes.steps is not None
         assert wishes.batch is not None
         assert wishes.sparsities is not None
+        assert wishes.scored is not None
         options = distill.Options(
-            steps=wishes.steps, batch=wishes.batch, sparsities=wishes.sparsities, seed=wishes.seed
+            steps=wishes.steps,
+            batch=wishes.batch,
+            sparsities=wishes.sparsities,
+            scored=wishes.scored,
+            seed=wishes.seed,
         )
         training = distill.Distillation(loaded, source, windows, store, self._on_progress, options)
         found = training.run(output, self._journal)

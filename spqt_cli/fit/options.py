@@ -13,7 +13,8 @@ OWN = 40  # texts that the source writes for gptq
 @dataclass(frozen=True)
 class Training:
     """own: texts that the source writes. rounded_on: of these, at most; the rest improves the training alone.
-    batch: texts in a step. sparsities: of the masks, one is drawn for each step.
+    batch: texts in a step. sparsities: of the masks, one is drawn for each step. scored: the part of a text's
+    positions whose predictions a step compares.
     """
 
     own: int
@@ -21,12 +22,13 @@ class Training:
     steps: int
     batch: int
     sparsities: tuple[float, ...]
+    scored: float
 
 
 # SmolLM2-135M takes some 10 minutes of training on two cores, 5 on an H200 (docs/fitting.md).
 TRAINING = {
-    "cpu": Training(own=72, rounded_on=64, steps=90, batch=2, sparsities=(0.5,)),
-    "gpu": Training(own=448, rounded_on=240, steps=400, batch=8, sparsities=(0.4, 0.5)),
+    "cpu": Training(own=72, rounded_on=64, steps=90, batch=2, sparsities=(0.5,), scored=0.5),
+    "gpu": Training(own=448, rounded_on=240, steps=400, batch=8, sparsities=(0.4, 0.5), scored=1),
 }
 MIN_WINDOW = 32
 
@@ -35,7 +37,7 @@ MIN_WINDOW = 32
 class FitOptions:
     """method: gptq rounds for the inputs; full also trains scales, biases and norms. own: texts that the
     source writes itself. data: a file of text to add. window: tokens of a text. seed: of the model's own
-    text. steps: of the training, of `batch` texts each; rounded_on, sparsities: as in `Training`.
+    text. steps: of the training, of `batch` texts each; rounded_on, sparsities, scored: as in `Training`.
     None: what suits method and device, see `settled`.
     """
 
@@ -48,6 +50,7 @@ class FitOptions:
     batch: int | None = None
     rounded_on: int | None = None
     sparsities: tuple[float, ...] | None = None
+    scored: float | None = None
 
     def settled(self) -> "FitOptions":
         """These, with nothing left open."""
@@ -60,6 +63,7 @@ class FitOptions:
             batch=default.batch if self.batch is None else self.batch,
             rounded_on=default.rounded_on if self.rounded_on is None else self.rounded_on,
             sparsities=default.sparsities if self.sparsities is None else self.sparsities,
+            scored=default.scored if self.scored is None else self.scored,
         )
 
     def check(self) -> None:

@@ -17,7 +17,7 @@ LEAST = np.float32(-1e30)  # of logits, which may be -inf
 FIRST_SCORED = 8  # the first positions predict from nearly nothing
 PROMPT_WEIGHT = 0.25  # of a prompt's positions, all together, where decode steps have 1
 
-# Hidden states (1, rows, width) and other arrays of the model -> logits (1, rows, vocab).
+# Hidden states (1, rows, width), their positions and other arrays of the model -> logits (1, rows, vocab).
 Head = Callable[..., mx.array]
 
 
@@ -28,6 +28,19 @@ def weights(window: int, prompt: int) -> np.ndarray:
     found[first:prompt] = PROMPT_WEIGHT / (prompt - first)
     found[prompt:] = 1 / (window - prompt)
     return found / np.float32(1 + PROMPT_WEIGHT)
+
+
+def drawn(weight: np.ndarray, prompt: int, part: float, draw: np.random.Generator) -> np.ndarray:
+    """The weights of a part of the positions, drawn from those of a prompt and from decode steps, which stand
+    for all: (window,) float32, 0 for the others.
+    """
+    found = np.zeros_like(weight)
+    for all_of in (slice(0, prompt), slice(prompt, None)):
+        counted = np.flatnonzero(weight[all_of])
+        some = all_of.start + draw.choice(counted, round(part * len(counted)), replace=False)
+        found[some] = weight[some]
+        found[all_of] *= weight[all_of].sum() / max(found[all_of].sum(), np.float32(1e-9))
+    return found
 
 
 def pieces(window: int, vocab: int) -> list[slice]:
@@ -103,26 +116,29 @@ def loss(head: Head, source: Head, target: mx.array, hidden: mx.array, prompt: i
 
 
 def slopes(
-    head: Head, source: Head, target: mx.array, hidden: mx.array, others: list[mx.array], prompt: int
+    head: Head, source: Head, target: mx.array, hidden: mx.array, others: list[mx.array], weight: np.ndarray
 ) -> tuple[float, mx.array, list[mx.array]]:
     """The loss of one window, and its slopes by hidden (1, window, width) and by other arrays.
 
-    head takes the others after its slice; else as in `loss`.
+    head takes the others after its positions; else as in `loss`. weight: of each position, (window,); logits
+    are made of those alone whose weight is not 0.
     """
-    weight = weights(hidden.shape[1], prompt)
-    total, by_hidden, by_others = 0.0, [], [mx.zeros_like(a) for a in others]
-    for rows in _cut(source, hidden):
-        reference = Reference(source(target[:, rows], rows), weight[rows])
+    total, by_hidden, by_others = 0.0, mx.zeros_like(hidden), [mx.zeros_like(a) for a in others]
+    scored = np.flatnonzero(weight)
+    for piece in _cut(source, hidden[:, : len(scored)]):
+        rows = scored[piece]
+        where = mx.array(rows)
+        reference = Reference(source(target[:, where], rows), weight[rows])
         (value,), (slope, *rest) = mx.vjp(
             lambda h, *a, rows=rows, reference=reference: reference.divergence(head(h, rows, *a)),
-            [hidden[:, rows], *others],
+            [hidden[:, where], *others],
             [mx.array(1.0)],
         )
         by_others = [a + b for a, b in zip(by_others, rest, strict=True)]
-        by_hidden.append(slope)
-        mx.eval(value, slope, by_others)
+        by_hidden[:, where] = slope
+        mx.eval(value, by_hidden, by_others)
         total += float(value)
-    return total, mx.concatenate(by_hidden, axis=1), by_others
+    return total, by_hidden, by_others
 
 
 def slopes_of_drawn(head: Head, hidden: mx.array, prompt: int, draw: np.random.Generator) -> mx.array:

@@ -145,7 +145,7 @@ class Student:
     def head(self, tokens: np.ndarray) -> Any:
         """A `predictions.Head` for tokens (1, window); the weights of `last_norms` come after its slice."""
 
-        def logits(h: mx.array, rows: slice, *weights: mx.array) -> mx.array:
+        def logits(h: mx.array, rows: slice | np.ndarray, *weights: mx.array) -> mx.array:
             if weights:
                 put(self.last_norms, dict(zip(self.last_norms, weights, strict=True)))
             return self.walk.logits(tokens[:, rows], h)

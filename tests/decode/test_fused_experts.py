@@ -1,4 +1,7 @@
-"""Blocks with a mixture of experts: fused up to the experts, which run by their own code; as unfused."""
+"""Blocks with a mixture of experts: fused up to them; then their own code, on a GPU traced or by kernels.
+
+Contract: what the block's own code gives, and its counts.
+"""
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -8,8 +11,9 @@ from mlx_lm.models import mixtral, olmoe, qwen3_moe
 from mlx_lm.models.cache import KVCache
 from mlx_lm.models.switch_layers import SwitchLinear
 
-from spqt_cli.backends import cpu, interface
+from spqt_cli.backends import cpu, interface, select, stock
 from spqt_cli.decode import active_counts, fused, hooks, layers, phase, recognize
+from spqt_cli.decode.mixture_gpu import TracedMixture
 from tests.backends.gpu.test_kernels import emulated, kinds
 from tests.conftest import layer_settings
 from tests.decode.test_fused_block import WIDTH, Doubled, block, steps, striped, token
@@ -75,10 +79,157 @@ def compared(model):
 @pytest.mark.parametrize("model", MODELS)
 def test_steps_on_a_gpu_are_the_block_s_own(striped, model):
     made = compared(model)
-    assert made._fused_block._traced.reason == ""
+    assert made._fused_block._traced.reason == made._fused_block._mixture.reason == ""
+    assert not made._fused_block._mixture.by_kernels  # there are but four experts
     striped.clear()
     made(token(8), None, cache=KVCache())  # nobody counts
-    assert kinds(striped)[:4] == ["gemv", "reduce"] * 2  # q/k/v, o; then the experts' own
+    assert kinds(striped)[:4] == ["gemv", "reduce"] * 2  # q/k/v, o; then the experts
+
+
+@pytest.mark.parametrize("normalized", [True, False])
+@pytest.mark.parametrize("model", MODELS)
+def test_a_router_and_experts_alone_run_by_kernels(striped, monkeypatch, model, normalized):
+    more = {"num_experts": 9, "num_local_experts": 9, "num_experts_per_tok": 3, "norm_topk_prob": normalized}
+    monkeypatch.setitem(globals(), "EXPERTS", EXPERTS | more)
+    made = compared(model)
+    mixed = made._fused_block._mixture
+    assert mixed.by_kernels
+    found = recognize.mixture(mixed._module)
+    assert (found.chosen, found.of_all) == (3, not normalized and model is not mixtral)
+    striped.clear()
+    made(token(8), None, cache=KVCache())
+    assert kinds(striped) == [*["gemv", "reduce"] * 2, "choose", "experts", "experts", "add"]
+
+
+class Sigmoid(qwen3_moe.Qwen3MoeSparseMoeBlock):
+    """Weighs its experts otherwise."""
+
+    def __call__(self, x):
+        gates = mx.sigmoid(self.gate(x))
+        chosen = mx.argpartition(-gates, kth=1, axis=-1)[..., :2]
+        weights = mx.take_along_axis(gates, chosen, axis=-1)
+        return (self.switch_mlp(x, chosen) * weights[..., None]).sum(axis=-2)
+
+
+def test_which_mixtures_kernels_know():
+    made = mixture(qwen3_moe).mlp
+    assert recognize.mixture(made)[3:] == (2, False)
+    made.__class__ = Sigmoid
+    assert recognize.mixture(made) is None
+    made = mixture(mixtral).block_sparse_moe
+    assert recognize.mixture(made)[3:] == (2, False)
+    made.shared_expert = nn.Linear(8, 8)
+    assert recognize.mixture(made) is None
+    made = mixture(olmoe).mlp
+    made.switch_mlp.activation = nn.ReLU()
+    assert recognize.mixture(made) is None
+
+
+def own_code(mixed, monkeypatch):
+    """The calls of a mixture that its own code answers from now on, with rows as wide as its own."""
+    calls, kind = [], type(mixed)
+    own = kind.__call__
+    monkeypatch.setattr(kind, "__call__", lambda self, x: (calls.append(x.shape[-1]), own(self, x))[1])
+    return calls
+
+
+def answers(made, seed=5):
+    """h + mixture(normed) by tracing, or None; the counts by layer."""
+    with active_counts.counting() as counter:
+        found = made.traced(token(seed), token(seed + 1))
+    return found, {id(share.layer): (share.active, share.rows, share.read) for share in counter.shares()}
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """A mixture traced by MLX itself, which the emulator can't have; its products are MLX's."""
+    monkeypatch.setattr(select, "backend", lambda: stock.found("a test"))
+    made = mixture(qwen3_moe).mlp
+    made.traced = TracedMixture(made)
+    return made
+
+
+def test_a_mixture_s_code_runs_while_it_is_traced_and_not_again(traced, monkeypatch):
+    with active_counts.counting() as counter:
+        expected = token(5) + traced(token(6))
+    shares = {id(share.layer): (share.active, share.rows, share.read) for share in counter.shares()}
+    assert len(shares) == 3
+    calls = own_code(traced, monkeypatch)
+    found, counted = answers(traced)
+    assert traced.traced.reason == ""
+    assert calls.count(WIDTH) == 3  # held against itself; traced without counts; traced with them
+    assert np.allclose(np.array(found), np.array(expected), rtol=1e-5, atol=1e-5)
+    assert counted == shares
+    found, counted = answers(traced)
+    assert np.allclose(np.array(found), np.array(expected), rtol=1e-5, atol=1e-5)
+    assert counted == shares
+    traced.traced(token(7), token(8))
+    assert calls.count(WIDTH) == 3
+
+
+def test_only_steps_of_one_token_are_traced(traced):
+    rows = mx.concatenate([token(5), token(6)])
+    assert traced.traced(rows, rows) is None
+    with phase.prompting():
+        assert traced.traced(token(5), token(6)) is None
+    mx.eval(mx.compile(lambda x: x if traced.traced(x, x) is None else x / 0)(token(5)))
+    assert traced.traced.reason is None
+
+
+def test_counts_of_some_steps_and_none_of_others(traced):
+    with active_counts.counting(every=3) as counter:
+        for seed in range(7):
+            traced.traced(token(seed), token(seed))
+    assert [share.rows for share in counter.shares()] == [2, 2, 2]
+    assert [tally.steps for tally in counter._tallies.values()] == [3] * len(counter._tallies)
+
+
+class Watched(qwen3_moe.Qwen3MoeSparseMoeBlock):
+    """A subclass from elsewhere."""
+
+
+class OfTheHost(qwen3_moe.Qwen3MoeSparseMoeBlock):
+    """Its choice is made in Python, which a trace can't see."""
+
+    def __call__(self, x):
+        return super().__call__(x) if mx.sum(x).item() > -1e9 else x
+
+
+def test_mixtures_that_are_not_traced(traced, monkeypatch):
+    traced.__class__ = Watched
+    assert traced.traced(token(5), token(6)) is None
+    assert traced.traced.reason == "its Watched may watch its calls"
+    monkeypatch.setattr(OfTheHost, "__module__", "mlx_lm.models.elsewhere")
+    traced.__class__ = OfTheHost
+    traced.traced = TracedMixture(traced)
+    assert traced.traced(token(5), token(6)) is None
+    assert "can't be traced" in traced.traced.reason
+    assert not traced.traced.by_kernels
+
+
+def test_what_changes_in_a_mixture_is_seen(striped):
+    made = installed(mixture(qwen3_moe))
+    made(token(4), None, cache=KVCache())
+
+    def answer():
+        before = made._fused_block._mixture
+        return np.array(made(token(5), None, cache=KVCache())), made._fused_block._mixture is before
+
+    first, same = answer()
+    assert same
+    made.mlp.switch_mlp.down_proj.set_threshold(0.5)
+    sparser, same = answer()
+    assert not same
+    assert not np.allclose(first, sparser)
+    made.mlp.top_k = 1
+    fewer, same = answer()
+    assert not same
+    assert not np.allclose(fewer, sparser)
+    made.mlp.gate.weight = made.mlp.gate.weight[::-1]
+    others, same = answer()
+    assert not same
+    assert not np.allclose(fewer, others)
+    assert answer()[1]
 
 
 @pytest.mark.skipif(not USABLE, reason=REASON)

@@ -14,7 +14,16 @@ import pytest
 
 from spqt_cli.backends import problems
 from spqt_cli.backends.gpu import backend as gpu
-from spqt_cli.backends.gpu import compensate, dequantize, experts, first_use, geometry, kernel_text, rows
+from spqt_cli.backends.gpu import (
+    compensate,
+    dequantize,
+    experts,
+    first_use,
+    geometry,
+    kernel_text,
+    mixture,
+    rows,
+)
 from spqt_cli.backends.gpu import launch as launching
 from tests.metal.emulator import clang_text, metal_text
 
@@ -96,6 +105,16 @@ def test_chosen_experts_keep_to_their_address_spaces(clang, tmp_path, dtype, cut
     assert refusals(clang, metal_text(plan.launch, arrays), tmp_path) == ""
 
 
+@pytest.mark.parametrize("chosen", [2, 8])  # of under eight the address space is another
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32])
+def test_the_ends_of_a_mixture_keep_to_their_address_spaces(clang, tmp_path, dtype, chosen):
+    x, logits, weights = mx.zeros((1, 1, 64), dtype), mx.zeros((16,), dtype), mx.zeros((chosen,))
+    ends = mixture.ends(x, logits, chosen, of_all=False)
+    assert refusals(clang, metal_text(ends.choose, [logits]), tmp_path) == ""
+    arrays = [x, mx.zeros((chosen, 64), dtype), weights]
+    assert refusals(clang, metal_text(ends.add, arrays), tmp_path) == ""
+
+
 FEW = geometry.RowsGeometry(8, 8, 16, 8, 2, 256, 8, 1, 50)
 MATRIX = geometry.MatrixGeometry(16, 8, 128, 2, 64, 2, 4, 50)
 GEMM = geometry.GemmGeometry(64, 128, 32, 64, 32, 2, 4, 50)
@@ -149,7 +168,9 @@ def kernels():
     whole = dequantize.make_plan(mx.float16, problems.matrices(case_of(1, 4))[0]).launch
     _, stacks = problems.experts(problems.Case((128,), 100), 2)
     chosen = experts.make_plan(mx.float16, stacks, WIDE._replace(stripe=100), 8, 2).launch
-    launches = (plan.gemv, plan.reduce, plan.counts, spans, whole, chosen)
+    ends = mixture.ends(mx.zeros((1, 1, 64), mx.float16), mx.zeros((16,), mx.float16), 8, of_all=True)
+    assert ends is not None
+    launches = (plan.gemv, plan.reduce, plan.counts, spans, whole, chosen, ends.choose, ends.add)
     every = [one.kernel for one in launches] + rows_plan(FEW, 2).kernels
     every += rows_plan(MATRIX, 1).kernels + rows_plan(GEMM, 1).kernels
     return {one.files[-1]: one for one in every}

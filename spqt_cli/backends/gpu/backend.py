@@ -18,6 +18,7 @@ from spqt_cli.backends.gpu import (
     experts,
     first_use,
     many,
+    mixture,
     plans,
     tiles,
     ways,
@@ -36,6 +37,8 @@ from spqt_cli.backends.interface import (
     HeadStep,
     Middle,
     MiddleStep,
+    Mixture,
+    MixtureStep,
     Norm,
     Projection,
     Rotary,
@@ -195,6 +198,34 @@ def prepare_middle(x: mx.array, middle: Middle) -> MiddleStep:
     ) -> tuple[tuple[mx.array, mx.array], list[Count]]:
         h, count = out(attended, x, counted[0])
         return (h, mx.fast.rms_norm(h, middle.norm.weight, middle.norm.eps)), [count]
+
+    return step
+
+
+def prepare_mixture(x: mx.array, wanted: Mixture) -> MixtureStep | None:
+    """As `select.prepare_mixture`, in one traced call: experts.py's launches between a choice and a sum."""
+    if any(layer.get("bias") is not None for layer in (*wanted.pair, wanted.down)):
+        return None
+    logits, middle = wanted.router(x), wanted.down.weight.shape[-2]
+    ends = mixture.ends(x, logits, wanted.chosen, of_all=wanted.of_all)
+    if ends is None or first_use.mixture_verdict(ends, x, logits):
+        return None
+    indices = mx.zeros((wanted.chosen,), mx.uint32)
+    of_pair = plans.of_experts(x.reshape(1, 1, -1), indices, wanted.pair)
+    of_down = plans.of_experts(mx.zeros((len(indices), 1, middle), x.dtype), indices, [wanted.down])
+    if of_pair is None or of_down is None:
+        return None
+
+    @mx.compile
+    def step(h: mx.array, normed: mx.array, counted: Sequence[Count]) -> tuple[mx.array, list[Count]]:
+        indices, weights = mixture.choose(wanted.router(normed), ends)
+        (gate, up), active = experts.launch(normed, indices, of_pair)
+        (y,), active_down = experts.launch(gate * mx.sigmoid(gate) * up, indices, of_down)
+        counts = [
+            None if before is None else before + here.sum(axis=0)
+            for before, here in zip(counted, (active, active_down), strict=True)
+        ]
+        return mixture.add(h, y, weights, ends), counts
 
     return step
 

@@ -20,7 +20,7 @@ from typing import Any
 import mlx.core as mx
 
 from spqt_cli.backends import accuracy, interface, problems
-from spqt_cli.backends.gpu import dequantize, experts, geometry, kernel_text, rows
+from spqt_cli.backends.gpu import dequantize, experts, geometry, kernel_text, mixture, rows
 from spqt_cli.backends.gpu.launch import Form, Plan, launch, make_plan, per_channel
 from spqt_cli.system import files
 from spqt_cli.version import __version__
@@ -71,6 +71,11 @@ def experts_verdict(
 ) -> str:
     """As `verdict`, of the kernel for chosen experts."""
     return _verdict([plan.launch.kernel], lambda: experts_fault(dtype, layers, cut, plan.pairs))
+
+
+def mixture_verdict(ends: mixture.Ends, x: mx.array, logits: mx.array) -> str:
+    """As `verdict`, of the kernels that choose experts and add up what they give."""
+    return _verdict([ends.choose.kernel, ends.add.kernel], lambda: mixture_fault(ends, x, logits))
 
 
 def _verdict(kernels: Sequence[kernel_text.Kernel], fault_of: Callable[[], str]) -> str:
@@ -188,6 +193,21 @@ def experts_fault(dtype: mx.Dtype, layers: Sequence[Any], cut: geometry.Geometry
         if not found.passed:
             return f"a GPU kernel is wrong on this machine ({found.words()})"
     return ""
+
+
+def mixture_fault(ends: mixture.Ends, x: mx.array, logits: mx.array) -> str:
+    """What is wrong with such kernels on random numbers, two of them equal, run twice; "" if nothing is."""
+    keys = mx.random.split(mx.random.key(41), 3)
+    numbers = 4 * mx.random.normal((1, 1, logits.shape[-1] - 1), key=keys[0])
+    numbers = mx.concatenate([numbers, numbers.max(axis=-1, keepdims=True)], axis=-1).astype(logits.dtype)
+    h = mx.random.normal(x.shape, key=keys[1]).astype(x.dtype)
+    y = mx.random.normal((*ends.choose.shapes[0], x.shape[-1]), key=keys[2]).astype(x.dtype)
+    runs = []
+    for _ in range(2):
+        indices, weights = mixture.choose(numbers, ends)
+        runs.append((indices, weights, mixture.add(h, y, weights, ends)))
+    words = accuracy.judge_mixture(numbers, h, y, runs, of_all=ends.of_all)
+    return f"a GPU kernel is wrong on this machine ({words})" if words else ""
 
 
 def whole_fault(dtype: mx.Dtype, layer: Any) -> str:

@@ -148,6 +148,25 @@ def experts_kernel(constants: Constants, threads: int) -> Kernel:
 
 
 @cache
+def choose_kernel(constants: Constants, threads: int) -> Kernel:
+    """choose_experts.metal with its constants."""
+    constants = (*constants, ("THREADS", threads))
+    call = THREAD + "choose_experts(logits, indices, weights, memory, me);\n"
+    files, name = ("lane_order.h", "choose_experts.metal"), _name("choose", constants, call)
+    return Kernel(name, ("logits",), ("indices", "weights"), files, constants, "ChooseMemory", call, threads)
+
+
+@cache
+def add_experts_kernel(constants: Constants, threads: int) -> Kernel:
+    """add_experts.metal with its constants; the weights, maybe a small array, are handed over one by one."""
+    constants = (*constants, ("THREADS", threads))
+    call = THREAD + "ExpertWeights all;\nfor (int i = 0; i < CHOSEN; ++i) all.of[i] = weights[i];\n"
+    call += "add_experts(h, y, all, out, me);\n"
+    files, name = ("lane_order.h", "add_experts.metal"), _name("add", constants, call)
+    return Kernel(name, ("h", "y", "weights"), ("out",), files, constants, "", call, threads)
+
+
+@cache
 def reduce_kernel(constants: Constants, then: Then) -> Kernel:
     """reduce_stripes.metal with its constants, and with what it does besides adding up."""
     shared = ("T", "P", "PER_CHANNEL", "HAS_BIAS", "OUTPUTS", "LANES")
@@ -265,4 +284,4 @@ def _pick(arrays: tuple[str, ...]) -> str:
 def _name(kind: str, constants: Constants, call: str) -> str:
     """A short name of a kernel with these constants: MLX looks it up by it in every launch."""
     digest = hashlib.sha256(repr((sorted(constants), call)).encode()).hexdigest()
-    return f"spqt_{kind}_{dict(constants)['P']}_{digest[:8]}"
+    return f"spqt_{kind}_{dict(constants).get('P', 1)}_{digest[:8]}"
