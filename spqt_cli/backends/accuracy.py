@@ -16,6 +16,7 @@ from spqt_cli.format import layout
 Result = tuple[list[mx.array], mx.array]  # as select.sparse_gemv returns
 
 ROUNDING = {mx.float16: 2.0**-11, mx.bfloat16: 2.0**-8, mx.float32: 2.0**-24}  # half a unit in the last place
+CLOSE = 0.05  # of an array's norm: a few roundings to bfloat16, grown by softmax; an error gives about 1
 SMALLEST = {mx.float16: 2.0**-25, mx.bfloat16: 0.0, mx.float32: 0.0}  # half of the smallest subnormal
 
 
@@ -199,6 +200,12 @@ def _spread(per_group: mx.array, matrix: Any) -> mx.array:
     """(bands, inputs, groups) -> (outputs, inputs)."""
     every = mx.repeat(per_group, matrix.group_size, axis=2)
     return every.swapaxes(1, 2).reshape(-1, every.shape[1])[: matrix.outputs]
+
+
+def close(found: mx.array, expected: mx.array) -> bool:
+    """Whether one array is the other but for rounding: of code that was arranged anew, not of a kernel."""
+    a, b = found.astype(mx.float32), expected.astype(mx.float32)
+    return a.shape == b.shape and bool((mx.linalg.norm(a - b) <= CLOSE * mx.linalg.norm(b)).item())
 
 
 def wide(array: mx.array) -> np.ndarray:

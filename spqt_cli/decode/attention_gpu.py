@@ -17,13 +17,13 @@ import mlx.nn as nn
 import numpy as np
 
 from spqt_cli.backends import interface, select
+from spqt_cli.backends.accuracy import close
 from spqt_cli.decode import active_counts, foreign, recognize
 from spqt_cli.decode.recognize import Block, Rope
 
 Counts = Sequence[interface.Count]
 PRODUCT = "scaled_dot_product_attention"  # as mlx-lm's models import it from their base module
 POSITIONS = 256  # whose cosines and sines are made at one time
-CLOSE = 0.05  # of an array's norm: a few roundings to bfloat16, grown by softmax; an error gives about 1
 
 
 class _Given:
@@ -320,9 +320,3 @@ def _watching(attention: nn.Module) -> str:
         and type(part).__module__.partition(".")[0] not in ("mlx", "mlx_lm")
     ]
     return f"its {others[0]} may watch its calls" if others else ""
-
-
-def close(found: mx.array, expected: mx.array) -> bool:
-    """Whether one array is the other but for rounding."""
-    a, b = found.astype(mx.float32), expected.astype(mx.float32)
-    return a.shape == b.shape and bool((mx.linalg.norm(a - b) <= CLOSE * mx.linalg.norm(b)).item())
