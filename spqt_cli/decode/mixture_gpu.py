@@ -12,8 +12,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from spqt_cli.backends import select
+from spqt_cli.backends.accuracy import close
 from spqt_cli.decode import active_counts, foreign, phase, recognize
-from spqt_cli.decode.attention_gpu import close
 
 OURS = ("mlx", "mlx_lm", "spqt_cli")  # packages whose modules compute and do nothing else
 
