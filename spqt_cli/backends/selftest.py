@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from spqt_cli.backends import accuracy, select
-from spqt_cli.backends.gpu import first_use, geometry, many, plans, ways
+from spqt_cli.backends.gpu import first_use, geometry, many, mixture, plans, ways
 from spqt_cli.backends.gpu.launch import Form, tiny
 from spqt_cli.backends.gpu.launch import bands as bands_of
 from spqt_cli.backends.interface import Norm, Rotary
@@ -131,6 +131,18 @@ def _experts_checks() -> Iterator[Check]:
     dtypes = (mx.float16, mx.bfloat16, mx.float32)
     for dtype, outputs, pairs in itertools.product(dtypes, ((320,), (320, 320)), (6, 8)):
         yield partial(_experts, Case(outputs, first_use.INPUTS, dtype=dtype), pairs)
+    for dtype, chosen in itertools.product(dtypes, (2, 8)):
+        yield partial(_mixture, Case((320,), first_use.INPUTS, dtype=dtype), chosen)
+
+
+def _mixture(case: Case, chosen: int) -> Row:
+    """The kernels that choose experts, and that add up what they give."""
+    x, logits = mx.zeros((1, 1, case.inputs), case.dtype), mx.zeros((1, 1, 60), case.dtype)
+    ends = mixture.ends(x, logits, chosen, of_all=chosen == 2)
+    assert ends is not None
+    return _fault_row(
+        f"{chosen} of 60 experts", case, "within", lambda: first_use.mixture_fault(ends, x, logits)
+    )
 
 
 def _experts(case: Case, pairs: int) -> Row:
