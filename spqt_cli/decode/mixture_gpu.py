@@ -154,10 +154,14 @@ class _Recorder:
 
 
 def places(module: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
-    """Where a mixture's arrays, parts, thresholds and plain settings are kept."""
+    """Where a mixture's parts, arrays, thresholds and own settings are kept."""
     for part in module.modules():
-        for key in part:
-            yield part, key
-        for key, value in part.__dict__.items():
-            if key == "_threshold" or isinstance(value, (bool, int, float)):
-                yield part.__dict__, key
+        if recognize.is_zigzag(part):
+            yield part, "weight"
+            yield part.__dict__, "_threshold"
+        else:
+            for key in part:
+                yield part, key
+    for key, value in module.__dict__.items():
+        if isinstance(value, (bool, int, float)):
+            yield module.__dict__, key
