@@ -20,7 +20,7 @@ from tests.conftest import tiny_checkpoint
 from tests.lib.converting import OPTIONS, Stop, config_of, contents, leftovers
 
 WISHES = FitOptions(own=8, window=64)
-TRAINED = FitOptions(method="full", own=48, window=64, steps=30)
+TRAINED = FitOptions(method="full", own=48, window=64, steps=60)
 
 
 def quiet(*_) -> None:
@@ -175,7 +175,7 @@ def test_a_file_of_text_in_place_of_own(checkpoint, tmp_path):
 
 
 def test_what_is_left_open_suits_method_and_device(monkeypatch):
-    asked = FitOptions(method="full", own=7, steps=5, batch=3, rounded_on=6, sparsities=(0.3,))
+    asked = FitOptions(method="full", own=7, steps=5, batch=3, rounded_on=6, sparsities=(0.3,), scored=0.2)
     assert asked.settled() == asked
     assert FitOptions().settled().own == 40
     for method, on_cpu in (("gptq", True), ("full", True), ("full", False)):
@@ -184,6 +184,7 @@ def test_what_is_left_open_suits_method_and_device(monkeypatch):
         want = TRAINING["cpu" if on_cpu else "gpu"]
         assert (found.steps, found.batch) == (want.steps, want.batch)
         assert (found.rounded_on, found.sparsities) == (want.rounded_on, want.sparsities)
+        assert found.scored == want.scored
         assert found.own == (want.own if method == "full" else 40)
 
 
