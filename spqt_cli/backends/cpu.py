@@ -28,6 +28,8 @@ from spqt_cli.backends.interface import (
     HeadStep,
     Middle,
     MiddleStep,
+    Mixture,
+    MixtureStep,
     Norm,
     Rotary,
     RotaryStep,
@@ -171,6 +173,11 @@ def prepare_middle(x: mx.array, middle: Middle) -> MiddleStep | None:
     if x.dtype != mx.float32 or middle.norm.weight.dtype != mx.float32:
         return None
     return _native().MiddleStep(_packed(middle.out, middle.out.threshold), *middle.norm)
+
+
+def prepare_mixture(x: mx.array, mixture: Mixture) -> MixtureStep | None:
+    """As `select.prepare_mixture`: the module's own code calls `prepare_experts`' steps."""
+    return None
 
 
 def _tail_of_parts(x: mx.array, tail: Tail, total: Total) -> TailStep | None:

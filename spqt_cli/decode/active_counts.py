@@ -201,8 +201,8 @@ def counting(every: int = 1) -> Iterator[Counter]:
 
 
 @contextmanager
-def instead(counter: Any) -> Iterator[None]:
-    """Let code in this block count with another counter; None: with none."""
+def counting_by(counter: Any) -> Iterator[None]:
+    """Count in this block by another counter; None: not at all."""
     _here.counters.append(counter)
     try:
         yield

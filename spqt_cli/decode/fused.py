@@ -289,9 +289,9 @@ class FusedBlock:
         return "it is not rotary positions and the product alone" if select.backend().native_float32 else ""
 
     @property
-    def traces_experts(self) -> bool:
-        """Whether a mixture after the tail is traced as well."""
-        return self._mixture is not None and self._mixture.reason == ""
+    def mixture(self) -> str:
+        """Why a mixture after the tail runs by its own code where a backend traces; "" where it does not."""
+        return "" if self._mixture is None else self._mixture.reason or ""
 
     def _step(self, x: mx.array, mask: Any, cache: Any, counted: Counts) -> tuple[Any, Counts]:
         """What the tail gives, and the counts, by two calls and attention between them."""
@@ -314,8 +314,8 @@ class FusedBlock:
         zigzag = [attention.get(name) for name in (*recognize.PROJECTIONS, recognize.OUT)]
         zigzag += [mlp.get(name) for name in names]
         backend = select.backend()
-        traced = mlp if backend.traces and not names else nn.Module()  # a mixture
-        _arrange([*zigzag, *filter(recognize.is_zigzag, traced.modules())])
+        mixtures = [mlp] if backend.traces and not names else []
+        _arrange([*zigzag, *(one for mixed in mixtures for one in mixed.modules())])
         self._form = (x.dtype, x.ndim)
         self._sources = Sources(
             [
@@ -324,7 +324,7 @@ class FusedBlock:
                 *_within(attention),
                 *((mlp, name) for name in names),
                 *_of_layers(zigzag),
-                *places(traced),
+                *(place for mixed in mixtures for place in places(mixed)),
             ]
         )
         self._traced = self._cached = self._own = self._rest = self._mixture = None
@@ -357,19 +357,26 @@ class Report:
     """How many of a model's transformer blocks run fused; why others do not: reason -> number of blocks.
 
     attention: of the fused ones, those with their own code between the two calls, by the reason.
-    experts: those with a mixture's own code after them.
+    experts: those with a mixture's own code after them, on a backend that never traces it. mixtures: on one
+    that does, those whose mixture it does not take, by the reason.
     """
 
     blocks: int = 0
     fused: int = 0
     reasons: dict[str, int] = field(default_factory=dict)
     attention: dict[str, int] = field(default_factory=dict)
+    mixtures: dict[str, int] = field(default_factory=dict)
     experts: int = 0
 
     def line(self) -> str:
         """One line of text."""
         text = f"{self.fused} of {self.blocks} blocks run fused"
-        for verb, counted in (("do not", self.reasons), ("by attention's own code", self.attention)):
+        kinds = [
+            ("do not", self.reasons),
+            ("by attention's own code", self.attention),
+            ("by their mixture's own code", self.mixtures),
+        ]
+        for verb, counted in kinds:
             text += "".join(f"; {count} {verb}: {reason}" for reason, count in _by_count(counted))
         return f"{text}; {self.experts} up to their experts" if self.experts else text
 
@@ -392,11 +399,10 @@ def report(model: nn.Module, zigzag: Callable[[Any], bool] = recognize.is_zigzag
         own = block.attention if block is not None else ""
         found.blocks += 1
         found.fused += not reason
-        own_experts = block is None or not block.traces_experts
-        found.experts += (
-            not reason and own_experts and recognize.has_experts(module[recognize.parts(module)[3]])
-        )
-        for said, counts in ((reason, found.reasons), (own, found.attention)):
+        mixed = not reason and recognize.has_experts(module[recognize.parts(module)[3]])
+        found.experts += mixed and not backend.traces
+        mixture = block.mixture if block is not None else ""
+        for said, counts in ((reason, found.reasons), (own, found.attention), (mixture, found.mixtures)):
             if said:
                 counts[said] = counts.get(said, 0) + 1
     return found

@@ -15,8 +15,6 @@ from spqt_cli.backends import select
 from spqt_cli.backends.accuracy import close
 from spqt_cli.decode import active_counts, foreign, phase, recognize
 
-OURS = ("mlx", "mlx_lm", "spqt_cli")  # packages whose modules compute and do nothing else
-
 # h, normed, and of each tally what it has so far, None where it does not count; None: nothing is counted.
 Step = Callable[
     [mx.array, mx.array, Sequence[Sequence[Any] | None] | None], tuple[mx.array, Sequence[Sequence[Any]]]
@@ -60,24 +58,35 @@ class TracedMixture:
         return y
 
     def _prepare(self, h: mx.array, normed: mx.array) -> str:
-        """Choose a step; why there is none, or ""."""
+        """Choose a step; why there is none, or "". What is compared is without h, which may be far larger."""
         for part in self._module.modules():
-            if foreign.own_class(part).__module__.partition(".")[0] not in OURS:
+            ours = foreign.own_class(part).__module__.partition(".")[0] in ("mlx", "mlx_lm")
+            if not ours and not recognize.is_zigzag(part):
                 return f"its {type(part).__name__} may watch its calls"
-        recorder = _Recorder(None)
+        recorder, nothing = _Recorder(None), mx.zeros_like(h)
         try:
-            with active_counts.instead(recorder):
-                expected = h + self._module(normed)
-            for by_kernels, made in (
-                (True, self._by_kernels(normed)),
-                (False, (recorder.asked, self._traced())),
-            ):
-                if made is not None and close(made[1](h, normed, None)[0], expected):
+            with active_counts.counting_by(recorder):
+                expected = nothing + self._module(normed)
+                mx.eval(expected)
+        except Exception as error:  # code of others, which may have any form
+            return f"its code can't be run alone ({type(error).__name__}: {error})"
+        reason = ""
+        ways: list[tuple[bool, Callable[[], tuple[Sequence[_Running], Step] | None]]] = [
+            (True, lambda: self._by_kernels(normed)),
+            (False, lambda: (recorder.asked, self._traced())),
+        ]
+        for by_kernels, make in ways:
+            try:
+                if (made := make()) is None:
+                    continue
+                found = made[1](nothing, normed, None)[0]
+                if found.dtype == expected.dtype and close(found, expected):
                     self.by_kernels, (self._asked, self._step) = by_kernels, made
                     return ""
-        except Exception as error:  # code of others, which may have any form
-            return f"its code can't be traced ({type(error).__name__}: {error})"
-        return "traced it gives something else"
+                reason = "traced it gives something else"
+            except Exception as error:
+                reason = f"its code can't be traced ({type(error).__name__}: {error})"
+        return reason
 
     def _by_kernels(self, normed: mx.array) -> "tuple[Sequence[_Running], Step] | None":
         mixture = recognize.mixture(self._module)
@@ -110,7 +119,7 @@ class TracedMixture:
             h: mx.array, normed: mx.array, running: Sequence[Sequence[Any] | None] | None
         ) -> tuple[mx.array, Sequence[Sequence[Any]]]:
             recorder = None if running is None else _Recorder(running)
-            with active_counts.instead(recorder):
+            with active_counts.counting_by(recorder):
                 y = h + module(normed)
             return y, [] if recorder is None else [one.counted for one in recorder.asked]
 
@@ -154,14 +163,14 @@ class _Recorder:
 
 
 def places(module: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
-    """Where a mixture's parts, arrays, thresholds and own settings are kept."""
+    """Where a mixture's parts, arrays, thresholds and settings are kept."""
     for part in module.modules():
         if recognize.is_zigzag(part):
             yield part, "weight"
             yield part.__dict__, "_threshold"
-        else:
-            for key in part:
-                yield part, key
-    for key, value in module.__dict__.items():
-        if isinstance(value, (bool, int, float)):
-            yield module.__dict__, key
+            continue
+        for key in part:
+            yield part, key
+        for key, value in part.__dict__.items():
+            if isinstance(value, (bool, int, float)):
+                yield part.__dict__, key

@@ -169,6 +169,8 @@ def mixture(module: Any) -> interface.Mixture | None:
     pair, down = [experts[name] for name in GATED[0][:2]], experts[GATED[0][2]]
     if not all(is_zigzag(layer) and layer.part is None for layer in (*pair, down)):
         return None
+    if any(map(is_zigzag, module["gate"].modules())):
+        return None
     if [list(map(id, one.shared_input.layers)) for one in (pair[0], down)] != [
         list(map(id, pair)),
         [id(down)],
@@ -180,37 +182,45 @@ def mixture(module: Any) -> interface.Mixture | None:
 
 def _weighing(module: Any, experts: int) -> tuple[int, bool] | None:
     """How many experts a mixture's own code chooses, and whether the softmax that weighs them is of all the
-    router's numbers; None where it does anything else. It is run with functions in the place of its parts.
+    router's numbers; None where it gives anything else. It is run with functions in the place of its parts, on
+    numbers of several sizes, the largest apart or side by side.
     """
-    width, asked = 8, []
-    table = mx.random.normal((experts, width), key=mx.random.key(7))
-    numbers = mx.random.normal((2, experts), key=mx.random.key(8))
-    stand_in: Any = dict.__new__(type(module))
-    object.__setattr__(stand_in, "__dict__", module.__dict__)
+    rows, width = 96, 8
+    keys = mx.random.split(mx.random.key(7), 3)
+    table, x = (
+        mx.random.normal((experts, width), key=keys[0]),
+        mx.random.normal((1, rows, width), key=keys[1]),
+    )
+    sizes = mx.array([1.0, 8.0, 40.0] * (rows // 3))[:, None]
+    numbers = sizes * mx.random.normal((rows, experts), key=keys[2])
+    numbers = mx.concatenate([numbers[: rows // 2], mx.sort(numbers[rows // 2 :], axis=-1)])
+    asked, same = [], []
 
-    def results(_: mx.array, indices: mx.array, *__: Any, **___: Any) -> mx.array:
+    def router(given: mx.array) -> mx.array:
+        same.append(mx.array_equal(given.reshape(x.shape), x))
+        return numbers.reshape(*given.shape[:-1], experts)
+
+    def results(given: mx.array, indices: mx.array) -> mx.array:
+        same.append(mx.array_equal(given.reshape(x.shape), x))
         asked.append(indices.shape[-1])
         return table[indices]
 
-    def router(row: mx.array) -> Callable[[mx.array], mx.array]:
-        return lambda x: mx.broadcast_to(row, (*x.shape[:-1], experts))
-
-    found = []
-    for row in numbers:
-        dict.update(stand_in, {"gate": router(row), "switch_mlp": results})
-        try:
-            found.append(foreign.own_class(module).__call__(stand_in, mx.ones((1, 1, width))).reshape(width))
-        except Exception:  # code of others, which may ask its parts for anything
-            return None
-    if len(set(asked)) != 1:
+    stand_in: Any = dict.__new__(type(module))
+    object.__setattr__(stand_in, "__dict__", module.__dict__)
+    dict.update(stand_in, {"gate": router, "switch_mlp": results})
+    try:
+        found = foreign.own_class(module).__call__(stand_in, x).reshape(rows, width)
+        known = len(same) == 2 and mx.stack(same).all().item()
+    except Exception:  # code of others, which may ask its parts for anything
+        return None
+    if not known:
         return None
     chosen = asked[0]
     best = mx.argsort(-numbers, axis=-1)[:, :chosen]
     for of_all in (False, True):
-        rows = mx.softmax(numbers, axis=-1) if of_all else mx.softmax(_kept(numbers, best), axis=-1)
-        weights = mx.take_along_axis(rows, best, axis=-1)
-        expected = (weights[..., None] * table[best]).sum(axis=1)
-        if mx.allclose(mx.stack(found), expected, rtol=1e-4, atol=1e-4).item():
+        weights = mx.softmax(numbers if of_all else _kept(numbers, best), axis=-1)
+        expected = (mx.take_along_axis(weights, best, axis=-1)[..., None] * table[best]).sum(axis=1)
+        if mx.allclose(found, expected, rtol=1e-4, atol=1e-4).item():
             return chosen, of_all
     return None
 

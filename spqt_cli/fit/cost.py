@@ -10,11 +10,11 @@ from spqt_cli.measure.duration import speed, words
 
 __all__ = ["of_options", "seconds", "words"]
 
-# How much longer than at the timed product's speed, on SmolLM2-135M: two CPU cores (72c80f3), and an H200
+# How much longer than at the timed product's speed, on SmolLM2-135M: two CPU cores (72c80f3, training 1004eae), and an H200
 PASSES = {"cpu": 2.4, "gpu": 3.5}  # two models over the text, with all that is no product
 WRITING = {"cpu": 3.0, "gpu": 5.0}  # one token of every text at a time
 SOLVING = 6.0  # factors, and rounding channel by channel
-TRAINING = {"cpu": 1.6, "gpu": 3.0}  # steps of the training
+TRAINING = {"cpu": 1.45, "gpu": 3.0}  # steps of the training
 # What a GPU waits for its host, in seconds, on an H200: Gemma-3-270M, Qwen2.5-Coder-1.5B and 8B shapes
 HOST_ROUNDING = 3e-12  # each fitted weight and token
 HOST_WRITING = 2.5e-4  # each layer and step

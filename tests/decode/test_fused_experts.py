@@ -3,6 +3,8 @@
 Contract: what the block's own code gives, and its counts.
 """
 
+from dataclasses import replace
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -101,6 +103,55 @@ def test_a_router_and_experts_alone_run_by_kernels(striped, monkeypatch, model, 
     assert kinds(striped) == [*["gemv", "reduce"] * 2, "choose", "experts", "experts", "add"]
 
 
+def test_kernels_that_give_something_else_are_not_taken(traced, monkeypatch):
+    def prepare(x, wanted):
+        def step(h, normed, counted):
+            return h + 0.8 * traced(normed), counted
+
+        return step
+
+    monkeypatch.setattr(select, "prepare_mixture", prepare)
+    h = 1000 * token(5)  # of which the mixture is a thousandth
+    assert np.allclose(np.array(traced.traced(h, token(6))), np.array(h + traced(token(6))), rtol=1e-5)
+    assert (traced.traced.reason, traced.traced.by_kernels) == ("", False)
+    traced.traced = TracedMixture(traced)
+    monkeypatch.setattr(select, "prepare_mixture", lambda *_: 1 / 0)
+    assert traced.traced(h, token(6)) is not None
+    assert (traced.traced.reason, traced.traced.by_kernels) == ("", False)
+
+
+class Weighed(qwen3_moe.Qwen3MoeSparseMoeBlock):
+    """Softmax and choice in the usual order, from numbers that a subclass changes."""
+
+    def __call__(self, x):
+        gates = mx.softmax(self.numbers(x), axis=-1)
+        chosen = mx.argpartition(-gates, kth=1, axis=-1)[..., :2]
+        weights = mx.take_along_axis(gates, chosen, axis=-1)
+        return (self.switch_mlp(x, chosen) * weights[..., None]).sum(axis=-2)
+
+    def numbers(self, x):
+        return self.gate(x)
+
+
+class Clipped(Weighed):
+    def numbers(self, x):
+        return mx.clip(self.gate(x), -10, 10)
+
+
+class OfTwice(Weighed):
+    def numbers(self, x):
+        return self.gate(2 * x)
+
+
+class Grouped(Weighed):
+    """Chooses among the experts of the better of two groups."""
+
+    def numbers(self, x):
+        found = mx.unflatten(self.gate(x), -1, (2, -1))
+        worse = found.max(axis=-1, keepdims=True) < found.max(axis=(-2, -1), keepdims=True)
+        return mx.flatten(mx.where(worse, -mx.inf, found), -2, -1)
+
+
 class Sigmoid(qwen3_moe.Qwen3MoeSparseMoeBlock):
     """Weighs its experts otherwise."""
 
@@ -114,8 +165,11 @@ class Sigmoid(qwen3_moe.Qwen3MoeSparseMoeBlock):
 def test_which_mixtures_kernels_know():
     made = mixture(qwen3_moe).mlp
     assert recognize.mixture(made)[3:] == (2, False)
-    made.__class__ = Sigmoid
-    assert recognize.mixture(made) is None
+    made.__class__ = Weighed
+    assert recognize.mixture(made)[3:] == (2, True)
+    for kind in (Clipped, OfTwice, Grouped, Sigmoid):
+        made.__class__ = kind
+        assert recognize.mixture(made) is None
     made = mixture(mixtral).block_sparse_moe
     assert recognize.mixture(made)[3:] == (2, False)
     made.shared_expert = nn.Linear(8, 8)
@@ -172,7 +226,9 @@ def test_only_steps_of_one_token_are_traced(traced):
     assert traced.traced(rows, rows) is None
     with phase.prompting():
         assert traced.traced(token(5), token(6)) is None
-    mx.eval(mx.compile(lambda x: x if traced.traced(x, x) is None else x / 0)(token(5)))
+    answers = []
+    mx.eval(mx.compile(lambda x: (answers.append(traced.traced(x, x)), x)[1])(token(5)))
+    assert answers == [None]
     assert traced.traced.reason is None
 
 
@@ -225,6 +281,11 @@ def test_what_changes_in_a_mixture_is_seen(striped):
     fewer, same = answer()
     assert not same
     assert not np.allclose(fewer, sparser)
+    made.mlp.switch_mlp.activation.limit = 7.0  # a setting of a part, as some activations have one
+    made.mlp.gate.weight = made.mlp.gate.weight * 1
+    assert not answer()[1]
+    made.mlp.switch_mlp.activation.limit = 1.0
+    assert not answer()[1]
     made.mlp.gate.weight = made.mlp.gate.weight[::-1]
     others, same = answer()
     assert not same
@@ -303,5 +364,17 @@ def test_only_blocks_of_this_form_are_taken(monkeypatch):
     stack = nn.Module()
     stack.layers = [mixture(olmoe), mixture(qwen3_moe), block(kind=Doubled)]
     found = fused.report(stack)
+    assert (found.blocks, found.fused, found.experts) == (3, 2, 0)
+    fused.install_block(stack.layers[1])
+    step = stack.layers[1]._fused_block
+    step.reason, step._mixture = "", TracedMixture(stack.layers[1].mlp)
+    step._mixture.reason = "its Watched may watch its calls"
+    assert (
+        fused.report(stack)
+        .line()
+        .endswith("; 1 by their mixture's own code: its Watched may watch its calls")
+    )
+    monkeypatch.setattr(fused.select, "backend", lambda: replace(EMULATED, traces=False))
+    found = fused.report(stack)
     assert (found.blocks, found.fused, found.experts) == (3, 2, 2)
-    assert found.line().endswith("; 2 up to their experts")
+    assert "; 2 up to their experts" in found.line()
