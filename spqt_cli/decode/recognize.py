@@ -182,15 +182,13 @@ def mixture(module: Any) -> interface.Mixture | None:
 
 def _weighing(module: Any, experts: int) -> tuple[int, bool] | None:
     """How many experts a mixture's own code chooses, and whether the softmax that weighs them is of all the
-    router's numbers; None where it gives anything else. It is run with functions in the place of its parts, on
-    numbers of several sizes, the largest apart or side by side.
+    router's numbers; None where it gives anything else. It is run with functions in the place of its parts,
+    on numbers of several sizes, the largest apart or side by side.
     """
     rows, width = 96, 8
     keys = mx.random.split(mx.random.key(7), 3)
-    table, x = (
-        mx.random.normal((experts, width), key=keys[0]),
-        mx.random.normal((1, rows, width), key=keys[1]),
-    )
+    table = mx.random.normal((experts, width), key=keys[0])
+    x = mx.random.normal((1, rows, width), key=keys[1])
     sizes = mx.array([1.0, 8.0, 40.0] * (rows // 3))[:, None]
     numbers = sizes * mx.random.normal((rows, experts), key=keys[2])
     numbers = mx.concatenate([numbers[: rows // 2], mx.sort(numbers[rows // 2 :], axis=-1)])

@@ -106,7 +106,7 @@ def _log_probabilities(logits: mx.array) -> mx.array:
 
 def loss(head: Head, source: Head, target: mx.array, hidden: mx.array, prompt: int) -> float:
     """The loss of one window. head, source: logits of the model and of its source, given hidden states
-    (1, rows, width) and the slice of positions that these are of. prompt: positions before decode steps."""
+    (1, rows, width) and the positions that these are of. prompt: positions before decode steps."""
     weight = weights(hidden.shape[1], prompt)
     found = 0.0
     for rows in _cut(source, hidden):

@@ -1,6 +1,7 @@
 """Checks each GPU kernel variant against a float64 reference before its first use.
 
-A variant is a kernel's text with its constants; shapes are no part of it, so a small problem checks it.
+A variant is a kernel's text with its constants; shapes are no part of it, so a small problem checks it. The
+kernels around a mixture's experts alone have shapes as constants, and are checked for those.
 Passes are remembered per chip, system, MLX and spqt version; failures are tried again by each process.
 """
 
