@@ -10,7 +10,8 @@ from spqt_cli.measure.duration import speed, words
 
 __all__ = ["of_options", "seconds", "words"]
 
-# How much longer than at the timed product's speed, on SmolLM2-135M: two CPU cores (72c80f3, training 1004eae), and an H200
+# How much longer than at the timed product's speed, on SmolLM2-135M: two CPU cores (72c80f3; training at
+# 1004eae), and an H200
 PASSES = {"cpu": 2.4, "gpu": 3.5}  # two models over the text, with all that is no product
 WRITING = {"cpu": 3.0, "gpu": 5.0}  # one token of every text at a time
 SOLVING = 6.0  # factors, and rounding channel by channel

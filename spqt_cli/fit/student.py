@@ -143,7 +143,7 @@ class Student:
             return self._lanes.first.take_inputs(number, h, slope, take)
 
     def head(self, tokens: np.ndarray) -> Any:
-        """A `predictions.Head` for tokens (1, window); the weights of `last_norms` come after its positions."""
+        """A `predictions.Head` for tokens (1, window); the weights of `last_norms` come last."""
 
         def logits(h: mx.array, rows: slice | np.ndarray, *weights: mx.array) -> mx.array:
             if weights:
