@@ -1,8 +1,10 @@
 """How long a fit will take on this machine, from its arithmetic and a product that is timed now."""
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import Protocol
 
+from spqt_cli.decode.bytes_read import BLOCK
 from spqt_cli.fit.options import FitOptions
 from spqt_cli.fit.text import TextOptions
 from spqt_cli.measure import many_rows
@@ -20,6 +22,7 @@ TRAINING = {"cpu": 1.45, "gpu": 3.0}  # steps of the training
 HOST_ROUNDING = 3e-12  # each fitted weight and token
 HOST_WRITING = 2.5e-4  # each layer and step
 HOST_TRAINING = 0.01  # each layer and step
+REST, PROCESS = 1 << 30, 300 << 20  # bytes besides blocks, and of a process that has no model yet
 WRITTEN = 512  # steps of writing: all texts take them together
 
 
@@ -30,6 +33,22 @@ class Sized(Protocol):
     def inputs(self) -> int: ...
     @property
     def outputs(self) -> int: ...
+
+
+def memory(layers: Mapping[str, Sized], source_bytes: int, options: FitOptions) -> int:
+    """The bytes that a fit with these options, settled, takes at its peak, about.
+
+    layers: by path. source_bytes: of the source's weights while it writes text, beside the keys and values of
+    all texts; after it 1 GB and four blocks in 16 bits are enough (benchmarks.memory measures that).
+    """
+    blocks, cached = Counter[str](), 0
+    for path, layer in layers.items():
+        found = BLOCK.search(path)
+        blocks[path[: found.end()] if found else ""] += 2 * layer.inputs * layer.outputs
+        cached += layer.outputs if path.endswith((".k_proj", ".v_proj")) else 0
+    rounding = REST + 4 * max(blocks.values(), default=0)
+    writing = source_bytes + 4 * (options.own or 0) * options.window * cached + PROCESS
+    return max(rounding, writing if options.own else 0)
 
 
 def of_options(layers: Iterable[Sized], weights: int, options: FitOptions) -> float:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 from spqt_cli.convert import source_model
 from spqt_cli.decode import hooks_cpu, session
 from spqt_cli.errors import BusyError, SpqtError, UsageError
-from spqt_cli.fit import compress, fit
+from spqt_cli.fit import compress, cost, fit
 from spqt_cli.fit.options import TRAINING, FitOptions
 from spqt_cli.format.folder import Folder
 from spqt_cli.measure import many_rows, probes, scoring
@@ -21,6 +22,13 @@ from tests.lib.converting import OPTIONS, Stop, config_of, contents, leftovers
 
 WISHES = FitOptions(own=8, window=64)
 TRAINED = FitOptions(method="full", own=48, window=64, steps=60)
+
+
+class Sizes(NamedTuple):
+    """What a layer is to an estimate."""
+
+    inputs: int
+    outputs: int
 
 
 def quiet(*_) -> None:
@@ -172,6 +180,21 @@ def test_a_file_of_text_in_place_of_own(checkpoint, tmp_path):
     found = fitted(checkpoint, tmp_path / "model", FitOptions(own=0, data=text, window=64))
     assert found.own == 0
     assert found.windows > 0
+
+
+def test_the_memory_that_a_fit_takes():
+    def memory(source, **wishes):
+        options = FitOptions(**wishes).settled()
+        layers = {
+            "model.layers.0.self_attn.k_proj": Sizes(64, 32),
+            "model.layers.0.self_attn.v_proj": Sizes(64, 32),
+            "model.layers.1.mlp.up_proj": Sizes(1000, 3000), "lm_head": Sizes(10, 10),
+        }  # fmt: skip
+        return cost.memory(layers, source, options)
+
+    assert memory(0, own=0, data=Path("text")) == cost.REST + 4 * 2 * 3_000_000
+    assert memory(5 << 30, own=3, window=100) == (5 << 30) + 4 * 3 * 100 * 64 + cost.PROCESS
+    assert memory(5 << 30, own=0, data=Path("text")) == memory(0, own=3)
 
 
 def test_what_is_left_open_suits_method_and_device(monkeypatch):
