@@ -57,7 +57,7 @@ def test_reasons_of_backends_that_do_not_run_are_told(monkeypatch):
 def test_without_optional_steps_each_answers_none(monkeypatch):
     monkeypatch.setattr(select, "BACKENDS", (numpy_backend,))
     steps = [name for name in vars(interface.FusedCalls) if name.startswith("prepare_")]
-    assert len(steps) == 5
+    assert len(steps) == 6
     for name in steps:
         count = getattr(select, name).__code__.co_argcount
         assert getattr(select, name)(*[None] * count) is None

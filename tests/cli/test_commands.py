@@ -152,7 +152,7 @@ def test_inspect_and_verify(calibrated):
 def test_inspect_and_generate_say_how_many_blocks_run_fused_and_why_others_do_not(calibrated):
     said = "2 do not: backend stock has no fused steps"
     reasons = {"backend stock has no fused steps": 2}
-    expected = {"blocks": 2, "fused": 0, "reasons": reasons, "attention": {}, "experts": 0}
+    expected = {"blocks": 2, "fused": 0, "reasons": reasons, "attention": {}, "mixtures": {}, "experts": 0}
     text = process("inspect", calibrated, SPQT_BACKEND="stock").stdout.decode()
     assert f"on backend stock 0 of 2 blocks run fused; {said}" in text
     facts = json.loads(process("inspect", calibrated, "--json", SPQT_BACKEND="stock").stdout)
