@@ -1,6 +1,7 @@
 """`spqt serve`: its flags. Names and meanings are mlx_lm.server's where it has them."""
 
 import contextlib
+import threading
 from argparse import Namespace
 from pathlib import Path
 from typing import Annotated
@@ -104,14 +105,18 @@ def serve(
     check(sampling, Cache(), folder.config)
     limits = server.Limits(max_waiting, max_connections, max_body_bytes, read_timeout)
     guard = Guard(frozenset({host.lower(), *_names(allowed_hosts)}), frozenset(_names(allowed_origins)), key)
-    service = server.Service(
-        server.Server(host, port, guard, limits) if processes is None or processes.rank == 0 else None,
-        lambda: session.load(folder, **picked(Loading, {**given, "revision": None})),
-        Namespace(**given | server.UNUSED),
-        server.served(served_model_name or _name(path), path, folder.size("vocab_size")),
-        processes,
-    )
-    server.serve(service, lambda text: typer.echo(text, err=True))
+
+    def opened(ending: threading.Event) -> "server.Service":
+        return server.Service(
+            server.Server(host, port, guard, limits) if processes is None or processes.rank == 0 else None,
+            lambda: session.load(folder, **picked(Loading, {**given, "revision": None})),
+            Namespace(**given | server.UNUSED),
+            server.served(served_model_name or _name(path), path, folder.size("vocab_size")),
+            processes,
+            ending,
+        )
+
+    server.serve(opened, lambda text: typer.echo(text, err=True))
 
 
 def _json_object(text: str) -> dict[str, object]:

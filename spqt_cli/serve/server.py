@@ -168,7 +168,8 @@ class Service:
     """A server and its generator. open_model is called in the generating thread.
 
     server: None in all but the first of several `processes`. arguments: mlx-lm's own, by its names
-    (mlx_lm.server), of which decode_concurrency is how many requests run at a time.
+    (mlx_lm.server), of which decode_concurrency is how many requests run at a time. ending: set where the
+    end is asked for.
     """
 
     def __init__(
@@ -178,8 +179,9 @@ class Service:
         arguments: Namespace,
         served: Served,
         processes: Processes | None = None,
+        ending: threading.Event | None = None,
     ) -> None:
-        self.server, self.served = server, served
+        self.server, self.served, self.ending = server, served, ending or threading.Event()
         most = arguments.prompt_cache_bytes
         # With drafts mlx-lm keeps caches that hold other tokens than it says: a repeated request was answered
         # otherwise than the first.
@@ -189,7 +191,6 @@ class Service:
         self.generator = Generator(Provider(arguments, open_model), cache, metrics, processes)
         if server is not None:
             server.open_to(self.generator, served, arguments.decode_concurrency, f"spqt-{__version__}")
-        self.ending = threading.Event()
 
     def get_ready(self) -> bool:
         """Wait for the model and a first generation; False if the end was asked for. Raises SpqtError."""
@@ -244,14 +245,18 @@ class Service:
         )
 
 
-def serve(service: Service, said: Callable[[str], None]) -> None:
+def serve(opened: Callable[[threading.Event], Service], said: Callable[[str], None]) -> None:
     """Run a service in the main thread until SIGTERM or SIGINT, which end the process with 0.
 
+    opened: makes the service, given what says that the end is asked for: a signal may come as soon as it
+    listens.
     said: is given notes, the start line and the last one, which begins anew after a terminal's ^C. Raises
     SpqtError where it can't begin or breaks down.
     """
+    ending = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: service.ending.set())
+        signal.signal(number, lambda *_: ending.set())
+    service = opened(ending)
     with _as_line(service):
         if service.get_ready():
             loaded = service.generator.model_provider.loaded

@@ -78,6 +78,27 @@ def test_a_signal_ends_it_while_it_loads(calibrated):
         server.communicate()
 
 
+def test_a_signal_ends_it_as_soon_as_it_listens(calibrated):
+    code = """
+import os, signal, time
+from spqt_cli.decode import session
+from spqt_cli.serve import server
+session.load = lambda *_, **__: time.sleep(60)
+opens = server.Server.open_to
+def open_to(self, *given):
+    opens(self, *given)
+    os.kill(os.getpid(), signal.SIGTERM)
+server.Server.open_to = open_to
+import spqt_cli.__main__ as m
+m.main()
+"""
+    command = [sys.executable, "-c", code, "serve", str(calibrated), "--port", "0"]
+    done = subprocess.run(
+        command, env={**os.environ, worker.MARK: "1"}, capture_output=True, timeout=40, check=False
+    )
+    assert done.returncode == 0, done.stderr.decode()
+
+
 def health(port: int) -> int:
     try:
         return exchange(port, request(b"", "/health", "GET"))[0]
