@@ -7,7 +7,6 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import mlx.core as mx
 import psutil
 
 from spqt_cli.calibrate import calibrate
@@ -68,9 +67,7 @@ def fitting(found: Rehearsal, wishes: "FitOptions") -> Step:
 
 def _memory(found: Rehearsal) -> tuple[int, str]:
     """(bytes of the source's weights while it writes its text, what is to be said of that)."""
-    needed = sum(tensor.nbytes for tensor in found.checkpoint.tensors.values())
-    if mx.default_device().type == mx.DeviceType.cpu:
-        needed *= 2  # float32
+    needed = cost.source_bytes(found.checkpoint)
     room = fit.EIGHT_BITS_FIT * psutil.virtual_memory().available
     said = f"; while it writes it takes {needed / 1e6:.0f} MB of memory, without keys and values"
     if needed / 4 > room:

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Protocol
 
+from spqt_cli.convert.source import Checkpoint
 from spqt_cli.decode.bytes_read import BLOCK
 from spqt_cli.fit.options import FitOptions
 from spqt_cli.fit.text import TextOptions
@@ -35,10 +36,16 @@ class Sized(Protocol):
     def outputs(self) -> int: ...
 
 
-def memory(layers: Mapping[str, Sized], source_bytes: int, options: FitOptions) -> int:
+def source_bytes(checkpoint: Checkpoint) -> int:
+    """Of a source's weights in memory."""
+    stored = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
+    return stored * 2 if many_rows.on_cpu() else stored  # float32
+
+
+def memory(layers: Mapping[str, Sized], source: int, options: FitOptions) -> int:
     """The bytes that a fit with these options, settled, takes at its peak, about.
 
-    layers: by path. source_bytes: of the source's weights while it writes text, beside the keys and values of
+    layers: by path. source: bytes of the source's weights while it writes text, beside the keys and values of
     all texts; after it 1 GB and four blocks in 16 bits are enough (benchmarks.memory measures that).
     """
     blocks, cached = Counter[str](), 0
@@ -47,7 +54,7 @@ def memory(layers: Mapping[str, Sized], source_bytes: int, options: FitOptions) 
         blocks[path[: found.end()] if found else ""] += 2 * layer.inputs * layer.outputs
         cached += layer.outputs if path.endswith((".k_proj", ".v_proj")) else 0
     rounding = REST + 4 * max(blocks.values(), default=0)
-    writing = source_bytes + 4 * (options.own or 0) * options.window * cached + PROCESS
+    writing = source + 4 * (options.own or 0) * options.window * cached + PROCESS
     return max(rounding, writing if options.own else 0)
 
 

@@ -34,7 +34,7 @@ from spqt_cli.fit.source_blocks import SourceBlocks
 from spqt_cli.fit.store import Store, room
 from spqt_cli.fit.weights_file import WeightsFile, copy_folder
 from spqt_cli.format.folder import Folder
-from spqt_cli.measure import many_rows, texts
+from spqt_cli.measure import texts
 from spqt_cli.system import files, heap
 from spqt_cli.version import __version__
 
@@ -268,16 +268,11 @@ class _Fit:
 
         layers, weights = linear_layers(loaded.model), get_total_parameters(loaded.model)
         time_taken = cost.words(cost.of_options(layers.values(), weights, self._options))
-        memory = cost.memory(layers, self._source_bytes(), self._options)
+        memory = cost.memory(layers, cost.source_bytes(self._checkpoint), self._options)
         note(
             f"fitting takes {time_taken} and about {memory / 1e9:.1f} GB of memory here; "
             "an interrupted run goes on where it stopped"
         )
-
-    def _source_bytes(self) -> int:
-        """Of the source's weights in memory."""
-        stored = sum(tensor.nbytes for tensor in self._checkpoint.tensors.values())
-        return stored * 2 if many_rows.on_cpu() else stored  # float32
 
     def _text(self, loaded: session.Loaded) -> text.FitText:
         options = self._options
@@ -296,7 +291,7 @@ class _Fit:
     def _write(self, count: int, length: int, seed: int, on_progress: OnProgress) -> np.ndarray:
         """Text by the source, which is in memory only for as long as it writes."""
         on_progress(0, 1, "loading the source")
-        needed = self._source_bytes()
+        needed = cost.source_bytes(self._checkpoint)
         room = EIGHT_BITS_FIT * psutil.virtual_memory().available
         if needed / 4 > room:
             raise ResourceError(
