@@ -279,7 +279,11 @@ class _Fit:
         limit = context.tokens(loaded.config)
         window, note = context.window(limit, None if options.window == 512 else options.window, 512)
         wished = text.TextOptions(
-            own=options.own or 0, length=window // 2 * 2, seed=options.seed, data=options.data
+            own=options.own or 0,
+            length=window // 2 * 2,
+            seed=options.seed,
+            data=options.data,
+            openings_each=options.openings_each or 0,
         )
         found = text.prepare(
             self._work, self._checkpoint.identity(), wished, loaded.tokenizer, self._write, self._on_progress
@@ -302,7 +306,8 @@ class _Fit:
         if rows is not None:
             self._notes.append("the source wrote its text in 8 bits: in 16 it does not fit in memory")
         model = source_model.build(self._checkpoint, rows)
-        return own_text.windows(model, _tokenizer(self._folder), count, length, seed, on_progress)
+        wishes = own_text.Wishes(count, length, seed, self._options.openings_each or 0)
+        return own_text.windows(model, _tokenizer(self._folder), wishes, on_progress)
 
 
 def _tokenizer(folder: Path) -> Any:

@@ -7,6 +7,7 @@ Sampling is at temperature 1, and no token ends a text.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -28,9 +29,17 @@ TRIES = 3  # rounds in which such texts are written anew
 _BLOCK = 256  # tokens whose probabilities are added up together
 
 
-def windows(
-    model: nn.Module, tokenizer: Any, count: int, length: int, seed: int, on_progress: OnProgress
-) -> np.ndarray:
+@dataclass(frozen=True)
+class Wishes:
+    """count: of texts. length: tokens of each. openings_each: as in `starts.starts`."""
+
+    count: int
+    length: int
+    seed: int = 0
+    openings_each: int = starts.OPENINGS_EACH
+
+
+def windows(model: nn.Module, tokenizer: Any, wishes: Wishes, on_progress: OnProgress) -> np.ndarray:
     """Texts that the model wrote: (count, length), int32.
 
     model: unquantized or 8-bit, as `source_model.load` gives it. on_progress: (done, total, words). The same
@@ -38,9 +47,10 @@ def windows(
     themselves are written anew from another start. Raises SpqtError for a length beyond the model's
     context, and for logits that are not finite.
     """
+    count, length, seed = wishes.count, wishes.length, wishes.seed
     context.window(context.of(model), length, length)
     vocabulary, at_once = _vocabulary(model), _at_once(model, length, count)
-    begun = starts.starts(tokenizer, vocabulary, count * (TRIES + 1), seed)
+    begun = starts.starts(tokenizer, vocabulary, count * (TRIES + 1), seed, wishes.openings_each)
     found = np.zeros((count, length), np.int32)
     wanted, words = np.arange(count), "writing text"
     for attempt in range(TRIES + 1):

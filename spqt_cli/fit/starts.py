@@ -4,7 +4,7 @@ It knows tokenizers and the openings that ship with spqt (`configs/openings.txt`
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import resources
 from typing import Any
 
@@ -19,33 +19,38 @@ SEPARATES_DOCUMENTS = (
 )
 _WORDS = "SPQT0WORDS"  # stands for what a user says
 _NO_TEXT = re.compile(r"[<\[].*[>\]]")  # special tokens, unused ones, and tags, which are no loss
+OPENINGS_EACH = 2  # for three starts of other kinds
 _BETWEEN = "<|document|>\n"
 
 
-def starts(tokenizer: Any, vocabulary: int, count: int, seed: int) -> list[list[int]]:
+def starts(
+    tokenizer: Any, vocabulary: int, count: int, seed: int, openings_each: int = OPENINGS_EACH
+) -> list[list[int]]:
     """`count` starts of at least one token each: the kinds that the tokenizer has, in turn.
 
-    A fifth each of a chat turn, a document and a random token, and two fifths of openings: fitted on 64
-    windows of SmolLM2, thirds without openings gave a KL of .127 on WikiText and .166 on text of many kinds,
-    a third of openings .131 and .153. A random token comes after what the tokenizer puts before any text:
-    Gemma-3-270M repeats itself without. vocabulary: the model's number of tokens; kinds that need others are
-    left out. Openings are taken in an order that the seed gives.
+    For each round of a random token, a chat turn and a document come `openings_each` openings, in an order
+    that the seed gives: fitted on 64 windows of SmolLM2, thirds without openings gave a KL of .127 on
+    WikiText and .166 on text of many kinds, a third of openings .131 and .153. A random token comes after
+    what the tokenizer puts before any text: Gemma-3-270M repeats itself without. vocabulary: the model's
+    number of tokens; kinds that need others are left out.
     """
     random = np.random.default_rng([seed, 1])
     words, before = _words(tokenizer, vocabulary), texts.opening(tokenizer)
     chat, document = chat_turn(tokenizer), document_start(tokenizer)
     opened = [tokens for tokens in openings(tokenizer) if max(tokens) < vocabulary]
     order = [opened[place] for place in random.permutation(len(opened))]
-    kinds: list[Callable[[int], list[int]]] = [lambda _: [*before, int(random.choice(words))]]
-    for known in [order[::2], *([one] for one in (chat, document) if _known(one, vocabulary)), order[1::2]]:
-        if known:
-            kinds.append(_in_turn(known))
-    return [kinds[place % len(kinds)](place // len(kinds)) for place in range(count)]
-
-
-def _in_turn(known: Sequence[list[int]]) -> Callable[[int], list[int]]:
-    """The one of a list whose turn it is."""
-    return lambda turn: known[turn % len(known)]
+    kinds = [None, *(one for one in (chat, document) if _known(one, vocabulary))]  # None: a random token
+    each = openings_each if order else 0
+    found: list[list[int]] = []
+    used = 0  # openings
+    while len(found) < count:
+        for number, kind in enumerate(kinds, 1):
+            found.append([*before, int(random.choice(words))] if kind is None else kind)
+            more = (2 * each * number + len(kinds)) // (2 * len(kinds))  # spread over the round
+            more -= (2 * each * (number - 1) + len(kinds)) // (2 * len(kinds))
+            found += [order[place % len(order)] for place in range(used, used + more)]
+            used += more
+    return found[:count]
 
 
 def _known(tokens: Sequence[int], vocabulary: int) -> bool:

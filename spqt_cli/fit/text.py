@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from spqt_cli.errors import SpqtError
+from spqt_cli.fit.starts import OPENINGS_EACH
 from spqt_cli.measure import texts
 from spqt_cli.system import files
 from spqt_cli.version import __version__
@@ -29,7 +30,8 @@ Write = Callable[[int, int, int, OnProgress], np.ndarray]
 @dataclass(frozen=True)
 class TextOptions:
     """own: windows that the model writes itself; data: a file of text, whose windows are added: as many as
-    `most` allows, from its beginning. length: tokens of a window. seed: of the model's own text.
+    `most` allows, from its beginning. length: tokens of a window. seed: of the model's own text, of which
+    `write` begins so many by openings.
     """
 
     own: int = 64
@@ -37,6 +39,7 @@ class TextOptions:
     seed: int = 0
     data: Path | None = None
     most: int = 64
+    openings_each: int = OPENINGS_EACH
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ def prepare(
     """The text to fit on, from `folder` if an earlier run left the same one there, else made and kept there.
 
     source: the identity of the model that writes (`Checkpoint.identity`). write: (count, length, seed,
-    on_progress) -> windows, as `own_text.windows` with its first two arguments given; only called where own
+    on_progress) -> windows, as `own_text.windows` gives them; only called where own
     text is needed, so that a model need not be loaded for text that is kept. Raises SpqtError for a
     file that is no text or too short, and for options that ask for no window at all.
     """
@@ -114,6 +117,7 @@ def _identity(source: dict[str, Any], options: TextOptions, given: texts.Text | 
         "own": options.own,
         "length": options.length,
         "seed": options.seed,
+        "openings_each": options.openings_each,
         "data": None if given is None else {"sha256": given.sha256, "most": options.most},
         "versions": {"spqt": __version__, **{name: version(name) for name in ("mlx", "mlx-lm", "numpy")}},
     }

@@ -198,7 +198,9 @@ def test_the_memory_that_a_fit_takes():
 
 
 def test_what_is_left_open_suits_method_and_device(monkeypatch):
-    asked = FitOptions(method="full", own=7, steps=5, batch=3, rounded_on=6, sparsities=(0.3,), scored=0.2)
+    asked = FitOptions(
+        "full", 7, None, 64, 2, 5, 3, rounded_on=6, sparsities=(0.3,), scored=0.2, openings_each=1
+    )
     assert asked.settled() == asked
     assert FitOptions().settled().own == 40
     for method, on_cpu in (("gptq", True), ("full", True), ("full", False)):
@@ -209,6 +211,7 @@ def test_what_is_left_open_suits_method_and_device(monkeypatch):
         assert (found.rounded_on, found.sparsities) == (want.rounded_on, want.sparsities)
         assert found.scored == want.scored
         assert found.own == (want.own if method == "full" else 40)
+        assert found.openings_each == (want.openings_each if method == "full" else 2)
 
 
 def test_bad_options(checkpoint, converted, result, tmp_path):

@@ -43,17 +43,17 @@ def without(folder: Path, *keys: str, arch: str = "llama"):
 
 
 def test_the_seed_alone_decides(model, tokenizer):
-    found = own_text.windows(model, tokenizer, 6, 24, 3, quiet)
+    found = own_text.windows(model, tokenizer, own_text.Wishes(6, 24, 3), quiet)
     mx.random.seed(99)
     np.random.seed(99)
-    assert np.array_equal(own_text.windows(model, tokenizer, 6, 24, 3, quiet), found)
-    assert (own_text.windows(model, tokenizer, 6, 24, 4, quiet) != found).mean() > 0.5
+    assert np.array_equal(own_text.windows(model, tokenizer, own_text.Wishes(6, 24, 3), quiet), found)
+    assert (own_text.windows(model, tokenizer, own_text.Wishes(6, 24, 4), quiet) != found).mean() > 0.5
     assert (found.shape, found.dtype) == ((6, 24), np.int32)
     assert 0 <= found.min() <= found.max() < VOCAB
 
 
 def test_each_text_begins_as_it_was_started(model, tokenizer):
-    found = own_text.windows(model, tokenizer, 8, 32, 0, quiet)
+    found = own_text.windows(model, tokenizer, own_text.Wishes(8, 32), quiet)
     for row, start in zip(found, starts.starts(tokenizer, VOCAB, 8, 0), strict=True):
         assert row[: len(start)].tolist() == start[:32]
 
@@ -81,7 +81,7 @@ def test_other_architectures(tmp_path, arch):
     """Among them a cache that slides: 64 tokens of it are full before the text ends."""
     folder = tiny_checkpoint(tmp_path / arch, arch)
     model, tokenizer = source_model.load(str(folder)), session.load_tokenizer(folder)
-    found = own_text.windows(model, tokenizer, 4, 80, 0, quiet)
+    found = own_text.windows(model, tokenizer, own_text.Wishes(4, 80), quiet)
     logits = np.array(model(mx.array(found[:, :-1])))
     picked = np.take_along_axis(logits, found[:, 1:, None], -1)[..., 0]
     mean = logits.mean(axis=-1)
@@ -97,6 +97,15 @@ def test_two_fifths_are_openings_and_the_other_kinds_come_equally_often(tokenize
     assert kinds == {"chat": 8, "document": 8, True: 16, False: 8}
     assert chat == tokenizer.encode("<|user|>", add_special_tokens=False)
     assert document == [1]
+
+
+def test_six_openings_for_three_other_starts_are_each_of_them_once_in_72(tokenizer):
+    found = starts.starts(tokenizer, VOCAB, 72, 0, openings_each=6)
+    known = starts.openings(tokenizer)
+    opened = sorted(one for one in found if one in known)
+    assert opened == sorted(known)
+    assert [one in known for one in found[:9]] == [False, True, True] * 3
+    assert not [one for one in starts.starts(tokenizer, VOCAB, 9, 0, openings_each=0) if one in known]
 
 
 def test_no_template_leaves_chat_out(tmp_path):
@@ -141,14 +150,14 @@ def test_shipped_openings_are_many_and_short(tokenizer):
 
 def test_beyond_the_models_context(model, tokenizer):
     with pytest.raises(SpqtError, match="context is 512"):
-        own_text.windows(model, tokenizer, 1, 513, 0, quiet)
+        own_text.windows(model, tokenizer, own_text.Wishes(1, 513), quiet)
 
 
 def test_logits_that_are_not_finite(checkpoint, tokenizer):
     model = source_model.load(str(checkpoint))
     model.model.norm.weight = mx.full(model.model.norm.weight.shape, mx.nan)
     with pytest.raises(SpqtError, match="not finite"):
-        own_text.windows(model, tokenizer, 2, 8, 0, quiet)
+        own_text.windows(model, tokenizer, own_text.Wishes(2, 8), quiet)
 
 
 def test_repetitive_texts_are_written_anew(model, tokenizer, monkeypatch):
@@ -164,7 +173,7 @@ def test_repetitive_texts_are_written_anew(model, tokenizer, monkeypatch):
 
     monkeypatch.setattr(own_text, "_write", write)
     seen = []
-    found = own_text.windows(model, tokenizer, 5, 40, 0, lambda *each: seen.append(each))
+    found = own_text.windows(model, tokenizer, own_text.Wishes(5, 40), lambda *each: seen.append(each))
     assert stuck[:2] == [5, 2]
     assert sum(stuck) == 7
     assert not any(own_text.repeats_itself(row) for row in found)
@@ -174,7 +183,9 @@ def test_repetitive_texts_are_written_anew(model, tokenizer, monkeypatch):
 def test_large_counts_are_written_in_even_groups(model, tokenizer, monkeypatch):
     monkeypatch.setattr(own_text, "AT_ONCE", 4)
     seen = []
-    found = own_text.windows(model, tokenizer, 6, 12, 0, lambda done, total, _: seen.append(done / total))
+    found = own_text.windows(
+        model, tokenizer, own_text.Wishes(6, 12), lambda done, total, _: seen.append(done / total)
+    )
     assert own_text._at_once(model, 12, 6) == 3
     assert not np.array_equal(found[:3], found[3:])
     assert seen == sorted(seen)
@@ -184,7 +195,7 @@ def test_eight_bits_write_text_too(checkpoint, tokenizer):
     opened = source_model.open_source(str(checkpoint))
     model = source_model.build(opened, source_model.eight_bits(opened))
     assert source_model.settings_of(model)
-    found = own_text.windows(model, tokenizer, 2, 16, 0, quiet)
+    found = own_text.windows(model, tokenizer, own_text.Wishes(2, 16), quiet)
     assert found.shape == (2, 16)
 
 
