@@ -1,8 +1,8 @@
 // The product of gemv.h for 2, 4 or 8 rows: codes are unpacked once for all of them.
 //
 // The same operations in the same order for each row, so its bits do not depend on its companions: a channel
-// that a row skips adds u = 0. u of a column is laid out once for all channels of a block; each unpacked
-// vector of codes then serves every row.
+// that a row skips adds u = 0. Each unpacked vector of codes serves every row. Where its outputs lie in one group, so
+// does one number of u; else u of a column is laid out as vectors, once for all channels of a block.
 #pragma once
 
 #if defined(__AVX512F__) || defined(__aarch64__)
@@ -11,7 +11,6 @@ constexpr int ACCUMULATORS = 16;  // of 32 registers
 constexpr int ACCUMULATORS = 8;  // of 16
 #endif
 constexpr int MOST_CHANNELS = 32;  // of a block: sums go to L2 and back once for each
-constexpr int LAID_BYTES = 16384;  // of a block's u in a column, which stays in L1
 
 // Else compilers load an operand again for each multiplication, and loads are what limits.
 SPQT_INLINE void in_register(vf& v) {
@@ -24,9 +23,9 @@ SPQT_INLINE void in_register(vf& v) {
 
 template <int BITS, int ROWS>
 struct FewBlock {
-  static constexpr int KINDS = VECTORS / Codec<BITS>::SHARED;  // of vectors of u in a column
-  static constexpr int MOST = min_of(MOST_CHANNELS, LAID_BYTES / (ROWS * KINDS * LANES * 4));
-  int count;  // channels
+  static constexpr int MOST = MOST_CHANNELS;
+  int count;   // channels
+  int groups;  // of the tile
   const uint8_t* codes[MOST];
   const uint8_t* next[MOST];  // as Block's
   alignas(64) float u[MOST][ROWS][tile_of_rows(ROWS) / 32 + PADDING];
@@ -86,43 +85,116 @@ static void start_few(const Tile& tile, const Active& active, int first, FewBloc
   if (tile.type == BFLOAT16) start_few_of<BFLOAT16>(tile, active, first, block, bias_sums);
 }
 
-// u of a column for every channel and row, as vectors: KINDS of them, of SHARED vectors of codes each
-template <int BITS, int GROUP, int ROWS>
-static void lay_out_of(const FewBlock<BITS, ROWS>& block, int column, float* laid) {
+// One pass over a column: how codes become vectors, and where their sums lie. KINDS: of u in the column.
+template <int BITS>
+struct AsUnpacked {
   using C = Codec<BITS>;
-  for (int i = 0; i < block.count; ++i)
-    for (int r = 0; r < ROWS; ++r) {
-      vf u[VECTORS];
-      C::template expand<GROUP>(block.u[i][r], column, u);
-      for (int v = 0; v < VECTORS; v += C::SHARED, laid += LANES) store(laid, u[v]);
-    }
-}
+  static constexpr int PASSES = C::PASSES, SIZE = VECTORS, KINDS = VECTORS / C::SHARED;
+  // vectors whose outputs lie in one group each
+  static constexpr bool in_one_group(int group_size) { return C::SHARED < VECTORS || group_size * BITS / 32 >= LANES; }
+  static constexpr int kind(int, int v) { return v / C::SHARED; }
+  static constexpr int first_output(int kind) { return kind * C::COLUMN / KINDS; }
 
+  template <int PASS, int FIRST, int COUNT, class Use>
+  SPQT_INLINE void unpack(const uint8_t* p, Use use) {
+    C::template unpack<PASS, FIRST, COUNT>(p, use);
+  }
+  SPQT_INLINE vf sum(const float* sums, int pass, int v) { return load<vf>(sums + (pass * SIZE + v) * LANES); }
+  SPQT_INLINE void put(float* sums, int pass, int v, vf sum) { store(sums + (pass * SIZE + v) * LANES, sum); }
+};
+
+#if defined(__AVX512F__)
+// 4 bits in groups of 64, whose words fill half a vector: one half takes the words' lower four codes, the other the
+// upper four, and a pass takes a group.
+struct ByHalves {
+  static constexpr int PASSES = 2, SIZE = 4, KINDS = 2;
+  static constexpr int kind(int pass, int) { return pass; }
+  static constexpr int first_output(int kind) { return kind * 64; }
+
+  template <int PASS, int FIRST, int COUNT, class Use>
+  SPQT_INLINE void unpack(const uint8_t* p, Use use) {
+    const __m512i words = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)(p + PASS * 32)));
+    const vu codes = (vu)words >> (vu){0, 0, 0, 0, 0, 0, 0, 0, 16, 16, 16, 16, 16, 16, 16, 16};
+    for (int v = FIRST; v < FIRST + COUNT; ++v) use(v, to_float(codes & (0xfu << 4 * v)));
+  }
+  // where AsUnpacked has them
+  SPQT_INLINE vf sum(const float* sums, int pass, int v) {
+    const float* at = sums + v * LANES + pass * 8;
+    return (vf)_mm512_insertf32x8(_mm512_castps256_ps512(_mm256_loadu_ps(at)), _mm256_loadu_ps(at + 4 * LANES), 1);
+  }
+  SPQT_INLINE void put(float* sums, int pass, int v, vf sum) {
+    float* at = sums + v * LANES + pass * 8;
+    _mm256_storeu_ps(at, _mm512_castps512_ps256((__m512)sum));
+    _mm256_storeu_ps(at + 4 * LANES, _mm512_extractf32x8_ps((__m512)sum, 1));
+  }
+};
+#endif
+
+// u of a column by channel and row: read as it is, where a vector's outputs lie in one group
+template <int BITS, int ROWS, class View>
+struct Broadcast {
+  static constexpr bool ONE_NUMBER = true;
+  const FewBlock<BITS, ROWS>& block;
+  int group[View::KINDS];
+
+  Broadcast(const FewBlock<BITS, ROWS>& b, int column, int group_size) : block(b) {
+    for (int kind = 0; kind < View::KINDS; ++kind)
+      group[kind] = min_of((column * Codec<BITS>::COLUMN + View::first_output(kind)) / group_size, block.groups - 1);
+  }
+  SPQT_LAMBDA const float& number(int i, int r, int kind) const { return block.u[i][r][group[kind]]; }
+  SPQT_LAMBDA vf operator()(int i, int r, int kind) const { return splat(number(i, r, kind)); }
+};
+
+// else laid out once, as vectors: of words, which share theirs
 template <int BITS, int ROWS>
-SPQT_INLINE void lay_out(const FewBlock<BITS, ROWS>& block, int column, int group_size, float* laid) {
-  if (group_size == 32) lay_out_of<BITS, 32>(block, column, laid);
-  if (group_size == 64) lay_out_of<BITS, 64>(block, column, laid);
-  if (group_size == 128) lay_out_of<BITS, 128>(block, column, laid);
-}
+struct Laid {
+  using Block = FewBlock<BITS, ROWS>;
+  static constexpr bool ONE_NUMBER = false;
+  alignas(64) float u[Block::MOST][ROWS][LANES];
 
-template <int BITS, int ROWS, int PASS, int FIRST = 0>
-SPQT_INLINE void add_rows(int count, const uint8_t* const* codes, size_t offset, const float* laid, float* sums,
+  Laid(const Block& block, int column, int group_size) {
+    if (group_size == 32) lay_out<32>(block, column);
+    if (group_size == 64) lay_out<64>(block, column);
+    if (group_size == 128) lay_out<128>(block, column);
+  }
+  template <int GROUP>
+  void lay_out(const Block& block, int column) {
+    for (int i = 0; i < block.count; ++i)
+      for (int r = 0; r < ROWS; ++r) {
+        vf each[VECTORS];
+        Codec<BITS>::template expand<GROUP>(block.u[i][r], column, each);
+        store(u[i][r], each[0]);
+      }
+  }
+  SPQT_LAMBDA vf operator()(int i, int r, int) const { return load<vf>(u[i][r]); }
+};
+
+template <int ROWS, class View, int PASS, int FIRST = 0, class U>
+SPQT_INLINE void add_rows(int count, const uint8_t* const* codes, size_t offset, const U& u, float* sums,
                           size_t stride) {
-  using C = Codec<BITS>;
-  constexpr int SOME = min_of(VECTORS, ACCUMULATORS / ROWS), KINDS = FewBlock<BITS, ROWS>::KINDS;
+  constexpr int SOME = min_of(View::SIZE, ACCUMULATORS / ROWS);
   vf sum[ROWS][SOME];
   for (int r = 0; r < ROWS; ++r)
-    for (int v = 0; v < SOME; ++v) sum[r][v] = load<vf>(sums + r * stride + (FIRST + v) * LANES);
+    for (int v = 0; v < SOME; ++v) sum[r][v] = View::sum(sums + r * stride, PASS, FIRST + v);
   for (int i = 0; i < count; ++i) {
-    const float* u = laid + i * ROWS * KINDS * LANES;
     vf unpacked[SOME];
     auto keep = [&](int v, vf code) SPQT_LAMBDA { unpacked[v - FIRST] = code; };
-    C::template unpack<PASS, FIRST, SOME>(codes[i] + offset, keep);
+    View::template unpack<PASS, FIRST, SOME>(codes[i] + offset, keep);
     for (int r = 0; r < ROWS; ++r) {
+#if defined(__AVX512F__)
+      // A number that the multiplication itself reads costs nothing; a load of its own a third of its time (Zen 4).
+      if constexpr (U::ONE_NUMBER) {
+        for (int v = 0; v < SOME; ++v)
+          asm("vfmadd231ps %1%{1to16%}, %2, %0"
+              : "+v"(sum[r][v])
+              : "m"(u.number(i, r, View::kind(PASS, FIRST + v))), "v"(unpacked[v]));
+        continue;
+      }
+#endif
       vf one;
       for (int v = 0; v < SOME; ++v) {
-        if (v == 0 || (FIRST + v) % C::SHARED == 0) {
-          one = load<vf>(u + (r * KINDS + (FIRST + v) / C::SHARED) * LANES);
+        if (v == 0 || View::kind(PASS, FIRST + v) != View::kind(PASS, FIRST + v - 1)) {
+          one = u(i, r, View::kind(PASS, FIRST + v));
           in_register(one);
         }
         sum[r][v] += one * unpacked[v];
@@ -130,23 +202,20 @@ SPQT_INLINE void add_rows(int count, const uint8_t* const* codes, size_t offset,
     }
   }
   for (int r = 0; r < ROWS; ++r)
-    for (int v = 0; v < SOME; ++v) store(sums + r * stride + (FIRST + v) * LANES, sum[r][v]);
-  if constexpr (FIRST + SOME < VECTORS)
-    add_rows<BITS, ROWS, PASS, FIRST + SOME>(count, codes, offset, laid, sums, stride);
+    for (int v = 0; v < SOME; ++v) View::put(sums + r * stride, PASS, FIRST + v, sum[r][v]);
+  if constexpr (FIRST + SOME < View::SIZE)
+    add_rows<ROWS, View, PASS, FIRST + SOME>(count, codes, offset, u, sums, stride);
 }
 
-template <int BITS, int ROWS>
+template <int BITS, int ROWS, class View, class U>
 static void add_few(const FewBlock<BITS, ROWS>& block, const Tile& tile, float* sums, size_t stride) {
   using C = Codec<BITS>;
-  constexpr int SUMS = VECTORS * LANES;  // of one pass
   const int bytes = tile.groups * tile.group_size * BITS / 8;
-  alignas(64) float laid[block.MOST * ROWS * block.KINDS * LANES];
   alignas(64) uint8_t last[block.MOST][C::COLUMN_BYTES];  // a column that chunks end in, filled up with zeros
   const uint8_t* of_last[block.MOST];
-  for (int begin = 0, column = 0; begin < bytes; begin += C::COLUMN_BYTES, ++column, sums += C::PASSES * SUMS) {
+  for (int begin = 0, column = 0; begin < bytes; begin += C::COLUMN_BYTES, ++column, sums += C::COLUMN) {
     for (int line = (begin + 63) / 64 * 64; line < min_of(begin + C::COLUMN_BYTES, bytes); line += 64)
       for (int i = 0; i < block.count; ++i) prefetch(block.next[i] + line);
-    lay_out<BITS>(block, column, tile.group_size, laid);
     const bool whole = begin + C::COLUMN_BYTES <= bytes;
     for (int i = 0; i < block.count && !whole; ++i) {
       __builtin_memset(last[i], 0, C::COLUMN_BYTES);
@@ -155,20 +224,32 @@ static void add_few(const FewBlock<BITS, ROWS>& block, const Tile& tile, float* 
     }
     const uint8_t* const* codes = whole ? block.codes : of_last;
     const size_t offset = whole ? begin : 0;
-    add_rows<BITS, ROWS, 0>(block.count, codes, offset, laid, sums, stride);
-    if constexpr (C::PASSES == 2) add_rows<BITS, ROWS, 1>(block.count, codes, offset, laid, sums + SUMS, stride);
+    const U u(block, column, tile.group_size);
+    add_rows<ROWS, View, 0>(block.count, codes, offset, u, sums, stride);
+    if constexpr (View::PASSES == 2) add_rows<ROWS, View, 1>(block.count, codes, offset, u, sums, stride);
   }
 }
 
 template <int BITS, int ROWS>
 static void few_rows_tile(const Tile& tile, const Active& active, float* partial) {
+  using Unpacked = AsUnpacked<BITS>;
   const size_t size = partial_size(tile.groups, tile.group_size), stride = active.row_stride;
   for (int r = 0; r < ROWS; ++r)
     for (size_t i = 0; i < size; i += LANES) store(partial + r * stride + i, vf{});
   float* bias_sums = partial + partial_sums(tile.groups, tile.group_size);
   FewBlock<BITS, ROWS> block;
+  block.groups = tile.groups;
+  auto add = add_few<BITS, ROWS, Unpacked, Broadcast<BITS, ROWS, Unpacked>>;
+  if constexpr (Codec<BITS>::SHARED == VECTORS) {
+    if (!Unpacked::in_one_group(tile.group_size)) add = add_few<BITS, ROWS, Unpacked, Laid<BITS, ROWS>>;
+  }
+#if defined(__AVX512F__)
+  if constexpr (BITS == 4) {
+    if (tile.group_size == 64) add = add_few<BITS, ROWS, ByHalves, Broadcast<BITS, ROWS, ByHalves>>;
+  }
+#endif
   for (int first = 0; first < active.count; first += block.MOST) {
     start_few(tile, active, first, block, bias_sums);
-    add_few<BITS, ROWS>(block, tile, partial, stride);
+    add(block, tile, partial, stride);
   }
 }
