@@ -105,27 +105,32 @@ struct AsUnpacked {
 
 #if defined(__AVX512F__)
 // 4 bits in groups of 64, whose words fill half a vector: one half takes the words' lower four codes, the other the
-// upper four, and a pass takes a group.
+// upper four, and a group has four vectors.
 struct ByHalves {
-  static constexpr int PASSES = 2, SIZE = 4, KINDS = 2;
-  static constexpr int kind(int pass, int) { return pass; }
+  static constexpr int PASSES = 1, SIZE = VECTORS, KINDS = 2;
+  static constexpr int kind(int, int v) { return v / 4; }
   static constexpr int first_output(int kind) { return kind * 64; }
 
   template <int PASS, int FIRST, int COUNT, class Use>
   SPQT_INLINE void unpack(const uint8_t* p, Use use) {
-    const __m512i words = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)(p + PASS * 32)));
-    const vu codes = (vu)words >> (vu){0, 0, 0, 0, 0, 0, 0, 0, 16, 16, 16, 16, 16, 16, 16, 16};
-    for (int v = FIRST; v < FIRST + COUNT; ++v) use(v, to_float(codes & (0xfu << 4 * v)));
+    vu codes;
+    for (int v = FIRST; v < FIRST + COUNT; ++v) {
+      if (v == FIRST || v % 4 == 0) {
+        const __m512i words = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)(p + v / 4 * 32)));
+        codes = (vu)words >> (vu){0, 0, 0, 0, 0, 0, 0, 0, 16, 16, 16, 16, 16, 16, 16, 16};
+      }
+      use(v, to_float(codes & (0xfu << 4 * (v % 4))));
+    }
   }
-  // where AsUnpacked has them
-  SPQT_INLINE vf sum(const float* sums, int pass, int v) {
-    const float* at = sums + v * LANES + pass * 8;
-    return (vf)_mm512_insertf32x8(_mm512_castps256_ps512(_mm256_loadu_ps(at)), _mm256_loadu_ps(at + 4 * LANES), 1);
+  // where AsUnpacked has the same outputs
+  static constexpr int half(int v) { return v % 4 * LANES + v / 4 * 8; }
+  SPQT_INLINE vf sum(const float* sums, int, int v) {
+    const __m256 low = _mm256_loadu_ps(sums + half(v)), high = _mm256_loadu_ps(sums + half(v) + 4 * LANES);
+    return (vf)_mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1);
   }
-  SPQT_INLINE void put(float* sums, int pass, int v, vf sum) {
-    float* at = sums + v * LANES + pass * 8;
-    _mm256_storeu_ps(at, _mm512_castps512_ps256((__m512)sum));
-    _mm256_storeu_ps(at + 4 * LANES, _mm512_extractf32x8_ps((__m512)sum, 1));
+  SPQT_INLINE void put(float* sums, int, int v, vf sum) {
+    _mm256_storeu_ps(sums + half(v), _mm512_castps512_ps256((__m512)sum));
+    _mm256_storeu_ps(sums + half(v) + 4 * LANES, _mm512_extractf32x8_ps((__m512)sum, 1));
   }
 };
 #endif

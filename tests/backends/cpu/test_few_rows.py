@@ -57,6 +57,21 @@ def test_every_number_of_rows(rows):
     check(random_rows(rows, 200), layers)
 
 
+@pytest.mark.parametrize("threshold", [0.1, 0.5, 0.8, 1.2, 2.0, 5.0])
+@pytest.mark.parametrize("rows", [2, 3, 5, 8, 9])
+def test_rows_that_have_few_channels_in_common_and_many(rows, threshold):
+    """With high thresholds each row is multiplied by itself, with low ones they are together."""
+    check(
+        random_rows(rows, 150),
+        [Layer((330, 150), threshold=threshold), Layer((96, 150), 5, threshold=threshold)],
+    )
+
+
+def test_a_task_too_large_to_be_read_row_after_row():
+    """Stripes of more than APART_BYTES (cpu/job.cpp), whose rows have few channels in common."""
+    check(random_rows(3, 4300), [Layer((8192, 4300), 8, 128, threshold=1.5)])
+
+
 @pytest.mark.parametrize("outputs", [31, 1100, 9000])
 def test_tiles_not_full(outputs):
     check(
