@@ -20,6 +20,7 @@ from spqt_cli.decode.layers import ZigzagLayer, zigzag_layers
 from spqt_cli.errors import ResourceError, SpqtError
 from spqt_cli.format import layout, locate
 from spqt_cli.measure import many_rows, probes
+from spqt_cli.system import heap
 
 SEED = 0
 CHUNK_TOKENS = 2048  # of an untimed pass: mlx-lm's own step
@@ -247,10 +248,26 @@ def _row_grouped(path: str, layer: ZigzagLayer, dtype: mx.Dtype) -> dict[str, mx
 
 
 def evaluate(model: nn.Module) -> None:
-    """Compute a model's arrays one module at a time, so that few unquantized ones exist at once."""
+    """Compute a model's arrays one module at a time, so that few unquantized ones exist at once.
+
+    On a CPU a Zigzag model's then lie in large pages, as those of a folder that is loaded do.
+    """
     for module in model.modules():
         mx.eval([value for value in module.values() if isinstance(value, mx.array)])
     mx.clear_cache()
+    if many_rows.on_cpu() and zigzag_layers(model):
+        with heap.in_large_pages(sum(array.nbytes for array in arrays(model).values())):
+            for module in model.modules():
+                _copy_arrays(module)
+
+
+def _copy_arrays(module: nn.Module) -> None:
+    """Let a module have copies of its arrays."""
+    for name, value in module.items():
+        if isinstance(value, mx.array) and value.itemsize <= 4:
+            bits = value.view((mx.uint8, mx.uint16, mx.uint32)[value.itemsize.bit_length() - 1])
+            module[name] = (bits | 0).view(value.dtype)
+            mx.eval(module[name])
 
 
 def check_memory(zigzag: nn.Module, name: str) -> None:

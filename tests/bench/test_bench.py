@@ -298,3 +298,15 @@ def test_options_that_make_no_sense(changes):
 def test_flags_that_make_no_sense(arguments):
     result = CliRunner().invoke(app, ["bench", *arguments])
     assert isinstance(result.exception, UsageError)
+
+
+def test_evaluated_arrays_are_what_was_asked_for():
+    """Copies in large pages, where there are such: the same bits in other arrays."""
+    mx.random.seed(1)
+    model = models.random_model(tiny_config("llama"), 4, 32, mx.float16)
+    before = {name: np.array(array.view(mx.uint8)) for name, array in models.arrays(model).items()}
+    models.evaluate(model)
+    after = models.arrays(model)
+    assert before.keys() == after.keys()
+    for name, array in after.items():
+        assert np.array_equal(np.array(array.view(mx.uint8)), before[name])
