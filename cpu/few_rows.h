@@ -5,7 +5,7 @@
 // does one number of u; else u of a column is laid out as vectors, once for all channels of a block.
 #pragma once
 
-#if defined(__AVX512F__) || defined(__aarch64__)
+#if SPQT_MASKED_LOADS || defined(__aarch64__)
 constexpr int ACCUMULATORS = 16;  // of 32 registers
 #else
 constexpr int ACCUMULATORS = 8;  // of 16
@@ -103,9 +103,7 @@ struct AsUnpacked {
   SPQT_INLINE void put(float* sums, int pass, int v, vf sum) { store(sums + (pass * SIZE + v) * LANES, sum); }
 };
 
-#if defined(__AVX512F__)
-// 4 bits in groups of 64, whose words fill half a vector: one half takes the words' lower four codes, the other the
-// upper four, and a group has four vectors.
+#if SPQT_HALVES
 struct ByHalves {
   static constexpr int PASSES = 1, SIZE = VECTORS, KINDS = 2;
   static constexpr int kind(int, int v) { return v / 4; }
@@ -113,25 +111,10 @@ struct ByHalves {
 
   template <int PASS, int FIRST, int COUNT, class Use>
   SPQT_INLINE void unpack(const uint8_t* p, Use use) {
-    vu codes;
-    for (int v = FIRST; v < FIRST + COUNT; ++v) {
-      if (v == FIRST || v % 4 == 0) {
-        const __m512i words = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)(p + v / 4 * 32)));
-        codes = (vu)words >> (vu){0, 0, 0, 0, 0, 0, 0, 0, 16, 16, 16, 16, 16, 16, 16, 16};
-      }
-      use(v, to_float(codes & (0xfu << 4 * (v % 4))));
-    }
+    Halves::unpack<FIRST, COUNT>(p, use);
   }
-  // where AsUnpacked has the same outputs
-  static constexpr int half(int v) { return v % 4 * LANES + v / 4 * 8; }
-  SPQT_INLINE vf sum(const float* sums, int, int v) {
-    const __m256 low = _mm256_loadu_ps(sums + half(v)), high = _mm256_loadu_ps(sums + half(v) + 4 * LANES);
-    return (vf)_mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1);
-  }
-  SPQT_INLINE void put(float* sums, int, int v, vf sum) {
-    _mm256_storeu_ps(sums + half(v), _mm512_castps512_ps256((__m512)sum));
-    _mm256_storeu_ps(sums + half(v) + 4 * LANES, _mm512_extractf32x8_ps((__m512)sum, 1));
-  }
+  SPQT_INLINE vf sum(const float* sums, int, int v) { return Halves::sum(sums, v); }
+  SPQT_INLINE void put(float* sums, int, int v, vf sum) { Halves::put(sums, v, sum); }
 };
 #endif
 
@@ -186,7 +169,7 @@ SPQT_INLINE void add_rows(int count, const uint8_t* const* codes, size_t offset,
     auto keep = [&](int v, vf code) SPQT_LAMBDA { unpacked[v - FIRST] = code; };
     View::template unpack<PASS, FIRST, SOME>(codes[i] + offset, keep);
     for (int r = 0; r < ROWS; ++r) {
-#if defined(__AVX512F__)
+#if SPQT_MASKED_LOADS
       // A number that the multiplication itself reads costs nothing; a load of its own a third of its time (Zen 4).
       if constexpr (U::ONE_NUMBER) {
         for (int v = 0; v < SOME; ++v)
@@ -248,8 +231,8 @@ static void few_rows_tile(const Tile& tile, const Active& active, float* partial
   if constexpr (Codec<BITS>::SHARED == VECTORS) {
     if (!Unpacked::in_one_group(tile.group_size)) add = add_few<BITS, ROWS, Unpacked, Laid<BITS, ROWS>>;
   }
-#if defined(__AVX512F__)
-  if constexpr (BITS == 4) {
+#if SPQT_HALVES
+  if constexpr (HAS_HALVES<BITS, 64>) {
     if (tile.group_size == 64) add = add_few<BITS, ROWS, ByHalves, Broadcast<BITS, ROWS, ByHalves>>;
   }
 #endif

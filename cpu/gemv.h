@@ -68,12 +68,55 @@ static void start_block_of(const Tile& tile, const Active& active, float up, int
   }
 }
 
+#if SPQT_MASKED_LOADS
+// The same where all groups fit into one vector or two, in a third of the instructions: nothing is read again that a
+// store might have changed, and sums stay in registers. Scales that fill less than half a line are fetched by the
+// hardware, as the next channel's lie beside them.
+template <Type T, bool RAISED, int VECTORS_OF_GROUPS>
+static void start_narrow_block(const Tile tile, const Active active, float up, int first, Block& block, float* bias_sums,
+                               vi& odd) {
+  constexpr int BYTES = T == FLOAT32 ? 4 : 2, LAST = VECTORS_OF_GROUPS - 1;
+  const int count = block.count = min_of(BLOCK, active.count - first), rest = tile.groups - LAST * LANES;
+  vf sums[VECTORS_OF_GROUPS];
+  for (int v = 0; v <= LAST; ++v) sums[v] = load<vf>(bias_sums + v * LANES);
+  for (int i = 0; i < count; ++i) {
+    const int64_t channel = active.channel[first + i], next = active.channel[min_of(first + BLOCK + i, active.count - 1)];
+    const int64_t at = channel * (int64_t)tile.scale_stride;
+    const float x = active.x[first + i];
+    for (int v = 0; v <= LAST; ++v) {
+      const int64_t from = at + v * LANES;
+      const vf scales = v < LAST ? load_as_float<T>(tile.scales, from) : load_as_float<T>(tile.scales, from, rest);
+      const vf biases = v < LAST ? load_as_float<T>(tile.biases, from) : load_as_float<T>(tile.biases, from, rest);
+      const vf value = splat(x * up) * scales;
+      store(block.u[i] + v * LANES, value);
+      if constexpr (RAISED && T != FLOAT16) odd |= out_of_range(value);
+      sums[v] += splat(x) * biases;
+    }
+    if constexpr (LAST) {
+      const int64_t offset = next * (int64_t)tile.scale_stride * BYTES;
+      prefetch((const uint8_t*)tile.scales + offset);
+      prefetch((const uint8_t*)tile.biases + offset);
+    }
+    block.codes[i] = tile.codes + channel * tile.code_stride;
+    block.next[i] = tile.codes + next * tile.code_stride;
+  }
+  for (int v = 0; v <= LAST; ++v) store(bias_sums + v * LANES, sums[v]);
+}
+#endif
+
 template <bool RAISED>
 static void start_block(const Tile& tile, const Active& active, float up, int first, Block& block, float* bias_sums,
                         vi& odd) {
-  if (tile.type == FLOAT32) start_block_of<FLOAT32, RAISED>(tile, active, up, first, block, bias_sums, odd);
-  if (tile.type == FLOAT16) start_block_of<FLOAT16, RAISED>(tile, active, up, first, block, bias_sums, odd);
-  if (tile.type == BFLOAT16) start_block_of<BFLOAT16, RAISED>(tile, active, up, first, block, bias_sums, odd);
+  auto start = [&]<Type T>() {
+#if SPQT_MASKED_LOADS
+    if (tile.groups <= LANES) return start_narrow_block<T, RAISED, 1>(tile, active, up, first, block, bias_sums, odd);
+    if (tile.groups <= 2 * LANES) return start_narrow_block<T, RAISED, 2>(tile, active, up, first, block, bias_sums, odd);
+#endif
+    start_block_of<T, RAISED>(tile, active, up, first, block, bias_sums, odd);
+  };
+  if (tile.type == FLOAT32) start.template operator()<FLOAT32>();
+  if (tile.type == FLOAT16) start.template operator()<FLOAT16>();
+  if (tile.type == BFLOAT16) start.template operator()<BFLOAT16>();
 }
 
 // COUNT: channels of a full block, else 0; part: bytes of an incomplete last column, else 0
@@ -92,6 +135,21 @@ SPQT_INLINE void add_column(const Block& block, int column, int part, float* sum
       C::template unpack_part<PASS, 0, VECTORS, As>(block.codes[i] + offset, part, add);
   }
   for (int v = 0; v < VECTORS; ++v) store(sums + v * LANES, sum[v]);
+}
+
+// The group that is left of a column of two.
+template <class As, int COUNT>
+SPQT_INLINE void add_half_column(const Block& block, int column, float* sums) {
+#if SPQT_HALVES
+  vf sum[4];
+  for (int v = 0; v < 4; ++v) sum[v] = Halves::sum(sums, v);
+  for (int i = 0; i < (COUNT ? COUNT : block.count); ++i) {
+    const vf u = splat(block.u[i][column * 2]);
+    auto add = [&](int v, vf code) SPQT_LAMBDA { sum[v] += u * code; };
+    Halves::unpack<0, 4, As>(block.codes[i] + (size_t)column * Codec<4>::COLUMN_BYTES, add);
+  }
+  for (int v = 0; v < 4; ++v) Halves::put(sums, v, sum[v]);
+#endif
 }
 
 // the lines of the next chunks that begin in a column
@@ -113,8 +171,9 @@ static void add_block(const Block& block, int bytes, float* sums) {
   }
   if (part) {
     prefetch_column<COUNT>(block, (size_t)columns * C::COLUMN_BYTES, part);
-    add_column<BITS, GROUP, As, 0, 0, false>(block, columns, part, sums);
-    if constexpr (C::PASSES == 2) add_column<BITS, GROUP, As, 1, 0, false>(block, columns, part, sums + SUMS);
+    if constexpr (HAS_HALVES<BITS, GROUP>) return add_half_column<As, COUNT>(block, columns, sums);
+    add_column<BITS, GROUP, As, 0, COUNT, false>(block, columns, part, sums);
+    if constexpr (C::PASSES == 2) add_column<BITS, GROUP, As, 1, COUNT, false>(block, columns, part, sums + SUMS);
   }
 }
 
@@ -126,10 +185,15 @@ static bool gemv_tile(const Tile& tile, const Active& active, Powers powers, flo
   const size_t size = partial_size(tile.groups, GROUP), sums = partial_sums(tile.groups, GROUP);
   for (size_t i = 0; i < size; i += LANES) store(partial + i, vf{});
   float* bias_sums = partial + sums;
-  Block block;
+  Block blocks[2];  // one is multiplied while the next one's u is on its way to memory and back
   vi odd = {};
+  auto start = [&](int first) SPQT_LAMBDA {
+    start_block<RAISED>(tile, active, RAISED ? powers.up : 1, first, blocks[first / BLOCK % 2], bias_sums, odd);
+  };
+  if (active.count) start(0);
   for (int first = 0; first < active.count; first += BLOCK) {
-    start_block<RAISED>(tile, active, RAISED ? powers.up : 1, first, block, bias_sums, odd);
+    if (first + BLOCK < active.count) start(first + BLOCK);
+    const Block& block = blocks[first / BLOCK % 2];
     if (block.count == BLOCK)
       add_block<BITS, GROUP, As, BLOCK>(block, bytes, partial);
     else

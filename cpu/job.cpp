@@ -204,8 +204,9 @@ int stripes_of(const Shape& s, const mx::array& weight, int band) {
 
 int padded_to(int rows) { return rows > 4 ? FEW_ROWS : rows > 2 ? 4 : rows; }
 
-// What a channel costs `padded` rows together, in channels of one row, from a cache: on Zen 4 1.9, 3.2, 6.3 where a word
-// holds whole codes, else 1.3, 1.9, 3.1; less where codes are not taken as subnormal floats (docs/log/cpu.md).
+// What a channel costs `padded` rows together, in channels of one row, somewhat less than was measured from a
+// cache with AVX-512 on Zen 4: 1.9, 3.2, 6.3 where a word holds whole codes, else 1.3, 1.9, 3.1. By AVX2 it is more; where
+// codes are converted, as on Intel's, less (docs/log/cpu.md).
 double together(int padded, int bits) {
   const bool words = bits == 2 || bits == 4;
   if (padded == 2) return words ? 1.6 : 1.25;
@@ -312,8 +313,10 @@ std::shared_ptr<Job> plan(const std::vector<Shape>& shapes, const Row& x, const 
   for (List& list : job->lists) {
     list.channel = reinterpret_cast<int32_t*>(free);
     list.x = free + room;
-    list.own_channel = list.channel + (1 + padded) * room;
-    list.own_x = free + (1 + 2 * padded) * room;
+    if (padded > 1) {
+      list.own_channel = list.channel + (1 + padded) * room;
+      list.own_x = free + (1 + 2 * padded) * room;
+    }
     free += list_room;
   }
   for (TileOf& t : job->tiles) {

@@ -150,6 +150,8 @@ SPQT_INLINE vf load_as_float(const void* p, int64_t first, int n) {
   if constexpr (T == FLOAT16) return half_to_float(raw);
   return bfloat_to_float(raw);
 }
+#else
+#define SPQT_MASKED_LOADS 0
 #endif
 
 template <Type T>

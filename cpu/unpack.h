@@ -149,3 +149,36 @@ struct ByteCodec {
 
 template <int BITS>
 using Codec = std::conditional_t<BITS == 2 || BITS == 4, WordCodec<BITS>, ByteCodec<BITS>>;
+
+// 4 bits in groups of 64 with vectors of 16: a group's words fill half a vector, so one half takes their lower four codes
+// and the other their upper four, and a group has four vectors. Vectors 0 to 3 are of a column's first group.
+#if SPQT_MASKED_LOADS && defined(__AVX512DQ__)
+#define SPQT_HALVES 1
+struct Halves {
+  template <int FIRST, int COUNT, class As = Converted, class Use>
+  SPQT_INLINE void unpack(const uint8_t* column, Use use) {
+    vu codes;
+    for (int v = FIRST; v < FIRST + COUNT; ++v) {
+      if (v == FIRST || v % 4 == 0) {
+        const __m256i words = _mm256_loadu_si256((const __m256i*)(column + v / 4 * 32));
+        codes = (vu)_mm512_broadcast_i64x4(words) >> (vu){0, 0, 0, 0, 0, 0, 0, 0, 16, 16, 16, 16, 16, 16, 16, 16};
+      }
+      use(v, As::of(codes & (0xfu << 4 * (v % 4))));
+    }
+  }
+  // sums of vector v, where WordCodec has the same outputs
+  static constexpr int place(int v) { return v % 4 * LANES + v / 4 * 8; }
+  SPQT_INLINE vf sum(const float* sums, int v) {
+    const __m256 low = _mm256_loadu_ps(sums + place(v)), high = _mm256_loadu_ps(sums + place(v) + 4 * LANES);
+    return (vf)_mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1);
+  }
+  SPQT_INLINE void put(float* sums, int v, vf sum) {
+    _mm256_storeu_ps(sums + place(v), _mm512_castps512_ps256((__m512)sum));
+    _mm256_storeu_ps(sums + place(v) + 4 * LANES, _mm512_extractf32x8_ps((__m512)sum, 1));
+  }
+};
+#else
+#define SPQT_HALVES 0
+#endif
+template <int BITS, int GROUP>
+constexpr bool HAS_HALVES = SPQT_HALVES && BITS == 4 && GROUP == 64;
