@@ -256,9 +256,11 @@ def evaluate(model: nn.Module) -> None:
         mx.eval([value for value in module.values() if isinstance(value, mx.array)])
     mx.clear_cache()
     if many_rows.on_cpu() and zigzag_layers(model):
-        with heap.in_large_pages(sum(array.nbytes for array in arrays(model).values())):
+        held = arrays(model)  # till the end, else copies go where freed ones were, into small pages
+        with heap.in_large_pages(sum(array.nbytes for array in held.values())):
             for module in model.modules():
                 _copy_arrays(module)
+            del held
 
 
 def _copy_arrays(module: nn.Module) -> None:

@@ -274,6 +274,10 @@ class _Fit:
             "an interrupted run goes on where it stopped"
         )
 
+    def _openings_each(self) -> int:
+        assert self._options.openings_each is not None  # settled
+        return self._options.openings_each
+
     def _text(self, loaded: session.Loaded) -> text.FitText:
         options = self._options
         limit = context.tokens(loaded.config)
@@ -283,7 +287,7 @@ class _Fit:
             length=window // 2 * 2,
             seed=options.seed,
             data=options.data,
-            openings_each=options.openings_each or 0,
+            openings_each=self._openings_each(),
         )
         found = text.prepare(
             self._work, self._checkpoint.identity(), wished, loaded.tokenizer, self._write, self._on_progress
@@ -306,7 +310,7 @@ class _Fit:
         if rows is not None:
             self._notes.append("the source wrote its text in 8 bits: in 16 it does not fit in memory")
         model = source_model.build(self._checkpoint, rows)
-        wishes = own_text.Wishes(count, length, seed, self._options.openings_each or 0)
+        wishes = own_text.Wishes(count, length, seed, self._openings_each())
         return own_text.windows(model, _tokenizer(self._folder), wishes, on_progress)
 
 

@@ -50,13 +50,14 @@ def windows(model: nn.Module, tokenizer: Any, wishes: Wishes, on_progress: OnPro
     count, length, seed = wishes.count, wishes.length, wishes.seed
     context.window(context.of(model), length, length)
     vocabulary, at_once = _vocabulary(model), _at_once(model, length, count)
-    begun = starts.starts(tokenizer, vocabulary, count * (TRIES + 1), seed, wishes.openings_each)
+    begun = starts.starts(tokenizer, vocabulary, (count + 1) * (TRIES + 1), seed, wishes.openings_each)
     found = np.zeros((count, length), np.int32)
     wanted, words = np.arange(count), "writing text"
     for attempt in range(TRIES + 1):
         for at in range(0, len(wanted), at_once):
             part = wanted[at : at + at_once]
-            first = [begun[attempt * count + place][:length] for place in part]
+            # count + 1: kinds come in turn, and after `count` starts they often begin anew
+            first = [begun[attempt * (count + 1) + place][:length] for place in part]
             on_step = _steps(on_progress, at * length, len(part), len(wanted) * length, words)
             found[part] = _write(model, first, length, np.random.SeedSequence([seed, attempt, at]), on_step)
         wanted = np.array([place for place in wanted if repeats_itself(found[place])], int)

@@ -19,7 +19,7 @@ SEPARATES_DOCUMENTS = (
 )
 _WORDS = "SPQT0WORDS"  # stands for what a user says
 _NO_TEXT = re.compile(r"[<\[].*[>\]]")  # special tokens, unused ones, and tags, which are no loss
-OPENINGS_EACH = 2  # for three starts of other kinds
+OPENINGS_EACH = 2  # for a round of other kinds, which are three at most
 _BETWEEN = "<|document|>\n"
 
 
@@ -28,11 +28,11 @@ def starts(
 ) -> list[list[int]]:
     """`count` starts of at least one token each: the kinds that the tokenizer has, in turn.
 
-    For each round of a random token, a chat turn and a document come `openings_each` openings, in an order
-    that the seed gives: fitted on 64 windows of SmolLM2, thirds without openings gave a KL of .127 on
-    WikiText and .166 on text of many kinds, a third of openings .131 and .153. A random token comes after
-    what the tokenizer puts before any text: Gemma-3-270M repeats itself without. vocabulary: the model's
-    number of tokens; kinds that need others are left out.
+    For each round of a random token, a chat turn and a document, or of those that there are, come
+    `openings_each` openings, in an order that the seed gives: fitted on 64 windows of SmolLM2, thirds without
+    openings gave a KL of .127 on WikiText and .166 on text of many kinds, a third of openings .131 and .153.
+    A random token comes after what the tokenizer puts before any text: Gemma-3-270M repeats itself without.
+    vocabulary: the model's number of tokens; kinds that need others are left out.
     """
     random = np.random.default_rng([seed, 1])
     words, before = _words(tokenizer, vocabulary), texts.opening(tokenizer)

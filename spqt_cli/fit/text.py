@@ -30,8 +30,8 @@ Write = Callable[[int, int, int, OnProgress], np.ndarray]
 @dataclass(frozen=True)
 class TextOptions:
     """own: windows that the model writes itself; data: a file of text, whose windows are added: as many as
-    `most` allows, from its beginning. length: tokens of a window. seed: of the model's own text, of which
-    `write` begins so many by openings.
+    `most` allows, from its beginning. length: tokens of a window. seed, openings_each: of the model's own
+    text, as in `own_text.Wishes`.
     """
 
     own: int = 64

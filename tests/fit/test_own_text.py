@@ -1,5 +1,6 @@
 """Text that a model writes itself: repeatable, of the kinds asked for, within the model's context."""
 
+import itertools
 import json
 from collections import Counter
 from pathlib import Path
@@ -74,6 +75,25 @@ def test_texts_do_not_depend_on_their_neighbours_length(model, tokenizer):
     assert rows[1, :6].tolist() == [3, 5, 7, 9, 11, 13]
     again = own_text._write(model, [[1], [4, 6, 8, 10, 12, 14]], 8, np.random.SeedSequence(2), quiet)
     assert np.array_equal(rows[0], again[0])
+
+
+@pytest.mark.parametrize(("count", "each"), [(40, 2), (72, 6), (448, 2)])
+def test_a_text_that_repeats_itself_is_begun_anew_from_another_start(
+    model, tokenizer, monkeypatch, count, each
+):
+    tried = []
+
+    def write(model, begun, length, *_):
+        tried.append(begun)
+        return np.ones((len(begun), length), np.int32)
+
+    monkeypatch.setattr(own_text, "_write", write)
+    monkeypatch.setattr(own_text, "AT_ONCE", count)
+    monkeypatch.setattr(own_text, "CACHE_FRACTION", 1.0)
+    own_text.windows(model, tokenizer, own_text.Wishes(count, 8, openings_each=each), quiet)
+    assert [len(one) for one in tried] == [count] * (own_text.TRIES + 1)
+    for earlier, later in itertools.pairwise(tried):
+        assert sum(a == b for a, b in zip(earlier, later, strict=True)) < count / 8
 
 
 @pytest.mark.parametrize("arch", ["qwen2", "gemma3"])
