@@ -92,7 +92,7 @@ static void start_narrow_block(const Tile tile, const Active active, float up, i
       if constexpr (RAISED && T != FLOAT16) odd |= out_of_range(value);
       sums[v] += splat(x) * biases;
     }
-    if constexpr (LAST) {
+    if constexpr (LAST || BYTES == 4) {
       const int64_t offset = next * (int64_t)tile.scale_stride * BYTES;
       prefetch((const uint8_t*)tile.scales + offset);
       prefetch((const uint8_t*)tile.biases + offset);
