@@ -185,7 +185,7 @@ SPQT_INLINE void add_rows(int count, const uint8_t* const* codes, size_t offset,
           one = u(i, r, View::kind(PASS, FIRST + v));
           in_register(one);
         }
-        sum[r][v] += one * unpacked[v];
+        sum[r][v] = multiply_add(one, unpacked[v], sum[r][v]);
       }
     }
   }

@@ -128,7 +128,7 @@ SPQT_INLINE void add_column(const Block& block, int column, int part, float* sum
   const size_t offset = (size_t)column * C::COLUMN_BYTES;
   for (int i = 0; i < (COUNT ? COUNT : block.count); ++i) {
     C::template expand<GROUP>(block.u[i], column, u);
-    auto add = [&](int v, vf code) SPQT_LAMBDA { sum[v] += u[v] * code; };
+    auto add = [&](int v, vf code) SPQT_LAMBDA { sum[v] = multiply_add(u[v], code, sum[v]); };
     if constexpr (WHOLE)
       C::template unpack<PASS, 0, VECTORS, As>(block.codes[i] + offset, add);
     else
@@ -145,7 +145,7 @@ SPQT_INLINE void add_half_column(const Block& block, int column, float* sums) {
   for (int v = 0; v < 4; ++v) sum[v] = Halves::sum(sums, v);
   for (int i = 0; i < (COUNT ? COUNT : block.count); ++i) {
     const vf u = splat(block.u[i][column * 2]);
-    auto add = [&](int v, vf code) SPQT_LAMBDA { sum[v] += u * code; };
+    auto add = [&](int v, vf code) SPQT_LAMBDA { sum[v] = multiply_add(u, code, sum[v]); };
     Halves::unpack<0, 4, As>(block.codes[i] + (size_t)column * Codec<4>::COLUMN_BYTES, add);
   }
   for (int v = 0; v < 4; ++v) Halves::put(sums, v, sum[v]);

@@ -40,6 +40,17 @@ SPQT_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 SPQT_INLINE vf splat(float x) {
   return x - vf{};  // exact, so the subtraction is folded away: one broadcast
 }
+// a * b + c, rounded once where the instruction set can, however the compiler is set: kernels of one row and of several
+// have to agree in every bit
+SPQT_INLINE vf multiply_add(vf a, vf b, vf c) {
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+  return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__) && defined(__FMA__)
+  return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
 SPQT_INLINE vf to_float(vu v) { return __builtin_convertvector((vi)v, vf); }
 
 // v with another value in its odd places
