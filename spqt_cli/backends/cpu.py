@@ -1,22 +1,19 @@
 """The CPU backend: the C++ extension `spqt_cli._cpu`, or the reason why it can't be used.
 
-It owns the choice of threads and instruction set, and the check that the extension fits the MLX that runs;
-it knows layers only as `interface.Projection`s that are modules. Sources and design: cpu/.
+It owns the check that the extension fits the MLX that runs; it knows layers only as `interface.Projection`s
+that are modules. Sources and design: cpu/.
 """
 
 import importlib
-import os
 import sys
 from collections.abc import Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
-import psutil
 
-from spqt_cli.backends import stock
+from spqt_cli.backends import cpu_settings, stock
 from spqt_cli.backends.interface import (
     Backend,
     Calls,
@@ -39,15 +36,12 @@ from spqt_cli.backends.interface import (
     Total,
     is_token_each,
 )
-from spqt_cli.errors import BackendError, UsageError
+from spqt_cli.errors import UsageError
 from spqt_cli.format import layout
 
 _REINSTALL = "reinstall spqt (`pip install --force-reinstall --no-deps .`)"
-ISAS = ("avx512vnni", "avx512", "avx2", "baseline")  # as cpu/kernels.h names them
 FEW_ROWS = 64  # MOST_ROWS of cpu/job.h
 MOST_NUMBERS = (1 << 31) - 1  # of an array
-MOST_THREADS = 512  # a typing error of 100,000 would take all that the system has
-_CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
 def status() -> tuple[bool, str]:
@@ -414,39 +408,9 @@ def set_threads(count: int) -> None:
     _native().set_threads(count)
 
 
-def default_threads() -> int:
-    """SPQT_THREADS, else the physical cores that this process may use."""
-    if wish := os.environ.get("SPQT_THREADS"):
-        count = int(wish) if wish.isdecimal() and len(wish) < 9 else 0
-        if not 1 <= count <= MOST_THREADS:
-            raise UsageError(
-                f"SPQT_THREADS is {wish[:40]!r}", f"set it to a number of threads, 1 to {MOST_THREADS}"
-            )
-        return count
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    count = min(psutil.cpu_count(logical=False) or allowed, allowed)
-    if _CGROUP_QUOTA.is_file():  # a container's quota, which affinity does not show
-        quota, period = _CGROUP_QUOTA.read_text().split()
-        if quota != "max":
-            count = min(count, max(1, int(quota) // int(period)))
-    return count
-
-
 def isas() -> list[str]:
     """The instruction sets that kernels were built for and that this machine can execute, widest first."""
     return _native().isas() if status()[0] else []
-
-
-def _choose_isa(module: Any) -> None:
-    """Lets the extension run on the instruction set that SPQT_ISA names; unset, it takes the widest."""
-    wish = os.environ.get("SPQT_ISA")
-    if not wish:
-        return
-    if wish not in ISAS:
-        raise UsageError(f"SPQT_ISA is {wish[:40]!r}", f"set it to one of {', '.join(ISAS)}")
-    if not module.use_isa(wish):
-        has = ", ".join(module.isas())
-        raise BackendError(f"SPQT_ISA is {wish}, which this machine can't execute", f"set it to one of {has}")
 
 
 def _packed(layer: Any, threshold: mx.array | None) -> tuple[Any, ...]:
@@ -482,10 +446,10 @@ def _extension() -> tuple[Any, str]:
     built, running = module.mlx_version(), module.running_mlx_version()
     if built != running:
         return None, f"it was built for MLX {built}, but {running} runs: {_REINSTALL}"
-    _choose_isa(module)
+    cpu_settings.choose_isa(module)
     if fault := _smoke_fault(module):
         return None, f"it fails on this machine ({fault}): {_REINSTALL}"
-    module.set_threads(default_threads())
+    module.set_threads(cpu_settings.default_threads())
     return module, f"{module.isa()} kernels, {module.threads()} threads"
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from mlx import nn
 from mlx.utils import tree_unflatten
 
-from spqt_cli.backends import cpu, select
+from spqt_cli.backends import cpu, cpu_settings, select
 from spqt_cli.decode import foreign, hooks_cpu
 from spqt_cli.decode.layers import ZigzagLinear
 from spqt_cli.measure import many_rows
@@ -40,7 +40,7 @@ def many_texts(model: nn.Module) -> Iterator[None]:
         yield
         return
     extension, _ = cpu.status()
-    threads = cpu.threads() if extension else cpu.default_threads()
+    threads = cpu.threads() if extension else cpu_settings.default_threads()
     with (
         ThreadPoolExecutor(threads) as pool,
         _eight_bits(model if extension else None),

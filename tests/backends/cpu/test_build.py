@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import mlx.core as mx
 import pytest
 
-from spqt_cli.backends import cpu
+from spqt_cli.backends import cpu, cpu_settings
 from spqt_cli.errors import BackendError, UsageError
 from tests import ROOT
 
@@ -139,22 +139,22 @@ def test_instruction_set_from_the_environment_runs():
 def test_threads_from_the_environment_are_checked(monkeypatch, wish):
     monkeypatch.setenv("SPQT_THREADS", wish)
     with pytest.raises(UsageError, match="SPQT_THREADS"):
-        cpu.default_threads()
+        cpu_settings.default_threads()
 
 
 def test_threads_from_the_environment(monkeypatch):
     monkeypatch.setenv("SPQT_THREADS", "3")
-    assert cpu.default_threads() == 3
+    assert cpu_settings.default_threads() == 3
 
 
 def test_a_container_share_limits_threads(monkeypatch, tmp_path):
     monkeypatch.delenv("SPQT_THREADS", raising=False)
-    monkeypatch.setattr(cpu.psutil, "cpu_count", lambda logical: 8)
-    monkeypatch.setattr(cpu.os, "sched_getaffinity", lambda pid: set(range(6)), raising=False)
+    monkeypatch.setattr(cpu_settings.psutil, "cpu_count", lambda logical: 8)
+    monkeypatch.setattr(cpu_settings.os, "sched_getaffinity", lambda pid: set(range(6)), raising=False)
     quota = tmp_path / "cpu.max"
-    monkeypatch.setattr(cpu, "_CGROUP_QUOTA", quota)
-    assert cpu.default_threads() == 6
+    monkeypatch.setattr(cpu_settings, "_CGROUP_QUOTA", quota)
+    assert cpu_settings.default_threads() == 6
     quota.write_text("max 100000\n")
-    assert cpu.default_threads() == 6
+    assert cpu_settings.default_threads() == 6
     quota.write_text("250000 100000\n")
-    assert cpu.default_threads() == 2
+    assert cpu_settings.default_threads() == 2
