@@ -44,10 +44,10 @@ def starts(
     found: list[list[int]] = []
     used = 0  # openings
     while len(found) < count:
-        for number, kind in enumerate(kinds, 1):
+        for number, kind in enumerate(kinds):
             found.append([*before, int(random.choice(words))] if kind is None else kind)
-            more = (2 * each * number + len(kinds)) // (2 * len(kinds))  # spread over the round
-            more -= (2 * each * (number - 1) + len(kinds)) // (2 * len(kinds))
+            # spread over the round
+            more = round(each * (number + 1) / len(kinds)) - round(each * number / len(kinds))
             found += [order[place % len(order)] for place in range(used, used + more)]
             used += more
     return found[:count]

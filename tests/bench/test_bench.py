@@ -1,5 +1,6 @@
 """The model benchmark: what is compared, in which order, and what the figures are made of."""
 
+import contextlib
 import importlib
 
 import mlx.core as mx
@@ -300,13 +301,22 @@ def test_flags_that_make_no_sense(arguments):
     assert isinstance(result.exception, UsageError)
 
 
-def test_evaluated_arrays_are_what_was_asked_for():
+def test_evaluated_arrays_are_what_was_asked_for(monkeypatch):
     """Copies in large pages, where there are such: the same bits in other arrays."""
+    asked = []
+
+    @contextlib.contextmanager
+    def in_large_pages(size):
+        asked.append(size)
+        yield
+
+    monkeypatch.setattr(models.heap, "in_large_pages", in_large_pages)
     mx.random.seed(1)
     model = models.random_model(tiny_config("llama"), 4, 32, mx.float16)
     before = {name: np.array(array.view(mx.uint8)) for name, array in models.arrays(model).items()}
     models.evaluate(model)
     after = models.arrays(model)
     assert before.keys() == after.keys()
+    assert asked == [sum(array.nbytes for array in after.values())]
     for name, array in after.items():
         assert np.array_equal(np.array(array.view(mx.uint8)), before[name])
