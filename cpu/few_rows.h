@@ -11,6 +11,21 @@ constexpr int ACCUMULATORS = 16;  // of 32 registers
 constexpr int ACCUMULATORS = 8;  // of 16
 #endif
 constexpr int MOST_CHANNELS = 32;  // of a block: sums go to L2 and back once for each
+// Rows of one pass over a column. Where u needs loads of its own, four rows by two vectors take fewer than eight by one,
+// and unpacking twice costs less; as embedded broadcasts it needs none.
+#if defined(__x86_64__) && !SPQT_MASKED_LOADS
+constexpr int ROWS_AT_ONCE = 4;
+#else
+constexpr int ROWS_AT_ONCE = 8;
+#endif
+
+// Somewhat less than was measured from a cache (docs/log/cpu.md): with AVX-512 on Zen 4 1.9, 3.2, 6.3 and 1.3, 1.9, 3.1, by
+// AVX2 on Zen 3 2.2, 4.2, 7.5 and 1.5, 2.3, 4.8. Where one row's codes are converted, as on Intel's, it is less.
+#if SPQT_MASKED_LOADS
+constexpr RowCosts TOGETHER = {{1.6, 2.8, 5.4}, {1.25, 1.8, 3}};
+#else
+constexpr RowCosts TOGETHER = {{1.9, 3.5, 6.3}, {1.4, 2.1, 4.2}};
+#endif
 
 // Else compilers load an operand again for each multiplication, and loads are what limits.
 SPQT_INLINE void in_register(vf& v) {
@@ -157,14 +172,26 @@ struct Laid {
   SPQT_LAMBDA vf operator()(int i, int r, int) const { return load<vf>(u[i][r]); }
 };
 
-template <int ROWS, class View, int PASS, int FIRST = 0, class U>
+// The lines of the next block that begin in a column
+struct Ahead {
+  const uint8_t* const* next;
+  int first, end;  // bytes
+  SPQT_INLINE void fetch(const Ahead& a, int i) {
+    for (int line = a.first; line < a.end; line += 64) prefetch(a.next[i] + line);
+  }
+};
+
+// Rows FROM to FROM + ROWS - 1. FETCHES: a channel's lines of the next block with each channel of this one.
+template <int ROWS, class View, int PASS, int FROM, bool FETCHES, int FIRST = 0, class U>
 SPQT_INLINE void add_rows(int count, const uint8_t* const* codes, size_t offset, const U& u, float* sums,
-                          size_t stride) {
+                          size_t stride, const Ahead& ahead) {
   constexpr int SOME = min_of(View::SIZE, ACCUMULATORS / ROWS);
   vf sum[ROWS][SOME];
   for (int r = 0; r < ROWS; ++r)
     for (int v = 0; v < SOME; ++v) sum[r][v] = View::sum(sums + r * stride, PASS, FIRST + v);
+#pragma GCC unroll 4
   for (int i = 0; i < count; ++i) {
+    if constexpr (FETCHES && FIRST == 0) Ahead::fetch(ahead, i);
     vf unpacked[SOME];
     auto keep = [&](int v, vf code) SPQT_LAMBDA { unpacked[v - FIRST] = code; };
     View::template unpack<PASS, FIRST, SOME>(codes[i] + offset, keep);
@@ -175,14 +202,14 @@ SPQT_INLINE void add_rows(int count, const uint8_t* const* codes, size_t offset,
         for (int v = 0; v < SOME; ++v)
           asm("vfmadd231ps %1%{1to16%}, %2, %0"
               : "+v"(sum[r][v])
-              : "m"(u.number(i, r, View::kind(PASS, FIRST + v))), "v"(unpacked[v]));
+              : "m"(u.number(i, FROM + r, View::kind(PASS, FIRST + v))), "v"(unpacked[v]));
         continue;
       }
 #endif
       vf one;
       for (int v = 0; v < SOME; ++v) {
         if (v == 0 || View::kind(PASS, FIRST + v) != View::kind(PASS, FIRST + v - 1)) {
-          one = u(i, r, View::kind(PASS, FIRST + v));
+          one = u(i, FROM + r, View::kind(PASS, FIRST + v));
           in_register(one);
         }
         sum[r][v] = multiply_add(one, unpacked[v], sum[r][v]);
@@ -192,18 +219,18 @@ SPQT_INLINE void add_rows(int count, const uint8_t* const* codes, size_t offset,
   for (int r = 0; r < ROWS; ++r)
     for (int v = 0; v < SOME; ++v) View::put(sums + r * stride, PASS, FIRST + v, sum[r][v]);
   if constexpr (FIRST + SOME < View::SIZE)
-    add_rows<ROWS, View, PASS, FIRST + SOME>(count, codes, offset, u, sums, stride);
+    add_rows<ROWS, View, PASS, FROM, FETCHES, FIRST + SOME>(count, codes, offset, u, sums, stride, ahead);
 }
 
 template <int BITS, int ROWS, class View, class U>
 static void add_few(const FewBlock<BITS, ROWS>& block, const Tile& tile, float* sums, size_t stride) {
   using C = Codec<BITS>;
+  constexpr int SOME = min_of(ROWS, ROWS_AT_ONCE);
   const int bytes = tile.groups * tile.group_size * BITS / 8;
   alignas(64) uint8_t last[block.MOST][C::COLUMN_BYTES];  // a column that chunks end in, filled up with zeros
   const uint8_t* of_last[block.MOST];
   for (int begin = 0, column = 0; begin < bytes; begin += C::COLUMN_BYTES, ++column, sums += C::COLUMN) {
-    for (int line = (begin + 63) / 64 * 64; line < min_of(begin + C::COLUMN_BYTES, bytes); line += 64)
-      for (int i = 0; i < block.count; ++i) prefetch(block.next[i] + line);
+    const Ahead ahead{block.next, (begin + 63) / 64 * 64, min_of(begin + C::COLUMN_BYTES, bytes)};
     const bool whole = begin + C::COLUMN_BYTES <= bytes;
     for (int i = 0; i < block.count && !whole; ++i) {
       __builtin_memset(last[i], 0, C::COLUMN_BYTES);
@@ -213,8 +240,18 @@ static void add_few(const FewBlock<BITS, ROWS>& block, const Tile& tile, float* 
     const uint8_t* const* codes = whole ? block.codes : of_last;
     const size_t offset = whole ? begin : 0;
     const U u(block, column, tile.group_size);
-    add_rows<ROWS, View, 0>(block.count, codes, offset, u, sums, stride);
-    if constexpr (View::PASSES == 2) add_rows<ROWS, View, 1>(block.count, codes, offset, u, sums, stride);
+    auto add = [&]<int PASS, int FROM>() SPQT_LAMBDA {
+      constexpr bool FETCHES = PASS == 0 && FROM == 0;
+      float* to = sums + FROM * stride;
+      if (block.count == block.MOST)  // a number that compilers know
+        add_rows<SOME, View, PASS, FROM, FETCHES>(block.MOST, codes, offset, u, to, stride, ahead);
+      else
+        add_rows<SOME, View, PASS, FROM, FETCHES>(block.count, codes, offset, u, to, stride, ahead);
+    };
+    add.template operator()<0, 0>();
+    if constexpr (SOME < ROWS) add.template operator()<0, SOME>();
+    if constexpr (View::PASSES == 2) add.template operator()<1, 0>();
+    if constexpr (View::PASSES == 2 && SOME < ROWS) add.template operator()<1, SOME>();
   }
 }
 

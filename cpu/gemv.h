@@ -68,27 +68,36 @@ static void start_block_of(const Tile& tile, const Active& active, float up, int
   }
 }
 
-#if SPQT_MASKED_LOADS
-// The same where all groups fit into one vector or two, in a third of the instructions: nothing is read again that a
-// store might have changed, and sums stay in registers. Scales that fill less than half a line are fetched by the
-// hardware, as the next channel's lie beside them.
+// The same where all groups fit into a few vectors, in a third of the instructions: nothing is read again that a store
+// might have changed, and sums stay in registers. Without masked loads the last vector overlaps the one before: both
+// have the same numbers there. Scales that fill less than half a line are fetched by the hardware, as the next
+// channel's lie beside them.
 template <Type T, bool RAISED, int VECTORS_OF_GROUPS>
 static void start_narrow_block(const Tile tile, const Active active, float up, int first, Block& block, float* bias_sums,
                                vi& odd) {
   constexpr int BYTES = T == FLOAT32 ? 4 : 2, LAST = VECTORS_OF_GROUPS - 1;
-  const int count = block.count = min_of(BLOCK, active.count - first), rest = tile.groups - LAST * LANES;
+  const int count = block.count = min_of(BLOCK, active.count - first);
+#if SPQT_MASKED_LOADS
+  const int rest = tile.groups - LAST * LANES;
+  auto begin = [](int v) SPQT_LAMBDA { return v * LANES; };
+  auto some = [&](const void* p, int64_t at, int v) SPQT_LAMBDA {
+    return v < LAST ? load_as_float<T>(p, at + v * LANES) : load_as_float<T>(p, at + v * LANES, rest);
+  };
+#else
+  const int last = tile.groups - LANES;
+  auto begin = [&](int v) SPQT_LAMBDA { return v < LAST ? v * LANES : last; };
+  auto some = [&](const void* p, int64_t at, int v) SPQT_LAMBDA { return load_as_float<T>(p, at + begin(v)); };
+#endif
   vf sums[VECTORS_OF_GROUPS];
-  for (int v = 0; v <= LAST; ++v) sums[v] = load<vf>(bias_sums + v * LANES);
+  for (int v = 0; v <= LAST; ++v) sums[v] = load<vf>(bias_sums + begin(v));
   for (int i = 0; i < count; ++i) {
     const int64_t channel = active.channel[first + i], next = active.channel[min_of(first + BLOCK + i, active.count - 1)];
     const int64_t at = channel * (int64_t)tile.scale_stride;
     const float x = active.x[first + i];
     for (int v = 0; v <= LAST; ++v) {
-      const int64_t from = at + v * LANES;
-      const vf scales = v < LAST ? load_as_float<T>(tile.scales, from) : load_as_float<T>(tile.scales, from, rest);
-      const vf biases = v < LAST ? load_as_float<T>(tile.biases, from) : load_as_float<T>(tile.biases, from, rest);
+      const vf scales = some(tile.scales, at, v), biases = some(tile.biases, at, v);
       const vf value = splat(x * up) * scales;
-      store(block.u[i] + v * LANES, value);
+      store(block.u[i] + begin(v), value);
       if constexpr (RAISED && T != FLOAT16) odd |= out_of_range(value);
       sums[v] += splat(x) * biases;
     }
@@ -100,18 +109,21 @@ static void start_narrow_block(const Tile tile, const Active active, float up, i
     block.codes[i] = tile.codes + channel * tile.code_stride;
     block.next[i] = tile.codes + next * tile.code_stride;
   }
-  for (int v = 0; v <= LAST; ++v) store(bias_sums + v * LANES, sums[v]);
+  for (int v = 0; v <= LAST; ++v) store(bias_sums + begin(v), sums[v]);
 }
-#endif
 
 template <bool RAISED>
 static void start_block(const Tile& tile, const Active& active, float up, int first, Block& block, float* bias_sums,
                         vi& odd) {
   auto start = [&]<Type T>() {
-#if SPQT_MASKED_LOADS
-    if (tile.groups <= LANES) return start_narrow_block<T, RAISED, 1>(tile, active, up, first, block, bias_sums, odd);
-    if (tile.groups <= 2 * LANES) return start_narrow_block<T, RAISED, 2>(tile, active, up, first, block, bias_sums, odd);
-#endif
+    auto narrow = [&]<int MOST>() {
+      start_narrow_block<T, RAISED, MOST>(tile, active, up, first, block, bias_sums, odd);
+    };
+    if (SPQT_MASKED_LOADS || tile.groups >= LANES) {
+      if (tile.groups <= LANES) return narrow.template operator()<1>();
+      if (tile.groups <= 2 * LANES) return narrow.template operator()<2>();
+      if (!SPQT_MASKED_LOADS && tile.groups <= 3 * LANES) return narrow.template operator()<3>();
+    }
     start_block_of<T, RAISED>(tile, active, up, first, block, bias_sums, odd);
   };
   if (tile.type == FLOAT32) start.template operator()<FLOAT32>();

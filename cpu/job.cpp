@@ -204,14 +204,9 @@ int stripes_of(const Shape& s, const mx::array& weight, int band) {
 
 int padded_to(int rows) { return rows > 4 ? FEW_ROWS : rows > 2 ? 4 : rows; }
 
-// What a channel costs `padded` rows together, in channels of one row, somewhat less than was measured from a
-// cache with AVX-512 on Zen 4: 1.9, 3.2, 6.3 where a word holds whole codes, else 1.3, 1.9, 3.1. By AVX2 it is more; where
-// codes are converted, as on Intel's, less (docs/log/cpu.md).
 double together(int padded, int bits) {
-  const bool words = bits == 2 || bits == 4;
-  if (padded == 2) return words ? 1.6 : 1.25;
-  if (padded == 4) return words ? 2.8 : 1.8;
-  return words ? 5.4 : 3;
+  const RowCosts& costs = kernels().together;
+  return (bits == 2 || bits == 4 ? costs.words : costs.bytes)[padded > 4 ? 2 : padded > 2];
 }
 
 List list_of(const Shape& s, const Row& x, int first, int padded, const Arrays& in, size_t at) {

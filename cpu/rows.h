@@ -66,11 +66,10 @@ constexpr int ROWS_AHEAD = 2048;
 
 template <int BITS, int GROUP, int TOKENS>
 SPQT_INLINE void dot_row(const uint8_t* codes, int inputs, const float* x, size_t stride, const float* scales,
-                         float* y) {
+                         vf* totals) {
   using C = Codec<BITS>;
   constexpr int SUMS = VECTORS * LANES;
   const int bytes = inputs / 8 * BITS, columns = bytes / C::COLUMN_BYTES, part = bytes % C::COLUMN_BYTES;
-  vf totals[TOKENS] = {};
   int c = 0;
   for (; c < columns; ++c, codes += C::COLUMN_BYTES, x += C::PASSES * SUMS) {
     for (int line = 0; line < C::COLUMN_BYTES; line += 64) __builtin_prefetch(codes + ROWS_AHEAD + line);
@@ -83,40 +82,60 @@ SPQT_INLINE void dot_row(const uint8_t* codes, int inputs, const float* x, size_
     if constexpr (C::PASSES == 2)
       dot_column<BITS, GROUP, 1, false, TOKENS>(codes, part, x + SUMS, stride, scales, c, totals);
   }
-  for (int t = 0; t < TOKENS; ++t) y[t] += add_lanes(totals[t]);
 }
 
-// sum of bias * group sum over a row, for each token, and the row's scales as float
-template <Type T>
-SPQT_INLINE void scale_row(const Rows& r, int64_t first, int groups, float* scales, float* y) {
+// A row's scales as float, and in `totals` and `rest` what its biases add for each token. last_sums: of the last LANES
+// groups, 0 for those that whole vectors had before.
+template <Type T, int TOKENS>
+SPQT_INLINE void start_row(const Rows& r, int64_t first, int groups, const vf* last_sums, float* scales, vf* totals,
+                           float* rest) {
   const Tile& w = r.weights;
-  int whole = 0;
-  for (; whole + LANES <= groups; whole += LANES) store(scales + whole, load_as_float<T>(w.scales, first + whole));
-  for (int g = whole; g < groups; ++g) scales[g] = scalar<T>(w.scales, first + g);
-  for (int t = 0; t < r.tokens; ++t) {
-    const float* group_sums = r.group_sums + t * r.stride;
-    vf sum = {};
-    for (int g = 0; g < whole; g += LANES) sum += load_as_float<T>(w.biases, first + g) * load<vf>(group_sums + g);
-    float rest = 0;
-    for (int g = whole; g < groups; ++g) rest += scalar<T>(w.biases, first + g) * group_sums[g];
-    y[t] = add_lanes(sum) + rest;
+  int g = 0;
+  for (int t = 0; t < TOKENS; ++t) totals[t] = vf{}, rest[t] = 0;
+  for (; g + LANES <= groups; g += LANES) {
+    store(scales + g, load_as_float<T>(w.scales, first + g));
+    const vf biases = load_as_float<T>(w.biases, first + g);
+    for (int t = 0; t < TOKENS; ++t) totals[t] += biases * load<vf>(r.group_sums + t * r.stride + g);
+  }
+  if (g && g < groups) {
+    const int last = groups - LANES;
+    store(scales + last, load_as_float<T>(w.scales, first + last));
+    const vf biases = load_as_float<T>(w.biases, first + last);
+    for (int t = 0; t < TOKENS; ++t) totals[t] += biases * last_sums[t];
+    return;
+  }
+  for (; g < groups; ++g) {
+    scales[g] = scalar<T>(w.scales, first + g);
+    for (int t = 0; t < TOKENS; ++t) rest[t] += scalar<T>(w.biases, first + g) * r.group_sums[t * r.stride + g];
   }
 }
 
 template <int BITS, int GROUP, int TOKENS>
-static void rows_tile(const Rows& r, float* scales) {
+static void rows_tile(const Rows& rows, float* scales) {
+  const Rows r = rows;
   const Tile& w = r.weights;
   const int groups = r.inputs / GROUP;
   // the last column multiplies scales of groups that are not there by codes of zero: NaN would spread
   for (int g = groups; g < groups + PADDING; ++g) scales[g] = 0;
+  vf last_sums[TOKENS] = {};
+  for (int t = 0; t < TOKENS && groups >= LANES; ++t)
+    for (int g = groups / LANES * LANES; g < groups; ++g)
+      last_sums[t][g - groups + LANES] = r.group_sums[t * r.stride + g];
+  const bool plain = r.out.type == FLOAT32 && !r.out.bias;
   for (int m = r.first; m < r.first + r.count; ++m) {
     const int64_t first = m * (int64_t)w.scale_stride;
+    vf totals[TOKENS];
     float y[TOKENS];
-    if (w.type == FLOAT32) scale_row<FLOAT32>(r, first, groups, scales, y);
-    if (w.type == FLOAT16) scale_row<FLOAT16>(r, first, groups, scales, y);
-    if (w.type == BFLOAT16) scale_row<BFLOAT16>(r, first, groups, scales, y);
-    dot_row<BITS, GROUP, TOKENS>(w.codes + m * (int64_t)w.code_stride, r.inputs, r.prepared, r.stride, scales, y);
+    if (w.type == FLOAT32) start_row<FLOAT32, TOKENS>(r, first, groups, last_sums, scales, totals, y);
+    if (w.type == FLOAT16) start_row<FLOAT16, TOKENS>(r, first, groups, last_sums, scales, totals, y);
+    if (w.type == BFLOAT16) start_row<BFLOAT16, TOKENS>(r, first, groups, last_sums, scales, totals, y);
+    dot_row<BITS, GROUP, TOKENS>(w.codes + m * (int64_t)w.code_stride, r.inputs, r.prepared, r.stride, scales, totals);
     for (int t = 0; t < TOKENS; ++t) {
+      y[t] += add_lanes(totals[t]);
+      if (plain) {
+        ((float*)r.out.y)[t * r.y_stride + m] = y[t];
+        continue;
+      }
       Output out = r.out;
       out.y = (uint8_t*)r.out.y + t * r.y_stride * (r.out.type == FLOAT32 ? 4 : 2);
       put_row(out, m, 1, y + t);

@@ -55,14 +55,15 @@ struct WordCodec {
 
   template <int PASS, int FIRST, int COUNT, class As, class Use>
   SPQT_INLINE void unpack_words(vu words, Use use) {
-    const uint32_t* masks = word_masks<BITS>.lanes;
+    const uint32_t *masks = word_masks<BITS>.lanes, *few = masks;
 #if defined(__AVX2__) && !defined(__AVX512F__)
     asm("" : "+r"(masks));  // from memory each time: in registers they push out the accumulators
+    if constexpr (!std::is_same_v<As, Subnormal>) few = masks;
 #endif
     vu high = words >> 16;  // bit 31 must not reach the signed conversion
     for (int v = FIRST; v < FIRST + COUNT; ++v) {
       vu from = PASS == 1 || v >= PER_HALF ? high : words;
-      use(v, As::of(from & load<vu>(masks + v % PER_HALF * LANES)));
+      use(v, As::of(from & load<vu>((v % PER_HALF < 3 ? few : masks) + v % PER_HALF * LANES)));
     }
   }
 
@@ -121,6 +122,33 @@ struct ByteCodec {
     return As::of(codes & (vu){(MASK << shift(0, V, LANE))...});
   }
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  // 16 bytes serve all vectors that lie in them whole: loads are what limits, with 16 registers
+  static constexpr int PER_LOAD = 16 / BITS;
+  static constexpr int load_at(int v) { return min_of(v / PER_LOAD * PER_LOAD * BITS, COLUMN_BYTES - 16); }
+  static constexpr int byte_of(int v, int i) {
+    return i / 16 * 16 + min_of((v * LANES + i / 4) * BITS / 8 - load_at(v) + (i % 4 > 0), 15);
+  }
+
+  template <int V, class As, int... BYTE, int... LANE>
+  SPQT_INLINE vf unpack_from(vq bytes, std::integer_sequence<int, BYTE...>, std::integer_sequence<int, LANE...>) {
+    vu codes = (vu)permute<vbytes, byte_of(V, BYTE)...>((vbytes)bytes);
+    constexpr uint32_t MASK = (1u << BITS) - 1;
+    return As::of(codes & (vu){(MASK << shift(0, V, LANE))...});
+  }
+
+  template <int FIRST, class As, class Use, int... V>
+  SPQT_INLINE void unpack_all(const uint8_t* p, Use use, std::integer_sequence<int, V...>) {
+    vq bytes;
+    auto load_for = [&](int v) SPQT_LAMBDA {
+      if (v == FIRST || load_at(v) != load_at(v - 1))
+        bytes = (vq)_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)(p + load_at(v))));
+    };
+    ((load_for(FIRST + V), use(FIRST + V, unpack_from<FIRST + V, As>(bytes, std::make_integer_sequence<int, LANES * 4>(),
+                                                                     std::make_integer_sequence<int, LANES>()))),
+     ...);
+  }
+#else
   template <int FIRST, class As, class Use, int... V>
   SPQT_INLINE void unpack_all(const uint8_t* p, Use use, std::integer_sequence<int, V...>) {
     (use(FIRST + V, unpack_vector<FIRST + V, As>(p + (FIRST + V) / PER_UNIT * 4 * BITS,
@@ -128,6 +156,7 @@ struct ByteCodec {
                                              std::make_integer_sequence<int, LANES>())),
      ...);
   }
+#endif
 
   template <int PASS, int FIRST = 0, int COUNT = VECTORS, class As = Converted, class Use>
   SPQT_INLINE void unpack(const uint8_t* p, Use use) {
