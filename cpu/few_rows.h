@@ -19,14 +19,6 @@ constexpr int ROWS_AT_ONCE = 4;
 constexpr int ROWS_AT_ONCE = 8;
 #endif
 
-// Somewhat less than was measured from a cache (docs/log/cpu.md): with AVX-512 on Zen 4 1.9, 3.2, 6.3 and 1.3, 1.9, 3.1, by
-// AVX2 on Zen 3 2.2, 4.2, 7.5 and 1.5, 2.3, 4.8. Where one row's codes are converted, as on Intel's, it is less.
-#if SPQT_MASKED_LOADS
-constexpr RowCosts TOGETHER = {{1.6, 2.8, 5.4}, {1.25, 1.8, 3}};
-#else
-constexpr RowCosts TOGETHER = {{1.9, 3.5, 6.3}, {1.4, 2.1, 4.2}};
-#endif
-
 // Else compilers load an operand again for each multiplication, and loads are what limits.
 SPQT_INLINE void in_register(vf& v) {
 #if defined(__x86_64__)
@@ -277,4 +269,18 @@ static void few_rows_tile(const Tile& tile, const Active& active, float* partial
     start_few(tile, active, first, block, bias_sums);
     add(block, tile, partial, stride);
   }
+}
+
+// As measured from a cache by AVX2 on Zen 3; with AVX-512 somewhat less than on Zen 4, where it was 1.9, 3.2, 6.3 and
+// 1.3, 1.9, 3.1 (docs/log/cpu.md). Where one row's codes are converted it costs more, and several cost less of it.
+static double together(int rows, int bits) {
+  const bool words = bits == 2 || bits == 4;
+  const int place = rows == 2 ? 0 : rows == 4 ? 1 : 2;
+#if SPQT_MASKED_LOADS
+  constexpr double WORDS[] = {1.6, 2.8, 5.4}, BYTES[] = {1.25, 1.8, 3};
+  return (words ? WORDS : BYTES)[place];
+#else
+  constexpr double WORDS[] = {2.2, 4.1, 7.5}, CONVERTED[] = {1.7, 3.2, 5.8}, BYTES[] = {1.5, 2.3, 4.6};
+  return (!words ? BYTES : takes_subnormals() ? WORDS : CONVERTED)[place];
+#endif
 }

@@ -204,11 +204,6 @@ int stripes_of(const Shape& s, const mx::array& weight, int band) {
 
 int padded_to(int rows) { return rows > 4 ? FEW_ROWS : rows > 2 ? 4 : rows; }
 
-double together(int padded, int bits) {
-  const RowCosts& costs = kernels().together;
-  return (bits == 2 || bits == 4 ? costs.words : costs.bytes)[padded > 4 ? 2 : padded > 2];
-}
-
 List list_of(const Shape& s, const Row& x, int first, int padded, const Arrays& in, size_t at) {
   const mx::array* threshold = s.has_threshold ? &in[at + 3] : nullptr;
   const int inputs = in[at].shape(-2);
@@ -219,7 +214,7 @@ List list_of(const Shape& s, const Row& x, int first, int padded, const Arrays& 
   list.row_stride = row_stride;
   list.rows = std::min(padded, x.rows - first);
   list.padded = padded;
-  list.together = together(padded, s.bits);
+  list.together = padded > 1 ? kernels().together(padded, s.bits) : 0;
   return list;
 }
 

@@ -160,15 +160,10 @@ struct Slopes {
 
 // Nothing can be said of what lies in the memory that a kernel is given to work in or to write to.
 
-// What a channel costs 2, 4 and 8 rows together, in channels of one row.
-struct RowCosts {
-  double words[3];  // where a word holds whole codes
-  double bytes[3];
-};
-
 struct Kernels {
   const char* name;
-  RowCosts together;
+  // What a channel costs 2, 4 or 8 rows together, in channels of one row.
+  double (*together)(int rows, int bits);
   // Lists the active channels; returns their number. channel, x: room for `inputs`.
   int (*collect)(const Input&, int32_t* channel, float* x);
   // Those that any of some rows needs. in: the first row, in order, the others `row_stride` bytes apart. x: (inputs,
