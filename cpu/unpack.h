@@ -55,15 +55,16 @@ struct WordCodec {
 
   template <int PASS, int FIRST, int COUNT, class As, class Use>
   SPQT_INLINE void unpack_words(vu words, Use use) {
-    const uint32_t *masks = word_masks<BITS>.lanes, *few = masks;
+    const uint32_t *masks = word_masks<BITS>.lanes, *held = masks;
 #if defined(__AVX2__) && !defined(__AVX512F__)
-    asm("" : "+r"(masks));  // from memory each time: in registers they push out the accumulators
-    if constexpr (!std::is_same_v<As, Subnormal>) few = masks;
+    // From memory each time: in registers they push out the accumulators. Three have room where nothing is converted.
+    asm("" : "+r"(masks));
+    if constexpr (!std::is_same_v<As, Subnormal>) held = masks;
 #endif
     vu high = words >> 16;  // bit 31 must not reach the signed conversion
     for (int v = FIRST; v < FIRST + COUNT; ++v) {
       vu from = PASS == 1 || v >= PER_HALF ? high : words;
-      use(v, As::of(from & load<vu>((v % PER_HALF < 3 ? few : masks) + v % PER_HALF * LANES)));
+      use(v, As::of(from & load<vu>((v % PER_HALF < 3 ? held : masks) + v % PER_HALF * LANES)));
     }
   }
 
