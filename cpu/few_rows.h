@@ -271,7 +271,7 @@ static void few_rows_tile(const Tile& tile, const Active& active, float* partial
   }
 }
 
-// As measured from a cache by AVX2 on Zen 3; with AVX-512 somewhat less than on Zen 4, where it was 1.9, 3.2, 6.3 and
+// About as measured from a cache by AVX2 on Zen 3; with AVX-512 somewhat less than on Zen 4, where it was 1.9, 3.2, 6.3 and
 // 1.3, 1.9, 3.1 (docs/log/cpu.md). Where one row's codes are converted it costs more, and several cost less of it.
 static double together(int rows, int bits) {
   const bool words = bits == 2 || bits == 4;

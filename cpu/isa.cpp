@@ -30,8 +30,8 @@ namespace {
 void SPQT_JOIN(compensate_, SPQT_ISA)(const Compensate&, float*);  // exact.cpp
 
 extern const Kernels SPQT_JOIN(kernels_, SPQT_ISA);
-constinit const Kernels SPQT_JOIN(kernels_, SPQT_ISA) = {SPQT_STRING(SPQT_ISA), Clean<together>::call, Clean<collect>::call, Clean<collect_rows>::call,
-    Clean<gemv>::call,
+constinit const Kernels SPQT_JOIN(kernels_, SPQT_ISA) = {SPQT_STRING(SPQT_ISA), Clean<together>::call,
+    Clean<collect>::call, Clean<collect_rows>::call, Clean<gemv>::call,
     Clean<finish>::call, Clean<gemm>::call, Clean<prepare>::call, Clean<rows>::call, Clean<rms_norm>::call,
     Clean<rope>::call, Clean<gate>::call, Clean<sum_exp>::call, Clean<attend_few>::call, Clean<attend_many>::call,
     Clean<SPQT_JOIN(compensate_, SPQT_ISA)>::call, Clean<slopes>::call};
