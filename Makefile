@@ -10,6 +10,8 @@ BACKEND ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda13 || echo cpu)
 EXTRAS := $(BACKEND),dev
 endif
 comma := ,
+# Images set it; then each of the commands that tests run would compile our modules again.
+unexport PYTHONDONTWRITEBYTECODE
 STAMP := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 
 MODELS := models

@@ -2,6 +2,7 @@
 
 import json
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,14 @@ def calibrated(converted: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     shutil.copytree(converted, output)
     calibrate.calibrate(output, calibrate.CalibrateOptions(sparsity=0.4, tokens=1024), lambda *_: None)
     return output
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The processes of a run share the kernels that the emulator compiles."""
+    if not os.environ.get("SPQT_EMULATOR_CACHE"):
+        folder = tempfile.TemporaryDirectory(prefix="spqt-emulator-")
+        os.environ["SPQT_EMULATOR_CACHE"] = folder.name
+        config.add_cleanup(folder.cleanup)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

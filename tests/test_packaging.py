@@ -26,10 +26,10 @@ DATA = {
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> Path:
-    """A folder with the sdist and, built from that sdist alone, the wheel, its kernels little optimized."""
+    """A folder with the sdist and, built from that sdist alone, the wheel, its kernels not optimized."""
     folder = tmp_path_factory.mktemp("dist")
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT)]
-    environment = {**os.environ, "SKBUILD_CMAKE_DEFINE": "SPQT_OPTIMIZE=-O1"}
+    environment = {**os.environ, "SKBUILD_CMAKE_DEFINE": "SPQT_OPTIMIZE=-O0"}
     result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     return folder

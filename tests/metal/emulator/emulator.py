@@ -11,7 +11,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,21 +39,33 @@ class Emulation(NamedTuple):
 def metal_text(launch, inputs: Sequence[mx.array]) -> str:
     """The Metal that MLX would compile for this launch, as it prints it."""
     source, header = kernel_text.metal(launch.kernel)
-    kernel = mx.fast.metal_kernel(
-        name=launch.kernel.name,
-        input_names=list(launch.kernel.inputs),
-        output_names=list(launch.kernel.outputs),
+    return _printed(
+        launch.kernel,
+        (source, header),
+        launch.threadgroups,
+        tuple((tuple(shape), dtype) for shape, dtype in zip(launch.shapes, launch.dtypes, strict=True)),
+        tuple((array.shape, array.dtype) for array in inputs),
+    )
+
+
+@lru_cache(maxsize=4096)
+def _printed(kernel, texts, threadgroups, outputs, inputs) -> str:
+    source, header = texts
+    metal = mx.fast.metal_kernel(
+        name=kernel.name,
+        input_names=list(kernel.inputs),
+        output_names=list(kernel.outputs),
         source=source,
         header=header,
     )
 
     def call(*arrays):
-        return kernel(
+        return metal(
             inputs=list(arrays),
-            grid=(launch.threadgroups[0] * launch.kernel.threads, launch.threadgroups[1], 1),
-            threadgroup=(launch.kernel.threads, 1, 1),
-            output_shapes=launch.shapes,
-            output_dtypes=launch.dtypes,
+            grid=(threadgroups[0] * kernel.threads, threadgroups[1], 1),
+            threadgroup=(kernel.threads, 1, 1),
+            output_shapes=[shape for shape, _ in outputs],
+            output_dtypes=[dtype for _, dtype in outputs],
             verbose=True,
             stream=mx.gpu,
         )
@@ -64,7 +76,7 @@ def metal_text(launch, inputs: Sequence[mx.array]) -> str:
             saved = os.dup(1)
             os.dup2(sink.fileno(), 1)
             try:
-                mx.export_function(str(Path(folder) / "f"), call, *inputs)
+                mx.export_function(str(Path(folder) / "f"), call, *(mx.zeros(*one) for one in inputs))
             finally:
                 os.dup2(saved, 1)
                 os.close(saved)
@@ -129,7 +141,7 @@ def _checked_arrays(memory: re.Match[str]) -> str:
 
 @cache
 def _folder() -> Path:
-    """Where compiled kernels stay: for this process, or as long as the person wants."""
+    """Where compiled kernels stay: for this process, else where conftest.py or a person says."""
     given = os.environ.get("SPQT_EMULATOR_CACHE")
     if given:
         Path(given).mkdir(parents=True, exist_ok=True)
@@ -142,7 +154,11 @@ def _temporary() -> tempfile.TemporaryDirectory:
     return tempfile.TemporaryDirectory(prefix="spqt-emulator-")
 
 
-def _compiled(source: str, flags: Sequence[str] = ("-fsanitize=thread",)) -> Path:
+def _compiled(
+    source: str,
+    flags: Sequence[str] = ("-fsanitize=thread",),
+    libraries: Sequence[str] = ("-nostdlib", "-lgcc"),
+) -> Path:
     key = hashlib.sha256((source + (HERE / "shim_cpu.h").read_text() + str(flags)).encode()).hexdigest()[:24]
     library = _folder() / f"{key}.so"
     if not library.exists():
@@ -153,7 +169,7 @@ def _compiled(source: str, flags: Sequence[str] = ("-fsanitize=thread",)) -> Pat
         # Linked without -fsanitize: its calls must reach books.h, not g++'s own library.
         for command in (
             ["g++", *FLAGS, *flags, "-c", "-o", str(compiled), str(unit)],
-            ["g++", "-shared", "-o", str(fresh), str(compiled)],
+            ["g++", "-shared", "-o", str(fresh), str(compiled), *libraries],
         ):
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
@@ -168,7 +184,7 @@ def _runtime() -> ctypes.CDLL:
     texts = [(HERE / name).read_bytes() for name in ("runtime.cpp", "books.h")]
     version = hashlib.sha256(b"".join(texts)).hexdigest()
     source = f'#include "{HERE}/runtime.cpp"\n// {version}\n'
-    runtime = ctypes.CDLL(str(_compiled(source, ("-O2", f"-I{HERE}"))), mode=ctypes.RTLD_GLOBAL)
+    runtime = ctypes.CDLL(str(_compiled(source, ("-O2", f"-I{HERE}"), ())), mode=ctypes.RTLD_GLOBAL)
     runtime.emulator_buffer.argtypes = [ctypes.c_char_p, ctypes.c_uint64, ctypes.c_int]
     runtime.emulator_buffer.restype = ctypes.c_void_p
     runtime.emulator_report.restype = ctypes.c_char_p
