@@ -91,7 +91,7 @@ class Run:
         mx.async_eval(self.rows[-1], self.skipped[-1], self.now if self.keep else [])
 
 
-under_way: list[Run] = []  # the run whose step the network computes
+under_way: list[Run] = []  # the run whose step the network computes; none while a model is loaded and checked
 
 
 def intercept() -> Any:
@@ -102,7 +102,7 @@ def intercept() -> Any:
     native = select.prepare
     # A call of several products would hide their masks.
     select.prepare_gated = select.prepare_head = select.prepare_tail = lambda *_: None
-    select.prepare = lambda layers: lambda x, _: under_way[0](x, layers)
+    select.prepare = lambda layers: lambda x, _: (under_way[0] if under_way else path)(x, layers)
     steps: dict[tuple[int, ...], list[Any]] = {}
 
     def path(x: mx.array, layers: Any) -> Any:
@@ -305,6 +305,7 @@ def table(dtype: str, figures: dict[str, Any]) -> str:
 
 def prepared(arguments: argparse.Namespace, dtype: str | None) -> tuple[session.Loaded, list[int], int]:
     """The model, loaded afresh because a cast rounds; the text's tokens; how many of them are the prompt."""
+    under_way.clear()
     loaded = session.load(arguments.model)
     if dtype:
         loaded.model.set_dtype(DTYPES[dtype])

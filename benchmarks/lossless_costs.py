@@ -71,16 +71,18 @@ def perfect(drafts: int) -> list[float]:
 
 def stored() -> list[Costs]:
     """What the results in benchmarks/results give."""
+    of_70b, of_8b = "h200-decode-llama-3-70b", "h200-decode-llama-3-8b"
+    profiled = "h200-peers-8b-3983df7"
     rows_70b = _gpu_rows([(28672, 8192)])
     rows_8b = _gpu_rows([(14336, 4096), (14336, 4096), (4096, 14336)])
     return [
-        Costs("70B shape, bytes alone", "h200-decode-llama-3-70b", _bytes("70b"), {8: 1.0}),
-        Costs("70B shape, H200", "h200-decode-llama-3-70b, h200-rows", _gpu_token("70b", ""), rows_70b),
-        Costs("8B shape, H200", "h200-decode-llama-3-8b, h200-rows", _gpu_token("8b", ""), rows_8b),
+        Costs("70B shape, bytes alone", of_70b, _bytes(of_70b), {8: 1.0}),
+        Costs("70B shape, H200", f"{of_70b}, h200-rows", _gpu_token(of_70b), rows_70b),
+        Costs("8B shape, H200", f"{of_8b}, h200-rows", _gpu_token(of_8b), rows_8b),
         Costs(
             "8B shape, H200, profile",
-            "h200-decode-llama-3-8b, h200-rows",
-            _gpu_token("8b", ", profile"),
+            f"{profiled}, h200-rows",
+            _gpu_token(profiled, ", profile"),
             rows_8b,
         ),
         Costs("1B shape, 2 CPU cores", "cpu, cpu-rows", _cpu_token("llama-3.2-1b"), _cpu_rows(8960, 1536)),
@@ -92,16 +94,17 @@ def _read(name: str) -> Any:
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
-def _gpu_token(size: str, profile: str) -> dict[float, float]:
-    """By whole models' tokens per second."""
-    rows = [row for run in _read(f"h200-decode-llama-3-{size}") for row in run["rows"] if "rate" in row]
-    rates = {row["variant"]: row["rate"]["median"] for row in rows}
+def _gpu_token(name: str, profile: str = "") -> dict[float, float]:
+    """By whole models' tokens per second, without context."""
+    rows = [row for run in _read(name) for row in run["rows"] if "rate" in row]
+    decoding = [row for row in rows if row["test"].startswith("tg") and row["depth"] == 0]
+    rates = {row["variant"]: row["rate"]["median"] for row in decoding}
     return {HALF: rates[f"zigzag dense{profile}"] / rates[f"sparse 50%{profile}"]}
 
 
-def _bytes(size: str) -> dict[float, float]:
+def _bytes(name: str) -> dict[float, float]:
     """As if reading weights were all: a bound."""
-    (run,) = _read(f"h200-decode-llama-3-{size}")
+    (run,) = _read(name)
     size_of = {row["variant"]: row["weight_bytes"] for row in run["rows"]}
     return {HALF: size_of["sparse 50%"] / size_of["zigzag dense"]}
 
