@@ -162,7 +162,7 @@ def _compiled(
     key = hashlib.sha256((source + (HERE / "shim_cpu.h").read_text() + str(flags)).encode()).hexdigest()[:24]
     library = _folder() / f"{key}.so"
     if not library.exists():
-        unit = library.with_suffix(".cpp")
+        unit = library.with_suffix(f".{os.getpid()}.cpp")  # other processes may compile the same
         unit.write_text(source)
         fresh = library.with_suffix(f".{os.getpid()}")
         compiled = library.with_suffix(f".{os.getpid()}.o")
@@ -175,6 +175,7 @@ def _compiled(
             if done.returncode:
                 raise RuntimeError(f"g++ refused the kernel:\n{done.stderr[:4000]}")
         compiled.unlink()
+        unit.rename(library.with_suffix(".cpp"))
         fresh.rename(library)
     return library
 
