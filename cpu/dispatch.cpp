@@ -7,13 +7,16 @@
 extern const Kernels kernels_baseline;
 #if defined(__x86_64__)
 extern const Kernels kernels_avx2;
+#endif
+#if defined(__x86_64__) && !defined(SPQT_WITHOUT_AVX512)
+#define SPQT_WITH_AVX512
 extern const Kernels kernels_avx512;
 extern const HeadKernels head_avx512vnni;
 #endif
 
 namespace {
 
-#if defined(__x86_64__)
+#if defined(SPQT_WITH_AVX512)
 const Kernels& kernels_avx512vnni() {
   static const Kernels table = [] {
     Kernels found = kernels_avx512;
@@ -30,13 +33,15 @@ const Kernels* supported(const char* name) {
 #if defined(__x86_64__)
   bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
       __builtin_cpu_supports("bmi2");  // every such machine has F16C, which older compilers can't ask for
+  if (avx2 && !std::strcmp(name, "avx2")) return &kernels_avx2;
+#endif
+#if defined(SPQT_WITH_AVX512)
   bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512cd");
   bool vnni = avx512 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
   if (vnni && !std::strcmp(name, "avx512vnni")) return &kernels_avx512vnni();
   if (avx512 && !std::strcmp(name, "avx512")) return &kernels_avx512;
-  if (avx2 && !std::strcmp(name, "avx2")) return &kernels_avx2;
 #endif
   return std::strcmp(name, "baseline") ? nullptr : &kernels_baseline;
 }

@@ -15,6 +15,7 @@ from spqt_cli.decode import context
 from spqt_cli.decode.only_mlx import check_unpatched, only_mlx
 
 TIMED_TOKENS = 32  # of each turn
+KEPT_PROMPT = 512  # tokens: the cache of a prompt that is no longer is kept for the rounds to come
 WARM_TOKENS = 4  # decoded before the clock starts, in every turn: kernels are built, caches are warm
 
 
@@ -65,12 +66,13 @@ def take(
 ) -> dict[str, Speeds]:
     """The speeds of `ways` by name. base: what ratios are to. on_progress: called before each round."""
     found: dict[str, list[float]] = {way.name: [] for way in ways}
+    kept: dict[str, list[Any]] = {}
     for number in range(clock.rounds + 1):
         on_progress(
             number, clock.rounds + 1, f"timing {clock.tokens} tokens each" if number else "warming up"
         )
         for way in ways:
-            speed = _turn(way, clock.prompt, clock.tokens)
+            speed = _turn(way, clock, kept)
             if number:
                 found[way.name].append(speed)
     return {
@@ -86,21 +88,29 @@ def room(config: dict[str, Any], prompt: int, wished: int) -> int:
     return max(1, min(wished if wished > 0 else TIMED_TOKENS, TIMED_TOKENS, left))
 
 
-def _turn(way: Way, prompt: Sequence[int], tokens: int) -> float:
-    """Tokens per second of one turn."""
+def _turn(way: Way, clock: Clock, kept: dict[str, list[Any]]) -> float:
+    """Tokens per second of one turn. kept: by way, the cache of the prompt but for its last token."""
     import mlx.core as mx
+    from mlx_lm.models import cache as caches
 
     model = way.ready()
     with only_mlx() if way.stock else nullcontext():
         if way.stock:
             check_unpatched(model)
         loop = importlib.import_module("mlx_lm.generate").generate_step
-        steps = loop(mx.array(list(prompt)), model, max_tokens=WARM_TOKENS + tokens)
+        fed = list(clock.prompt[-1:] if way.name in kept else clock.prompt)
+        cache = kept.pop(way.name, None) or caches.make_prompt_cache(model)
+        steps = loop(mx.array(fed), model, max_tokens=WARM_TOKENS + clock.tokens, prompt_cache=cache)
         for _ in range(WARM_TOKENS):
             next(steps)
         start = time.perf_counter()
-        for _ in range(tokens):
+        for _ in range(clock.tokens):
             next(steps)
         seconds = time.perf_counter() - start
         steps.close()
-    return tokens / seconds
+    held = getattr(cache[0], "offset", None)
+    if isinstance(held, int) and len(clock.prompt) <= KEPT_PROMPT and caches.can_trim_prompt_cache(cache):
+        more = held - len(clock.prompt) + 1
+        if caches.trim_prompt_cache(cache, more) == more:
+            kept[way.name] = cache
+    return clock.tokens / seconds

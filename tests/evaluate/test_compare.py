@@ -77,9 +77,9 @@ def test_a_text_that_wont_do_is_refused_before_any_run(calibrated, checkpoint, t
 def test_turns_are_of_equal_length_interleaved_and_warmed_up(calibrated, monkeypatch):
     taken, real = [], turns._turn
 
-    def turn(way, prompt, tokens):
-        taken.append((way.name, tokens))
-        return real(way, prompt, tokens)
+    def turn(way, clock, kept):
+        taken.append((way.name, clock.tokens))
+        return real(way, clock, kept)
 
     monkeypatch.setattr(turns, "_turn", turn)
     rows = compare.compare(str(calibrated), Prompt("fox"), [0.0, 0.2, 0.4], compare.Effort(5, rounds=3))
@@ -104,8 +104,31 @@ def test_a_turn_runs_on_past_the_end_of_an_answer(calibrated):
             return logits
 
     loaded.model.__class__ = Ending
-    assert turns._turn(turns.Way("x", lambda: loaded.model), [5, 6, 7], 6) > 0
+    assert turns._turn(turns.Way("x", lambda: loaded.model), turns.Clock([5, 6, 7], 6, 3), {}) > 0
     assert fed.count(1) >= 6 + turns.WARM_TOKENS - 1
+
+
+@pytest.mark.parametrize("kept_at_all", [True, False])
+def test_a_prompt_is_fed_once_and_each_turn_decodes_the_same(calibrated, monkeypatch, kept_at_all):
+    loaded = session.load(calibrated, sparsity=0.4)
+    fed, call = [], type(loaded.model).__call__
+
+    class Watched(type(loaded.model)):
+        def __call__(self, inputs, **options):
+            fed.append(inputs)
+            return call(self, inputs, **options)
+
+    loaded.model.__class__ = Watched
+    if not kept_at_all:
+        monkeypatch.setattr(turns, "KEPT_PROMPT", 0)
+    way, clock, kept, texts = turns.Way("x", lambda: loaded.model), turns.Clock([5, 6, 7, 9], 6, 3), {}, []
+    for _ in range(3):
+        fed.clear()
+        turns._turn(way, clock, kept)
+        texts.append([token for one in fed for token in one.reshape(-1).tolist()])
+    again = texts[0][3:] if kept_at_all else texts[0]
+    assert texts[0][:4] == [5, 6, 7, 9]
+    assert [text[:10] for text in texts[1:]] == [again[:10]] * 2
 
 
 def test_kl_to_dense_needs_no_source(calibrated, tmp_path):
