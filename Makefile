@@ -90,7 +90,8 @@ NEWEST = test_packaging.py cli/test_commands.py cli/test_presets.py cli/test_wor
   convert/test_source.py convert/test_architectures.py convert/gguf/test_convert.py convert/gguf/test_file.py \
   decode/test_generate.py decode/test_hooks.py decode/test_layers.py backends/cpu/test_build.py \
   backends/cpu/test_block.py format/test_config_json.py system/test_files.py system/test_terminal.py
-test-newest: export SKBUILD_CMAKE_DEFINE = SPQT_NATIVE=ON;SPQT_OPTIMIZE=-O1# kernels are fast enough here, and compile sooner
+# Kernels of -O1 are fast enough here, and compile sooner.
+test-newest: export SKBUILD_CMAKE_DEFINE = SPQT_NATIVE=ON;SPQT_OPTIMIZE=-O1
 test-newest:
 	$(MAKE) VENV=.venv-newest PYTHON=$(PYTHON) unit TESTS="$(NEWEST:%=tests/%)"
 
