@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -122,3 +123,11 @@ def test_one_mlx_pin_for_build_and_run(built):
     pinned = {line for line in lines if not line.startswith("Requires-Dist: mlx-lm")}
     assert len(pinned) == 4  # Apple silicon, and the extras cpu, cuda12, cuda13
     assert all(f"=={pin}" in line for line in pinned)
+
+
+def test_a_build_forgets_what_an_earlier_one_was_told():
+    """CMake's cache stays in the build folder: what the Makefile sets has a value in every other build too."""
+    told = re.findall(r"SKBUILD_CMAKE_DEFINE \??= (.*)", (ROOT / "Makefile").read_text())
+    names = {one.partition("=")[0] for line in told for one in line.split(";")}
+    defaults = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["scikit-build"]["cmake"]["define"]
+    assert {"SPQT_NATIVE", "SPQT_OPTIMIZE"} <= names <= set(defaults)
