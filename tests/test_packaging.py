@@ -126,7 +126,7 @@ def test_one_mlx_pin_for_build_and_run(built):
 
 
 def test_a_build_forgets_what_an_earlier_one_was_told():
-    """CMake's cache stays in the build folder: what the Makefile sets has a value in every other build too."""
+    """CMake's cache stays in the build folder: what the Makefile sets has a value in other builds too."""
     told = re.findall(r"SKBUILD_CMAKE_DEFINE \??= (.*)", (ROOT / "Makefile").read_text())
     names = {one.partition("=")[0] for line in told for one in line.split(";")}
     defaults = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["scikit-build"]["cmake"]["define"]
